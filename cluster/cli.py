@@ -1,0 +1,207 @@
+"""The `cappy` command: parse, load the config, submit, show the result.
+
+Progress and errors go to standard error; standard output has the result alone, and with `--json` its last line is one JSON
+object. Exit codes: 0 done, 1 failed, 2 the command or a setting cannot work as given, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cluster import config as configuration
+from cluster import jobs
+from cluster.errors import CappyError
+from cluster.progress import say
+
+app = typer.Typer(
+    name="cappy",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="""Lift an LLM with a small scorer that picks the best of its answers (Cappy), on Ray.
+
+The road: [bold]generate[/bold] a regression set, [bold]train[/bold] the scorer, [bold]evaluate[/bold] it,
+[bold]serve[/bold] boosted answers. All verbs read one config; each finds the others' output below its workspace.
+""",
+    epilog="Start with: cappy doctor; then cappy generate demo, cappy train demo, cappy evaluate demo, cappy serve demo.",
+)
+out = Console(highlight=False)
+
+ConfigFile = Annotated[
+    str | None,
+    typer.Argument(metavar="[CONFIG]", help="A YAML file, or the name of one in configs/ (demo). Without one the defaults are used."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one setting, e.g. --set training.epochs=2; may be repeated.", show_default=False
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="URL", help="Run as a Ray job on the cluster with this dashboard, e.g. http://127.0.0.1:8265."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line of standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the destination holds.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.command(epilog="Example: cappy generate demo --set workspace=s3://bucket/demo")
+def generate(
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Sample responses from the LLM, label them with Rouge-L, publish the regression set.
+
+    Interrupted, the same command goes on where it was.
+    """
+    _show("generate", _run("generate", config, set_, address, overwrite), as_json)
+
+
+@app.command(epilog="Example: cappy train demo --set training.epochs=2 --set scorer.encoder=/models/roberta-large")
+def train(
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train the scorer on the regression set by regression on the labels.
+
+    The published folder loads with AutoModelForSequenceClassification.from_pretrained. Interrupted, the same command goes on
+    from the last checkpoint.
+    """
+    _show("train", _run("train", config, set_, address, overwrite), as_json)
+
+
+@app.command(epilog="Example: cappy evaluate demo --json | tail -1 | jq .gain")
+def evaluate(
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the scorer's picks with greedy, sampling, self-scores and the oracle on the validation rows.
+
+    Writes results.json, rows.parquet and report.html.
+    """
+    _show("evaluate", _run("evaluate", config, set_, address, overwrite), as_json)
+
+
+@app.command(epilog="Then: curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' -d '{...}'")
+def serve(config: ConfigFile = None, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Serve boosted answers behind an OpenAI-compatible endpoint until interrupted."""
+    _show("serve", _run("serve", config, set_, None, False), as_json)
+
+
+@app.command(epilog="Example: cappy inspect s3://bucket/demo/dataset --samples 3")
+def inspect(
+    uri: Annotated[str, typer.Argument(help="A folder or s3:// prefix that generate, train or evaluate published.")],
+    samples: Annotated[int, typer.Option("--samples", min=0, max=100, help="Rows of a regression set to show.")] = 2,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check every file against its SHA-256.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a published folder holds, and check its files against their checksums."""
+    from evaluation import inspection
+
+    result = inspection.run(uri, samples=samples, verify=verify)
+    if not as_json:
+        inspection.show(result, out)
+    _finish(result, as_json)
+    if result["problems"]:
+        raise CappyError(f"{uri}: {len(result['problems'])} file(s) are damaged, first: {result['problems'][0]}; copy or make it again")
+
+
+@app.command()
+def doctor(
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    models: Annotated[bool, typer.Option("--models/--no-models", help="Also fetch and convert the embedded models.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check this machine: versions, imports, the engine, storage and models; say what to do about each failure."""
+    from cluster import doctor as examination
+
+    findings = examination.run(configuration.load(config, set_ or ()), models=models)
+    if not as_json:
+        examination.show(findings, out)
+    _finish({"checks": [vars(finding) for finding in findings], "ok": all(finding.ok for finding in findings)}, as_json)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        from cluster.runtime import code_version
+
+        out.print(f"cappy-ray {code_version()}")
+        raise typer.Exit
+
+
+def _run(verb: str, config: str | None, overrides: list[str] | None, address: str | None, overwrite: bool) -> dict[str, Any]:
+    loaded = configuration.load(config, overrides or ())
+    return jobs.submit(verb, loaded, overwrite=overwrite, address=address)
+
+
+def _show(verb: str, result: dict[str, Any], as_json: bool) -> None:
+    """Print a verb's result for people, unless a program asked."""
+    if not as_json and verb != "serve":
+        from evaluation import inspection
+
+        inspection.show_summary({"generate": "dataset", "train": "scorer", "evaluate": "evaluation"}[verb], result, out)
+    _finish(result, as_json)
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def main() -> None:
+    """Run the command line; turn an operator's error into one line and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except CappyError as error:
+        _fail(str(error), error.exit_code, error, debug)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where this one was", 130, None, debug)
+    except Exception as error:
+        if debug:
+            raise
+        text = next(iter(str(error).strip().splitlines()), "")
+        _fail(f"{type(error).__name__}: {text} (this is a bug, or a fault of the machine; --debug shows where)", 1, error, debug)
+
+
+def _fail(message: str, code: int, error: BaseException | None, debug: bool) -> None:
+    if debug and error is not None:
+        raise error
+    say(f"error: {message}")
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False), flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of an engine or of Ray that are still winding down must not hold a finished command.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""Every setting of a run as one typed, frozen tree, checked before anything starts.
+
+A config comes from the defaults below, then a YAML file, then `--set section.key=value`, each over the last. Rules across
+fields live on the section that holds them. Knows no Ray and no model library, so the command line starts fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cluster.errors import UsageError
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+# The eight BIG-bench generation tasks the demo and the defaults use.
+DEMO_TASKS = (
+    "auto_categorization",
+    "codenames",
+    "tense",
+    "qa_wikidata",
+    "disfl_qa",
+    "rephrase",
+    "linguistic_mappings",
+    "mult_data_wrangling",
+)
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BigBenchSource(Section):
+    """BIG-bench generation tasks, out of the PyPI sdist `bigbench==1.0.0`, rendered zero-shot."""
+
+    kind: Literal["bigbench"] = "bigbench"
+    tasks: tuple[str, ...] = Field(DEMO_TASKS, min_length=1)
+    """Task names, e.g. `tense`; a task with subtasks takes all of them."""
+    train_rows: int | None = Field(None, ge=1)
+    """At most this many train instructions a task; all of them when null."""
+    validation_rows: int | None = Field(None, ge=1)
+    """At most this many validation instructions a task; all of them when null."""
+
+
+class FilesSource(Section):
+    """The user's own rows: JSONL or Parquet with `instruction`, `references` and, if wanted, `answer_choices`, `dataset`,
+    `template` and `split` (`train` or `validation`)."""
+
+    kind: Literal["files"] = "files"
+    path: str = Field(min_length=1)
+    """A file, a glob (`data/*.jsonl`) or a folder, local or s3://."""
+    train_rows: int | None = Field(None, ge=1)
+    """At most this many train instructions a dataset; all of them when null."""
+    validation_rows: int | None = Field(None, ge=1)
+    """At most this many validation instructions a dataset; all of them when null."""
+    validation_fraction: float = Field(0.2, ge=0, lt=1)
+    """Share of the rows without a `split` that go to validation, by hash of the instruction."""
+
+
+Source = Annotated[BigBenchSource | FilesSource, Field(discriminator="kind")]
+
+
+class PromptConfig(Section):
+    """How an instruction becomes the LLM's prompt. The scorer always reads the bare instruction."""
+
+    form: Literal["chat", "raw"] = "chat"
+    """`chat` applies the model's chat template; `raw` continues plain text."""
+    system: str | None = None
+    """System text: the template's system turn, or the first paragraph of a raw prompt."""
+    shots: int = Field(0, ge=0, le=32)
+    """Worked examples put before the instruction, drawn by seed from the train rows of the same template, or dataset."""
+
+
+class DecodingConfig(Section):
+    """One named way to sample; the candidate pool of an instruction is the union over all decodings."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    n: int = Field(1, ge=1, le=256)
+    """Candidates drawn for each instruction."""
+    temperature: float = Field(1.0, ge=0, le=4)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    """Keep the k likeliest tokens; all of them when null."""
+    min_tokens: int = Field(0, ge=0)
+    max_tokens: int = Field(64, ge=1)
+    """Tokens a candidate may have."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a candidate (not included in it)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DecodingConfig:
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"n={self.n} with temperature=0 draws the same candidate {self.n} times; use n=1 or raise it")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+        return self
+
+
+GREEDY = DecodingConfig(name="greedy", n=1, temperature=0.0)
+# The paper's sampling decodings (section 4.1: temperature 0.9, top-k 40, top-p 0.95), four samples of each.
+PAPER_DECODINGS = (
+    GREEDY,
+    DecodingConfig(name="sample", n=4),
+    DecodingConfig(name="temperature", n=4, temperature=0.9),
+    DecodingConfig(name="top-k", n=4, top_k=40),
+    DecodingConfig(name="top-p", n=4, top_p=0.95),
+)
+
+
+class EngineConfig(Section):
+    """The vLLM engine each sampling or serving replica holds."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_model_len: int = Field(2048, ge=64)
+    """Prompt plus candidate, in tokens."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Candidates the engine decodes at once."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs one replica spans."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    cpu_kv_cache_gib: float = Field(1.0, gt=0)
+    """KV cache of a replica on a machine without a GPU, in GiB."""
+    compile: bool | None = None
+    """CUDA graphs and torch.compile; null means yes on GPU, no on CPU, where it costs a minute to start and gains little."""
+
+
+class SamplerConfig(Section):
+    """The LLM, its prompt and how candidates are drawn from it."""
+
+    model: str = "smollm2-135m-instruct"
+    """An embedded name, a hub name, a local folder or an s3:// folder."""
+    prompt: PromptConfig = PromptConfig()
+    decodings: tuple[DecodingConfig, ...] = Field(PAPER_DECODINGS, min_length=1)
+    engine: EngineConfig = EngineConfig()
+    replicas: int = Field(1, ge=1)
+    """Sampling actors; each holds one engine."""
+    max_attempts: int = Field(3, ge=1)
+    """Times a row is tried before it goes to the dead-letter file."""
+
+    @field_validator("decodings")
+    @classmethod
+    def _distinct(cls, decodings: tuple[DecodingConfig, ...]) -> tuple[DecodingConfig, ...]:
+        names = [decoding.name for decoding in decodings]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"decoding names must differ; {twice} stand more than once")
+        return decodings
+
+    @model_validator(mode="after")
+    def _fits(self) -> SamplerConfig:
+        for decoding in self.decodings:
+            if decoding.max_tokens >= self.engine.max_model_len:
+                raise ValueError(
+                    f"decoding {decoding.name!r} has max_tokens={decoding.max_tokens}, which leaves no room for a prompt in "
+                    f"engine.max_model_len={self.engine.max_model_len}"
+                )
+        return self
+
+
+class GenerateConfig(Section):
+    """How `cappy generate` assembles and writes the regression set."""
+
+    mismatched: int = Field(1, ge=0, le=16)
+    """References of other instructions of the same dataset added with label 0.0, for each reference."""
+    unit_rows: int = Field(32, ge=1)
+    """Instructions in a unit of work: what one sampling call takes, what is saved at once and never sampled again."""
+    shard_mib: int = Field(128, ge=1)
+    """Size the published Parquet shards are filled to, in MiB."""
+    max_error_rate: float = Field(0.5, ge=0, le=1)
+    """Stop before publishing when more than this share of the rows went to the dead-letter file."""
+
+
+class ScorerConfig(Section):
+    """The scorer as a model."""
+
+    encoder: str = "minilm-l6"
+    """The pretrained encoder the scorer is built on: an embedded name, a hub name, a local folder or an s3:// folder."""
+    max_length: int = Field(512, ge=16)
+    """Tokens of instruction plus response; the instruction is cut before the response ever is."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Arithmetic of training and batch scoring; auto is bfloat16 where the hardware has it, else float32."""
+
+
+class TrainingConfig(Section):
+    """How `cappy train` fits the scorer."""
+
+    workers: int = Field(1, ge=1)
+    gpus_per_worker: int | None = Field(None, ge=0, le=1)
+    """Null takes one where the cluster has GPUs for all workers, else none."""
+    epochs: int = Field(4, ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Pairs per optimizer step, summed over all workers."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak of the linear schedule."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the optimizer steps over which the learning rate rises."""
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on attention probabilities; 0 lets attention take its fast kernels."""
+    window: int = Field(2048, ge=1)
+    """Pairs shuffled and sorted by length together before they are cut into steps."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Optimizer steps between checkpoints."""
+    checkpoints_kept: int = Field(2, ge=1)
+    max_failures: int = Field(3, ge=0)
+    """Worker failures survived by going on from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _split_evenly(self) -> TrainingConfig:
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size={self.batch_size} does not divide over workers={self.workers}; use a multiple")
+        if self.window < self.batch_size:
+            raise ValueError(f"window={self.window} is below batch_size={self.batch_size}; use several times the batch size")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What `cappy evaluate` measures and shows."""
+
+    split: Literal["train", "validation"] = "validation"
+    resamples: int = Field(2000, ge=100)
+    """Bootstrap resamples behind each interval."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    examples: int = Field(24, ge=0)
+    """Instructions shown with all their candidates in the report."""
+
+
+class ServingConfig(Section):
+    """The server of `cappy serve`."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    model_name: str = "cappy"
+    """The name clients put in `model`."""
+    candidates: int = Field(8, ge=1, le=256)
+    """Candidates sampled for a request that does not say how many."""
+    max_candidates: int = Field(64, ge=1, le=256)
+    """Largest number of candidates a request may ask for."""
+    llm_replicas: int = Field(1, ge=1)
+    scorer_replicas: int = Field(1, ge=1)
+    max_concurrency: int = Field(32, ge=1)
+    """Requests a gateway works on at once."""
+    max_queue: int = Field(64, ge=0)
+    """Requests that may wait for their turn; the next is answered 503 at once."""
+    timeout_s: float = Field(120.0, gt=0)
+    """Seconds until a request is given up."""
+
+    @model_validator(mode="after")
+    def _within(self) -> ServingConfig:
+        if self.candidates > self.max_candidates:
+            raise ValueError(f"candidates={self.candidates} is above max_candidates={self.max_candidates}")
+        return self
+
+
+class Config(Section):
+    """The whole tree. One file describes a run; its verbs find each other's output through `workspace`."""
+
+    workspace: str = Field("runs/default", min_length=1)
+    """Folder or s3:// prefix under which every verb writes, each to its own folder."""
+    dataset: str | None = None
+    """The regression set `generate` writes and the others read; null is `{workspace}/dataset`."""
+    scorer_path: str | None = None
+    """The scorer `train` writes and the others read; null is `{workspace}/scorer`."""
+    evaluation_path: str | None = None
+    """Where `evaluate` writes; null is `{workspace}/evaluation`."""
+    seed: int = Field(20261121, ge=0, lt=2**31)
+    """Behind every draw, together with the row or step it is for."""
+    source: Source = BigBenchSource()
+    sampler: SamplerConfig = SamplerConfig()
+    generate: GenerateConfig = GenerateConfig()
+    scorer: ScorerConfig = ScorerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serving: ServingConfig = ServingConfig()
+
+    @property
+    def dataset_uri(self) -> str:
+        return self.dataset or f"{self.workspace.rstrip('/')}/dataset"
+
+    @property
+    def scorer_uri(self) -> str:
+        return self.scorer_path or f"{self.workspace.rstrip('/')}/scorer"
+
+    @property
+    def evaluation_uri(self) -> str:
+        return self.evaluation_path or f"{self.workspace.rstrip('/')}/evaluation"
+
+    def to_yaml(self) -> str:
+        """The resolved tree as YAML that `load` reads back to an equal tree."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Return the config of a YAML file (a path, or a name in `configs/`) with `section.key=value` overrides on top.
+
+    Raises `UsageError` naming the file or the key, its value and what would be right.
+    """
+    tree: dict[str, Any] = _read_yaml(source) if source else {}
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_explain(error, source)) from None
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that change with any value in `parts` (sections, or anything JSON can hold)."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Each leaf that differs between two plain trees, as `path: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        changes = []
+        for key in sorted(old.keys() | new.keys()):
+            changes += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return changes
+    return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def _read_yaml(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if not path.exists() and not path.suffix and (CONFIG_FOLDER / f"{source}.yaml").exists():
+        path = CONFIG_FOLDER / f"{source}.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        names = ", ".join(sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml")))
+        raise UsageError(f"config file {source} does not exist; give a path or one of: {names}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {source} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UsageError(f"config file {source} is not YAML{where}: {getattr(error, 'problem', error)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"config file {source} holds a {type(tree).__name__}; it must hold `section: ...` keys")
+    return tree
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Put one `a.b=value` into a plain tree; the value is read as YAML (`3`, `true`, `[a, b]`, `null`)."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise UsageError(f"--set {override}: write it as section.key=value, e.g. --set training.epochs=2")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = path.strip().split(".")
+    node: Any = tree
+    for parent in parents:
+        node = _child(node, parent, override)
+    if isinstance(node, list):
+        node[_index(node, leaf, override)] = value
+    elif isinstance(node, dict):
+        node[leaf] = value
+    else:
+        raise UsageError(f"--set {override}: {'.'.join(parents)} holds a plain value, so it has no key {leaf!r}")
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, override)]
+    if not isinstance(node, dict):
+        raise UsageError(f"--set {override}: the part before {key!r} holds a plain value, so it has no key {key!r}")
+    if node.get(key) is None:
+        node[key] = {}
+    return node[key]
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise UsageError(f"--set {override}: {key!r} is not a position in a list of {len(node)} (counted from 0)")
+    return int(key)
+
+
+def _explain(error: ValidationError, source: str | Path | None) -> str:
+    """Turn pydantic's first error into one line: file, key path, value, and what would be right."""
+    first = error.errors(include_url=False)[0]
+    location = tuple(part for part in first["loc"] if part not in ("bigbench", "files"))
+    path = ".".join(str(part) for part in location)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    where = f"{source}: " if source else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(tuple(first["loc"]))
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"{where}unknown key {path}; {hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], dict | list) or not path:
+        return f"{where}{path or 'config'}: {message}{more}"
+    return f"{where}{path}={first['input']!r}: {message}{more}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """The keys the section at `location` (whose last part is the unknown key) does know."""
+    model: Any = Config
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        if part == "bigbench" or part == "files":
+            model = BigBenchSource if part == "bigbench" else FilesSource
+            continue
+        annotation = model.model_fields[str(part)].annotation if str(part) in getattr(model, "model_fields", {}) else None
+        model = next((each for each in (annotation, *get_args(annotation)) if hasattr(each, "model_fields")), model)
+    return sorted(model.model_fields)

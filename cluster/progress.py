@@ -1,0 +1,99 @@
+"""Progress of long work, on standard error: a live bar on a terminal, a line every ten seconds elsewhere.
+
+Standard output stays free for a verb's result.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+_LINE_EVERY_S = 10.0
+
+
+def say(text: str) -> None:
+    """Print one line of news to the operator."""
+    console.print(text, markup=False)
+
+
+class Bar:
+    """Progress over `total` steps named `unit`, with a rate and an ETA. Use as a context manager.
+
+    `advance(n, **rates)` moves it; each keyword is a running count shown as a rate, e.g. `tokens=1200` as "tokens/s".
+    `note` shows a text at the end of the line, e.g. the loss.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = self._done_before = done
+        self._counts: dict[str, int] = {}
+        self._note = ""
+        # Rates count from the first result on: what comes before is start-up (an LLM loading), not pace.
+        self._start = self._last_line = time.monotonic()
+        self._first: tuple[float, int, dict[str, int]] | None = None
+        self._live: Progress | None = None
+        if console.is_terminal:
+            self._live = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._live.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> Bar:
+        if self._live:
+            self._live.start()
+        else:
+            say(f"{self.title}: {self.done}/{self.total} {self.unit}")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+        elif self.done > self._done_before:
+            say(self._line())
+
+    def advance(self, steps: int = 1, note: str = "", **counts: int) -> None:
+        self.done += steps
+        first = self._first is None
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
+        self._note = note or self._note
+        if first:
+            self._first = (time.monotonic(), self.done, dict(self._counts))
+        if self._live:
+            self._live.update(self._task, completed=self.done, note="  ".join([*self._rates(), self._note]))
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S and self.done < self.total:
+            self._last_line = time.monotonic()
+            say(self._line())
+
+    def _since_first(self) -> tuple[float, int, dict[str, int]]:
+        """Seconds, steps and counts since the first result, or since the start while there is no second one."""
+        now = time.monotonic()
+        if self._first and self.done > self._first[1]:
+            start, done, counts = self._first
+            return now - start, self.done - done, {name: count - counts.get(name, 0) for name, count in self._counts.items()}
+        return now - self._start, self.done - self._done_before, self._counts
+
+    def _rates(self) -> list[str]:
+        elapsed, _, counts = self._since_first()
+        return [f"{count / max(elapsed, 1e-6):,.0f} {name}/s" for name, count in counts.items()]
+
+    def _line(self) -> str:
+        elapsed, steps, _ = self._since_first()
+        rate = steps / max(elapsed, 1e-6)
+        left = (self.total - self.done) / rate if rate else 0.0
+        end = f"eta {left:,.0f} s" if self.done < self.total else f"in {time.monotonic() - self._start:,.0f} s"
+        parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", f"{rate:,.1f} {self.unit}/s", *self._rates(), self._note, end]
+        return "  ".join(part for part in parts if part)

@@ -1,0 +1,70 @@
+"""Ray, started here or joined: the one place that calls `ray.init`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from cluster.errors import CappyError, UsageError
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Have Ray initialised inside the block: joined where `RAY_ADDRESS` says (a Ray job), else embedded in this process.
+
+    An embedded Ray ends with the block; one that was already initialised is left as it is.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, object] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if not os.environ.get("RAY_ADDRESS"):
+        # Logical CPUs are bookkeeping: two more than the machine has, so that one-CPU workers on a two-core laptop cannot
+        # starve the tasks that feed them.
+        options |= {"include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + 2}
+    ray.init(**options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """The version of this code for manifests: the package's, and the git commit where it runs from a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return version("cappy-ray")
+    asked = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return f"{version('cappy-ray')}+{asked.stdout.strip()}" if asked.returncode == 0 else version("cappy-ray")
+
+
+def clean_error(error: BaseException) -> CappyError | None:
+    """Return the `CappyError` behind an exception Ray wrapped, or None where there is none.
+
+    Ray keeps a task's exception as `cause`; of an actor that failed to start it keeps the text alone.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, CappyError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    found = re.findall(r"(CappyError|UsageError): (.+)", str(error))
+    if not found:
+        return None
+    kind, message = found[-1]
+    return (UsageError if kind == "UsageError" else CappyError)(message.strip())

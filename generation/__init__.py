@@ -1,0 +1,1 @@
+"""From instructions to the regression set: sources, prompts, sampling, Rouge-L, and the published Parquet."""

@@ -1,0 +1,171 @@
+"""The vLLM engine as sampling and serving use it: turns in, candidates with their log-probabilities out.
+
+One engine a process. It loads in `__init__`, so it belongs in an actor or a Serve replica. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from cluster import models
+from cluster.config import DecodingConfig, EngineConfig
+from cluster.errors import CappyError
+from generation import prompts
+
+
+class Candidate(TypedDict):
+    """One sampled response."""
+
+    response: str
+    """The text, outer white space stripped."""
+    decoding: str
+    """Name of the decoding that drew it."""
+    tokens: int
+    """Tokens sampled."""
+    finish_reason: str
+    """`stop` (end of text or a stop string) or `length` (max_tokens reached)."""
+    logprob: float
+    """Sum of the natural log-probabilities of the sampled tokens under the model at temperature 1."""
+
+
+class PromptTooLong(CappyError):
+    """The prompt leaves no room for a candidate in the engine's context."""
+
+
+def has_gpu() -> bool:
+    """Whether this process sees a GPU."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def request_seed(seed: int, identity: str, decoding: str) -> int:
+    """Return a 31-bit seed that is a function of the run's seed, the row and the decoding alone."""
+    digest = hashlib.blake2b(f"{seed}\0{identity}\0{decoding}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Engine:
+    """A vLLM `AsyncLLM` with the tokenizer beside it."""
+
+    def __init__(self, model: str, config: EngineConfig, setting: str = "sampler.model") -> None:
+        folder = models.resolve(model, setting)
+        gpu = has_gpu()
+        _set_environment(config, gpu)
+        # Imported late: importing vLLM takes seconds and reads the environment set above.
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        eager = not config.compile if config.compile is not None else not gpu
+        options: dict[str, Any] = {}
+        if gpu:
+            options["gpu_memory_utilization"] = config.gpu_memory_utilization
+        else:
+            # A seeded prompt that chunked prefill splits kills the CPU engine, so there prompts are prefilled whole.
+            options["enable_chunked_prefill"] = False
+            options["max_num_batched_tokens"] = max(2048, config.max_model_len)
+        try:
+            self.llm = AsyncLLM.from_engine_args(
+                AsyncEngineArgs(
+                    model=str(folder),
+                    dtype=config.dtype,
+                    max_model_len=config.max_model_len,
+                    max_num_seqs=config.max_num_seqs,
+                    tensor_parallel_size=config.tensor_parallel,
+                    enable_prefix_caching=True,
+                    enforce_eager=eager,
+                    disable_log_stats=True,
+                    trust_remote_code=False,
+                    **options,
+                )
+            )
+        except ValueError as error:
+            raise CappyError(f"{setting}={model}: vLLM refused the model or its settings: {_first_line(error)}") from None
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.max_model_len = config.max_model_len
+
+    def encode(self, turns: Sequence[prompts.Message], form: str, room: int, drop_shots: bool = True) -> list[int]:
+        """Return the prompt's token ids, dropping shots from the front until `room` tokens are left for a candidate.
+
+        Raises `PromptTooLong` when the instruction alone leaves less, or with `drop_shots=False` (a client's own conversation,
+        which is not ours to shorten) when all turns together do.
+        """
+        limit = self.max_model_len - room
+        rest: Sequence[prompts.Message] | None = turns
+        while rest is not None:
+            ids = self._tokenize(rest, form)
+            if len(ids) <= limit:
+                return ids
+            rest = prompts.drop_first_shot(rest) if drop_shots else None
+        raise PromptTooLong(
+            f"the prompt has {len(ids)} tokens and leaves less than {room} of max_model_len={self.max_model_len} for a candidate; "
+            f"shorten the instruction or raise sampler.engine.max_model_len"
+        )
+
+    def _tokenize(self, turns: Sequence[prompts.Message], form: str) -> list[int]:
+        if form == "raw":
+            return list(self.tokenizer(prompts.raw_text(turns))["input_ids"])
+        if self.tokenizer.chat_template is None:
+            raise CappyError("sampler.prompt.form=chat, yet the model has no chat template; set sampler.prompt.form=raw")
+        text = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    async def sample(self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+        """Return the `decoding.n` candidates of one prompt. Cancelling the call stops the engine's work on it."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            n=decoding.n,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k or 0,
+            min_tokens=decoding.min_tokens,
+            max_tokens=decoding.max_tokens,
+            stop=list(decoding.stop) or None,
+            seed=seed,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs: list[Any] = []
+        async for step in self.llm.generate(TokensPrompt(prompt_token_ids=list(token_ids)), params, request_id):
+            outputs = step.outputs
+        return [
+            Candidate(
+                response=output.text.strip(),
+                decoding=decoding.name,
+                tokens=len(output.token_ids),
+                finish_reason=output.finish_reason or "stop",
+                logprob=float(output.cumulative_logprob or 0.0),
+            )
+            for output in sorted(outputs, key=lambda output: output.index)
+        ]
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine can never answer again; its process must be replaced."""
+        return bool(self.llm.errored)
+
+    def close(self) -> None:
+        self.llm.shutdown()
+
+
+def _set_environment(config: EngineConfig, gpu: bool) -> None:
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not gpu:
+        # By default the CPU engine leaves one core idle and takes its cache size from the environment alone.
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.cpu_kv_cache_gib))))
+        # Ray gives every worker OMP_NUM_THREADS=1 for its own share; the engine is meant to have the machine.
+        os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,41 @@
+"""The columns of the regression set and of the rows on the way to it. `docs/architecture.md` explains each for readers."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SPLITS = ("train", "validation")
+
+CANDIDATE = pa.struct(
+    [
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("label", pa.float64(), nullable=False),  # in [0, 1]; float64 keeps rouge_score's value to the bit
+        pa.field("source", pa.string(), nullable=False),  # reference | choice | mismatched | sampled
+        pa.field("model", pa.string()),  # null unless sampled, like all below
+        pa.field("decoding", pa.string()),
+        pa.field("tokens", pa.int32()),
+        pa.field("finish_reason", pa.string()),  # stop | length
+        pa.field("logprob", pa.float64()),  # sum over the sampled tokens, natural log
+    ]
+)
+
+_INSTRUCTION = [
+    pa.field("id", pa.string(), nullable=False),  # 32 hex digits, a hash of dataset, template, instruction and references
+    pa.field("dataset", pa.string(), nullable=False),
+    pa.field("template", pa.string()),
+    pa.field("instruction", pa.string(), nullable=False),
+    pa.field("references", pa.list_(pa.string()), nullable=False),
+    pa.field("answer_choices", pa.list_(pa.string())),
+]
+
+DATASET = pa.schema([*_INSTRUCTION, pa.field("candidates", pa.list_(CANDIDATE), nullable=False)])
+"""A published row: one instruction with all its candidates."""
+
+PREPARED = pa.schema(
+    [
+        *_INSTRUCTION,
+        pa.field("shots", pa.list_(pa.struct([pa.field("instruction", pa.string()), pa.field("response", pa.string())])), nullable=False),
+        pa.field("mismatched", pa.list_(pa.string()), nullable=False),
+    ]
+)
+"""A row of a unit of work before sampling: all that its candidates depend on, beside the config."""

@@ -1,0 +1,72 @@
+import pytest
+
+from cluster.config import CONFIG_FOLDER, Config, differences, fingerprint, load
+from cluster.errors import UsageError
+
+
+def test_the_resolved_config_reads_back_equal(tmp_path):
+    config = load(None, ["training.epochs=7", "source={kind: files, path: data.jsonl}", "sampler.decodings.0.max_tokens=9"][:2])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load(tmp_path / "config.yaml") == config
+    assert config.training.epochs == 7
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml")))
+def test_every_config_in_the_folder_loads_by_name(name):
+    assert load(name).workspace
+
+
+def test_an_override_reaches_into_a_list_of_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("sampler: {decodings: [{name: greedy, temperature: 0}, {name: warm, n: 2}]}")
+    config = load(tmp_path / "c.yaml", ["sampler.decodings.1.n=5"])
+    assert [each.n for each in config.sampler.decodings] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.epoch=3"], "unknown key training.epoch; did you mean 'epochs'?"),
+        (["trainin.epochs=3"], "unknown key trainin; did you mean 'training'?"),
+        (["source={kind: files, path: x, pth: y}"], "unknown key source.pth; did you mean 'path'?"),
+        (["sampler.decodings=[{name: a, temprature: 1}]"], "unknown key sampler.decodings.0.temprature; did you mean 'temperature'?"),
+        (["training.epochs=many"], "training.epochs='many': Input should be a valid integer"),
+        (["training.batch_size=30", "training.workers=4"], "batch_size=30 does not divide over workers=4; use a multiple"),
+        (["sampler.decodings=[{name: a, n: 3, temperature: 0}]"], "n=3 with temperature=0 draws the same candidate 3 times"),
+        (["sampler.decodings=[{name: a}, {name: a}]"], "decoding names must differ"),
+        (["training"], "write it as section.key=value"),
+        (["seed=3", "seed.x=1"], "--set seed.x=1: seed holds a plain value"),
+        (["serving.candidates=100", "serving.max_candidates=50"], "candidates=100 is above max_candidates=50"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_the_way_out(overrides, message):
+    with pytest.raises(UsageError) as caught:
+        load(None, overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: [", "is not YAML at line"), ("- a", "holds a list"), (None, "does not exist; give a path or one of: ")]
+)
+def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, content, message):
+    path = tmp_path / "c.yaml"
+    if content:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        load(path)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().seed = 3
+
+
+def test_the_fingerprint_changes_with_any_value_and_only_then():
+    one, two = load(None, ["training.epochs=2"]), load(None, ["training.epochs=3"])
+    assert fingerprint(one) == fingerprint(load(None, ["training.epochs=2"])) != fingerprint(two)
+    assert differences(one.model_dump(mode="json"), two.model_dump(mode="json")) == ["training.epochs: 2 -> 3"]
+
+
+def test_outputs_are_found_below_the_workspace_unless_named():
+    config = load(None, ["workspace=s3://b/w/", "scorer_path=/models/s"])
+    assert (config.dataset_uri, config.scorer_uri) == ("s3://b/w/dataset", "/models/s")

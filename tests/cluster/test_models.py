@@ -1,0 +1,67 @@
+import pytest
+from transformers import AutoModelForSequenceClassification, BertConfig
+
+from cluster import models, storage
+from cluster.errors import CappyError, UsageError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=30, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    return path
+
+
+def test_the_embedded_encoder_loads():
+    from transformers import AutoModel, AutoTokenizer
+
+    path = models.resolve("minilm-l6", "scorer.encoder")
+    assert AutoModel.from_pretrained(path).config.hidden_size == 384
+    assert AutoTokenizer.from_pretrained(path)("hello world")["input_ids"] == [101, 7592, 2088, 102]
+
+
+@pytest.mark.slow
+def test_the_embedded_llm_loads_and_knows_paris():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = models.resolve("smollm2-135m-instruct", "sampler.model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = AutoModelForCausalLM.from_pretrained(path).generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+def test_a_local_folder_is_taken_as_it_is(folder):
+    assert models.resolve(str(folder), "scorer.encoder") == folder
+
+
+def test_an_s3_folder_is_copied_and_copied_again_once_it_changes(folder, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("CAPPY_CACHE", str(tmp_path))
+    storage.upload_folder(folder, f"{bucket}/model")
+    first = models.resolve(f"{bucket}/model", "scorer.encoder")
+    assert (first / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert models.resolve(f"{bucket}/model", "scorer.encoder") == first
+    storage.write_bytes(f"{bucket}/model/extra.json", b"{}")
+    assert models.resolve(f"{bucket}/model", "scorer.encoder") != first
+
+
+@pytest.mark.parametrize("call", [models.resolve, models.check])
+def test_a_folder_without_weights_is_refused(call, folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(CappyError, match=r"scorer.encoder=.*no \*.safetensors weights \(pickled .bin files are not loaded\)"):
+        call(str(tmp_path), "scorer.encoder")
+
+
+@pytest.mark.parametrize("call", [models.resolve, models.check])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nor/this"])
+def test_a_path_that_is_not_there_is_refused(call, name):
+    with pytest.raises(UsageError, match="no such folder; give a folder with model weights, a hub name or one of smollm2-135m-instruct"):
+        call(name, "sampler.model")
+
+
+def test_a_hub_name_that_cannot_be_fetched_says_what_else_works():
+    with pytest.raises(CappyError, match=r"sampler.model=nobody/nothing: the hub .*; give a local folder"):
+        models.resolve("nobody/nothing", "sampler.model")

@@ -1,0 +1,122 @@
+"""Shared fixtures: a real S3 server on loopback, an embedded Ray, and the environment tests run in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+CAPPY = [sys.executable, "-m", "cluster.cli"]
+
+
+def cappy(*arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does, in a process of its own."""
+    return subprocess.run(
+        [*CAPPY, *arguments], capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, stdin=subprocess.DEVNULL
+    )
+
+
+def free_port(beyond: int = 0) -> int:
+    """A port nothing listens on; with `beyond`, the ports up to that far above it are free too."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if all(_is_free(port + step) for step in range(beyond + 1)):
+            return port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return port < 65536 and probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A SeaweedFS S3 server with credentials of its own; yields the environment a client needs."""
+    folder = tmp_path_factory.mktemp("s3")
+    base = next(port for port in iter(lambda: free_port(4), None) if port < 50_000)
+    environment = {
+        "AWS_ACCESS_KEY_ID": "test-" + uuid.uuid4().hex[:8],
+        "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{base}",
+        "AWS_REGION": "us-east-1",
+    }
+    command = [
+        *(shutil.which("weed", path=str(Path(sys.executable).parent)) or "weed", "mini", f"-dir={folder}", "-ip=127.0.0.1"),
+        *("-ip.bind=127.0.0.1", f"-s3.port={base}", f"-master.port={base + 1}", f"-volume.port={base + 2}", f"-filer.port={base + 3}"),
+        *(f"-admin.port={base + 4}", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"),
+        *("-master.volumeSizeLimitMB=64", "-volume.max=20"),
+    ]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env={**os.environ, **environment, "HOME": str(folder)}, stdout=log, stderr=log)
+    try:
+        _wait_for_s3(environment, server, folder / "server.log")
+        yield environment
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_for_s3(environment: dict[str, str], server: subprocess.Popen[bytes], log: Path) -> None:
+    """Ready is when a conditional PUT is taken once and refused the second time."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        region_name=environment["AWS_REGION"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            client.create_bucket(Bucket="ready")
+            client.put_object(Bucket="ready", Key=uuid.uuid4().hex, Body=b"", IfNoneMatch="*")
+            key = uuid.uuid4().hex
+            client.put_object(Bucket="ready", Key=key, Body=b"", IfNoneMatch="*")
+            try:
+                client.put_object(Bucket="ready", Key=key, Body=b"", IfNoneMatch="*")
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] == 412:
+                    return
+        except (BotoCoreError, ClientError):
+            time.sleep(0.5)
+    raise RuntimeError(f"the S3 server did not come up: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture
+def bucket(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket on the server, reachable from this process; yields `s3://name`."""
+    import boto3
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder to write to: on disk, or (indirect parameter "s3") in object storage."""
+    return str(request.getfixturevalue("bucket")) + "/place" if request.param == "s3" else str(tmp_path / "place")

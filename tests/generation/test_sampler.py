@@ -1,0 +1,89 @@
+import asyncio
+
+import pyarrow as pa
+import pytest
+
+from cluster.config import DecodingConfig, SamplerConfig
+from generation.engine import request_seed
+from generation.sampler import Sampler
+from generation.schema import PREPARED
+from tests.generation.fixed_llm import FixedLLM
+
+CONFIG = SamplerConfig(decodings=(DecodingConfig(name="greedy", temperature=0), DecodingConfig(name="warm", n=3)), max_attempts=2)
+
+
+def table(*instructions, choices=None):
+    row = {"dataset": "d", "template": None, "references": ["a"], "answer_choices": choices, "shots": [], "mismatched": []}
+    return pa.Table.from_pylist([{**row, "id": f"{n:032x}", "instruction": text} for n, text in enumerate(instructions)], PREPARED)
+
+
+def sample(batch, load=FixedLLM):
+    async def collect():
+        return [part async for part in Sampler(CONFIG, 7, load)(batch)]
+
+    (result,) = asyncio.run(collect())
+    return result.to_pylist()
+
+
+def test_each_row_gets_every_decodings_candidates_in_order():
+    rows = sample(table("one", "two"))
+    assert [[each["decoding"] for each in row["sampled"]] for row in rows] == [["greedy", "warm", "warm", "warm"]] * 2
+    assert [row["error"] for row in rows] == [None, None]
+
+
+def test_a_row_is_sampled_alike_in_any_company():
+    together, alone = sample(table("one", "two")), sample(table("one"))
+    assert together[0] == alone[0]
+
+
+def test_bad_rows_carry_their_reason_and_the_others_go_on():
+    rows = sample(table("TOO LONG", "fine", "FAILS"))
+    assert [row["error"] for row in rows] == [
+        "the prompt has 9000 tokens",
+        None,
+        "sampling failed 2 times, last with ValueError: no such token",
+    ]
+    assert [len(row["sampled"]) for row in rows] == [0, 4, 0]
+
+
+def test_a_classification_row_is_not_sampled():
+    (row,) = sample(table("fox?", choices=["yes", "no"]))
+    assert (row["sampled"], row["error"]) == ([], None)
+
+
+def test_a_failure_that_passes_is_tried_again():
+    class Flaky(FixedLLM):
+        calls = 0
+
+        async def sample(self, *arguments):
+            Flaky.calls += 1
+            if Flaky.calls == 1:
+                raise ConnectionError("once")
+            return await super().sample(*arguments)
+
+    (row,) = sample(table("one"), Flaky)
+    assert row["error"] is None and len(row["sampled"]) == 4
+
+
+def test_a_dead_engine_ends_the_process_so_that_ray_replaces_it(monkeypatch):
+    class Dead(FixedLLM):
+        dead = True
+
+        async def sample(self, *arguments):
+            raise RuntimeError("engine dead")
+
+    class Exit(BaseException):
+        pass
+
+    def leave(code):
+        raise Exit(code)
+
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(Exit, match="1"):
+        sample(table("one"), Dead)
+
+
+def test_seeds_differ_by_row_and_decoding_and_are_stable():
+    seeds = {request_seed(1, row, decoding) for row in ("a", "b") for decoding in ("x", "y")} | {request_seed(2, "a", "x")}
+    assert len(seeds) == 5 and all(0 <= seed < 2**31 for seed in seeds)
+    assert request_seed(1, "a", "x") == request_seed(1, "a", "x")
