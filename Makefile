@@ -55,7 +55,7 @@ bench: setup  ## every benchmark, each against its baseline
 
 lock:  ## pin every dependency again into requirements/cpu.lock (needs uv)
 	uv pip compile pyproject.toml --extra cpu --extra dev --overrides requirements/overrides.txt --python-version 3.11 \
-	  --python-platform x86_64-manylinux_2_28 --torch-backend cpu --no-emit-index-url --no-emit-find-links -o $(LOCK)
+	  --python-platform x86_64-manylinux_2_28 --torch-backend cpu --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links -o $(LOCK)
 
 clean:  ## remove the environment and local runs (the cache of models stays)
 	rm -rf $(VENV) runs

@@ -154,6 +154,9 @@ def _storage(config: Config) -> Finding:
     """Whether the workspace can be written to and commits exclusively, as publishing needs."""
     place = storage.join(config.workspace, f"_doctor-{uuid.uuid4().hex}.json")
     remedy = "mend access to it, or set workspace to a folder or s3:// prefix you can write to"
+    # What the probe is about to make, innermost first: an empty workspace is not left behind.
+    path = Path(config.workspace).absolute()
+    made = [] if storage.is_s3(config.workspace) else [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         storage.check(config.workspace, "workspace")
         first = storage.create_json(place, {})
@@ -166,11 +169,8 @@ def _storage(config: Config) -> Finding:
     if not first or second:
         remedy = "the store ignores conditional writes (If-None-Match), so two runs could publish over each other; use another store"
         return Finding("storage", False, f"workspace={config.workspace} does not commit exclusively", remedy)
-    if not storage.is_s3(config.workspace):
-        # The probe may have made the workspace; an empty one is not left behind.
-        for folder in (Path(config.workspace).absolute(), Path(config.workspace).absolute().parent):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    for folder in made:
+        folder.rmdir()
     return Finding("storage", True, f"workspace={config.workspace} can be written to and commits exclusively")
 
 

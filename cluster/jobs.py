@@ -1,7 +1,8 @@
 """The verbs as data, and running one: in this process, or as a Ray job on a running cluster.
 
 A target takes the config (and `overwrite`) and returns its summary, something JSON can hold. It is imported where it runs,
-so the command line needs neither torch nor vLLM. `python -m cluster.jobs VERB JSON` is what a Ray job runs.
+so the command line needs neither torch nor vLLM. `python -m cluster.jobs VERB` is what a Ray job runs, with its request in
+the environment variable `CAPPY_REQUEST`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import tenacity
 
 from cluster import runtime, storage
 from cluster.config import Config
@@ -29,6 +32,7 @@ VERBS = {
 }
 
 _ROOT = Path(__file__).resolve().parent.parent
+_REQUEST = "CAPPY_REQUEST"
 _RESULT = "CAPPY_RESULT "
 _ERROR = "CAPPY_ERROR "
 # Where a store is, but never who we are: nodes have credentials of their own (a role, or their environment).
@@ -61,16 +65,26 @@ def submit(verb: str, config: Config, *, overwrite: bool = False, address: str |
 def _submit_job(verb: str, config: Config, overwrite: bool, address: str) -> dict[str, Any]:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address={address}: give the cluster's dashboard, e.g. http://127.0.0.1:8265")
-    payload = json.dumps({"config": _absolute(config).model_dump(mode="json"), "overwrite": overwrite})
-    environment: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in _PASSED_ON if name in os.environ}}
+    request = json.dumps({"config": _absolute(config).model_dump(mode="json"), "overwrite": overwrite})
+    variables = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    environment: dict[str, Any] = {"env_vars": {**variables, _REQUEST: request}}
     if (_ROOT / "pyproject.toml").exists():
         # Run from a checkout, the cluster gets this code; installed as a package, it has its own.
         environment |= {"working_dir": str(_ROOT), "excludes": list(_LEFT_HERE)}
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=f"python -m cluster.jobs {verb} {shlex.quote(payload)}", runtime_env=environment)
+        # A head that has just started answers before it can take a job.
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception_message(match=".*No available agent"),
+            wait=tenacity.wait_fixed(1),
+            stop=tenacity.stop_after_delay(60),
+            reraise=True,
+        ):
+            with attempt:
+                job = client.submit_job(entrypoint=f"python -m cluster.jobs {verb}", runtime_env=environment)
     except (ConnectionError, RuntimeError) as error:
         raise CappyError(f"--address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}); check `ray status`") from None
     say(f"job {job} on {address}; it goes on if you leave (`ray job stop --address {address} {job}` ends it)")
@@ -108,14 +122,21 @@ def _absolute(config: Config) -> Config:
         for name in ("workspace", "dataset", "scorer_path", "evaluation_path")
         if (value := getattr(config, name))
     }
+    paths["sampler"] = config.sampler.model_copy(update={"model": _absolute_model(config.sampler.model)})
+    paths["scorer"] = config.scorer.model_copy(update={"encoder": _absolute_model(config.scorer.encoder)})
     if config.source.kind == "files":
         paths["source"] = config.source.model_copy(update={"path": storage.absolute(config.source.path)})
     return config.model_copy(update=paths)
 
 
-def main(verb: str, payload: str) -> int:
+def _absolute_model(name: str) -> str:
+    """A model that is a folder here, absolute; any other name as it is."""
+    return storage.absolute(name) if Path(name).expanduser().is_dir() else name
+
+
+def main(verb: str) -> int:
     """The entry point of a Ray job."""
-    request = json.loads(payload)
+    request = json.loads(os.environ[_REQUEST])
     config = Config.model_validate(request["config"])
     try:
         with runtime.ray_session():
@@ -142,4 +163,4 @@ def _check_shared(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2]))
+    sys.exit(main(sys.argv[1]))

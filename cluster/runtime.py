@@ -35,7 +35,7 @@ def ray_session() -> Iterator[None]:
     if not os.environ.get("RAY_ADDRESS"):
         # Logical CPUs are bookkeeping: two more than the machine has, so that one-CPU workers on a two-core laptop cannot
         # starve the tasks that feed them.
-        options |= {"include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + 2}
+        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": (os.cpu_count() or 1) + 2}
     ray.init(**options)
     try:
         yield

@@ -1,0 +1,106 @@
+"""Which prompt form gives the best candidate pool? Measured on train rows only.
+
+    python -m benchmarks.prompts --rows 12 --json -
+
+Each form samples the same train rows of the demo's tasks with the demo's decodings; the table shows, averaged over tasks, the
+Rouge-L of the baselines and of the oracle. Choose a form by it before looking at any validation row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.config import Config, DecodingConfig, PromptConfig, load
+from cluster.progress import Bar
+from evaluation import metrics
+from evaluation.comparison import baselines, padded
+from generation import instructions
+from generation.engine import Engine
+from generation.pipeline import label
+from generation.sampler import Sampler
+from generation.schema import PREPARED
+
+FORMS = {
+    "chat, zero-shot": (PromptConfig(form="chat"), ()),
+    "chat, zero-shot, stop at newline": (PromptConfig(form="chat"), ("\n",)),
+    "chat, 3 shots, stop at newline": (PromptConfig(form="chat", shots=3), ("\n",)),
+    "raw, zero-shot, stop at newline": (PromptConfig(form="raw"), ("\n",)),
+    "raw, 3 shots, stop at newline": (PromptConfig(form="raw", shots=3), ("\n",)),
+    "raw, 5 shots, stop at newline": (PromptConfig(form="raw", shots=5), ("\n",)),
+}
+
+
+def with_form(config: Config, prompt: PromptConfig, stop: tuple[str, ...]) -> Config:
+    """The config with another prompt form and stop strings, all else equal."""
+    decodings: tuple[DecodingConfig, ...] = tuple(each.model_copy(update={"stop": stop}) for each in config.sampler.decodings)
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"prompt": prompt, "decodings": decodings})})
+
+
+def train_rows(config: Config, count: int) -> list[dict[str, Any]]:
+    """The first `count` train rows of each task, prepared under the config's prompt form."""
+    taken: dict[str, int] = {}
+    rows = []
+    for each in instructions.prepared(config):
+        if isinstance(each, tuple) and each[0] == "train" and taken.get(each[1]["dataset"], 0) < count:
+            taken[each[1]["dataset"]] = taken.get(each[1]["dataset"], 0) + 1
+            rows.append(each[1])
+    return rows
+
+
+async def measure(engine: Engine, config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Sample and label the rows; return the average over tasks of each baseline and of the oracle, in points."""
+    sampler = Sampler(config.sampler, config.seed, load=lambda _: engine)
+    start = time.perf_counter()
+    (sampled,) = [batch async for batch in sampler(pa.Table.from_pylist(rows, PREPARED))]
+    seconds = time.perf_counter() - start
+    done, _ = label(sampled.to_pylist(), config.sampler.model)
+    for row in done:
+        row["candidates"] = [each for each in row["candidates"] if each["source"] == "sampled"]
+    base = baselines(done, [each.model_dump() for each in config.sampler.decodings])
+    labels_RC, present_RC = padded(base.rows, "label")
+    picks = {**base.picks, "oracle": metrics.best_first(labels_RC, present_RC)}
+    values_RM = np.stack([labels_RC[np.arange(len(base.rows)), pick] for pick in picks.values()], axis=1)
+    _, tasks_R = np.unique([row["dataset"] for row in base.rows], return_inverse=True)
+    averages = 100 * metrics.macro_average(values_RM, tasks_R)
+    return {**{name: round(float(value), 1) for name, value in zip(picks, averages, strict=True)}, "seconds": round(seconds, 1)}
+
+
+async def compare(config: Config, count: int) -> dict[str, dict[str, float]]:
+    """Return the figures of every form, by its name, with one engine for all."""
+    engine = Engine(config.sampler.model, config.sampler.engine)
+    results = {}
+    with Bar("prompt forms", len(FORMS), "forms") as bar:
+        for name, (prompt, stop) in FORMS.items():
+            formed = with_form(config, prompt, stop)
+            results[name] = await measure(engine, formed, train_rows(formed, count))
+            bar.advance(note=name)
+    engine.close()
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config", default="demo")
+    parser.add_argument("--rows", type=int, default=12, help="train rows of each task")
+    parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
+    options = parser.parse_args()
+    results = asyncio.run(compare(load(options.config), options.rows))
+    names = list(next(iter(results.values())))
+    print(f"{'prompt form':<36}" + "".join(f"{name:>11}" for name in names))
+    for form, figures in results.items():
+        print(f"{form:<36}" + "".join(f"{figures[name]:>11}" for name in names))
+    if options.json:
+        print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the scorer is worth: its picks against greedy, sampling, self-scores and the oracle."""

@@ -1,0 +1,233 @@
+"""Compare ways to pick among an instruction's candidates: from scored rows to results. Pure: no Ray, no files.
+
+A row is a row of the regression set whose `candidates` are the sampled ones only; a scored row's candidates have a `score`
+too. Letters in names of arrays as in `metrics`: R rows, C candidates (padded), M methods, T tasks, B resamples, K pool sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cluster.config import EvaluationConfig
+from cluster.errors import CappyError
+from evaluation import metrics
+from evaluation.metrics import Booleans, Floats, Integers
+
+BASELINES = ("greedy", "sample", "self_sum", "self_mean")
+"""Ways to answer without a scorer: the greedy candidate, one sample, the likeliest by sum or by mean log-probability."""
+METHODS = (*BASELINES, "scorer", "oracle")
+"""All that are compared, in the order shown."""
+_CURVE_POINTS = 32
+_CALIBRATION_BINS = 10
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared: `results` for reading (JSON-able, in points), `picks` as candidate positions, [R] by method."""
+
+    results: dict[str, Any]
+    picks: dict[str, Integers]
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Baselines that can be compared on `rows`, and what had to be left out for that."""
+
+    rows: list[Row]
+    picks: dict[str, Integers]
+    """Candidate position by baseline, [R]."""
+    left_out: dict[str, str]
+    """The reason, by baseline."""
+    incomplete: int
+    """Rows left out because one of the baselines in `picks` has no candidate there."""
+
+
+def baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) -> Baselines:
+    """Pick by every baseline the rows allow. `decodings` are those of the set's sampler: `name` and `temperature`.
+
+    Greedy is the decoding with temperature 0, the sample the first one of the first decoding above 0. A baseline no row
+    allows (no such decoding, no log-probabilities) is left out; a row without one of the others is, so that all methods are
+    compared on the same rows. Raises `CappyError` when no baseline or no row is left.
+    """
+    greedy = next((each["name"] for each in decodings if each["temperature"] == 0), None)
+    sampling = next((each["name"] for each in decodings if each["temperature"] > 0), None)
+    logprobs_RC, present_RC = padded(rows, "logprob")
+    tokens_RC, _ = padded(rows, "tokens")
+    known_R = ~(np.isnan(logprobs_RC) & present_RC).any(axis=1)
+    sized_R = known_R & ~(np.isnan(tokens_RC) & present_RC).any(axis=1)
+    picks = {
+        "greedy": _first_of(rows, greedy),
+        "sample": _first_of(rows, sampling),
+        "self_sum": np.where(known_R, metrics.best_first(logprobs_RC, present_RC), -1),
+        "self_mean": np.where(sized_R, metrics.best_first(logprobs_RC / np.maximum(tokens_RC, 1), present_RC), -1),
+    }
+    missing = {
+        "greedy": f"no candidate of a decoding with temperature 0 (decodings: {', '.join(each['name'] for each in decodings)})",
+        "sample": f"no candidate of a decoding with temperature above 0 (decodings: {', '.join(each['name'] for each in decodings)})",
+        "self_sum": "the candidates have no log-probabilities",
+        "self_mean": "the candidates have no log-probabilities or token counts",
+    }
+    left_out = {name: missing[name] for name in BASELINES if (picks[name] < 0).all()}
+    if len(left_out) == len(BASELINES):
+        raise CappyError(f"no baseline to compare with: {'; '.join(left_out.values())}; generate the set with one of them")
+    possible = {name: picks[name] for name in BASELINES if name not in left_out}
+    keep = np.stack(list(possible.values())).min(axis=0) >= 0
+    if not keep.any():
+        raise CappyError(f"no row has candidates for all of {', '.join(possible)}; generate the set with one sampler config")
+    kept = [row for row, wanted in zip(rows, keep, strict=True) if wanted]
+    return Baselines(kept, {name: each[keep] for name, each in possible.items()}, left_out, int((~keep).sum()))
+
+
+def _first_of(rows: Sequence[Row], decoding: str | None) -> Integers:
+    """The position of each row's first candidate of a decoding, [R]; -1 where it has none."""
+    positions = [next((at for at, each in enumerate(row["candidates"]) if each["decoding"] == decoding), -1) for row in rows]
+    return np.asarray(positions if decoding else [-1] * len(rows), np.int64)
+
+
+def padded(rows: Sequence[Row], field: str) -> tuple[Floats, Booleans]:
+    """Return a number of every candidate, [R, C], NaN where unknown or padding; and which places hold a candidate, [R, C]."""
+    sizes_R = np.asarray([len(row["candidates"]) for row in rows])
+    present_RC = np.arange(sizes_R.max()) < sizes_R[:, None]
+    values_RC = np.full(present_RC.shape, np.nan)
+    values = [each[field] for row in rows for each in row["candidates"]]
+    values_RC[present_RC] = np.asarray([np.nan if value is None else value for value in values], np.float64)
+    return values_RC, present_RC
+
+
+def compare(rows: Sequence[Row], baseline_picks: Mapping[str, Integers], settings: EvaluationConfig, seed: int) -> Comparison:
+    """Compare the picks by `score` with the baselines' and the oracle's on scored rows.
+
+    `results` has, in points of Rouge-L (0 to 100) with bootstrap intervals: `averages` over tasks by method; `per_task`;
+    `best_baseline`, the one with the highest average; `gain`, scorer minus that baseline, paired; `gap_closed`, the share of
+    the oracle's lead over that baseline the scorer gains (null without a lead); `outcomes` per instruction; `curves` against
+    the number of candidates; `quality` and `calibration` of the scores themselves.
+    """
+    labels_RC, present_RC = padded(rows, "label")
+    scores_RC, _ = padded(rows, "score")
+    picks = {
+        **baseline_picks,
+        "scorer": metrics.best_first(scores_RC, present_RC),
+        "oracle": metrics.best_first(labels_RC, present_RC),
+    }
+    methods = list(picks)
+    values_RM = np.stack([labels_RC[np.arange(len(rows)), picks[method]] for method in methods], axis=1)
+    names, tasks_R = np.unique([row["dataset"] for row in rows], return_inverse=True)
+    points_TM = 100 * metrics.task_averages(values_RM, tasks_R)
+    points_BTM = 100 * metrics.bootstrap(values_RM, tasks_R, settings.resamples, seed)
+    points_M, points_BM = points_TM.mean(axis=0), points_BTM.mean(axis=1)
+
+    at = {method: column for column, method in enumerate(methods)}
+    best = max(baseline_picks, key=lambda method: points_M[at[method]])
+    share = metrics.gap_closed(*(points_M[at[method]] for method in ("scorer", best, "oracle")))
+    shares_B = metrics.gap_closed(*(points_BM[:, at[method]] for method in ("scorer", best, "oracle")))
+    difference_R = values_RM[:, at["scorer"]] - values_RM[:, at[best]]
+    quality_R = np.asarray([_quality(row) for row in rows])
+    unique = [each for row in rows for each in _distinct(row)]
+    results = {
+        "instructions": len(rows),
+        "tasks": len(names),
+        "candidates": int(present_RC.sum()),
+        "distinct_candidates": len(unique),
+        "methods": methods,
+        "averages": {
+            method: _estimate(points_M[column], points_BM[:, column], settings.confidence) for column, method in enumerate(methods)
+        },
+        "per_task": {
+            str(name): {
+                "instructions": int((tasks_R == task).sum()),
+                "methods": {
+                    method: _estimate(points_TM[task, column], points_BTM[:, task, column], settings.confidence)
+                    for column, method in enumerate(methods)
+                },
+                "quality": _average_quality(quality_R[tasks_R == task]),
+            }
+            for task, name in enumerate(names)
+        },
+        "best_baseline": best,
+        "gain": _estimate(
+            points_M[at["scorer"]] - points_M[at[best]], points_BM[:, at["scorer"]] - points_BM[:, at[best]], settings.confidence
+        ),
+        "gap_closed": None if np.isnan(share) else _estimate(share, shares_B, settings.confidence),
+        "outcomes": {
+            "wins": int((difference_R > 0).sum()),
+            "ties": int((difference_R == 0).sum()),
+            "losses": int((difference_R < 0).sum()),
+        },
+        "quality": _average_quality(np.stack([_means(quality_R[tasks_R == task]) for task in range(len(names))])),
+        "curves": _curves(rows, tasks_R, settings, seed),
+        "calibration": metrics.calibration(
+            np.asarray([each["score"] for each in unique], np.float64),
+            np.asarray([each["label"] for each in unique], np.float64),
+            _CALIBRATION_BINS,
+        ),
+        "confidence": settings.confidence,
+        "resamples": settings.resamples,
+        "seed": seed,
+    }
+    return Comparison(results, picks)
+
+
+def _estimate(mean: Floats | float, samples_B: Floats, confidence: float) -> dict[str, float]:
+    low, high = metrics.interval(samples_B, confidence)
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
+
+
+def _distinct(row: Row) -> list[dict[str, Any]]:
+    """The candidates of a row, repeats of a response left out."""
+    return list({each["response"]: each for each in reversed(row["candidates"])}.values())[::-1]
+
+
+def _quality(row: Row) -> tuple[float, float, float]:
+    """Spearman, pairwise accuracy and mean squared error of the scores of a row's distinct candidates."""
+    distinct = _distinct(row)
+    scores = np.asarray([each["score"] for each in distinct], np.float64)
+    labels = np.asarray([each["label"] for each in distinct], np.float64)
+    return (*metrics.rank_agreement(scores, labels), float(((scores - labels) ** 2).mean()))
+
+
+def _means(quality_R: Floats) -> Floats:
+    """Means of the columns of `_quality` over rows; rows with nothing to rank are left out, NaN where none is left."""
+    known = ~np.isnan(quality_R)
+    means = np.full(quality_R.shape[1], np.nan)
+    np.divide(np.where(known, quality_R, 0).sum(axis=0), known.sum(axis=0), out=means, where=known.any(axis=0))
+    return means
+
+
+def _average_quality(quality_R: Floats) -> dict[str, float | None]:
+    named = zip(("spearman", "pairwise_accuracy", "mse"), _means(quality_R), strict=True)
+    return {name: None if np.isnan(value) else float(value) for name, value in named}
+
+
+def _curves(rows: Sequence[Row], tasks_R: Integers, settings: EvaluationConfig, seed: int) -> dict[str, Any]:
+    """Average points against the number k of candidates drawn at random from the pool; the scorer's with its interval."""
+    labels_RC, present_RC = padded(rows, "label")
+    scores_RC, _ = padded(rows, "score")
+    logprobs_RC, _ = padded(rows, "logprob")
+    tokens_RC, _ = padded(rows, "tokens")
+    most = labels_RC.shape[1]
+    sizes = sorted({round(size) for size in np.geomspace(1, most, _CURVE_POINTS)}) if most > _CURVE_POINTS else list(range(1, most + 1))
+    rankings = {
+        "oracle": labels_RC,
+        "scorer": scores_RC,
+        "self_sum": logprobs_RC,
+        "self_mean": logprobs_RC / np.maximum(tokens_RC, 1),
+    }
+    curves: dict[str, Any] = {"k": sizes}
+    for name, ranking_RC in rankings.items():
+        if np.isnan(ranking_RC[present_RC]).any():
+            continue  # no log-probabilities: `left_out` of the baselines says so
+        expected_RK = metrics.expected_best_of_k(ranking_RC, labels_RC, present_RC, sizes)
+        curves[name] = {"mean": (100 * metrics.macro_average(expected_RK, tasks_R)).tolist()}
+        if name == "scorer":
+            samples_BK = 100 * metrics.bootstrap(expected_RK, tasks_R, settings.resamples, seed).mean(axis=1)
+            low_K, high_K = metrics.interval(samples_BK, settings.confidence)
+            curves[name] |= {"low": low_K.tolist(), "high": high_K.tolist()}
+    random_R = np.where(present_RC, labels_RC, 0).sum(axis=1) / present_RC.sum(axis=1)
+    curves["random"] = {"mean": [float(100 * metrics.macro_average(random_R[:, None], tasks_R)[0])] * len(sizes)}
+    return curves

@@ -1,0 +1,135 @@
+"""The numbers of an evaluation: picks, averages over tasks, bootstrap intervals, best-of-k curves. Pure numpy: no Ray, no files.
+
+Letters in names of arrays: R instructions (rows), C candidates of an instruction (padded to the longest, `present_RC` tells
+which are real), M methods or other columns, T tasks, B bootstrap resamples, K pool sizes. Rouge-L is in [0, 1] throughout;
+only results meant for reading are in points, 0 to 100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+
+_DRAWS = 4_000_000  # row indices drawn at once: 32 MB, whatever the size of a task
+
+
+def best_first(scores_RC: Floats, present_RC: Booleans) -> Integers:
+    """Return the position of the highest score of each row, the first one where several tie.
+
+    Every row must have a candidate. With the scorer's scores this is the paper's boosted decoding (Cappy, Tan et al. 2023),
+    with log-probabilities its self-score baselines.
+    """
+    return np.asarray(np.argmax(np.where(present_RC, scores_RC, -np.inf), axis=1), np.int64)
+
+
+def task_averages(values_RM: Floats, tasks_R: Integers) -> Floats:
+    """Return the mean of each column over the rows of each task, [T, M]; tasks are numbered 0 to T-1, none empty."""
+    sums_TM = np.zeros((int(tasks_R.max()) + 1, values_RM.shape[1]))
+    np.add.at(sums_TM, tasks_R, values_RM)
+    return sums_TM / np.bincount(tasks_R)[:, None]
+
+
+def macro_average(values_RM: Floats, tasks_R: Integers) -> Floats:
+    """Return the mean over tasks of the task averages, [M]: every task counts the same, whatever its number of rows."""
+    return np.asarray(task_averages(values_RM, tasks_R).mean(axis=0))
+
+
+def bootstrap(values_RM: Floats, tasks_R: Integers, resamples: int, seed: int) -> Floats:
+    """Return the task averages of `resamples` bootstrap samples, [B, T, M].
+
+    Rows are drawn with replacement within each task, so tasks keep their sizes and are a fixed choice, not a draw from a
+    population of tasks. All columns share the drawn rows: differences between columns are paired. A task's draws depend on
+    `seed` and its number alone.
+    """
+    means_BTM = np.empty((resamples, int(tasks_R.max()) + 1, values_RM.shape[1]))
+    for task in range(means_BTM.shape[1]):
+        rows = values_RM[tasks_R == task]
+        size = len(rows)
+        rng = np.random.default_rng([seed, task])
+        at_once = max(1, _DRAWS // size)
+        for start in range(0, resamples, at_once):
+            count = min(at_once, resamples - start)
+            drawn = rng.integers(size, size=(count, size)) + size * np.arange(count)[:, None]
+            times = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
+            means_BTM[start : start + count, task] = times @ rows / size
+    return means_BTM
+
+
+def interval(samples_B: Floats, confidence: float) -> tuple[Floats, Floats]:
+    """Return the percentile interval (low, high) over the first axis; undefined samples (NaN) are left out.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
+    """
+    low, high = np.nanquantile(samples_B, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return low, high
+
+
+def gap_closed(scorer: Floats, baseline: Floats, oracle: Floats) -> Floats:
+    """Return (scorer - baseline) / (oracle - baseline): 0 is the baseline, 1 the oracle, negative a loss.
+
+    NaN where the oracle is no better than the baseline: there is no gap to close.
+    """
+    gap = np.asarray(oracle - baseline, np.float64)
+    return np.divide(scorer - baseline, gap, out=np.full_like(gap, np.nan), where=gap > 0)
+
+
+def expected_best_of_k(scores_RC: Floats, values_RC: Floats, present_RC: Booleans, sizes: Sequence[int]) -> Floats:
+    """Return the expected value of the pick by score out of a random k of the row's candidates, [R, K], for each k in `sizes`.
+
+    Exact, not sampled. With the N candidates of a row ordered by score, best first (ties: the earlier one), the candidate at
+    rank j = 0..N-1 is the pick of a random k-subset when it is in it and none of the j better ones is:
+
+        P(j | N, k) = C(N-1-j, k-1) / C(N, k),   so P(0) = k / N and P(j+1) / P(j) = (N-j-k) / (N-1-j)
+
+    Rows with fewer than k candidates take all they have. Scores equal to the values give the oracle's curve; k = 1 gives the
+    mean of the row under any score, k = N the value of the pick itself.
+    """
+    order = np.argsort(np.where(present_RC, -scores_RC, np.inf), axis=1, kind="stable")
+    ranked_RC = np.take_along_axis(np.where(present_RC, values_RC, 0.0), order, axis=1)
+    counts_R = present_RC.sum(axis=1)
+    expected_RK = np.empty((len(scores_RC), len(sizes)))
+    for count in np.unique(counts_R):
+        rows = counts_R == count
+        weights_KC = np.stack([_pick_probabilities(int(count), min(size, int(count))) for size in sizes])
+        expected_RK[rows] = ranked_RC[rows, :count] @ weights_KC.T
+    return expected_RK
+
+
+def _pick_probabilities(count: int, size: int) -> Floats:
+    """P(j | count, size) for j = 0..count-1, by its recurrence: no binomial ever overflows."""
+    rank = np.arange(count - 1)
+    ratio = np.maximum(count - rank - size, 0) / np.maximum(count - 1 - rank, 1)
+    return size / count * np.concatenate([[1.0], np.cumprod(ratio)])
+
+
+def rank_agreement(scores_C: Floats, values_C: Floats) -> tuple[float, float]:
+    """Return Spearman's rank correlation in [-1, 1] and the pairwise accuracy in [0, 1] of the scores of one row.
+
+    Equal values share their average rank. The accuracy is over pairs of candidates with different values; equal scores count
+    one half. Constant scores have correlation 0 and accuracy 0.5; both are NaN when all values are equal: nothing to rank.
+    """
+    above_scores, above_values = (np.sign(each[:, None] - each[None, :]) for each in (scores_C, values_C))
+    differ = above_values != 0
+    if not differ.any():
+        return float("nan"), float("nan")
+    accuracy = float(((1 + above_scores * above_values) / 2)[differ].mean())
+    # The sum of signs over the others is twice the average rank, centred at zero.
+    ranks_scores, ranks_values = above_scores.sum(axis=1), above_values.sum(axis=1)
+    norm = float(np.sqrt((ranks_scores**2).sum() * (ranks_values**2).sum()))
+    return (float(ranks_scores @ ranks_values) / norm if norm else 0.0), accuracy
+
+
+def calibration(scores: Floats, values: Floats, bins: int) -> list[dict[str, float]]:
+    """Return mean score and mean value of `bins` groups of equal size by score, lowest first: `score`, `value`, `count`.
+
+    Equal scores may fall into neighbouring groups. Fewer groups where there are fewer scores.
+    """
+    order = np.argsort(scores, kind="stable")
+    groups = [group for group in np.array_split(order, min(bins, len(scores))) if len(group)]
+    return [{"score": float(scores[g].mean()), "value": float(values[g].mean()), "count": len(g)} for g in groups]

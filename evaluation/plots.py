@@ -1,0 +1,211 @@
+"""The report's plots, as SVG text to put inline into a page. Pure: numbers in, text out; no files, no pyplot state.
+
+Text stays text and takes the page's font. Colours that must follow light and dark mode are written as `currentColor` and CSS
+variables (`--plot-...`), which the page defines; matplotlib itself draws with the stand-ins below.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.colors
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from evaluation.metrics import Floats
+
+NAMES = {
+    "greedy": "Greedy",
+    "sample": "One sample",
+    "self_sum": "Self-score, sum",
+    "self_mean": "Self-score, mean",
+    "scorer": "Scorer",
+    "oracle": "Oracle",
+    "random": "Random pick",
+}
+# Stand-ins, replaced by what the comment says once the SVG is text.
+_INK = "#010203"  # currentColor
+_COLOURS = {name: f"#0a0b{index:02x}" for index, name in enumerate(NAMES)}  # var(--plot-{name})
+_TASKS_A_PANEL = 9
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.labelpad": 8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def bars(results: dict[str, Any]) -> str:
+    """Return every method's points on each task and on average, with intervals, in panels of a few tasks each."""
+    groups = [("average", results["averages"])] + [(task, entry["methods"]) for task, entry in results["per_task"].items()]
+    panels = -(-len(groups) // _TASKS_A_PANEL)
+    per_panel = -(-len(groups) // panels)
+    methods = results["methods"]
+    top = min(100.0, 1.05 * max(each["high"] for _, estimates in groups for each in estimates.values()) or 1.0)
+    width = 0.82 / len(methods)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 0.6 + 3.4 * panels), layout="constrained")
+        panes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+        for panel, axes in enumerate(panes):
+            shown = groups[panel * per_panel : (panel + 1) * per_panel]
+            for column, method in enumerate(methods):
+                x = np.arange(len(shown)) + (column - (len(methods) - 1) / 2) * width
+                mean, low, high = (np.asarray([estimates[method][key] for _, estimates in shown]) for key in ("mean", "low", "high"))
+                hollow = {"facecolor": "none", "linewidth": 1.2} if method == "oracle" else {"facecolor": _COLOURS[method], "linewidth": 0}
+                axes.bar(x, mean, width * 0.9, edgecolor=_COLOURS[method], label=NAMES[method], **hollow)
+                axes.vlines(x, low, high, color=_INK, linewidth=0.9, alpha=0.65)
+            axes.set_xticks(np.arange(len(shown)), [_wrapped(name) for name, _ in shown])
+            axes.set_xlim(-0.6, per_panel - 0.4)
+            axes.set_ylim(0, top)
+            axes.set_ylabel("Rouge-L, points")
+            axes.tick_params(axis="x", length=0)
+            _grid(axes)
+            if panel == 0:
+                axes.axvline(0.5, color=_INK, linewidth=0.8, alpha=0.25)
+        handles, labels = panes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(methods), handlelength=1.0, columnspacing=1.4)
+        return _svg(figure, "bars", "Rouge-L of each method on each task, with intervals")
+
+
+def curves(results: dict[str, Any]) -> str:
+    """Return average points against the number of candidates the pick is made from."""
+    series = results["curves"]
+    sizes = series["k"]
+    styles = {"oracle": "--", "scorer": "-", "self_mean": "-", "self_sum": "-", "random": ":"}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        axes = figure.subplots()
+        ends = {}
+        for name, line in styles.items():
+            if name not in series:
+                continue
+            mean = series[name]["mean"]
+            marker = "o" if len(sizes) <= 20 and name == "scorer" else ""
+            axes.plot(sizes, mean, line, color=_COLOURS[name], linewidth=2.4 if name == "scorer" else 1.7, marker=marker, markersize=4)
+            ends[name] = mean[-1]
+        axes.fill_between(sizes, series["scorer"]["low"], series["scorer"]["high"], color=_COLOURS["scorer"], alpha=0.16, linewidth=0)
+        if "greedy" in results["averages"]:
+            ends["greedy"] = results["averages"]["greedy"]["mean"]
+            axes.axhline(ends["greedy"], color=_COLOURS["greedy"], linewidth=1.4, linestyle=(0, (6, 2, 1, 2)))
+        axes.set_xlim(sizes[0], max(sizes[-1], sizes[0] + 1))
+        low, high = axes.get_ylim()
+        low, apart = max(0.0, low - 0.05 * (high - low)), 0.06 * (high - low)
+        for name, y in zip(ends, _spread(list(ends.values()), apart), strict=True):
+            place: dict[str, Any] = {"xy": (1.01, y), "xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
+            axes.annotate(NAMES[name], color=_COLOURS[name], **place)
+        axes.set_ylim(low, high)
+        axes.set_xlabel("candidates to pick from")
+        axes.set_ylabel("Rouge-L, points, average over tasks")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _grid(axes)
+        return _svg(figure, "curves", "Rouge-L against the number of candidates, by way of picking")
+
+
+def scores(score: Floats, label: Floats, calibration: Sequence[dict[str, float]]) -> str:
+    """Return the density of candidates by score and true Rouge-L, with the mean of equal-sized groups over it."""
+    shades = matplotlib.colors.LinearSegmentedColormap.from_list("ink", [(*_rgb("self_sum"), 0.14), (*_rgb("self_sum"), 1.0)])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        edge = [min(0.0, float(score.min())), max(1.0, float(score.max()))]
+        extent = (edge[0], edge[1], 0.0, 1.0)
+        cells = axes.hexbin(score, label, gridsize=(34, 16), extent=extent, mincnt=1, bins="log", cmap=shades, linewidths=0.1)
+        cells.set_edgecolor("none")
+        axes.plot([0, 1], [0, 1], color=_INK, linewidth=1, alpha=0.5, linestyle="--", label="score = Rouge-L")
+        x, y = ([group[key] for group in calibration] for key in ("score", "value"))
+        axes.plot(x, y, color=_COLOURS["scorer"], marker="o", linewidth=2, markersize=5, label="mean of each tenth by score")
+        axes.set_xlim(edge[0] - 0.03, edge[1] + 0.03)
+        axes.set_ylim(-0.04, 1.06)
+        axes.set_xlabel("score")
+        axes.set_ylabel("true Rouge-L")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, handlelength=1.6)
+        _grid(axes)
+        return _svg(figure, "scores", "Score against true Rouge-L of every distinct candidate")
+
+
+def labels(every: Floats, picked: dict[str, Floats]) -> str:
+    """Return how Rouge-L is distributed over all candidates and over the picks of some methods, as shares of each."""
+    edges = np.linspace(0, 1, 11)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+        series = {"random": every, **picked}
+        width = 0.084 / len(series)
+        for column, (name, values) in enumerate(series.items()):
+            share = np.histogram(values, edges)[0] / max(len(values), 1) * 100
+            x = edges[:-1] + 0.05 + (column - (len(series) - 1) / 2) * width
+            axes.bar(x, share, width * 0.92, color=_COLOURS[name], label="All candidates" if name == "random" else f"Picks: {NAMES[name]}")
+        axes.set_xticks(np.linspace(0, 1, 6))
+        axes.set_xlabel("true Rouge-L")
+        axes.set_ylabel("share, %")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=len(series), handlelength=1.0, columnspacing=1.2)
+        _grid(axes)
+        return _svg(figure, "labels", "Distribution of Rouge-L over all candidates and over picks")
+
+
+def _grid(axes: Axes) -> None:
+    axes.grid(axis="y", color=_INK, alpha=0.14, linewidth=0.8)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _rgb(name: str) -> tuple[float, float, float]:
+    return tuple(int(_COLOURS[name][at : at + 2], 16) / 255 for at in (1, 3, 5))  # type: ignore[return-value]
+
+
+def _wrapped(name: str) -> str:
+    """A task name over several lines, broken after underscores, so that neighbours do not touch."""
+    lines = [""]
+    for part in re.findall(r"[^_\-. ]+[_\-. ]?", name) or [name]:
+        if len(lines[-1]) + len(part) > 12 and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line if len(line) <= 16 else f"{line[:15]}…" for line in lines[:3])
+
+
+def _spread(heights: Sequence[float], apart: float) -> list[float]:
+    """Move heights as little as a single pass can until neighbours are `apart`, keeping their order."""
+    order = np.argsort(heights, kind="stable")
+    placed = np.asarray(heights, np.float64)[order]
+    for _ in range(50):
+        for at in range(1, len(placed)):
+            lack = apart - (placed[at] - placed[at - 1])
+            if lack > 1e-9:
+                placed[at - 1] -= lack / 2
+                placed[at] += lack / 2
+    result = np.empty(len(placed))
+    result[order] = placed
+    return result.tolist()
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an `<svg>` element without a size of its own: the same bytes for the same numbers.
+
+    Ids get `name` in front, so that they cannot meet those of another plot on the page.
+    """
+    sink = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(sink, format="svg", transparent=True, metadata={"Date": None})
+    text = sink.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'\bid="|url\(#|href="#', lambda found: f"{found[0]}{name}-", text)
+    text = text.replace(_INK, "currentColor")
+    for method, colour in _COLOURS.items():
+        text = text.replace(colour, f"var(--plot-{method})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)

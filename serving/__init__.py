@@ -1,0 +1,1 @@
+"""Boosted decoding as a service: the LLM samples, the scorer picks, an OpenAI-shaped gateway in front."""

@@ -1,0 +1,254 @@
+"""The Serve graph and the verb that runs it: a gateway in front of the LLM and the scorer, on an embedded or a joined Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import ProxyLocation
+
+from cluster import models, progress, storage
+from cluster.config import Config, DecodingConfig, ServingConfig
+from cluster.errors import CappyError, UsageError
+from cluster.runtime import clean_error, ray_session
+from generation.prompts import Message
+from serving.client import curl_command
+from serving.deployments import LLM, Scorer, answer
+from serving.gateway import build_api
+from serving.protocol import ApiError, Sampled
+
+APPLICATION = "cappy"
+# What `training.scorer.CHECKPOINTS` names, without loading torch here.
+UNFINISHED = "_checkpoints"
+_READY_TIMEOUT_S = 5.0
+# A request's own timeout comes first and has OpenAI's shape; the proxy's is there for what never reaches the gateway.
+_PROXY_GRACE_S = 10.0
+# Drained replicas stop within this; requests of a server that is going down get that long to end.
+_SHUTDOWN_S = 15.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Backend:
+    """The gateway's models, reached through Serve handles."""
+
+    def __init__(self, llm: Any, scorer: Any) -> None:
+        self.llm, self.scorer = llm, scorer
+
+    async def sample(self, turns: Sequence[Message], decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
+        sampled: Sampled = await answer(self.llm.sample.remote(turns, decodings, seeds), "the LLM")
+        return sampled
+
+    async def score(self, instruction: str, responses: Sequence[str]) -> list[float]:
+        scores: list[float] = await answer(self.scorer.score.remote((instruction, list(responses))), "the scorer")
+        return scores
+
+    async def ready(self) -> dict[str, bool]:
+        return {"llm": await _ready(self.llm), "scorer": await _ready(self.scorer)}
+
+
+async def _ready(handle: Any) -> bool:
+    try:
+        async with asyncio.timeout(_READY_TIMEOUT_S):
+            return bool(await answer(handle.ready.remote(), "it"))
+    except (TimeoutError, ApiError):
+        return False
+
+
+class Gateway:
+    """The ingress deployment: `gateway.build_api` over the handles of the other two."""
+
+    def __init__(self, config: Config, llm: Any, scorer: Any) -> None:
+        self.config, self.backend = config, Backend(llm, scorer)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self.config, self.backend)
+
+
+def build(config: Config) -> serve.Application:
+    """Return the graph of `config`. Needs Ray only to see whether the cluster has GPUs for the LLM."""
+    serving = config.serving
+    common: dict[str, Any] = {
+        # A model that cannot load will not load the tenth time either.
+        "max_constructor_retry_count": 2,
+        "health_check_period_s": 2.0,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": _SHUTDOWN_S,
+    }
+    gpus = config.sampler.engine.tensor_parallel if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
+    # The gateway limits the requests; the margin keeps room for health checks beside them.
+    room = serving.max_concurrency + 8
+    llm = serve.deployment(LLM).options(
+        name="LLM",
+        num_replicas=serving.llm_replicas,
+        max_ongoing_requests=room,
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        **common,
+    )
+    scorer = serve.deployment(Scorer).options(
+        name="Scorer", num_replicas=serving.scorer_replicas, max_ongoing_requests=room, ray_actor_options={"num_cpus": 1}, **common
+    )
+    gateway = serve.deployment(serve.ingress()(Gateway)).options(
+        name="Gateway",
+        # Above the gateway's own limit, so that those it turns away hear it from itself, at once and in OpenAI's shape.
+        max_ongoing_requests=4 * (serving.max_concurrency + serving.max_queue) + 16,
+        ray_actor_options={"num_cpus": 0},
+        **common,
+    )
+    uri = config.scorer_uri
+    name = storage.absolute(uri) if storage.exists(uri) else uri
+    return gateway.bind(config, llm.bind(config.sampler), scorer.bind(name))
+
+
+def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
+    """Serve until SIGINT or SIGTERM, then shut down in order; return where it was and what it served.
+
+    `overwrite` is part of every verb and means nothing here: serving writes nothing. Raises `CappyError` before any model
+    loads where the port, the scorer or the LLM is not to be had, and after it where a model does not start.
+    """
+    serving = config.serving
+    check_port(serving)
+    check_scorer(config)
+    models.resolve(config.sampler.model, "sampler.model")
+    url = base_url(serving)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    joined = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+    progress.say(f"serve: loading {config.sampler.model} and the scorer {config.scorer_uri}")
+    # Signals after Ray, whose start installs handlers of its own.
+    with ray_session(), _stopped_by_signals():
+        try:
+            _start(config)
+            progress.say(welcome(config, url))
+            threading.Event().wait()
+        except _Stopped:
+            progress.say("serve: stopping; requests under way are finished first")
+        finally:
+            _stop(joined)
+    return {"uri": url, "model": serving.model_name, "llm": config.sampler.model, "scorer": config.scorer_uri}
+
+
+def base_url(serving: ServingConfig) -> str:
+    """Return the server's URL as this machine reaches it."""
+    host = "127.0.0.1" if serving.host == "0.0.0.0" else serving.host
+    return f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"
+
+
+def check_port(serving: ServingConfig) -> None:
+    """Raises `CappyError` where the port is taken, `UsageError` where the host is not one of this machine's."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(serving.host, serving.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            # As servers do: connections of an earlier one that are still closing do not count.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except socket.gaierror:
+        raise UsageError(f"serving.host={serving.host} is no address; use 127.0.0.1, or an address of this machine") from None
+    except PermissionError:
+        raise UsageError(f"serving.port={serving.port} needs root; set serving.port above 1023") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise CappyError(
+                f"serving.port={serving.port} is in use on {serving.host}; stop the other server or set serving.port"
+            ) from None
+        raise UsageError(f"serving.host={serving.host} cannot be bound: {error.strerror}; use an address of this machine") from None
+
+
+def check_scorer(config: Config) -> None:
+    """Raise `CappyError` unless the scorer is one `cappy train` finished, or a model plain transformers saved."""
+    uri = config.scorer_uri
+    if config.scorer_path and not storage.is_s3(uri) and not storage.exists(uri):
+        models.resolve(uri, "scorer_path")  # a hub name, or an error that says what else may stand there
+        return
+    storage.check(uri, "scorer_path")
+    ours = any(storage.exists(storage.join(uri, name)) for name in (storage.MANIFEST, UNFINISHED))
+    if ours or not storage.exists(storage.join(uri, "config.json")):
+        storage.read_manifest(uri, "scorer", "train")
+    else:
+        models.resolve(uri, "scorer_path")
+
+
+def welcome(config: Config, url: str) -> str:
+    """What the operator reads once the server answers."""
+    serving = config.serving
+    body = {"model": serving.model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    lines = [
+        f"serve: ready at {url}/v1 (OpenAI's API), model {serving.model_name!r}: {config.sampler.model} + {config.scorer_uri}",
+        f"  {serving.candidates} candidates a request; stop with Ctrl-C",
+        f"  {curl_command(url, body)}",
+    ]
+    if not _loopback(serving.host):
+        lines.insert(2, f"  note: serving.host={serving.host} is reachable from other machines, and there are no API keys yet")
+    return "\n".join(lines)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _start(config: Config) -> None:
+    """Start the proxy and the graph; return once every replica answers."""
+    serving = config.serving
+    http = {"host": serving.host, "port": serving.port, "request_timeout_s": serving.timeout_s + _PROXY_GRACE_S}
+    # The access log stays in Ray's session folder; it has paths and statuses, never bodies.
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http)
+    try:
+        serve.run(build(config), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise _why(error) from None
+
+
+def _why(error: RuntimeError) -> CappyError:
+    """Return what kept a deployment from starting; Serve's own error names the deployment alone."""
+    deployments = serve.status().applications[APPLICATION].deployments.values()
+    report = "\n".join(deployment.message for deployment in deployments if deployment.status.name == "DEPLOY_FAILED") or str(error)
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    return clean_error(RuntimeError(report)) or CappyError(
+        f"the server did not start: {lines[-1]}; Ray's logs/serve folder has the details"
+    )
+
+
+def _stop(joined: bool) -> None:
+    """Take the graph down; on a cluster that others use, only ours."""
+    # Serve's controller ends while its own shutdown call is under way, which Ray reports as a failure on standard output.
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        if joined:
+            serve.delete(APPLICATION)
+        else:
+            serve.shutdown()
+
+
+class _Stopped(BaseException):
+    """A signal asked the server to end."""
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Have the first SIGINT or SIGTERM raise `_Stopped` in the block, and no second one disturb the shutdown after it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Stopped
+
+    earlier = {each: signal.signal(each, stop) for each in _SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, handler)

@@ -1,0 +1,93 @@
+"""Asking a running server from Python or a terminal, and showing what it answered. Knows HTTP and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import CappyError
+
+
+def request_body(messages: Sequence[Mapping[str, str]], candidates: int, model: str) -> dict[str, Any]:
+    """Return the body that asks for one answer out of `candidates`, with all of them shown."""
+    return {"model": model, "messages": list(messages), "cappy": {"candidates": candidates, "return_candidates": True}}
+
+
+def ask(
+    url: str, messages: Sequence[Mapping[str, str]], candidates: int = 8, model: str = "cappy", timeout_s: float = 300.0
+) -> dict[str, Any]:
+    """Return the server's answer (an OpenAI chat completion with the candidates under `cappy`).
+
+    `url` is the server's, e.g. http://127.0.0.1:8000. Raises `CappyError` where it cannot be reached or refuses the request.
+    """
+    try:
+        response = httpx.post(_endpoint(url), json=request_body(messages, candidates, model), timeout=timeout_s)
+    except httpx.TimeoutException:
+        raise CappyError(f"{url} gave no answer within {timeout_s:g} s; ask for fewer candidates or wait longer") from None
+    except httpx.HTTPError as error:
+        raise CappyError(f"{url} cannot be reached ({error}); start a server with `cappy serve`") from None
+    if response.status_code != 200:
+        raise CappyError(f"{url} answered {response.status_code}: {_message(response)}")
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def curl_command(url: str, body: Mapping[str, Any]) -> str:
+    """Return a shell command that sends `body`."""
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    return f"curl -s {_endpoint(url)} -H 'Content-Type: application/json' -d {data}"
+
+
+def print_answer(answer: Mapping[str, Any], console: Console) -> None:
+    """Show the candidates of an answer with their scores, best first, the returned ones marked."""
+    cappy = answer.get("cappy")
+    if not cappy:
+        for choice in answer["choices"]:
+            console.print(choice["message"]["content"], markup=False)
+        return
+    table = Table("", "score", "log-prob", "tokens", "decoding", "response", title="Candidates, best first", title_justify="left")
+    for name in ("score", "log-prob", "tokens"):
+        column = next(each for each in table.columns if each.header == name)
+        column.justify = "right"
+    for candidate in cappy["candidates"]:
+        score = candidate["score"]
+        table.add_row(
+            "*" if candidate["chosen"] else "",
+            "-" if score is None else f"{score:.3f}",
+            f"{candidate['logprob']:.1f}",
+            str(candidate["tokens"]),
+            candidate["decoding"],
+            _plain(candidate["response"]),
+            style="bold green" if candidate["chosen"] else None,
+        )
+    console.print(table)
+    latency = cappy["latency"]
+    console.print(
+        f"* returned. {len(cappy['candidates'])} candidates, {cappy['sampled_tokens']} tokens: "
+        f"sampled in {latency['sampling_s']:.2f} s, scored in {latency['scoring_s']:.2f} s",
+        markup=False,
+    )
+
+
+def _endpoint(url: str) -> str:
+    return f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+
+
+def _plain(text: str) -> Any:
+    """One line a candidate, and no text of a model read as markup."""
+    from rich.text import Text
+
+    return Text(" ".join(text.split()) or "(empty)", overflow="ellipsis", no_wrap=True)
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]

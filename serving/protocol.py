@@ -1,0 +1,415 @@
+"""What clients send and get: OpenAI's chat completion, its errors, and our `cappy` object. Pure: no Ray, no web server.
+
+A request is parsed (`parse`), becomes a pool of decodings (`decodings_for`) for the LLM to sample, and once the candidates have
+scores the best are chosen (`select`) and put into OpenAI's shape (`completion`). Whatever a client can do wrong is an
+`ApiError`, which knows its status and its body.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NoReturn, TypedDict
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cluster.config import Config, DecodingConfig
+from cluster.errors import CappyError
+from generation.engine import Candidate
+from generation.prompts import Message
+
+
+class ApiError(CappyError):
+    """An answer that is an error: an HTTP status and OpenAI's error body."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class Sampled(TypedDict):
+    """What the LLM gives back for one prompt."""
+
+    candidates: list[Candidate]
+    prompt_tokens: int
+
+
+# What OpenAI's API or vLLM's server would act on and we do not: any value but the harmless ones is refused, because an answer
+# that ignores it would look right and be wrong. Fields not named anywhere (`user`, `metadata`, ...) change no answer and pass.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "stream": (None, False),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "logit_bias": (None, {}),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "best_of": (None,),
+    "top_k": (None, -1, 0),
+    "min_p": (None, 0),
+}
+
+
+def _plain_text(content: Any) -> Any:
+    """Join OpenAI's text parts to one text; a text stays as it is."""
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise ValueError(f"a part of type {kind!r} is not supported; only parts {{'type': 'text', 'text': ...}} are")
+        content = "\n".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError("give a text or a list of text parts")
+    return content
+
+
+def _stop_strings(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class ChatMessage(BaseModel):
+    """One turn of the conversation."""
+
+    model_config = ConfigDict(strict=True)
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_plain_text)]
+
+
+class CappyOptions(BaseModel):
+    """Our extension of the request, sent as `extra_body={"cappy": {...}}` by OpenAI's client."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    candidates: int | None = Field(None, ge=1)
+    """Candidates to sample and score; the server's `serving.candidates` (at least `n`) when null."""
+    return_candidates: bool = False
+    """Whether the answer carries every candidate with its score under `cappy`."""
+
+
+class ChatRequest(BaseModel):
+    """The body of POST /v1/chat/completions."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    n: int = Field(1, ge=1)
+    """Choices returned, best first."""
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """Tokens a candidate may have; each decoding's own limit when both are null. This one wins over `max_tokens`."""
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_strings), Field(max_length=16)] | None = None
+    """Strings that end a candidate, next to those of the server's decodings."""
+    seed: int | None = None
+    """The same request with the same seed draws the same candidates, as far as the engine's batching allows."""
+    cappy: CappyOptions = CappyOptions()
+
+    @field_validator("n", "cappy", mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].get_default() if value is None else value
+
+    @model_validator(mode="after")
+    def _answerable(self) -> ChatRequest:
+        last = self.messages[-1]
+        if last.role != "user":
+            raise ValueError(f"messages must end with the user's turn, the instruction; they end with role={last.role!r}")
+        if not last.content.strip():
+            raise ValueError("the last message is empty; give the instruction to answer")
+        return self
+
+    @property
+    def instruction(self) -> str:
+        """The bare instruction the scorer reads: the last message alone."""
+        return self.messages[-1].content.strip()
+
+
+class ChoiceMessage(BaseModel):
+    """The text of a choice."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """One returned candidate; index 0 is the best."""
+
+    index: int
+    message: ChoiceMessage
+    finish_reason: str
+    logprobs: None = None
+
+
+class Usage(BaseModel):
+    """Tokens of the prompt and of the returned choices; `CappyAnswer.sampled_tokens` counts all candidates."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ScoredCandidate(BaseModel):
+    """A candidate as the scorer saw it."""
+
+    response: str
+    score: float | None
+    """The scorer's raw logit, an estimate of Rouge-L in [0, 1] that may leave it; null where the scorer gave no number."""
+    decoding: str
+    tokens: int
+    logprob: float
+    finish_reason: str
+    chosen: bool
+    """Whether it is among the choices."""
+
+
+class Latency(BaseModel):
+    """Where the time went, in seconds, waiting included."""
+
+    sampling_s: float
+    scoring_s: float
+
+
+class CappyAnswer(BaseModel):
+    """Our extension of the answer, on request: every candidate, best first."""
+
+    candidates: list[ScoredCandidate]
+    scorer: str
+    sampled_tokens: int
+    """Tokens of all candidates."""
+    latency: Latency
+
+
+class ChatCompletion(BaseModel):
+    """The answer to POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    """Unix time in seconds."""
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    cappy: CappyAnswer | None = None
+
+
+def parse(body: bytes) -> ChatRequest:
+    """Return the request in `body`. Raises `ApiError` (400) naming the field, its value and what would be right."""
+    try:
+        tree = json.loads(body, parse_constant=_refuse_constant)
+        json.dumps(tree, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        if isinstance(error, UnicodeEncodeError):
+            reason = "an escape such as \\ud800 is half of a surrogate pair and no character"
+        raise ApiError(f"the body is not JSON: {reason}", code="invalid_json") from None
+    if not isinstance(tree, dict):
+        raise ApiError(f"the body is a JSON {type(tree).__name__}; send an object with `model` and `messages`", code="invalid_json")
+    for name, harmless in _UNSUPPORTED.items():
+        if name in tree and not any(_same(tree[name], value) for value in harmless):
+            raise ApiError(f"{name}={_short(tree[name])} is not supported yet; leave {name} out", param=name, code="unsupported_parameter")
+    try:
+        return ChatRequest.model_validate(tree)
+    except ValidationError as error:
+        path, message = _explain(error)
+        raise ApiError(message, param=path or None, code="invalid_value") from None
+
+
+def pool_size(request: ChatRequest, config: Config) -> int:
+    """Return how many candidates to sample. Raises `ApiError` (400) where `n`, `candidates` and the server's limit do not fit."""
+    limit = config.serving.max_candidates
+    asked = request.cappy.candidates
+    if asked is not None and asked > limit:
+        raise ApiError(f"cappy.candidates={asked} is above this server's limit of {limit}", param="cappy.candidates", code="invalid_value")
+    if request.n > limit:
+        raise ApiError(f"n={request.n} is above this server's limit of {limit} candidates", param="n", code="invalid_value")
+    if asked is not None and request.n > asked:
+        raise ApiError(
+            f"n={request.n} choices cannot come out of cappy.candidates={asked}; ask for more candidates", param="n", code="invalid_value"
+        )
+    if request.temperature == 0:
+        if max(request.n, asked or 1) > 1:
+            raise ApiError(
+                "temperature=0 draws the same candidate every time; with more than one candidate or choice give a higher temperature, "
+                "or none to use the server's decodings",
+                param="temperature",
+                code="invalid_value",
+            )
+        return 1
+    return asked or max(config.serving.candidates, request.n)
+
+
+def decodings_for(request: ChatRequest, config: Config) -> list[DecodingConfig]:
+    """Return the decodings whose `n` add up to the request's pool of candidates.
+
+    They are the sampler's own: greedy ones first with one candidate each, then the others in turn, one candidate a round, so
+    that the pool is as varied as its size allows. A request that gives `temperature` or `top_p` draws its whole pool so.
+    Raises `ApiError` (400) for a pool or a token limit beyond what the server allows.
+    """
+    size = pool_size(request, config)
+    own = config.sampler.decodings
+    if request.temperature is not None or request.top_p is not None:
+        temperature = 1.0 if request.temperature is None else request.temperature
+        plain = DecodingConfig(
+            name="request", temperature=temperature, top_p=request.top_p or 1.0, max_tokens=own[0].max_tokens, stop=own[0].stop
+        )
+        counts = [(plain, size)]
+    else:
+        greedy = [decoding for decoding in own if decoding.temperature == 0][:size]
+        # A sampler with greedy decodings alone has nothing to fill a pool with: its first one is then drawn at temperature 1.
+        others = [decoding for decoding in own if decoding.temperature > 0] or [
+            own[0].model_copy(update={"name": "sample", "temperature": 1.0})
+        ]
+        share, extra = divmod(size - len(greedy), len(others))
+        counts = [(decoding, 1) for decoding in greedy]
+        counts += [(decoding, share + (position < extra)) for position, decoding in enumerate(others)]
+    return [_fit(decoding, count, request, config) for decoding, count in counts if count]
+
+
+def _fit(decoding: DecodingConfig, count: int, request: ChatRequest, config: Config) -> DecodingConfig:
+    """Give a decoding its number of candidates and the request's own length and stop strings."""
+    max_tokens = request.max_completion_tokens or request.max_tokens or decoding.max_tokens
+    if max_tokens >= config.sampler.engine.max_model_len:
+        name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+        context = config.sampler.engine.max_model_len
+        raise ApiError(
+            f"{name}={max_tokens} leaves no room for a prompt in the model's context of {context} tokens", param=name, code="invalid_value"
+        )
+    return decoding.model_copy(
+        update={
+            "n": count,
+            "max_tokens": max_tokens,
+            "min_tokens": min(decoding.min_tokens, max_tokens),
+            "stop": tuple(dict.fromkeys((*decoding.stop, *(request.stop or ())))),
+        }
+    )
+
+
+def turns_for(request: ChatRequest, system: str | None) -> list[Message]:
+    """Return the client's messages as the LLM's turns; `system` goes first where the client gives no system text itself."""
+    turns: list[Message] = [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.content.strip()}
+        for message in request.messages
+    ]
+    if system and all(turn["role"] != "system" for turn in turns):
+        turns.insert(0, {"role": "system", "content": system})
+    return turns
+
+
+def distinct(candidates: Sequence[Candidate]) -> list[str]:
+    """Return the different responses among the candidates, in order: what the scorer has to read."""
+    return list(dict.fromkeys(candidate["response"] for candidate in candidates))
+
+
+def rank(candidates: Sequence[Candidate], scores: Sequence[float]) -> list[int]:
+    """Return the candidates' positions, best first; of equal scores the first drawn, and empty or scoreless ones last."""
+
+    def key(position: int) -> tuple[bool, float]:
+        score = scores[position]
+        return (not candidates[position]["response"] or math.isnan(score), 0.0 if math.isnan(score) else -score)
+
+    return sorted(range(len(candidates)), key=key)
+
+
+def select(candidates: Sequence[Candidate], scores: Sequence[float], n: int) -> list[int]:
+    """Return the positions of the `n` choices, best first (see `rank`).
+
+    Equal responses stand once; they come again, after all others, only where there are fewer than `n` different ones.
+    """
+    first_of: dict[str, int] = {}
+    ranked = rank(candidates, scores)
+    for position in ranked:
+        first_of.setdefault(candidates[position]["response"], position)
+    firsts = set(first_of.values())
+    return [*first_of.values(), *(position for position in ranked if position not in firsts)][:n]
+
+
+def completion(
+    request: ChatRequest,
+    candidates: Sequence[Candidate],
+    scores: Sequence[float],
+    *,
+    prompt_tokens: int,
+    scorer: str,
+    latency: Latency,
+    identity: str,
+    created: int,
+) -> ChatCompletion:
+    """Return the answer: the best `request.n` candidates as choices, and all of them under `cappy` when asked."""
+    chosen = select(candidates, scores, request.n)
+    completion_tokens = sum(candidates[position]["tokens"] for position in chosen)
+    answer = ChatCompletion(
+        id=identity,
+        created=created,
+        model=request.model,
+        choices=[
+            Choice(
+                index=index,
+                message=ChoiceMessage(content=candidates[position]["response"]),
+                finish_reason=candidates[position]["finish_reason"],
+            )
+            for index, position in enumerate(chosen)
+        ],
+        usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=prompt_tokens + completion_tokens),
+    )
+    if request.cappy.return_candidates:
+        answer.cappy = CappyAnswer(
+            candidates=[
+                ScoredCandidate(
+                    **candidates[position],
+                    score=scores[position] if math.isfinite(scores[position]) else None,
+                    chosen=position in chosen,
+                )
+                for position in rank(candidates, scores)
+            ],
+            scorer=scorer,
+            sampled_tokens=sum(candidate["tokens"] for candidate in candidates),
+            latency=latency,
+        )
+    return answer
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _same(value: Any, harmless: Any) -> bool:
+    """Equality that keeps `false` and `0` apart, as JSON does."""
+    return bool(value == harmless) and isinstance(value, bool) == isinstance(harmless, bool)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _explain(error: ValidationError) -> tuple[str, str]:
+    """Turn pydantic's first error into the field's path and one line with path, value and what would be right."""
+    first = error.errors(include_url=False)[0]
+    path = ""
+    for part in first["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "missing":
+        return path, f"{path} is missing{more}"
+    if first["type"] == "extra_forbidden":
+        return path, f"{path} is not known; `cappy` takes {', '.join(CappyOptions.model_fields)}{more}"
+    if not path:
+        return "messages", f"{message}{more}"
+    return path, f"{path}={_short(first['input'])}: {message}{more}"

@@ -1,0 +1,66 @@
+"""A verb as a Ray job on a running cluster: a `ray start` head on this machine, told only its address."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster import storage
+from cluster.jobs import VERBS, target
+from generation.dataset import RegressionSet
+from tests.conftest import cappy, free_port
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def test_every_verb_resolves_to_something_to_call():
+    assert all(callable(target(verb)) for verb in VERBS)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory, s3_server):
+    """A head node of its own; the store's credentials are in its environment, as a role's would be on a cluster."""
+    port, dashboard = free_port(), free_port()
+    command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={tmp_path_factory.mktemp('ray')}"]
+    with (tmp_path_factory.mktemp("log") / "head.log").open("w") as log:
+        node = subprocess.Popen(
+            command,
+            env={**os.environ, **s3_server, "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{dashboard}"
+    transport = httpx.HTTPTransport(retries=60)
+    with httpx.Client(transport=transport, timeout=60) as client:
+        assert client.get(f"{address}/api/version").status_code == 200
+    yield address
+    os.killpg(node.pid, signal.SIGTERM)
+    try:
+        node.wait(20)
+    except subprocess.TimeoutExpired:
+        os.killpg(node.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, bucket, tmp_path):
+    # Classification rows need no LLM sampling, so the real engine loads but the job stays short.
+    rows = [{"instruction": f"is {n} even?", "references": ["yes"], "answer_choices": ["yes", "no"], "dataset": "even"} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["generate", "--address", head, "--set", f"workspace={bucket}/run", "--set", "sampler.engine.max_model_len=512"]
+    arguments += ["--set", f"source={{kind: files, path: {tmp_path}/rows.jsonl}}", "--json"]
+    done = cappy(*arguments)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["uri"] == f"{bucket}/run/dataset" and summary["sources"] == {"choice": 12, "reference": 12}
+    assert RegressionSet(f"{bucket}/run/dataset").rows("train") + RegressionSet(f"{bucket}/run/dataset").rows("validation") == 12
+    again = cappy(*arguments)
+    assert again.returncode == 2 and "already holds a finished run" in again.stderr and "Traceback" not in again.stderr
+    manifest = storage.read_bytes(f"{bucket}/run/dataset/_MANIFEST.json").decode()
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in manifest + done.stderr

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+
+from cluster.config import EvaluationConfig
+from cluster.errors import CappyError
+from evaluation.comparison import baselines, compare
+from tests.evaluation.conftest import candidate
+
+DECODINGS = [{"name": "hot", "temperature": 1.0}, {"name": "greedy", "temperature": 0.0}, {"name": "cool", "temperature": 0.5}]
+
+
+def row(*candidates, dataset="task"):
+    return {"id": "0", "dataset": dataset, "instruction": "?", "references": ["x"], "candidates": list(candidates)}
+
+
+def scored(*numbers, dataset="task"):
+    """A row whose first candidate is greedy; each number pair is (Rouge-L, score)."""
+    return row(
+        *(
+            {**candidate(f"{at}", label, "greedy" if at == 0 else "hot", -1.0 - at), "score": score}
+            for at, (label, score) in enumerate(numbers)
+        ),
+        dataset=dataset,
+    )
+
+
+def test_baselines_know_greedy_and_the_first_sample_by_the_temperatures_of_the_sampler():
+    rows = [
+        row(
+            candidate("a", 0.1, "cool", -1), candidate("b", 0.2, "hot", -9), candidate("c", 0.3, "greedy", -2), candidate("d", 0, "hot", -1)
+        )
+    ]
+    picks = baselines(rows, DECODINGS).picks
+    assert (picks["greedy"].tolist(), picks["sample"].tolist()) == ([2], [1])
+
+
+def test_self_score_by_sum_favours_short_answers_and_by_mean_does_not():
+    rows = [row(candidate("short", 0, "greedy", -2.0, tokens=1), candidate("long", 1, "hot", -6.0, tokens=6))]
+    picks = baselines(rows, DECODINGS).picks
+    assert (picks["self_sum"].tolist(), picks["self_mean"].tolist()) == ([0], [1])
+
+
+def test_an_empty_response_of_no_tokens_does_not_divide_by_zero():
+    rows = [row(candidate("", 0, "greedy", -0.5, tokens=0), candidate("x", 1, "hot", -0.2, tokens=1))]
+    assert baselines(rows, DECODINGS).picks["self_mean"].tolist() == [1]
+
+
+def test_a_baseline_no_row_allows_is_left_out_and_said():
+    found = baselines([row(candidate("a", 0, "hot", None))], [{"name": "hot", "temperature": 1.0}])
+    assert list(found.picks) == ["sample"]
+    assert "temperature 0" in found.left_out["greedy"]
+    assert "log-probabilities" in found.left_out["self_sum"]
+
+
+def test_a_row_without_one_of_the_baselines_is_left_out_of_all():
+    complete = row(candidate("a", 0, "greedy", -1), candidate("b", 0, "hot", -1))
+    found = baselines(
+        [complete, row(candidate("c", 0, "hot", -1)), row(candidate("d", 0, "greedy", -1), candidate("e", 0, "hot", None))], DECODINGS
+    )
+    assert found.rows == [complete]
+    assert found.incomplete == 2
+
+
+def test_no_baseline_at_all_is_an_error_with_a_way_out():
+    with pytest.raises(CappyError, match="generate the set"):
+        baselines([row(candidate("a", 0, "unknown", None))], DECODINGS)
+
+
+def compared(rows, resamples=200):
+    return compare(rows, baselines(rows, DECODINGS).picks, EvaluationConfig(resamples=resamples), seed=0)
+
+
+def test_results_of_two_tasks_by_hand():
+    rows = [
+        scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)),  # greedy 20, sample and scorer 60, oracle 100
+        scored((0.4, 0.9), (0.0, 0.9), (0.8, 0.2)),  # a tie of scores: the first, which is greedy's
+        scored((0.5, 0.0), (0.1, 1.0), dataset="other"),  # a loss
+    ]
+    results = compared(rows).results
+    means = {method: each["mean"] for method, each in results["averages"].items()}
+    assert means == pytest.approx({"greedy": 40, "sample": 20, "self_sum": 40, "self_mean": 40, "scorer": 30, "oracle": 70})
+    assert results["best_baseline"] == "greedy"
+    assert results["gain"]["mean"] == pytest.approx(-10)
+    assert results["gap_closed"]["mean"] == pytest.approx(-1 / 3)
+    assert results["outcomes"] == {"wins": 1, "ties": 1, "losses": 1}
+    assert results["per_task"]["other"]["methods"]["scorer"]["mean"] == pytest.approx(10)
+
+
+def test_curves_end_at_the_averages_and_start_at_the_random_pick():
+    results = compared([scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)), scored((0.4, 0.9), (0.0, 0.2), (0.8, 0.3), dataset="other")]).results
+    curves = results["curves"]
+    assert curves["k"] == [1, 2, 3]
+    for method in ("scorer", "oracle", "self_sum", "self_mean"):
+        assert curves[method]["mean"][0] == pytest.approx(curves["random"]["mean"][0])
+        assert curves[method]["mean"][-1] == pytest.approx(results["averages"][method]["mean"])
+
+
+def test_where_no_candidate_beats_the_baseline_there_is_no_gap_to_close():
+    assert compared([scored((1.0, 0.5), (0.0, 0.1))]).results["gap_closed"] is None
+
+
+def test_quality_looks_at_distinct_responses_and_is_null_where_nothing_can_be_ranked():
+    repeated = scored((1.0, 1.0), (0.0, 0.5), (0.0, 0.5))
+    repeated["candidates"][2]["response"] = repeated["candidates"][1]["response"]
+    assert compared([repeated]).results["quality"] == pytest.approx({"spearman": 1.0, "pairwise_accuracy": 1.0, "mse": 0.125})
+    assert compared([scored((0.5, 0.1), (0.5, 0.9))]).results["quality"]["spearman"] is None
+
+
+def test_large_pools_have_curves_of_a_few_dozen_points():
+    results = compared([scored(*((at / 200, (at * 37 % 200) / 200) for at in range(200)))]).results
+    assert results["curves"]["k"][0] == 1
+    assert results["curves"]["k"][-1] == 200
+    assert len(results["curves"]["k"]) <= 32

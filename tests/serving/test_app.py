@@ -1,0 +1,199 @@
+"""The real graph: vLLM with SmolLM2, a MiniLM scorer with an untrained head, Serve, asked over HTTP."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+
+from cluster import models
+from cluster.config import Config, ServingConfig
+from cluster.errors import CappyError, UsageError
+from serving import app, client
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+SERVE = """
+import json, sys
+from cluster import config
+from serving import app
+print(json.dumps(app.run(config.load(None, sys.argv[1:]))))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            CappyError, match=rf"serving\.port={port} is in use on 127\.0\.0\.1; stop the other server or set serving\.port"
+        ):
+            app.run(Config(workspace=str(tmp_path), serving=ServingConfig(port=port)))
+    with pytest.raises(UsageError, match=r"serving.host=no.such.host.invalid"):
+        app.check_port(ServingConfig(host="no.such.host.invalid"))
+
+
+def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
+    from training.scorer import CHECKPOINTS
+
+    assert app.UNFINISHED == CHECKPOINTS
+    with pytest.raises(CappyError, match="scorer is not there; run `cappy train`"):
+        app.check_scorer(Config(workspace=str(tmp_path)))
+    (tmp_path / "scorer" / CHECKPOINTS).mkdir(parents=True)
+    (tmp_path / "scorer" / "config.json").write_text("{}")
+    with pytest.raises(CappyError, match="did not finish; run `cappy train`"):
+        app.check_scorer(Config(workspace=str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory) -> Path:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("model") / "scorer"
+    encoder = models.resolve("minilm-l6", "scorer.encoder")
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1, problem_type="regression").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(scorer, tmp_path_factory):
+    """The URL of a running server and its process."""
+    port = free_port()
+    settings = [f"serving.port={port}", f"scorer_path={scorer}", "sampler.engine.max_model_len=1024"]
+    log = tmp_path_factory.mktemp("log") / "stderr"
+    with log.open("w") as stderr:
+        process = subprocess.Popen([sys.executable, "-c", SERVE, *settings], stdout=subprocess.PIPE, stderr=stderr, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 300
+        while "ready at" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield url, process, log
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+@pytest.fixture
+def ai(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=180)
+
+
+@pytest.mark.slow
+def test_openais_client_gets_the_candidates_the_scorer_likes_best(ai, scorer):
+    from training.scorer import Scorer
+
+    answer = ai.chat.completions.create(
+        model="cappy", messages=QUESTION, n=2, max_tokens=24, extra_body={"cappy": {"candidates": 6, "return_candidates": True}}
+    )
+    cappy = answer.model_extra["cappy"]
+    candidates = cappy["candidates"]
+    assert len(candidates) == 6
+    assert [candidate["decoding"] for candidate in candidates].count("greedy") == 1
+    scores = [candidate["score"] for candidate in candidates]
+    assert scores == sorted(scores, reverse=True)
+    best = list(dict.fromkeys(candidate["response"] for candidate in candidates))[:2]
+    assert [choice.message.content for choice in answer.choices] == best
+    responses = [candidate["response"] for candidate in candidates]
+    own = Scorer.load(str(scorer)).score([QUESTION[0]["content"]] * 6, responses)
+    np.testing.assert_allclose(scores, own, atol=1e-4)
+    assert cappy["sampled_tokens"] == sum(candidate["tokens"] for candidate in candidates)
+    assert answer.usage.completion_tokens == sum(candidate["tokens"] for candidate in candidates if candidate["chosen"])
+    assert all(candidate["tokens"] <= 24 for candidate in candidates)
+    print(f"\n6 candidates: {cappy['latency']}")
+
+
+@pytest.mark.slow
+def test_the_same_seed_draws_the_same_candidates(ai):
+    def draw(seed):
+        body = {"cappy": {"candidates": 3, "return_candidates": True}}
+        answer = ai.chat.completions.create(model="cappy", messages=QUESTION, max_tokens=12, seed=seed, extra_body=body)
+        return sorted(candidate["response"] for candidate in answer.model_extra["cappy"]["candidates"])
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+@pytest.mark.slow
+def test_models_health_and_errors_through_openais_client(ai, server):
+    assert [model.id for model in ai.models.list()] == ["cappy"]
+    assert ai.models.retrieve("cappy").id == "cappy"
+    assert httpx.get(f"{server[0]}/health").json() == {"status": "ok", "llm": True, "scorer": True}
+    with pytest.raises(openai.NotFoundError, match="known: cappy"):
+        ai.chat.completions.create(model="gpt-4", messages=QUESTION)
+    with pytest.raises(openai.BadRequestError, match="n=0"):
+        ai.chat.completions.create(model="cappy", messages=QUESTION, n=0)
+    with pytest.raises(openai.BadRequestError, match="stream=true is not supported") as caught:
+        ai.chat.completions.create(model="cappy", messages=QUESTION, stream=True)
+    assert caught.value.code == "unsupported_parameter"
+    with pytest.raises(openai.BadRequestError, match="max_model_len=1024") as caught:
+        ai.chat.completions.create(model="cappy", messages=[{"role": "user", "content": "word " * 2000}])
+    assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.slow
+def test_our_own_client_and_curl_get_an_answer(server):
+    url = server[0]
+    answer = client.ask(url, QUESTION, 2, "cappy")
+    assert len(answer["cappy"]["candidates"]) == 2
+    with pytest.raises(CappyError, match=r"answered 404: model='x' is not served here"):
+        client.ask(url, QUESTION, 2, "x")
+    command = client.curl_command(url, client.request_body(QUESTION, 2, "cappy"))
+    told = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout)["object"] == "chat.completion"
+
+
+@pytest.mark.slow
+async def test_requests_at_once_are_all_answered_and_a_client_that_leaves_frees_the_engine(server):
+    # 64 x 900 tokens would keep the engine busy for minutes.
+    endless = client.request_body(QUESTION, 64, "cappy") | {"max_tokens": 900, "temperature": 1.5, "stop": ["\0"]}
+    short = client.request_body(QUESTION, 2, "cappy") | {"max_tokens": 8}
+    async with httpx.AsyncClient(base_url=f"{server[0]}/v1", timeout=60) as http:
+        with pytest.raises(httpx.ReadTimeout):
+            await http.post("/chat/completions", json=endless, timeout=3)
+        answers = await asyncio.gather(*(http.post("/chat/completions", json=short) for _ in range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+
+
+@pytest.mark.slow
+def test_only_loopback_is_bound_and_sigterm_ends_server_and_engine(server):
+    url, process, log = server
+    port = int(url.rsplit(":", 1)[1])
+    family = psutil.Process(process.pid).children(recursive=True)
+    names = [child.name() for child in family]
+    assert any("Engine" in name for name in names), names
+    bound = {
+        connection.laddr.ip
+        for child in family
+        for connection in child.net_connections("tcp")
+        if connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+    }
+    assert bound == {"127.0.0.1"}
+    os.kill(process.pid, signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert json.loads(stdout)["uri"] == url
+    assert stdout.count("\n") == 1
+    _, left = psutil.wait_procs(family, timeout=10)
+    assert left == []
+    assert "Traceback" not in log.read_text()

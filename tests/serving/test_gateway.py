@@ -1,0 +1,106 @@
+import asyncio
+
+import httpx
+import pytest
+
+from cluster.config import Config, ServingConfig
+from generation.engine import Candidate
+from serving.gateway import MAX_BODY, build_api
+from serving.protocol import ApiError
+
+BODY = {"model": "cappy", "messages": [{"role": "user", "content": "hi"}]}
+
+
+class Echo:
+    """A backend whose candidates are numbered texts and whose score is their length; `error` and `wait` make it misbehave."""
+
+    def __init__(self, error=None, wait=0.0, up=True):
+        self.error, self.wait, self.up = error, wait, up
+        self.read, self.cancelled = [], 0
+
+    async def sample(self, turns, decodings, seeds):
+        try:
+            await asyncio.sleep(self.wait)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if self.error:
+            raise self.error
+        names = [decoding.name for decoding in decodings for _ in range(decoding.n)]
+        drawn = [
+            Candidate(response="x" * (i % 4), decoding=name, tokens=i, finish_reason="stop", logprob=-1.0) for i, name in enumerate(names)
+        ]
+        return {"candidates": drawn, "prompt_tokens": 4}
+
+    async def score(self, instruction, responses):
+        self.read.append((instruction, list(responses)))
+        return [float(len(response)) for response in responses]
+
+    async def ready(self):
+        return {"llm": self.up, "scorer": True}
+
+
+def client(backend, **serving):
+    transport = httpx.ASGITransport(build_api(Config(serving=ServingConfig(**serving)), backend), raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+async def test_the_best_candidate_answers_and_each_response_is_scored_once():
+    backend = Echo()
+    async with client(backend) as http:
+        answer = (await http.post("/v1/chat/completions", json=BODY)).json()
+    assert answer["choices"][0]["message"]["content"] == "xxx"
+    assert "cappy" not in answer
+    assert backend.read == [("hi", ["", "x", "xx", "xxx"])]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "json", "status", "code", "says"),
+    [
+        ("POST", "/v1/chat/completions", {**BODY, "model": "gpt-4"}, 404, "model_not_found", "known: cappy"),
+        ("POST", "/v1/chat/completions", {**BODY, "n": 0}, 400, "invalid_value", "n=0"),
+        ("POST", "/v1/chat/completions", {**BODY, "user": "x" * MAX_BODY}, 413, "body_too_large", "larger than"),
+        ("GET", "/v1/models/gpt-4", None, 404, "model_not_found", "known: cappy"),
+        ("GET", "/v2/nothing", None, 404, "not_found", "POST /v1/chat/completions"),
+        ("GET", "/v1/chat/completions", None, 405, None, "GET is not"),
+    ],
+)
+async def test_errors_have_openais_shape(method, path, json, status, code, says):
+    async with client(Echo()) as http:
+        response = await http.request(method, path, json=json)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"], error["code"]) == (status, "invalid_request_error", code)
+    assert says in error["message"]
+
+
+async def test_a_dead_engine_is_a_503_with_retry_after_and_a_bug_a_500_without_internals():
+    async with client(Echo(error=ApiError("down", 503, code="unavailable"))) as http:
+        response = await http.post("/v1/chat/completions", json=BODY)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    async with client(Echo(error=KeyError("secret"))) as http:
+        response = await http.post("/v1/chat/completions", json=BODY)
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error" and "secret" not in response.text
+
+
+async def test_a_request_out_of_time_is_a_504_and_its_sampling_is_cancelled():
+    backend = Echo(wait=30)
+    async with client(backend, timeout_s=0.05) as http:
+        response = await http.post("/v1/chat/completions", json=BODY)
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+    assert backend.cancelled == 1
+
+
+async def test_beyond_work_and_queue_requests_are_turned_away_at_once_and_the_rest_is_answered():
+    async with client(Echo(wait=0.3), max_concurrency=2, max_queue=1) as http:
+        answers = await asyncio.gather(*(http.post("/v1/chat/completions", json=BODY) for _ in range(5)))
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 503, 503]
+        assert (await http.post("/v1/chat/completions", json=BODY)).status_code == 200
+
+
+async def test_health_is_ok_only_while_both_models_are_ready():
+    async with client(Echo()) as http:
+        assert (await http.get("/health")).json() == {"status": "ok", "llm": True, "scorer": True}
+    async with client(Echo(up=False)) as http:
+        response = await http.get("/health")
+    assert (response.status_code, response.json()["llm"]) == (503, False)

@@ -1,0 +1,181 @@
+import json
+
+import pytest
+
+from cluster.config import GREEDY, Config, DecodingConfig, SamplerConfig, ServingConfig
+from generation.engine import Candidate
+from serving import protocol
+from serving.protocol import ApiError, ChatRequest, decodings_for, distinct, parse, rank, select, turns_for
+
+USER = {"role": "user", "content": "hi"}
+
+
+def body(**fields):
+    return {"model": "cappy", "messages": [USER], **fields}
+
+
+def request(**fields) -> ChatRequest:
+    return parse(json.dumps(body(**fields)).encode())
+
+
+def candidate(response: str, tokens: int = 3) -> Candidate:
+    return Candidate(response=response, decoding="sample", tokens=tokens, finish_reason="stop", logprob=-1.0)
+
+
+def pool(fields=None, config=None):
+    return [(decoding.name, decoding.n) for decoding in decodings_for(request(**(fields or {})), config or Config())]
+
+
+def test_the_pool_is_greedy_first_then_the_sampling_decodings_in_turn():
+    assert pool() == [("greedy", 1), ("sample", 2), ("temperature", 2), ("top-k", 2), ("top-p", 1)]
+    assert pool({"cappy": {"candidates": 1}}) == [("greedy", 1)]
+    assert pool({"cappy": {"candidates": 3}}) == [("greedy", 1), ("sample", 1), ("temperature", 1)]
+    assert pool({"cappy": {"candidates": 42}}) == [("greedy", 1), ("sample", 11), ("temperature", 10), ("top-k", 10), ("top-p", 10)]
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 5, 17, 64])
+def test_the_pool_has_as_many_candidates_as_asked(candidates):
+    assert sum(n for _, n in pool({"cappy": {"candidates": candidates}})) == candidates
+
+
+def test_n_above_the_default_pool_enlarges_it():
+    assert sum(n for _, n in pool({"n": 20})) == 20
+
+
+def test_a_temperature_in_the_request_replaces_the_decodings():
+    (decoding,) = decodings_for(request(temperature=0.5, top_p=0.9, cappy={"candidates": 6}), Config())
+    assert (decoding.n, decoding.temperature, decoding.top_p, decoding.top_k) == (6, 0.5, 0.9, None)
+    (decoding,) = decodings_for(request(temperature=0), Config())
+    assert (decoding.n, decoding.temperature) == (1, 0.0)
+
+
+def test_a_sampler_of_greedy_alone_fills_its_pool_at_temperature_1():
+    config = Config(sampler=SamplerConfig(decodings=(GREEDY,)))
+    assert pool({"cappy": {"candidates": 4}}, config) == [("greedy", 1), ("sample", 3)]
+
+
+def test_length_and_stop_strings_of_the_request_reach_every_decoding():
+    own = (DecodingConfig(name="a", min_tokens=5, stop=("\n",)), DecodingConfig(name="b"))
+    config = Config(sampler=SamplerConfig(decodings=own))
+    decodings = decodings_for(request(max_tokens=9, max_completion_tokens=3, stop="END", n=2), config)
+    assert [(each.max_tokens, each.min_tokens, each.stop) for each in decodings] == [(3, 3, ("\n", "END")), (3, 0, ("END",))]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"n": 0}, "n", "n=0"),
+        ({"n": "2"}, "n", 'n="2"'),
+        ({"n": 65}, "n", "n=65 is above this server's limit of 64"),
+        ({"n": 4, "cappy": {"candidates": 3}}, "n", "n=4 choices cannot come out of cappy.candidates=3"),
+        ({"cappy": {"candidates": 65}}, "cappy.candidates", "limit of 64"),
+        ({"cappy": {"candidate": 5}}, "cappy.candidate", "`cappy` takes candidates, return_candidates"),
+        ({"temperature": 0, "n": 2}, "temperature", "same candidate"),
+        ({"temperature": 3}, "temperature", "temperature=3"),
+        ({"top_p": 0}, "top_p", "top_p=0"),
+        ({"max_tokens": 2048}, "max_tokens", "context of 2048"),
+        ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
+        ({"stream": True}, "stream", "stream=true is not supported yet"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools="),
+        ({"logprobs": True}, "logprobs", "logprobs=true"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": None}, "messages", "valid list"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", 'role="tool"'),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "give a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "'image_url' is not supported"),
+        ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "messages", "must end with the user's turn"),
+        ({"messages": [{"role": "user", "content": " \n"}]}, "messages", "empty"),
+    ],
+)
+def test_a_bad_field_is_a_400_naming_field_and_value(fields, param, says):
+    with pytest.raises(ApiError) as caught:
+        decodings_for(request(**fields), Config())
+    error = caught.value.body["error"]
+    assert caught.value.status == 400
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert says in error["message"] and "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[]", "is a JSON list"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"model": "cappy", "temperature": NaN}', "NaN"),
+        (b'{"model": "\\ud800", "messages": []}', "surrogate"),
+        (b'{"messages": []}', "model is missing"),
+    ],
+)
+def test_a_body_that_is_no_request_is_a_400(raw, says):
+    with pytest.raises(ApiError, match=says) as caught:
+        parse(raw)
+    assert caught.value.status == 400
+
+
+def test_fields_that_change_no_answer_pass_and_null_means_absent():
+    parsed = request(user="me", metadata={"a": 1}, stream=False, tools=[], n=None, stop=None, cappy=None, frequency_penalty=0)
+    assert (parsed.n, parsed.cappy.candidates) == (1, None)
+
+
+def test_text_parts_are_one_text_and_the_scorer_reads_the_last_turn():
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two "}]
+    parsed = request(messages=[USER, {"role": "assistant", "content": "yes"}, {"role": "user", "content": parts}])
+    assert parsed.instruction == "one\ntwo"
+    assert [turn["content"] for turn in turns_for(parsed, None)] == ["hi", "yes", "one\ntwo"]
+
+
+def test_the_servers_system_text_stands_in_only_where_the_client_has_none():
+    assert turns_for(request(), "Be brief.")[0] == {"role": "system", "content": "Be brief."}
+    own = request(messages=[{"role": "developer", "content": "Rhyme."}, USER])
+    assert [turn["role"] for turn in turns_for(own, "Be brief.")] == ["system", "user"]
+    assert turns_for(own, "Be brief.")[0]["content"] == "Rhyme."
+
+
+def test_choices_are_distinct_and_best_first_and_ties_go_to_the_first():
+    candidates = [candidate(text) for text in ("b", "a", "b", "c", "d")]
+    scores = [0.2, 0.9, 0.2, 0.2, 0.1]
+    assert distinct(candidates) == ["b", "a", "c", "d"]
+    assert select(candidates, scores, 3) == [1, 0, 3]
+    assert rank(candidates, scores) == [1, 0, 2, 3, 4]
+
+
+def test_duplicates_come_again_only_when_nothing_else_is_left():
+    candidates = [candidate(text) for text in ("a", "a", "b")]
+    assert select(candidates, [0.5, 0.5, 0.1], 3) == [0, 2, 1]
+
+
+def test_empty_and_scoreless_responses_rank_last():
+    candidates = [candidate(""), candidate("a"), candidate("b")]
+    assert select(candidates, [0.9, 0.1, 0.2], 3) == [2, 1, 0]
+    assert select(candidates, [0.9, float("nan"), 0.2], 1) == [2]
+
+
+def test_usage_counts_the_returned_choices_and_cappy_all_candidates():
+    candidates = [candidate("a", 5), candidate("b", 7), candidate("", 1)]
+    answer = protocol.completion(
+        request(n=2, cappy={"return_candidates": True}),
+        candidates,
+        [0.1, 0.2, float("nan")],
+        prompt_tokens=10,
+        scorer="s",
+        latency=protocol.Latency(sampling_s=1, scoring_s=0.1),
+        identity="chatcmpl-1",
+        created=1,
+    )
+    assert [choice.message.content for choice in answer.choices] == ["b", "a"]
+    assert answer.usage.model_dump() == {"prompt_tokens": 10, "completion_tokens": 12, "total_tokens": 22}
+    assert answer.cappy is not None
+    assert answer.cappy.sampled_tokens == 13
+    assert [(each.response, each.score, each.chosen) for each in answer.cappy.candidates] == [
+        ("b", 0.2, True),
+        ("a", 0.1, True),
+        ("", None, False),
+    ]
+
+
+def test_defaults_fit_each_other():
+    assert ServingConfig().candidates <= ServingConfig().max_candidates
