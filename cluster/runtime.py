@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cluster.errors import CappyError, UsageError
+from cluster.progress import silence
 
 
 @contextmanager
@@ -35,8 +36,9 @@ def ray_session() -> Iterator[None]:
     if not os.environ.get("RAY_ADDRESS"):
         # Logical CPUs are bookkeeping: two more than the machine has, so that one-CPU workers on a two-core laptop cannot
         # starve the tasks that feed them.
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "num_cpus": (os.cpu_count() or 1) + 2}
-    ray.init(**options)
+        options |= {"include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + 2}
+    with silence():  # it announces the log level set above on standard error; what fails raises
+        ray.init(**options)
     try:
         yield
     finally:

@@ -1,0 +1,120 @@
+"""A tiny random encoder and a tiny published set, both real files, small enough to train in seconds."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from cluster import storage
+from cluster.config import Config
+from generation.schema import DATASET
+
+# Two threads on a busy machine wait for each other most of the time; these models are too small to need them.
+torch.set_num_threads(1)
+
+COLORS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
+ANIMALS = ["fox", "cat", "dog", "hen", "cow", "owl", "bee", "ant"]
+WORDS = [*COLORS, *ANIMALS, "say", "after", "me", "a", "the", "please", "now", "then", "once", "again"]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer with BERT's pair template."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*specials, *WORDS])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer BERT of 32 units and its tokenizer."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(WORDS) + 5,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Instructions with a right (1.0), a half right (0.5) and a wrong (0.0) response."""
+    draw = random.Random(seed)
+    made = []
+    for number in range(count):
+        color, animal = draw.choice(COLORS), draw.choice(ANIMALS)
+        filler = " ".join(draw.choices(["please", "now", "then", "once", "again"], k=draw.randint(0, 12)))
+        answers = {f"a {color} {animal}": 1.0, f"a {color} {draw.choice(ANIMALS)} now": 0.5, f"the {draw.choice(COLORS)} me": 0.0}
+        made.append(
+            {
+                "id": f"{seed:016x}{number:016x}",
+                "dataset": "echo",
+                "template": None,
+                "instruction": f"say after me {filler} {color} {animal}",
+                "references": [f"a {color} {animal}"],
+                "answer_choices": None,
+                "candidates": [
+                    {
+                        "response": text,
+                        "label": label,
+                        "source": "sampled",
+                        "model": "m",
+                        "decoding": "d",
+                        "tokens": 3,
+                        "finish_reason": "stop",
+                        "logprob": -1.0,
+                    }
+                    for text, label in answers.items()
+                ],
+            }
+        )
+    return made
+
+
+def publish(uri: str, train: int, validation: int, row_group: int = 64) -> str:
+    """Write and publish a set at `uri`, as `cappy generate` does; return `uri`."""
+    counts, names = {}, []
+    for split, count, seed in (("train", train, 1), ("validation", validation, 2)):
+        name = f"data/{split}/part-00000.parquet"
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows(count, seed), DATASET), sink, row_group_size=row_group, write_page_checksum=True)
+        storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
+        counts[split] = {"instructions": count, "pairs": 3 * count}
+        names.append(name)
+    storage.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "files": storage.checksums(uri, names)})
+    return uri
+
+
+def settings(workspace: str, encoder: Path, **training: Any) -> Config:
+    """A config of a small, quick run below `workspace`."""
+    chosen = {"epochs": 2, "batch_size": 16, "window": 64, "learning_rate": 1e-3, "checkpoint_every": 5, "max_failures": 1} | training
+    return Config.model_validate(
+        {"workspace": workspace, "scorer": {"encoder": str(encoder), "max_length": 32, "dtype": "float32"}, "training": chosen}
+    )

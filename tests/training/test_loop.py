@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+from cluster.config import ScorerConfig, TrainingConfig
+from generation.dataset import RegressionSet
+from tests.conftest import free_port
+from tests.training.conftest import publish
+from training import loop, stream
+from training.scorer import encode_pairs, load_tokenizer, new_model
+
+CONFIG = TrainingConfig(epochs=2, batch_size=15, window=64, learning_rate=1e-3)
+
+
+def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, world: int = 1, state: Path | None = None):
+    """The model and the generator of its steps, as a worker of the trainer has them."""
+    model = new_model(encoder, ScorerConfig(max_length=32), config, seed=3)
+    tokenizer = load_tokenizer(encoder, "x", "s")
+    optimizer = loop.new_optimizer(model, config)
+    first = loop.load_state(state, model, optimizer)["step"] if state else 0
+    opened = RegressionSet(dataset)
+    pairs = stream.count_pairs(opened, "train")
+
+    def windows():
+        begin, skip, _ = loop.position(first, pairs, config)
+        for epoch in range(begin, config.epochs):
+            for number, window in enumerate(stream.windows(opened, "train", config.window, 3, epoch, skip), skip):
+                yield loop.Window(epoch, number, encode_pairs(tokenizer, window.instructions, window.responses, 32), window.labels)
+            skip = 0
+
+    steps = loop.plan(windows(), config, 3, rank, world, first, pairs)
+    total = loop.steps_in_epoch(pairs, config) * config.epochs
+    return (
+        model,
+        optimizer,
+        total,
+        loop.fit(model, steps, optimizer, config, total=total, seed=3, pad_id=0, dtype="float32", rank=rank, world=world),
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return publish(str(tmp_path_factory.mktemp("data") / "set"), 70, 10)
+
+
+def test_training_learns_and_ends_after_the_steps_foreseen(encoder: Path, dataset: str):
+    config = CONFIG.model_copy(update={"epochs": 10})
+    _, _, total, steps = start(encoder, dataset, config)
+    losses = [(done.index, done.loss.item()) for done in steps]
+    assert [index for index, _ in losses] == list(range(total))
+    assert np.mean([loss for _, loss in losses[-10:]]) < 0.6 * np.mean([loss for _, loss in losses[:10]])
+
+
+@pytest.mark.parametrize("stop", [1, 7, 14, 15])
+def test_a_run_that_stopped_ends_bit_equal_to_an_unbroken_one(stop: int, encoder: Path, dataset: str, tmp_path: Path):
+    whole, _, total, steps = start(encoder, dataset, CONFIG)
+    losses = [done.loss.item() for done in steps]
+    broken, optimizer, _, steps = start(encoder, dataset, CONFIG)
+    for done in steps:
+        if done.index + 1 == stop:
+            loop.save_state(tmp_path, broken, optimizer, {"step": stop})
+            break
+    resumed, _, _, steps = start(encoder, dataset, CONFIG, state=tmp_path)
+    assert [done.loss.item() for done in steps] == losses[stop:]
+    assert 0 < stop < total
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_each_step_is_the_plain_mean_squared_error_of_its_pairs(encoder: Path, dataset: str):
+    model, _, _, steps = start(encoder, dataset, CONFIG)
+    tokenizer = load_tokenizer(encoder, "x", "s")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    opened = RegressionSet(dataset)
+    first = next(stream.windows(opened, "train", CONFIG.window, 3, 0))
+    encoded = encode_pairs(tokenizer, first.instructions, first.responses, 32)
+    rows = loop.cut(encoded.lengths, CONFIG.batch_size, 3, 0, 0)[0]
+    inputs = tokenizer([first.instructions[row] for row in rows], [first.responses[row] for row in rows], return_tensors="pt", padding=True)
+    expected = torch.nn.functional.mse_loss(model(**inputs).logits[:, 0], torch.from_numpy(first.labels[rows])).item()
+    assert next(steps).loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_window_is_cut_into_steps_of_like_lengths_each_row_once():
+    lengths = np.random.default_rng(0).integers(5, 200, 1000)
+    steps = loop.cut(lengths, 32, 1, 0, 0)
+    assert sorted(np.concatenate(steps).tolist()) == list(range(1000))
+    assert sorted(map(len, steps)) == [8] + [32] * 31
+    padded = sum(len(step) * lengths[step].max() for step in steps)
+    assert padded < 1.08 * lengths.sum()
+    assert [step.tolist() for step in loop.cut(lengths, 32, 1, 0, 0)] == [step.tolist() for step in steps]
+    assert [step.tolist() for step in loop.cut(lengths, 32, 1, 1, 0)] != [step.tolist() for step in steps]
+
+
+@pytest.mark.parametrize("pairs", [1, 64, 65, 200, 640])
+def test_positions_count_through_windows_and_epochs(pairs: int):
+    walked = []
+    for epoch in range(2):
+        for window, size in enumerate([64] * (pairs // 64) + ([pairs % 64] if pairs % 64 else [])):
+            walked += [(epoch, window, step) for step in range(len(loop.cut(np.ones(size, int), 15, 1, epoch, window)))]
+    assert [loop.position(step, pairs, CONFIG) for step in range(len(walked))] == walked
+    assert loop.steps_in_epoch(pairs, CONFIG) * 2 == len(walked)
+
+
+def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
+    rates = [loop.learning_rate(step, 100, CONFIG) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
+    assert rates[55] == pytest.approx(5e-4) and 0 < rates[99] < 2e-5
+    assert loop.learning_rate(0, 1, CONFIG) > 0
+
+
+def test_measure_ranks_within_instructions_only():
+    labels = np.array([1.0, 0.5, 0.0, 1.0, 1.0, 0.0], np.float32)
+    scores = np.array([0.9, 0.4, 0.1, 0.2, 0.3, 0.3], np.float32)
+    groups = np.array([0, 0, 0, 1, 1, 1])
+    metrics = loop.measure(scores, labels, groups).metrics()
+    assert metrics["mse"] == pytest.approx(np.mean((scores - labels) ** 2))
+    assert metrics["spearman"] == pytest.approx((1 - 0.5) / 2)
+    assert metrics["pairwise_accuracy"] == pytest.approx((3 + 0 + 0.5) / 5)
+    halves = loop.measure(scores[:3], labels[:3], groups[:3]) + loop.measure(scores[3:], labels[3:], groups[3:])
+    assert halves.metrics() == pytest.approx(metrics)
+    assert loop.NOTHING.metrics()["mse"] is None
+
+
+def train_share(rank: int, world: int, port: int, encoder: Path, dataset: str, config: TrainingConfig, out: str) -> None:
+    """One worker of `world`, in a process of its own: saves the losses of all steps and the final weights."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    model, _, _, steps = start(encoder, dataset, config, rank, world)
+    losses = [done.loss.item() for done in _without_dropout(model, steps)]
+    summed = loop.sum_over_workers(losses, world, torch.device("cpu"))
+    if rank == 0:
+        torch.save({"losses": torch.from_numpy(summed), **model.state_dict()}, out)
+    torch.distributed.destroy_process_group()
+
+
+def _without_dropout(model: Any, steps: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return steps
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one_does(encoder: Path, dataset: str, tmp_path: Path):
+    # 210 pairs in windows of 65 and steps of 16: the small steps have 1 and 15 pairs, so one worker gets none at times.
+    config = TrainingConfig(epochs=2, batch_size=16, window=65, learning_rate=1e-3)
+    for world in (1, 2):
+        arguments = (world, free_port(), encoder, dataset, config, str(tmp_path / f"{world}.pt"))
+        torch.multiprocessing.spawn(train_share, arguments, nprocs=world)
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
+    assert len(one["losses"]) >= 28
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-5, name

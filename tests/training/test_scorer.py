@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from cluster import storage
+from cluster.config import ScorerConfig, TrainingConfig
+from cluster.errors import CappyError, UsageError
+from training.scorer import Scorer, encode_pairs, load_tokenizer, longest_input, new_model, token_batches
+
+INSTRUCTIONS = ["say after me red fox", "please say a dog", "now", "say after me then once again the blue bee", "cow"] * 7
+RESPONSES = ["a red fox", "dog", "the owl again please", "blue", ""] * 7
+
+
+@pytest.fixture
+def scorer(encoder: Path) -> Scorer:
+    model = new_model(encoder, ScorerConfig(max_length=64), TrainingConfig(), seed=3)
+    return Scorer(model, load_tokenizer(encoder, "x", "s"), 64)
+
+
+def plain_scores(folder: Path, instructions: list[str], responses: list[str]) -> np.ndarray:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        # As lists: given two bare strings of which the second is empty, transformers forgets that it was given a pair.
+        pairs = [tokenizer([one], [two], return_tensors="pt") for one, two in zip(instructions, responses, strict=True)]
+        return np.array([model(**pair).logits.item() for pair in pairs])
+
+
+def test_a_saved_scorer_gives_plain_transformers_scores_in_input_order(scorer: Scorer, tmp_path: Path):
+    scorer.save(tmp_path)
+    scores = Scorer.load(str(tmp_path)).score(INSTRUCTIONS, RESPONSES)
+    assert scores.dtype == np.float32
+    assert scores.std() > 0
+    assert np.abs(scores - plain_scores(tmp_path, INSTRUCTIONS, RESPONSES)).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_the_embedded_encoder_scores_as_plain_transformers_does(tmp_path: Path):
+    from cluster import models
+
+    folder = models.resolve("minilm-l6", "scorer.encoder")
+    model = new_model(folder, ScorerConfig(), TrainingConfig(), seed=3)
+    Scorer(model, load_tokenizer(folder, "x", "s"), 512).save(tmp_path)
+    assert np.abs(Scorer.load(str(tmp_path)).score(INSTRUCTIONS, RESPONSES) - plain_scores(tmp_path, INSTRUCTIONS, RESPONSES)).max() < 1e-5
+
+
+def test_scores_do_not_depend_on_the_company(scorer: Scorer):
+    together = scorer.score(INSTRUCTIONS, RESPONSES)
+    alone = [scorer.score([instruction], [response])[0] for instruction, response in zip(INSTRUCTIONS, RESPONSES, strict=True)]
+    assert np.abs(together - alone).max() < 1e-5
+
+
+def test_a_pair_that_fits_has_the_tokenizers_own_ids(encoder: Path):
+    tokenizer = load_tokenizer(encoder, "x", "s")
+    encoded = encode_pairs(tokenizer, INSTRUCTIONS, RESPONSES, 64)
+    plain = tokenizer(INSTRUCTIONS, RESPONSES)
+    assert encoded.input_ids == plain["input_ids"]
+    assert encoded.token_type_ids == plain["token_type_ids"]
+    assert (encoded.cut_pairs, encoded.cut_responses) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("instruction", "response", "left", "cut", "cut_responses"),
+    [
+        ("red fox cat", "dog hen", "[CLS] red fox cat [SEP] dog hen [SEP]", 0, 0),
+        ("red fox cat owl", "dog hen", "[CLS] red fox cat [SEP] dog hen [SEP]", 1, 0),
+        ("red fox cat", "dog hen cow bee ant", "[CLS] [SEP] dog hen cow bee ant [SEP]", 1, 0),
+        ("red fox", "dog hen cow bee ant owl cat", "[CLS] [SEP] dog hen cow bee ant [SEP]", 1, 1),
+        ("", "dog hen cow bee ant owl cat", "[CLS] [SEP] dog hen cow bee ant [SEP]", 1, 1),
+        ("red fox cat owl dog hen cow", "", "[CLS] red fox cat owl dog [SEP] [SEP]", 1, 0),
+    ],
+)
+def test_the_instruction_is_cut_before_the_response_ever_is(
+    encoder: Path, instruction: str, response: str, left: str, cut: int, cut_responses: int
+):
+    tokenizer = load_tokenizer(encoder, "x", "s")
+    encoded = encode_pairs(tokenizer, [instruction], [response], max_length=8)
+    assert tokenizer.decode(encoded.input_ids[0]) == left
+    assert (encoded.cut_pairs, encoded.cut_responses) == (cut, cut_responses)
+    assert encoded.token_type_ids is not None
+    assert sum(encoded.token_type_ids[0]) == len(left.split("[SEP]")[1].split()) + 1
+
+
+def test_best_is_the_highest_score_and_the_first_of_equals(scorer: Scorer):
+    candidates = ["a red fox", "dog", "the owl", "a red fox"]
+    choice = scorer.best("say after me red fox", candidates)
+    assert np.allclose(choice.scores, scorer.score(["say after me red fox"] * 4, candidates))
+    assert choice.score == choice.scores.max()
+    assert choice.response == candidates[choice.index]
+    assert scorer.best("now", ["dog", "dog"]).index == 0
+
+
+def test_what_cannot_be_scored_is_a_value_error(scorer: Scorer):
+    with pytest.raises(ValueError, match="no candidates"):
+        scorer.best("now", [])
+    with pytest.raises(ValueError, match="2 instructions and 1 responses"):
+        scorer.score(["a", "b"], ["c"])
+    assert scorer.score([], []).shape == (0,)
+
+
+def test_token_batches_hold_each_pair_once_within_the_budget():
+    lengths = np.random.default_rng(0).integers(1, 300, 500)
+    batches = token_batches(lengths, 1024)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
+    assert all(len(batch) * lengths[batch].max() <= 1024 for batch in batches)
+    assert sum(len(batch) * lengths[batch].max() for batch in batches) < 1.1 * lengths.sum()
+    assert [batch.tolist() for batch in token_batches(np.array([5000, 3]), 1024)] == [[1], [0]]
+
+
+def test_the_same_seed_draws_the_same_head(encoder: Path):
+    heads = [new_model(encoder, ScorerConfig(max_length=64), TrainingConfig(), seed).classifier.weight for seed in (3, 3, 4)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "longest"),
+    [
+        ("Bert", {"max_position_embeddings": 64}, 64),
+        ("Roberta", {"max_position_embeddings": 66, "pad_token_id": 1}, 64),
+        ("DebertaV2", {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}, 1 << 30),
+        ("ModernBert", {"max_position_embeddings": 64, "pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3}, 64),
+    ],
+)
+def test_each_encoder_family_becomes_a_one_logit_regression_model(kind: str, settings: dict, longest: int, encoder: Path, tmp_path: Path):
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **settings)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    load_tokenizer(encoder, "x", "s").save_pretrained(tmp_path)
+    model = new_model(tmp_path, ScorerConfig(encoder=str(tmp_path), max_length=16), TrainingConfig(attention_dropout=0.25), seed=3)
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    assert 0.25 in (getattr(model.config, "attention_probs_dropout_prob", None), getattr(model.config, "attention_dropout", None))
+    assert longest_input(model) == longest
+    tokenizer = load_tokenizer(tmp_path, "x", "s")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    assert Scorer(model, tokenizer, 16).score(["say red"], ["red"]).shape == (1,)
+
+
+def test_a_length_the_encoder_cannot_read_is_refused(encoder: Path):
+    with pytest.raises(UsageError, match=r"scorer\.max_length=512 is above the 64 tokens"):
+        new_model(encoder, ScorerConfig(max_length=512), TrainingConfig(), seed=3)
+
+
+def test_only_a_finished_one_label_model_loads_as_scorer(scorer: Scorer, encoder: Path, tmp_path: Path):
+    with pytest.raises(CappyError, match="has 2 labels"):
+        Scorer.load(str(encoder))
+    scorer.save(tmp_path / "scorer")
+    storage.write_bytes(str(tmp_path / "scorer/_checkpoints/x"), b"")
+    with pytest.raises(CappyError, match="the run writing it did not finish"):
+        Scorer.load(str(tmp_path / "scorer"))
+    storage.publish(str(tmp_path / "scorer"), {"kind": "dataset"})
+    with pytest.raises(CappyError, match="holds a dataset, not a scorer"):
+        Scorer.load(str(tmp_path / "scorer"))
+
+
+def test_the_config_tells_other_libraries_to_leave_the_logit_raw(scorer: Scorer, tmp_path: Path):
+    scorer.save(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.problem_type == "regression"
+    assert config.sentence_transformers == {"activation_fn": "torch.nn.modules.linear.Identity"}
+    assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 64

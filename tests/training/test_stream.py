@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster import storage
+from cluster.errors import CappyError
+from generation.dataset import RegressionSet
+from tests.training.conftest import publish
+from training import stream
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> RegressionSet:
+    return RegressionSet(publish(str(tmp_path / "set"), 300, 10, row_group=50))
+
+
+def test_an_epoch_holds_every_pair_once(dataset: RegressionSet):
+    plain = sorted((i, r) for pairs in dataset.pairs("train") for i, r in zip(pairs.instructions, pairs.responses, strict=True))
+    made = list(stream.windows(dataset, "train", 128, seed=5, epoch=0))
+    assert sorted((i, r) for pairs in made for i, r in zip(pairs.instructions, pairs.responses, strict=True)) == plain
+    assert {len(pairs) for pairs in made[:-1]} == {128}
+    assert stream.count_pairs(dataset, "train") == len(plain) == sum(map(len, made))
+
+
+def test_skipping_gives_the_same_windows(dataset: RegressionSet):
+    whole = list(stream.windows(dataset, "train", 128, seed=5, epoch=1))
+    rest = list(stream.windows(dataset, "train", 128, seed=5, epoch=1, skip=3))
+    assert [window.responses for window in rest] == [window.responses for window in whole[3:]]
+
+
+def test_epochs_differ_and_a_window_mixes_the_whole_set(dataset: RegressionSet):
+    first, second = (next(stream.windows(dataset, "train", 128, seed=5, epoch=epoch)) for epoch in (0, 1))
+    assert first.instructions != second.instructions
+    place = {row: index for index, row in enumerate(dict.fromkeys(i for pairs in dataset.pairs("train") for i in pairs.instructions))}
+    places = [place[instruction] for instruction in first.instructions]
+    assert min(places) < 60 and max(places) > 240
+
+
+def test_a_damaged_shard_is_named(dataset: RegressionSet):
+    (uri,) = dataset.shards("train")
+    data = bytearray(storage.read_bytes(uri))
+    for place in range(len(data) // 4, len(data) // 2, 64):
+        data[place] ^= 0xFF
+    storage.write_bytes(uri, bytes(data))
+    with pytest.raises(CappyError, match=r"part-00000.parquet is damaged"):
+        list(stream.windows(dataset, "train", 128, seed=5, epoch=0))

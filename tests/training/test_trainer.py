@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification
+
+from cluster import storage
+from cluster.config import Config, load
+from cluster.errors import CappyError, UsageError
+from cluster.runtime import ray_session
+from tests.training.conftest import publish, rows, settings
+from training import trainer
+from training.scorer import CHECKPOINTS, Scorer
+
+pytestmark = pytest.mark.slow
+
+EPOCHS = 6
+RUN = """
+import json
+import sys
+
+from cluster.config import load
+from training import trainer
+if __name__ == "__main__":
+    print(json.dumps(trainer.run(load(sys.argv[1]))))
+"""
+
+
+@pytest.fixture(scope="module")
+def ray() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with ray_session():
+            yield
+
+
+@pytest.fixture(scope="module")
+def trained(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray: Any) -> tuple[Config, dict[str, Any]]:
+    """A finished run and its summary."""
+    workspace = tmp_path_factory.mktemp("run")
+    publish(str(workspace / "dataset"), 70, 20)
+    config = settings(str(workspace), encoder, epochs=EPOCHS, learning_rate=5e-3)
+    return config, trainer.run(config)
+
+
+def weights(scorer_uri: str) -> dict[str, np.ndarray]:
+    return load_file(Path(scorer_uri, "model.safetensors"))
+
+
+def test_a_run_publishes_a_scorer_that_learned(trained: tuple[Config, dict[str, Any]]):
+    config, summary = trained
+    manifest = storage.read_manifest(config.scorer_uri, "scorer", "train")
+    assert manifest["summary"] == summary == json.loads(json.dumps(summary))
+    assert storage.verify(config.scorer_uri, manifest) == []
+    assert summary["pairs"] == 210 and summary["epochs"] == EPOCHS and summary["steps"] == EPOCHS * 14
+    assert summary["train_mse"] < 0.12 and summary["validation"]["mse"] < 0.12
+    assert summary["validation"]["spearman"] > 0.5
+    files = {"config.json", "model.safetensors", "tokenizer.json", "config.yaml", "metrics.jsonl", "README.md", "loss.svg"}
+    assert files <= set(manifest["files"])
+    assert not storage.exists(storage.join(config.scorer_uri, CHECKPOINTS))
+    assert load(Path(config.scorer_uri, "config.yaml")).scorer == config.scorer
+
+
+def test_the_published_scorer_loads_and_its_scores_give_the_validation_mse(trained: tuple[Config, dict[str, Any]]):
+    config, summary = trained
+    plain = AutoModelForSequenceClassification.from_pretrained(config.scorer_uri)
+    assert (plain.config.num_labels, plain.config.problem_type) == (1, "regression")
+    scorer = Scorer.load(config.scorer_uri)
+    assert scorer.max_length == config.scorer.max_length
+    pairs = [(row["instruction"], each["response"], each["label"]) for row in rows(20, seed=2) for each in row["candidates"]]
+    scores = scorer.score([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    assert np.mean((scores - [pair[2] for pair in pairs]) ** 2) == pytest.approx(summary["validation"]["mse"], abs=1e-5)
+
+
+def test_the_log_holds_every_pair_once(trained: tuple[Config, dict[str, Any]]):
+    config, summary = trained
+    lines = [json.loads(line) for line in Path(config.scorer_uri, "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == summary["steps"]
+    assert [line["epoch"] for line in lines if "validation" in line] == list(range(EPOCHS))
+
+
+def test_a_finished_scorer_is_refused_and_replaced_only_when_asked(trained: tuple[Config, dict[str, Any]], tmp_path: Path):
+    config, _ = trained
+    with pytest.raises(UsageError, match="already holds a finished run"):
+        trainer.run(config)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"no `cappy train` wrote, e.g. thesis.txt"):
+        trainer.run(config.model_copy(update={"scorer_path": str(tmp_path)}), overwrite=True)
+    with pytest.raises(CappyError, match="holds a dataset, not a scorer"):
+        trainer.run(config.model_copy(update={"scorer_path": config.dataset_uri}), overwrite=True)
+    assert (tmp_path / "thesis.txt").exists() and storage.exists(storage.join(config.dataset_uri, storage.MANIFEST))
+
+
+def test_an_unfinished_set_and_an_unknown_encoder_are_refused_at_once(encoder: Path, tmp_path: Path):
+    publish(str(tmp_path / "dataset"), 4, 2)
+    with pytest.raises(UsageError, match=r"scorer\.encoder=\./nowhere: no such folder"):
+        trainer.run(Config.model_validate({"workspace": str(tmp_path), "scorer": {"encoder": "./nowhere"}}))
+    storage.delete(str(tmp_path / "dataset" / storage.MANIFEST))
+    with pytest.raises(CappyError, match="the run writing it did not finish"):
+        trainer.run(settings(str(tmp_path), encoder))
+
+
+def test_an_error_in_a_worker_reaches_the_operator_as_one_line(encoder: Path, tmp_path: Path, ray: Any):
+    publish(str(tmp_path / "dataset"), 70, 20)
+    with pytest.raises(CappyError, match=r"^the loss is (nan|inf) near step \d+; lower training.learning_rate \(now 1e\+30\)$"):
+        trainer.run(settings(str(tmp_path), encoder, learning_rate=1e30, clip_norm=1e30))
+    with pytest.raises(CappyError, match="the run writing it did not finish"):
+        Scorer.load(str(tmp_path / "scorer"))
+
+
+def test_two_workers_train_from_and_to_object_storage(encoder: Path, bucket: str, tmp_path: Path):
+    publish(f"{bucket}/run/dataset", 70, 20)
+    config = settings(f"{bucket}/run", encoder, epochs=EPOCHS, learning_rate=5e-3, workers=2)
+    process = launch(config, tmp_path)
+    summary = json.loads(process.communicate(timeout=240)[0].splitlines()[-1])
+    assert summary["steps"] == EPOCHS * 14 and summary["train_mse"] < 0.12
+    assert summary["validation"]["pairs"] == 60
+    manifest = storage.read_manifest(config.scorer_uri, "scorer", "train")
+    assert storage.verify(config.scorer_uri, manifest) == []
+    assert set(storage.list_files(config.scorer_uri)) == {*manifest["files"], storage.MANIFEST}
+    assert Scorer.load(config.scorer_uri).score(["say after me red fox"], ["a red fox"])[0] > 0.4
+
+
+def test_a_run_killed_with_sigkill_goes_on_and_ends_bit_equal(encoder: Path, tmp_path: Path, ray: Any, capfd: pytest.CaptureFixture[str]):
+    publish(str(tmp_path / "dataset"), 80, 10)
+    # Small steps, so that the kill finds the run between checkpoints.
+    config = settings(str(tmp_path), encoder, epochs=3, batch_size=4, checkpoint_every=20)
+    process = launch(config, tmp_path)
+    deadline = time.monotonic() + 240
+    while _last_step(tmp_path / "scorer") < 40:
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not storage.exists(storage.join(config.scorer_uri, storage.MANIFEST))
+    resumed = trainer.run(config)
+    assert "going on from step" in capfd.readouterr().err
+    whole = trainer.run(config.model_copy(update={"scorer_path": str(tmp_path / "whole")}))
+    assert whole["train_mse"] == resumed["train_mse"]
+    left, right = weights(str(tmp_path / "whole")), weights(config.scorer_uri)
+    assert all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
+    """Run `trainer.run` in a process of its own, with its own Ray; standard error goes to `folder/log`."""
+    (folder / "run.py").write_text(RUN)
+    (folder / "run.yaml").write_text(config.to_yaml())
+    return subprocess.Popen(
+        [sys.executable, str(folder / "run.py"), str(folder / "run.yaml")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=(folder / "log").open("a"),
+        text=True,
+    )
+
+
+def _last_step(scorer: Path) -> int:
+    """The step of the newest checkpoint Ray Train has registered, 0 before there is one."""
+    for snapshot in (scorer / CHECKPOINTS).glob("*/checkpoint_manager_snapshot.json"):
+        try:
+            return int(json.loads(snapshot.read_text())["checkpoint_results"][-1]["metrics"]["step"])
+        except (ValueError, IndexError):
+            return 0
+    return 0

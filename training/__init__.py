@@ -1,0 +1,1 @@
+"""The scorer: model, pairs, training loop, and training it on Ray Train."""

@@ -1,0 +1,87 @@
+"""What stands beside a trained model: its card (README.md) and the plot of its loss."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.config import Config
+
+
+def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes:
+    """Return an SVG of the training loss, smoothed and raw, and the validation MSE, over optimizer steps.
+
+    `metrics` are the lines of metrics.jsonl.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    trained = [line for line in metrics if "loss" in line]
+    steps, losses = [line["step"] for line in trained], [line["loss"] for line in trained]
+    smooth, average = [], losses[0] if losses else 0.0
+    for loss in losses:
+        average = 0.9 * average + 0.1 * loss
+        smooth.append(average)
+    axes.plot(steps, losses, color="#b9c6d8", linewidth=0.8, label="train")
+    axes.plot(steps, smooth, color="#1f5fa8", label="train, smoothed")
+    validated = [line for line in metrics if line.get("validation", {}).get("mse") is not None]
+    axes.plot(
+        [line["step"] for line in validated], [line["validation"]["mse"] for line in validated], "o", color="#c8552d", label="validation"
+    )
+    axes.set(xlabel="optimizer step", ylabel="mean squared error")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None})
+    return sink.getvalue()
+
+
+def model_card(config: Config, summary: dict[str, Any], dataset: dict[str, Any]) -> str:
+    """Return the model card as Markdown; `dataset` is the manifest of the set it was trained on."""
+    validation = summary["validation"]
+    rows = [
+        ("MSE, train (last epoch)", summary["train_mse"]),
+        ("MSE, validation", validation.get("mse")),
+        ("Spearman within instruction, validation", validation.get("spearman")),
+        ("Pairwise accuracy within instruction, validation", validation.get("pairwise_accuracy")),
+    ]
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in rows if value is not None)
+    training = config.training
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+base_model: {json.dumps(config.scorer.encoder)}
+tags: [cappy-ray, scorer, regression]
+---
+
+# A Cappy scorer on {config.scorer.encoder}
+
+Reads an instruction and a response and gives one number, about 0 for a wrong and 1 for a right response: the raw logit,
+without a sigmoid. Among several responses of an LLM the one with the highest score is taken.
+
+```python
+from training.scorer import Scorer
+scorer = Scorer.load("{summary["uri"]}")
+scorer.best("Translate to French: cat", ["chien", "chat"]).response
+```
+
+It is also a plain `AutoModelForSequenceClassification` with one label; its tokenizer takes the pair (instruction, response).
+Where a pair has more than {config.scorer.max_length} tokens the instruction is cut, not the response.
+
+| Measure | Value |
+| --- | --: |
+{table}
+
+![loss](loss.svg)
+
+Trained on {summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.scorer.max_length} tokens) of `{config.dataset_uri}`
+(written by {dataset.get("code_version", "unknown code")}): {summary["epochs"]} epochs, {summary["steps"]:,} steps of
+{training.batch_size} pairs, AdamW at {training.learning_rate:g} with a linear schedule, mean squared error on the raw logit.
+`config.yaml` holds every setting, `metrics.jsonl` every logged step.
+"""

@@ -1,0 +1,281 @@
+"""The training loop, in torch alone: no Ray, no data files; only `save_state` and `load_state` touch the disk.
+
+Order, batches and dropout are functions of (seed, epoch, window, step, worker), never of what ran before, so a run that
+stops at any step and goes on from its saved state ends with the weights of an unbroken one. Shapes: B pairs in a
+micro-batch, W workers, N pairs in a step over all workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed
+from safetensors.torch import load_file, save_file
+from scipy.stats import rankdata
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.config import TrainingConfig
+from training.scorer import Encoded, autocast, pad, token_batches
+
+# Padded tokens in one forward and backward pass of a worker; a longer share of a step is accumulated over several.
+MICRO_BATCH_TOKENS = 16_384
+# Up to this length the backward pass of plain attention beats the fused kernel's on CPU (x1.4 at 40 tokens, x1.1 at 160,
+# x0.7 at 320; MiniLM, bfloat16); scoring has no backward pass and stays with the fused one.
+_PLAIN_ATTENTION_TOKENS = 192
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some thousand tokenised pairs that are shuffled and sorted together, known alike to every worker."""
+
+    epoch: int
+    number: int
+    """Position in its epoch, from 0."""
+    encoded: Encoded
+    labels: np.ndarray
+    """float32 (pairs,), in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one worker does in one optimizer step."""
+
+    index: int
+    """Position in the whole run, from 0."""
+    window: Window
+    size: int
+    """Pairs of the step over all workers."""
+    micro_batches: list[np.ndarray]
+    """Rows of the window, this worker's only; empty when the step is too small to give it one."""
+    last_of_window: bool
+
+
+@dataclass(frozen=True)
+class Done:
+    """One finished optimizer step."""
+
+    index: int
+    epoch: int
+    loss: Tensor
+    """float32 (): this worker's part of the step's mean squared error; the sum over workers is the step's loss."""
+    size: int
+    learning_rate: float
+    cut: int
+    """Pairs cut to the length limit in the window this step ends; 0 elsewhere."""
+
+
+def steps_in_epoch(pairs: int, config: TrainingConfig) -> int:
+    """Return the optimizer steps an epoch of `pairs` takes: every window ends with a step of what is left over."""
+    full, rest = divmod(pairs, config.window)
+    return full * -(-config.window // config.batch_size) + -(-rest // config.batch_size)
+
+
+def position(step: int, pairs: int, config: TrainingConfig) -> tuple[int, int, int]:
+    """Return (epoch, window, step within the window) of a step of the run."""
+    epoch, within = divmod(step, steps_in_epoch(pairs, config))
+    return epoch, *divmod(within, -(-config.window // config.batch_size))
+
+
+def cut(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int) -> list[np.ndarray]:
+    """Cut a window into steps of rows alike in length: shuffled, sorted by length, cut, and the steps shuffled.
+
+    `lengths`: int64 (pairs,), in tokens. Each row is in exactly one step; all have `batch_size` rows but one.
+    """
+    draw = np.random.default_rng([seed, epoch, 2, window])
+    shuffled = draw.permutation(len(lengths))
+    ordered = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    # The smaller step takes rows from a random place, or it would always hold the longest.
+    short = len(lengths) % batch_size
+    start = int(draw.integers(0, len(lengths) // batch_size + 1)) * batch_size if short else 0
+    steps = [ordered[start : start + short]] if short else []
+    rest = np.concatenate([ordered[:start], ordered[start + short :]])
+    steps += [rest[place : place + batch_size] for place in range(0, len(rest), batch_size)]
+    return [steps[place] for place in draw.permutation(len(steps))]
+
+
+def plan(windows: Iterable[Window], config: TrainingConfig, seed: int, rank: int, world: int, first: int, pairs: int) -> Iterator[Step]:
+    """Yield a worker's steps from step `first` of the run on; `windows` starts with the window that step lies in.
+
+    Worker `rank` of `world` takes every `world`-th row of a step: all get as many and equally long pairs.
+    """
+    index = first
+    skip = position(first, pairs, config)[2]
+    for window in windows:
+        steps = cut(window.encoded.lengths, config.batch_size, seed, window.epoch, window.number)
+        for place, rows in enumerate(steps):
+            if place < skip:
+                continue
+            mine = rows[rank::world]
+            micro = [mine[batch] for batch in token_batches(window.encoded.lengths[mine], MICRO_BATCH_TOKENS)] if len(mine) else []
+            yield Step(index, window, len(rows), micro, place == len(steps) - 1)
+            index += 1
+        skip = 0
+
+
+def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
+    """Return the rate of optimizer step `step` of `total`: a linear rise over the warmup, then a linear fall to 0."""
+    warmup = int(total * config.warmup)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * (total - step) / max(total - warmup, 1)
+
+
+def new_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW in its fused kernel; biases and norms are not decayed."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [each for each in parameters if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def fit(
+    model: nn.Module,
+    steps: Iterable[Step],
+    optimizer: torch.optim.Optimizer,
+    config: TrainingConfig,
+    *,
+    total: int,
+    seed: int,
+    pad_id: int,
+    dtype: Literal["bfloat16", "float32"],
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Done]:
+    """Take the optimizer steps and yield after each; `total` is the length of the whole run, for the schedule.
+
+    The loss is the mean over a step's N pairs of all workers of (logit - label)^2, so the gradient does not depend on how
+    many workers share it. With several, the process group must be up; the caller's `model` holds the weights throughout.
+    """
+    device = next(model.parameters()).device
+    parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else None
+    for step in steps:
+        model.train()
+        torch.manual_seed(int(np.random.SeedSequence([seed, 3, step.index, rank]).generate_state(1, np.uint64)[0] >> 1))
+        # A worker without a pair still meets the others in the all-reduce: with any pair of the window, at no weight.
+        batches = [(rows, 1.0) for rows in step.micro_batches] or [(np.zeros(1, np.int64), 0.0)]
+        loss = torch.zeros((), device=device)
+        for place, (rows, weight) in enumerate(batches):
+            waits = parallel.no_sync() if parallel is not None and place < len(batches) - 1 else nullcontext()
+            with waits:
+                inputs = pad(step.window.encoded, rows, pad_id, device)
+                labels_B = torch.from_numpy(step.window.labels[rows]).to(device)
+                with autocast(dtype, device), _attention(inputs["input_ids"].shape[1], device):
+                    logits_B1 = (parallel or model)(**inputs).logits
+                part = weight * (logits_B1[:, 0].float() - labels_B).square().sum() / step.size
+                # DDP averages the gradients of the W workers; their sum is meant.
+                (part * world).backward()
+            loss += part.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        rate = learning_rate(step.index, total, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        encoded = step.window.encoded
+        cut_pairs = encoded.cut_pairs if step.last_of_window else 0
+        yield Done(step.index, step.window.epoch, loss, step.size, rate, cut_pairs)
+
+
+def _attention(length: int, device: torch.device) -> AbstractContextManager[Any]:
+    """The faster of torch's attention kernels for training on inputs of `length` tokens."""
+    plain = device.type == "cpu" and length <= _PLAIN_ATTENTION_TOKENS
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+    """Write weights, optimizer moments and `progress` (anything JSON holds) as safetensors and JSON into a folder."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in _weights(model).items()}, folder / "weights.safetensors")
+    moments = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{key}/{name}"] = value.detach().cpu().contiguous()
+    save_file(moments, folder / "optimizer.safetensors")
+    (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore what `save_state` wrote and return its `progress`."""
+    model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
+    moments = load_file(folder / "optimizer.safetensors")
+    parameters = dict(model.named_parameters())
+    for key, value in moments.items():
+        kind, name = key.split("/", 1)
+        parameter = parameters[name]
+        # The step counter is read as a plain float32 scalar on the parameter's device by the fused kernel.
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+    return dict(json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model, each tensor that several names share once (safetensors holds no aliases)."""
+    unique: dict[tuple[int, int], str] = {}
+    state = model.state_dict()
+    for name, value in state.items():
+        unique.setdefault((value.data_ptr(), value.numel()), name)
+    return {name: state[name] for name in unique.values()}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well scores fit labels, as sums that add up over batches and workers."""
+
+    sums: np.ndarray
+    """float64 (6,): pairs, squared errors, instructions ranked, their Spearman sum, ordered pairs of candidates, those right."""
+
+    def __add__(self, other: Fit) -> Fit:
+        return Fit(self.sums + other.sums)
+
+    def metrics(self) -> dict[str, float | None]:
+        """`mse`; `spearman` (within instruction, mean, in [-1, 1]); `pairwise_accuracy` (in [0, 1], ties in score half right)."""
+        pairs, errors, ranked, spearman, ordered, right = self.sums.tolist()
+        return {
+            "pairs": int(pairs),
+            "mse": errors / pairs if pairs else None,
+            "spearman": spearman / ranked if ranked else None,
+            "pairwise_accuracy": right / ordered if ordered else None,
+        }
+
+
+NOTHING = Fit(np.zeros(6))
+
+
+def measure(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Fit:
+    """Compare scores with labels; rank only within an instruction (`groups`), and only where its labels differ.
+
+    Ranks of ties are shared. All three arrays are (pairs,).
+    """
+    errors = float(np.square(scores.astype(np.float64) - labels).sum())
+    ranked = spearman = ordered = right = 0.0
+    order = np.argsort(groups, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        label, score = labels[rows], scores[rows]
+        if not len(rows) or label.min() == label.max():
+            continue
+        ranked += 1
+        if score.min() != score.max():
+            spearman += float(np.corrcoef(rankdata(label), rankdata(score))[0, 1])
+        above = label[:, None] > label[None, :]
+        difference = (score[:, None] - score[None, :])[above]
+        ordered += len(difference)
+        right += float((difference > 0).sum() + (difference == 0).sum() / 2)
+    return Fit(np.array([len(scores), errors, ranked, spearman, ordered, right]))
+
+
+def sum_over_workers(values: Sequence[float] | np.ndarray, world: int, device: torch.device) -> np.ndarray:
+    """Return the element-wise sum of every worker's `values`, float64; with one worker just those."""
+    sums = torch.tensor(np.asarray(values, np.float64), device=device)
+    if world > 1:
+        torch.distributed.all_reduce(sums)
+    summed: np.ndarray = sums.cpu().numpy()
+    return summed

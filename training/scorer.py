@@ -1,0 +1,316 @@
+"""The scorer: a small encoder that reads (instruction, response) and gives one raw logit, trained towards a label in [0, 1].
+
+Torch and transformers only, no Ray. What is saved here loads with plain `AutoModelForSequenceClassification`, and what
+plain transformers saved loads here. Shapes: B pairs in a batch, T tokens of the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from cluster import models, storage
+from cluster.config import ScorerConfig, TrainingConfig
+from cluster.errors import CappyError, UsageError
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+CHECKPOINTS = "_checkpoints"
+"""Folder beside the model files while it is being trained; a folder that has it and no manifest is not finished."""
+
+# Padded tokens in one forward pass; more only costs memory once the cores are busy.
+_SCORING_TOKENS = {"cpu": 4096, "cuda": 65536}
+# Pairs tokenised and sorted together when scoring, so that memory stays flat however many there are.
+_SCORING_PAIRS = 8192
+# The names under which encoder families keep the dropout on attention probabilities.
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised pairs with their special tokens, not padded."""
+
+    input_ids: list[list[int]]
+    token_type_ids: list[list[int]] | None
+    """0 over the instruction, 1 over the response; None for models that do not read them."""
+    cut_pairs: int
+    """Pairs that were too long and lost the tail of their instruction."""
+    cut_responses: int
+    """Those of them whose response alone was too long: the instruction is gone and the response lost its tail."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (pairs,): tokens of each pair."""
+        return np.fromiter(map(len, self.input_ids), np.int64, len(self))
+
+
+def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequence[str], max_length: int) -> Encoded:
+    """Tokenise pairs; one longer than `max_length` tokens loses the tail of its instruction, its response only when that is gone.
+
+    A pair that fits gives the ids of plain `tokenizer(instruction, response)`. Raises `ValueError` when the lists differ in length.
+    """
+    if len(instructions) != len(responses):
+        raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
+    typed = "token_type_ids" in tokenizer.model_input_names
+    if not instructions:
+        return Encoded([], [] if typed else None, 0, 0)
+    batch = tokenizer(
+        list(instructions), list(responses), return_token_type_ids=typed, return_attention_mask=False, truncation=False, verbose=False
+    )
+    ids: list[list[int]] = batch["input_ids"]
+    types: list[list[int]] | None = batch["token_type_ids"] if typed else None
+    cut_pairs = cut_responses = 0
+    for row, tokens in enumerate(ids):
+        excess = len(tokens) - max_length
+        if excess <= 0:
+            continue
+        sides = np.array([-1 if side is None else side for side in batch.sequence_ids(row)])
+        instruction, response = np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)
+        cut_pairs += 1
+        cut_responses += excess > len(instruction)
+        dropped = np.concatenate([instruction[-excess:], response[max(len(response) - max(excess - len(instruction), 0), 0) :]])
+        kept = np.delete(np.arange(len(tokens)), dropped)
+        ids[row] = [tokens[place] for place in kept]
+        if types:
+            types[row] = [types[row][place] for place in kept]
+    return Encoded(ids, types, cut_pairs, cut_responses)
+
+
+def pad(encoded: Encoded, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the model's inputs for some of the pairs: `input_ids`, `attention_mask` and, if read, `token_type_ids`, each int64 (B, T)."""
+    length = max(len(encoded.input_ids[row]) for row in rows)
+    ids_BT = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), length), dtype=torch.long)
+    types_BT = torch.zeros((len(rows), length), dtype=torch.long) if encoded.token_type_ids is not None else None
+    for place, row in enumerate(rows):
+        tokens = encoded.input_ids[row]
+        ids_BT[place, : len(tokens)] = torch.tensor(tokens)
+        mask_BT[place, : len(tokens)] = 1
+        if types_BT is not None and encoded.token_type_ids is not None:
+            types_BT[place, : len(tokens)] = torch.tensor(encoded.token_type_ids[row])
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT} | ({} if types_BT is None else {"token_type_ids": types_BT})
+    return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+
+
+def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Cut pairs, sorted by length, into batches whose padded size (pairs x longest) is at most `budget` tokens; a longer pair stands alone.
+
+    Returns positions in `lengths`; each pair is in exactly one batch.
+    """
+    order = np.argsort(lengths, kind="stable")
+    batches: list[np.ndarray] = []
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end - start + 1) * lengths[order[end]] > budget:
+            batches.append(order[start:end])
+            start = end
+    return batches
+
+
+def pick_dtype(dtype: Dtype, device: torch.device) -> Literal["bfloat16", "float32"]:
+    """Return `dtype` with `auto` decided: bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
+def autocast(dtype: Literal["bfloat16", "float32"], device: torch.device) -> AbstractContextManager[Any]:
+    """The arithmetic of a forward pass: bfloat16 products over float32 weights, or plain float32."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def longest_input(model: nn.Module) -> int:
+    """Return how many tokens a model can read: the rows of its position table, or what its config says where it has none."""
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if isinstance(table, nn.Embedding):
+        # RoBERTa's positions start behind its padding id.
+        return int(table.num_embeddings) - (0 if table.padding_idx is None else int(table.padding_idx) + 1)
+    if getattr(model.config, "position_biased_input", True) is False:
+        return 1 << 30  # DeBERTa's relative positions have no end
+    return int(getattr(model.config, "max_position_embeddings", 0)) or 1 << 30
+
+
+def load_tokenizer(folder: Path, name: str, setting: str) -> Any:
+    """Return the tokenizer in a model folder. Raises `CappyError` when there is none that knows which token came from which text."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CappyError(
+            f"{setting}={name}: no tokenizer can be loaded ({_first_line(error)}); save one there with save_pretrained"
+        ) from None
+    if not tokenizer.is_fast:
+        raise CappyError(f"{setting}={name}: the tokenizer has no fast version; save one with a tokenizer.json there")
+    return tokenizer
+
+
+def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConfig, seed: int) -> Any:
+    """Return a one-logit regression model on the encoder in a folder, in float32, a missing head drawn from `seed`.
+
+    Raises `CappyError` when the folder holds no encoder transformers can put a head on, or when it cannot read
+    `scorer.max_length` tokens; `UsageError` when its attention dropout cannot be set.
+    """
+    try:
+        config = AutoConfig.from_pretrained(encoder_folder, num_labels=1, problem_type="regression")
+    except (OSError, ValueError, KeyError) as error:
+        raise CappyError(f"scorer.encoder={scorer.encoder}: not a model transformers knows ({_first_line(error)})") from None
+    names = [name for name in _ATTENTION_DROPOUT if hasattr(config, name)]
+    if not names:
+        raise UsageError(
+            f"training.attention_dropout={training.attention_dropout}: scorer.encoder={scorer.encoder} ({config.model_type}) has none "
+            f"to set; choose a BERT, RoBERTa, DeBERTa or ModernBERT encoder"
+        )
+    for name in names:
+        setattr(config, name, training.attention_dropout)
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                encoder_folder, config=config, use_safetensors=True, dtype=torch.float32
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CappyError(
+                f"scorer.encoder={scorer.encoder}: no scorer can be built on it ({_first_line(error)}); give a pretrained encoder, "
+                f"or a scorer with one label"
+            ) from None
+    if scorer.max_length > longest_input(model):
+        raise UsageError(
+            f"scorer.max_length={scorer.max_length} is above the {longest_input(model)} tokens {scorer.encoder} can read; lower it"
+        )
+    # sentence-transformers and vLLM put a sigmoid on a single label unless the config says otherwise.
+    model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    return model
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best of an instruction's candidates."""
+
+    index: int
+    """Its place among the candidates; the first of equals."""
+    response: str
+    score: float
+    scores: np.ndarray
+    """float32 (candidates,): the raw logit of each."""
+
+
+class Scorer:
+    """A trained scorer, ready to score pairs. Build one with `Scorer.load`."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_length: int, dtype: Dtype = "float32", device: torch.device | None = None) -> None:
+        self.device = device or next(model.parameters()).device
+        self.model = model.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        """Tokens of instruction plus response the model reads."""
+        self.dtype = pick_dtype(dtype, self.device)
+
+    @classmethod
+    def load(cls, name: str, dtype: Dtype = "float32", device: str | torch.device | None = None, setting: str = "scorer_path") -> Scorer:
+        """Load a scorer `cappy train` published, or any one-label Hugging Face model, from a folder, a hub name or an s3:// folder.
+
+        `dtype` float32 keeps close candidates apart; bfloat16 is faster and right to about 0.01. `device` null is the GPU
+        where there is one. Raises `CappyError` naming `setting` when it is not a finished one-label model.
+        """
+        refuse_unfinished(name)
+        folder = models.resolve(name, setting)
+        tokenizer = load_tokenizer(folder, name, setting)
+        with _quiet():
+            try:
+                model, report = AutoModelForSequenceClassification.from_pretrained(
+                    folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                )
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                raise CappyError(f"{setting}={name}: not a model that can score ({_first_line(error)})") from None
+        if model.config.num_labels != 1:
+            labels = model.config.num_labels
+            raise CappyError(f"{setting}={name}: the model has {labels} labels, a scorer has one; point it at what `cappy train` wrote")
+        if report["missing_keys"]:
+            missing = ", ".join(sorted(report["missing_keys"])[:3])
+            raise CappyError(f"{setting}={name}: the weights lack {missing}, so no head was trained; run `cappy train` on it first")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device)
+
+    def score(self, instructions: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Return the raw logit of each pair, float32 (pairs,), in the order given.
+
+        Raises `ValueError` when the lists differ in length.
+        """
+        if len(instructions) != len(responses):
+            raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
+        parts = [
+            self.score_encoded(
+                encode_pairs(
+                    self.tokenizer, instructions[start : start + _SCORING_PAIRS], responses[start : start + _SCORING_PAIRS], self.max_length
+                )
+            )
+            for start in range(0, len(instructions), _SCORING_PAIRS)
+        ]
+        return np.concatenate([np.zeros(0, np.float32), *parts])
+
+    def score_encoded(self, encoded: Encoded) -> np.ndarray:
+        """Return the raw logit of each tokenised pair, float32 (pairs,), in the order given."""
+        scores = np.zeros(len(encoded), np.float32)
+        budget = _SCORING_TOKENS[self.device.type]
+        with torch.inference_mode(), autocast(self.dtype, self.device):
+            for rows in token_batches(encoded.lengths, budget):
+                inputs = pad(encoded, rows, self.tokenizer.pad_token_id, self.device)
+                logits_B1 = self.model(**inputs).logits
+                scores[rows] = logits_B1[:, 0].float().cpu().numpy()
+        return scores
+
+    def best(self, instruction: str, candidates: Sequence[str]) -> Choice:
+        """Return the candidate with the highest score. Raises `ValueError` when there are none."""
+        if not candidates:
+            raise ValueError("there are no candidates to choose from; give at least one")
+        scores = self.score([instruction] * len(candidates), candidates)
+        index = int(scores.argmax())
+        return Choice(index, candidates[index], float(scores[index]), scores)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what plain `AutoModelForSequenceClassification.from_pretrained` and `AutoTokenizer.from_pretrained` load."""
+        self.tokenizer.model_max_length = self.max_length
+        with _quiet():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+
+def refuse_unfinished(name: str) -> None:
+    """Raise `CappyError` when `name` is a folder of ours without a finished scorer; plain model folders and hub names pass."""
+    if not storage.is_s3(name) and not Path(name).expanduser().is_dir():
+        return
+    if storage.exists(storage.join(name, storage.MANIFEST)) or storage.exists(storage.join(name, CHECKPOINTS)):
+        storage.read_manifest(name, "scorer", "train")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' loading bars and reports off the operator's terminal."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

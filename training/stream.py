@@ -1,0 +1,134 @@
+"""A published set as windows of training pairs: mixed, in bounded memory, the same for every reader. No Ray, no torch.
+
+The published rows stand task after task, so neighbours are alike. An epoch therefore draws the row groups of all shards by
+seed, reads `_LANES` of them side by side, and shuffles blocks of `_BLOCK_ROWS` rows before they are exploded to pairs: a set
+up to a block is shuffled as a whole. All of it is a function of (seed, epoch), so a reader that skips to a window gets
+exactly the pairs an earlier reader got there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import storage
+from cluster.errors import CappyError
+from generation.dataset import Pairs, RegressionSet, explode
+
+_LANES = 8
+_PIECE_ROWS = 256
+_BLOCK_ROWS = 8192
+_COLUMNS = ["instruction", "candidates"]
+
+
+def count_pairs(dataset: RegressionSet, split: str) -> int:
+    """Return how many pairs a split has once exact repeats are left out, by reading it once.
+
+    Raises `CappyError` when a shard is damaged.
+    """
+    return sum(len(pairs) for pairs in dataset.pairs(split))
+
+
+def windows(dataset: RegressionSet, split: str, size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Pairs]:
+    """Yield one epoch of a split as windows of `size` pairs (the last may be smaller), without the first `skip` of them.
+
+    Holds a block of rows and a window of pairs in memory. Raises `CappyError` when a shard is damaged or rows are missing.
+    """
+    waiting: list[Pairs] = []
+    held = 0
+    number = 0
+    for pairs in _shuffled(dataset, split, seed, epoch):
+        waiting.append(pairs)
+        held += len(pairs)
+        while held >= size:
+            joined = _join(waiting)
+            window, rest = _slice(joined, 0, size), _slice(joined, size, held)
+            waiting, held = [rest], len(rest)
+            if number >= skip:
+                yield window
+            number += 1
+    if held and number >= skip:
+        yield _join(waiting)
+
+
+def _shuffled(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[Pairs]:
+    """Yield the pairs of an epoch in its order, some rows at a time."""
+    for number, block in enumerate(_blocks(_pieces(dataset, split, seed, epoch))):
+        order = np.random.default_rng([seed, epoch, 1, number]).permutation(len(block))
+        shuffled = block.take(pa.array(order, pa.int64()))
+        for start in range(0, len(shuffled), _PIECE_ROWS):
+            yield explode(shuffled.slice(start, _PIECE_ROWS))
+
+
+def _blocks(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    waiting: list[pa.Table] = []
+    for piece in pieces:
+        waiting.append(piece)
+        if sum(map(len, waiting)) >= _BLOCK_ROWS:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def _pieces(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[pa.Table]:
+    """Yield a split's rows in small tables, taken in turn from several row groups at once."""
+    groups = [(uri, group) for uri in dataset.shards(split) for group in range(_row_groups(uri))]
+    order = np.random.default_rng([seed, epoch, 0]).permutation(len(groups))
+    pending = iter([groups[place] for place in order])
+    lanes: list[Iterator[pa.Table]] = []
+    seen = 0
+    while True:
+        while len(lanes) < _LANES and (group := next(pending, None)) is not None:
+            lanes.append(_read_group(*group))
+        if not lanes:
+            break
+        for lane in list(lanes):
+            piece = next(lane, None)
+            if piece is None:
+                lanes.remove(lane)
+                continue
+            seen += len(piece)
+            yield piece
+    if seen != dataset.rows(split):
+        raise CappyError(f"{dataset.uri} has {seen} rows in split {split}, its manifest says {dataset.rows(split)}; generate it again")
+
+
+def _row_groups(uri: str) -> int:
+    fs, path = storage.filesystem(uri)
+    try:
+        with fs.open_input_file(path) as file:
+            return int(pq.ParquetFile(file).num_row_groups)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _damaged(uri, error) from None
+
+
+def _read_group(uri: str, group: int) -> Iterator[pa.Table]:
+    fs, path = storage.filesystem(uri)
+    try:
+        with fs.open_input_file(path) as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            for batch in parquet.iter_batches(batch_size=_PIECE_ROWS, row_groups=[group], columns=_COLUMNS):
+                yield pa.Table.from_batches([batch])
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _damaged(uri, error) from None
+
+
+def _damaged(uri: str, error: Exception) -> CappyError:
+    return CappyError(f"{uri} is damaged or missing ({str(error).splitlines()[0]}); copy or generate the set again")
+
+
+def _join(parts: list[Pairs]) -> Pairs:
+    return Pairs(
+        [text for part in parts for text in part.instructions],
+        [text for part in parts for text in part.responses],
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.groups for part in parts]),
+    )
+
+
+def _slice(pairs: Pairs, start: int, stop: int) -> Pairs:
+    return Pairs(pairs.instructions[start:stop], pairs.responses[start:stop], pairs.labels[start:stop], pairs.groups[start:stop])

@@ -1,0 +1,225 @@
+"""A worker of `cappy train`, as Ray Train starts it: streams its pairs, runs the loop, keeps the books, reports checkpoints.
+
+A checkpoint is the loop's state (weights, optimizer moments, books; see `loop.save_state`) and `metrics.jsonl` so far. The
+position in the data is the number of the step, since all order is a function of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster import models
+from cluster.config import Config
+from cluster.errors import CappyError
+from generation.dataset import RegressionSet
+from training import loop, stream
+from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
+
+_LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl and moves of the progress bar
+_VALIDATION_ROWS = 64  # instructions a worker validates at once
+
+
+class Board:
+    """What the first worker tells the driver: progress, and the error that ended it. A Ray actor."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._failure: CappyError | None = None
+
+    def post(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def fail(self, error: CappyError) -> None:
+        self._failure = self._failure or error
+
+    def failure(self) -> CappyError | None:
+        return self._failure
+
+
+def work(job: dict[str, Any]) -> None:
+    """Train on one worker.
+
+    `job`: `config` as a plain tree, `pairs` of the train split, `board` (the actor), `threads` of torch (null is a fair share).
+    """
+    import ray
+
+    # An error the operator must mend comes again at every restart, so the restarts Ray Train still grants end at once.
+    failure = ray.get(job["board"].failure.remote())
+    if failure:
+        raise failure
+    try:
+        _Worker(Config.model_validate(job["config"]), job["pairs"], job["board"], job["threads"]).train()
+    except CappyError as error:
+        ray.get(job["board"].fail.remote(error))
+        raise
+
+
+class _Worker:
+    """One worker's model, place in the run and books."""
+
+    def __init__(self, config: Config, pairs: int, board: Any, threads: int | None) -> None:
+        import ray.train
+        import ray.train.torch
+
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+        self.config, self.pairs, self.board = config, pairs, board
+        self.device: torch.device = ray.train.torch.get_device()
+        self.dtype = pick_dtype(config.scorer.dtype, self.device)
+        self.dataset = RegressionSet(config.dataset_uri)
+        folder = models.resolve(config.scorer.encoder, "scorer.encoder")
+        self.model = new_model(folder, config.scorer, config.training, config.seed).to(self.device)
+        self.tokenizer = load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
+        self.scorer = Scorer(self.model, self.tokenizer, config.scorer.max_length, self.dtype, self.device)
+        self.optimizer = loop.new_optimizer(self.model, config.training)
+        self.per_epoch = loop.steps_in_epoch(pairs, config.training)
+        self.total = self.per_epoch * config.training.epochs
+        self.metrics: list[str] = []
+        self.progress: dict[str, Any] = {
+            "step": 0,
+            "pairs": pairs,
+            "trained": 0,
+            "seconds": 0.0,
+            "cut_pairs": 0,
+            "epoch_loss": 0.0,
+            "epoch_pairs": 0,
+            "train_mse": None,
+            "validation": {},
+        }
+
+    def train(self) -> None:
+        """Go on from the last checkpoint to the end of the last epoch."""
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint:
+            with checkpoint.as_directory() as folder:
+                self.progress = loop.load_state(Path(folder), self.model, self.optimizer)
+                self.metrics = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            if self.progress["step"]:
+                self._post(say=f"going on from step {self.progress['step']} of {self.total}")
+        else:
+            # Both now rather than after an epoch: what cannot work should fail before anything is spent.
+            self._validate(only_first=True)
+            self._save()
+        self._post(step=self.progress["step"], note="", pairs=0)
+        training = self.config.training
+        waiting: list[loop.Done] = []
+        since = time.monotonic()
+        steps = loop.plan(self._windows(), training, self.config.seed, self.rank, self.world, self.progress["step"], self.pairs)
+        fitting = loop.fit(
+            self.model,
+            steps,
+            self.optimizer,
+            training,
+            total=self.total,
+            seed=self.config.seed,
+            pad_id=self.tokenizer.pad_token_id,
+            dtype=self.dtype,
+            rank=self.rank,
+            world=self.world,
+        )
+        for done in fitting:
+            waiting.append(done)
+            ended = (done.index + 1) % self.per_epoch == 0
+            due = (done.index + 1) % training.checkpoint_every == 0
+            if ended or due or (done.index + 1) % _LOG_EVERY == 0:
+                self.progress["seconds"] += time.monotonic() - since
+                self._log(waiting)
+                if ended:
+                    self._end_epoch(done.epoch)
+                if ended or due:
+                    self._save()
+                waiting, since = [], time.monotonic()
+        if self.progress["step"] != self.total:
+            raise CappyError(
+                f"{self.dataset.uri} gave {self.progress['step']} steps of {self.total}: it changed while it was read; train again"
+            )
+
+    def _windows(self) -> Iterator[loop.Window]:
+        """Tokenised windows from that of the next step on, epoch after epoch."""
+        training, scorer = self.config.training, self.config.scorer
+        first, skip, _ = loop.position(self.progress["step"], self.pairs, training)
+        for epoch in range(first, training.epochs):
+            for number, pairs in enumerate(stream.windows(self.dataset, "train", training.window, self.config.seed, epoch, skip), skip):
+                encoded = encode_pairs(self.tokenizer, pairs.instructions, pairs.responses, scorer.max_length)
+                yield loop.Window(epoch, number, encoded, pairs.labels)
+            skip = 0
+
+    def _log(self, waiting: list[loop.Done]) -> None:
+        """Enter the steps since the last line into the books; every worker calls it at the same steps."""
+        losses = loop.sum_over_workers(torch.stack([done.loss for done in waiting]).cpu().numpy(), self.world, self.device)
+        sizes = np.array([done.size for done in waiting])
+        last, progress = waiting[-1], self.progress
+        if not np.isfinite(losses).all():
+            raise CappyError(
+                f"the loss is {losses[~np.isfinite(losses)][0]} near step {last.index}; lower training.learning_rate "
+                f"(now {self.config.training.learning_rate:g})"
+            )
+        progress["step"] = last.index + 1
+        progress["trained"] += int(sizes.sum())
+        progress["epoch_loss"] += float((losses * sizes).sum())
+        progress["epoch_pairs"] += int(sizes.sum())
+        if last.epoch == 0:
+            progress["cut_pairs"] += sum(done.cut for done in waiting)
+        loss = float((losses * sizes).sum() / sizes.sum())
+        rate = progress["trained"] / max(progress["seconds"], 1e-9)
+        self._write(step=last.index + 1, epoch=last.epoch, loss=loss, learning_rate=last.learning_rate, pairs_per_second=round(rate, 1))
+        self._post(step=last.index + 1, note=f"loss {loss:.4f}", pairs=int(sizes.sum()))
+
+    def _end_epoch(self, epoch: int) -> None:
+        progress = self.progress
+        progress["train_mse"] = progress["epoch_loss"] / progress["epoch_pairs"]
+        progress["epoch_loss"], progress["epoch_pairs"] = 0.0, 0
+        validation = progress["validation"] = self._validate()
+        self._write(step=progress["step"], epoch=epoch, validation=validation)
+        measured = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in validation.items() if name != "pairs" and value is not None]
+        news = f"epoch {epoch + 1} of {self.config.training.epochs}: train mse {progress['train_mse']:.4f}"
+        self._post(say=f"{news}; validation {', '.join(measured)}" if measured else news)
+
+    def _validate(self, only_first: bool = False) -> dict[str, float | None]:
+        """Measure the model on the validation split, the workers sharing its instructions; `{}` where there are none."""
+        if not self.dataset.rows("validation"):
+            return {}
+        self.model.eval()
+        fit = loop.NOTHING
+        for number, pairs in enumerate(self.dataset.pairs("validation", 2 if only_first else _VALIDATION_ROWS)):
+            if number % self.world == self.rank or only_first:
+                fit += loop.measure(self.scorer.score(pairs.instructions, pairs.responses), pairs.labels, pairs.groups)
+            if only_first:
+                break
+        return loop.Fit(loop.sum_over_workers(fit.sums, self.world, self.device)).metrics()
+
+    def _save(self) -> None:
+        """Report a checkpoint; the first worker writes it, all of them wait for each other."""
+        import ray.train
+
+        if self.rank:
+            ray.train.report({"step": self.progress["step"]})
+            return
+        with tempfile.TemporaryDirectory(prefix="cappy-checkpoint-") as folder:
+            loop.save_state(Path(folder), self.model, self.optimizer, self.progress)
+            Path(folder, "metrics.jsonl").write_text("".join(f"{line}\n" for line in self.metrics), encoding="utf-8")
+            ray.train.report({"step": self.progress["step"]}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def _write(self, **line: Any) -> None:
+        self.metrics.append(json.dumps(line))
+
+    def _post(self, **event: Any) -> None:
+        if self.rank == 0:
+            self.board.post.remote(event)
