@@ -186,7 +186,7 @@ class ScorerConfig(Section):
     encoder: str = "minilm-l6"
     """The pretrained encoder the scorer is built on: an embedded name, a hub name, a local folder or an s3:// folder."""
     max_length: int = Field(512, ge=16)
-    """Tokens of instruction plus response; the instruction is cut before the response ever is."""
+    """Tokens of instruction plus response; the middle of the instruction is cut before the response ever is."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of training and batch scoring; auto is bfloat16 where the hardware has it, else float32."""
 

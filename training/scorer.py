@@ -43,7 +43,7 @@ class Encoded:
     token_type_ids: list[list[int]] | None
     """0 over the instruction, 1 over the response; None for models that do not read them."""
     cut_pairs: int
-    """Pairs that were too long and lost the tail of their instruction."""
+    """Pairs that were too long and lost the middle of their instruction."""
     cut_responses: int
     """Those of them whose response alone was too long: the instruction is gone and the response lost its tail."""
 
@@ -57,9 +57,10 @@ class Encoded:
 
 
 def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequence[str], max_length: int) -> Encoded:
-    """Tokenise pairs; one longer than `max_length` tokens loses the tail of its instruction, its response only when that is gone.
+    """Tokenise pairs; one longer than `max_length` tokens loses the middle of its instruction, its response only when that is gone.
 
-    A pair that fits gives the ids of plain `tokenizer(instruction, response)`. Raises `ValueError` when the lists differ in length.
+    Tasks say what they want at the start or the end of an instruction (a question after its context), so both stay. A pair
+    that fits gives the ids of plain `tokenizer(instruction, response)`. Raises `ValueError` when the lists differ in length.
     """
     if len(instructions) != len(responses):
         raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
@@ -80,7 +81,9 @@ def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequenc
         instruction, response = np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)
         cut_pairs += 1
         cut_responses += excess > len(instruction)
-        dropped = np.concatenate([instruction[-excess:], response[max(len(response) - max(excess - len(instruction), 0), 0) :]])
+        gone = min(excess, len(instruction))
+        start = (len(instruction) - gone + 1) // 2
+        dropped = np.concatenate([instruction[start : start + gone], response[max(len(response) - max(excess - len(instruction), 0), 0) :]])
         kept = np.delete(np.arange(len(tokens)), dropped)
         ids[row] = [tokens[place] for place in kept]
         if types:

@@ -68,11 +68,11 @@ def test_a_pair_that_fits_has_the_tokenizers_own_ids(encoder: Path):
     ("instruction", "response", "left", "cut", "cut_responses"),
     [
         ("red fox cat", "dog hen", "[CLS] red fox cat [SEP] dog hen [SEP]", 0, 0),
-        ("red fox cat owl", "dog hen", "[CLS] red fox cat [SEP] dog hen [SEP]", 1, 0),
+        ("red fox cat owl", "dog hen", "[CLS] red fox owl [SEP] dog hen [SEP]", 1, 0),
         ("red fox cat", "dog hen cow bee ant", "[CLS] [SEP] dog hen cow bee ant [SEP]", 1, 0),
         ("red fox", "dog hen cow bee ant owl cat", "[CLS] [SEP] dog hen cow bee ant [SEP]", 1, 1),
         ("", "dog hen cow bee ant owl cat", "[CLS] [SEP] dog hen cow bee ant [SEP]", 1, 1),
-        ("red fox cat owl dog hen cow", "", "[CLS] red fox cat owl dog [SEP] [SEP]", 1, 0),
+        ("red fox cat owl dog hen cow", "", "[CLS] red fox cat hen cow [SEP] [SEP]", 1, 0),
     ],
 )
 def test_the_instruction_is_cut_before_the_response_ever_is(

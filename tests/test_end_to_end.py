@@ -1,0 +1,162 @@
+"""The whole road with the real small models, through the command line, against a real S3 server."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from cluster import storage
+from generation.annotate import rouge_l
+from generation.dataset import RegressionSet
+from tests.conftest import CAPPY, cappy, free_port
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = """
+source: {kind: bigbench, tasks: [tense, linguistic_mappings], train_rows: 16, validation_rows: 16}
+sampler:
+  prompt: {form: raw, shots: 2}
+  engine: {max_model_len: 1024}
+  decodings:
+    - {name: greedy, temperature: 0, max_tokens: 24, stop: ["\\n"]}
+    - {name: warm, n: 3, temperature: 0.9, top_k: 40, top_p: 0.95, max_tokens: 24, stop: ["\\n"]}
+training: {epochs: 1, batch_size: 16}
+evaluation: {resamples: 200, examples: 4}
+"""
+
+
+def result_of(completed):
+    assert completed.returncode == 0, completed.stderr
+    assert "Traceback" not in completed.stderr
+    return json.loads(completed.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def road(s3_server, tmp_path_factory):
+    """generate, train and evaluate into a bucket; yields the config file, the workspace and each verb's JSON."""
+    import boto3
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.items():
+            patch.setenv(name, value)
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="road")
+        config = tmp_path_factory.mktemp("road") / "road.yaml"
+        config.write_text(f"workspace: s3://road/run\n{SETTINGS}")
+        results = {verb: result_of(cappy(verb, str(config), "--json")) for verb in ("generate", "train", "evaluate")}
+        yield str(config), "s3://road/run", results
+
+
+def test_the_set_is_complete_and_its_labels_are_rouge_l(road):
+    _, workspace, results = road
+    summary = results["generate"]
+    assert summary["instructions"] == 64 and summary["dead_letters"] == 0
+    assert summary["sources"]["sampled"] == 64 * 4 and summary["decodings"] == {"greedy": 64, "warm": 192}
+    opened = RegressionSet(f"{workspace}/dataset")
+    for split in ("train", "validation"):
+        for row in next(opened.batches(split)).to_pylist():
+            for each in row["candidates"]:
+                if each["source"] == "sampled":
+                    assert each["label"] == rouge_l(each["response"], row["references"])
+                    assert each["logprob"] < 0 and 0 < each["tokens"] <= 24 and each["finish_reason"] in ("stop", "length")
+                    assert each["model"] == "smollm2-135m-instruct" and "\n" not in each["response"]
+
+
+def test_inspect_shows_counts_histogram_and_sources_of_an_s3_set(road):
+    _, workspace, results = road
+    shown = cappy("inspect", f"{workspace}/dataset", COLUMNS="160").stdout
+    for text in ("checksums match", "instructions 64 (train 32, validation 32)", "reference", "mismatched", "sampled", "[0.9, 1.0]"):
+        assert text in shown
+    machine = result_of(cappy("inspect", f"{workspace}/dataset", "--json"))
+    assert machine["summary"] == results["generate"] and machine["problems"] == []
+
+
+def test_inspect_finds_a_damaged_shard(road):
+    _, workspace, _ = road
+    name = next(name for name in storage.list_files(f"{workspace}/dataset") if name.startswith("data/train"))
+    sound = storage.read_bytes(f"{workspace}/dataset/{name}")
+    storage.write_bytes(f"{workspace}/dataset/{name}", sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])
+    damaged = cappy("inspect", f"{workspace}/dataset")
+    storage.write_bytes(f"{workspace}/dataset/{name}", sound)
+    assert damaged.returncode == 1 and f"{name} does not match its SHA-256" in damaged.stderr
+
+
+def test_the_set_opens_as_ray_hugging_face_and_pandas(road):
+    _, workspace, _ = road
+    opened = RegressionSet(f"{workspace}/dataset")
+    pandas, hugging_face = opened.to_pandas("train"), opened.to_huggingface("train")
+    assert list(pandas["id"]) == hugging_face["id"] and len(pandas) == 32
+    from cluster.runtime import ray_session
+
+    with ray_session():
+        assert sorted(row["id"] for row in opened.to_ray("train").take_all()) == sorted(pandas["id"])
+
+
+def test_plain_transformers_gives_the_exported_scorer_the_same_scores(road, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from training.scorer import Scorer
+
+    _, workspace, _ = road
+    pairs = next(RegressionSet(f"{workspace}/dataset").pairs("validation"))
+    ours = Scorer.load(f"{workspace}/scorer").score(pairs.instructions, pairs.responses)
+    storage.download_folder(f"{workspace}/scorer", tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    theirs = []
+    with torch.inference_mode():
+        for instruction, response in zip(pairs.instructions, pairs.responses, strict=True):
+            theirs.append(float(model(**tokenizer([instruction], [response], truncation="only_first", return_tensors="pt")).logits[0, 0]))
+    assert len(theirs) > 100 and np.std(theirs) > 1e-3
+    assert np.abs(ours - np.asarray(theirs)).max() < 1e-4
+
+
+def test_the_evaluation_compares_all_methods_on_every_validation_row(road):
+    _, workspace, results = road
+    summary = results["evaluate"]
+    assert summary["instructions"] == 32 and summary["tasks"] == 2
+    averages = {method: figures["mean"] for method, figures in summary["averages"].items()}
+    assert set(averages) == {"greedy", "sample", "self_sum", "self_mean", "scorer", "oracle"}
+    assert averages["oracle"] >= max(averages.values()) and averages["oracle"] > averages["sample"]
+    assert set(storage.list_files(f"{workspace}/evaluation")) >= {"report.html", "results.json", "rows.parquet", "config.yaml"}
+
+
+def test_the_server_boosts_with_the_scorer_from_s3_and_answers_the_openai_client(road):
+    import openai
+
+    from training.scorer import Scorer
+
+    config, workspace, _ = road
+    port = free_port()
+    command = [*CAPPY, "serve", config, "--set", f"serving.port={port}"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+    try:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            assert server.poll() is None, server.stderr.read()
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(1)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        question = "Q: I walked home. Change tense to FUTURE:\nA:"
+        answer = client.chat.completions.create(
+            model="cappy",
+            messages=[{"role": "user", "content": question}],
+            extra_body={"cappy": {"candidates": 4, "return_candidates": True}},
+        )
+        candidates = answer.model_extra["cappy"]["candidates"]
+        best = max(candidates, key=lambda each: -9.0 if each["score"] is None else each["score"])
+        assert answer.choices[0].message.content == best["response"] and len(candidates) == 4
+        scored = [each for each in candidates if each["score"] is not None]
+        ours = Scorer.load(f"{workspace}/scorer").score([question] * len(scored), [each["response"] for each in scored])
+        assert np.abs(ours - [each["score"] for each in scored]).max() < 1e-4
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
