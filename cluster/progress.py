@@ -110,7 +110,12 @@ class Bar:
     def _line(self) -> str:
         elapsed, steps, _ = self._since_first()
         rate = steps / max(elapsed, 1e-6)
-        left = (self.total - self.done) / rate if rate else 0.0
-        end = f"eta {left:,.0f} s" if self.done < self.total else f"in {time.monotonic() - self._start:,.0f} s"
-        parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", f"{rate:,.1f} {self.unit}/s", *self._rates(), self._note, end]
+        parts = [f"{self.title}: {self.done}/{self.total} {self.unit}"]
+        if self.done == self.total or (self._first and self.done > self._first[1]):
+            parts += [f"{rate:,.1f} {self.unit}/s", *self._rates()]
+        parts.append(self._note)
+        if self.done >= self.total:
+            parts.append(f"in {time.monotonic() - self._start:,.0f} s")
+        elif len(parts) > 2:
+            parts.append(f"eta {(self.total - self.done) / max(rate, 1e-6):,.0f} s")
         return "  ".join(part for part in parts if part)
