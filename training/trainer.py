@@ -166,6 +166,10 @@ def _following(board: Any, total: int) -> Iterator[None]:
             last = ended.wait(1.0)
             try:
                 events = ray.get(board.take.remote(), timeout=10)
+            except ray.exceptions.GetTimeoutError:  # a busy machine starts the board late; its events wait
+                if last:
+                    break
+                continue
             except Exception:  # the session is ending; what failed is raised in the main thread
                 break
             for event in events:
