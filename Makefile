@@ -37,7 +37,7 @@ endif
 doctor: setup  ## check versions, imports, engine, storage and models again
 	@$(BIN)/cappy doctor
 
-demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (15 minutes on 2 cores)
+demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (17 minutes on 2 cores)
 	@$(BIN)/python -m serving.demo
 
 test: setup  ## all tests, with real small models and a real S3 server
