@@ -66,7 +66,7 @@ class Engine:
         else:
             # A seeded prompt that chunked prefill splits kills the CPU engine, so there prompts are prefilled whole.
             # Only whole blocks of a prompt are shared between candidates; the CPU's default of 128 tokens makes each
-            # candidate prefill most of a short prompt again (1.7 times slower on the demo's prompts).
+            # candidate prefill most of a short prompt again.
             options["block_size"] = 32
             options["enable_chunked_prefill"] = False
             options["max_num_batched_tokens"] = max(2048, config.max_model_len)
