@@ -24,9 +24,9 @@ from evaluation import metrics
 from evaluation.comparison import baselines, padded
 from generation import instructions
 from generation.engine import Engine
-from generation.pipeline import label
 from generation.sampler import Sampler
 from generation.schema import PREPARED
+from generation.units import label
 
 FORMS = {
     "chat, zero-shot": (PromptConfig(form="chat"), ()),

@@ -176,6 +176,8 @@ class GenerateConfig(Section):
     """Instructions in a unit of work: what one sampling call takes, what is saved at once and never sampled again."""
     shard_mib: int = Field(128, ge=1)
     """Size the published Parquet shards are filled to, in MiB."""
+    row_group_rows: int = Field(8192, ge=1)
+    """Instructions in a row group of a shard: what a training reader takes at once."""
     max_error_rate: float = Field(0.5, ge=0, le=1)
     """Stop before publishing when more than this share of the rows went to the dead-letter file."""
 

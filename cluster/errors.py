@@ -14,3 +14,9 @@ class UsageError(CappyError):
     """The command, a setting or an input cannot work as given. Exit code 2."""
 
     exit_code = 2
+
+
+class Stopped(CappyError):
+    """The run was told to stop and did so in good order; the same command goes on. Exit code 143, that of SIGTERM."""
+
+    exit_code = 143

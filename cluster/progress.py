@@ -38,13 +38,13 @@ def silence() -> Iterator[None]:
 
 
 class Bar:
-    """Progress over `total` steps named `unit`, with a rate and an ETA. Use as a context manager.
+    """Progress over `total` steps named `unit` (null where nobody knows how many), with a rate and an ETA. Use as a context manager.
 
     `advance(n, **rates)` moves it; each keyword is a running count shown as a rate, e.g. `tokens=1200` as "tokens/s".
     `note` shows a text at the end of the line, e.g. the loss.
     """
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = self._done_before = done
         self._counts: dict[str, int] = {}
@@ -72,7 +72,7 @@ class Bar:
         if self._live:
             self._live.start()
         else:
-            say(f"{self.title}: {self.done}/{self.total} {self.unit}")
+            say(f"{self.title}: {self._reached()}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -91,7 +91,7 @@ class Bar:
             self._first = (time.monotonic(), self.done, dict(self._counts))
         if self._live:
             self._live.update(self._task, completed=self.done, note="  ".join([*self._rates(), self._note]))
-        elif time.monotonic() - self._last_line >= _LINE_EVERY_S and self.done < self.total:
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S and self.done != self.total:
             self._last_line = time.monotonic()
             say(self._line())
 
@@ -103,18 +103,26 @@ class Bar:
             return now - start, self.done - done, {name: count - counts.get(name, 0) for name, count in self._counts.items()}
         return now - self._start, self.done - self._done_before, self._counts
 
+    def rates(self) -> dict[str, float]:
+        """Return what was done per second since the first result: the steps by `unit`, and each count by its name."""
+        elapsed, steps, counts = self._since_first()
+        return {name: round(count / max(elapsed, 1e-6), 3) for name, count in {self.unit: steps, **counts}.items()}
+
     def _rates(self) -> list[str]:
         elapsed, _, counts = self._since_first()
         return [f"{count / max(elapsed, 1e-6):,.0f} {name}/s" for name, count in counts.items()]
 
+    def _reached(self) -> str:
+        return f"{self.done:,} {self.unit}" if self.total is None else f"{self.done:,}/{self.total:,} {self.unit}"
+
     def _line(self) -> str:
         elapsed, steps, _ = self._since_first()
         rate = steps / max(elapsed, 1e-6)
-        parts = [f"{self.title}: {self.done}/{self.total} {self.unit}"]
+        parts = [f"{self.title}: {self._reached()}"]
         if self.done == self.total or (self._first and self.done > self._first[1]):
             parts += [f"{rate:,.1f} {self.unit}/s", *self._rates()]
         parts.append(self._note)
-        if self.done >= self.total:
+        if self.total is None or self.done >= self.total:
             parts.append(f"in {time.monotonic() - self._start:,.0f} s")
         elif len(parts) > 2:
             parts.append(f"eta {(self.total - self.done) / max(rate, 1e-6):,.0f} s")

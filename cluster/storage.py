@@ -1,31 +1,51 @@
 """Files and object storage behind one URI: a local path or `s3://bucket/prefix`.
 
-Bulk data goes through pyarrow's filesystems. A folder is *published* when it holds `_MANIFEST.json`, which is written last
-and only if nobody else wrote one: a conditional PUT (`If-None-Match: *`) on S3, a hard link on disk. Readers refuse a folder
-without one. Credentials and endpoint come from the usual AWS environment variables or the machine's role, never the config.
+A folder is *published* when it holds `_MANIFEST.json`, which is written last and only if nobody else wrote one: a conditional
+PUT (`If-None-Match: *`) on S3, a hard link on disk. Readers refuse a folder without one. On S3 whole objects travel with their
+SHA-256 both ways, so that one damaged or cut on the wire is sent or asked for again, never taken; Parquet readers that stream
+go through pyarrow's filesystem, under page checksums. Credentials and endpoint come from the usual AWS environment variables
+or the machine's role, never the config.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
+import tenacity
+import urllib3
 
 from cluster.errors import CappyError, UsageError
 
 MANIFEST = "_MANIFEST.json"
+T = TypeVar("T")
+
 _CHUNK = 8 << 20
+_CONNECTIONS = 32
+# Times a call to the store is made; with every third one failing, all of these fail once in 60,000 times.
+_ATTEMPTS = 10
+# What S3 and its kin answer to a body that does not match its checksum, or that ended early.
+_DAMAGED_ON_ARRIVAL = {
+    "BadDigest",
+    "InvalidDigest",
+    "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch",
+    "IncompleteBody",
+    "RequestTimeout",
+    "SignatureDoesNotMatch",
+}
 
 
 def is_s3(uri: str) -> bool:
@@ -66,20 +86,18 @@ def check(uri: str, setting: str) -> str:
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Return the filesystem of `uri` and the path of `uri` on it."""
     if is_s3(uri):
-        environment = tuple(os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION"))
-        return _s3(*environment), uri.removeprefix("s3://").rstrip("/")
+        return _s3(*_environment()), uri.removeprefix("s3://").rstrip("/")
     return pafs.LocalFileSystem(), absolute(uri)
 
 
 @lru_cache(maxsize=8)
-def _s3(endpoint_s3: str, endpoint: str, region: str) -> pafs.S3FileSystem:
-    endpoint = endpoint_s3 or endpoint
+def _s3(*environment: str) -> pafs.S3FileSystem:
     return pafs.S3FileSystem(
-        endpoint_override=endpoint or None,
-        region=region or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        endpoint_override=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
+        region=_region(),
         connect_timeout=10,
         request_timeout=60,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=5),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
     )
 
 
@@ -98,14 +116,24 @@ def _s3_reason(error: Exception) -> str:
 
 def exists(uri: str) -> bool:
     """Whether a file, or anything below a folder, is there."""
+    return bool(_info(uri).type != pafs.FileType.NotFound)
+
+
+def _info(uri: str) -> pafs.FileInfo:
     fs, path = filesystem(uri)
-    return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
+    try:
+        return fs.get_file_info(path)
+    except OSError as error:
+        raise CappyError(f"{uri}: {_s3_reason(error) if is_s3(uri) else error}") from None
 
 
 def list_files(uri: str) -> dict[str, int]:
     """Return the size in bytes of every file below `uri`, by path relative to it, sorted; empty where nothing is."""
     fs, root = filesystem(uri)
-    found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True))
+    try:
+        found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True))
+    except OSError as error:
+        raise CappyError(f"{uri}: {_s3_reason(error) if is_s3(uri) else error}") from None
     files = {info.path[len(root) :].lstrip("/"): info.size for info in found if info.type == pafs.FileType.File}
     return dict(sorted(files.items()))
 
@@ -119,8 +147,7 @@ def glob(uri: str) -> list[str]:
     fixed = list(takewhile(lambda part: not any(mark in part for mark in "*?["), parts))
     root = "/".join(fixed)
     if len(fixed) == len(parts):
-        fs, path = filesystem(root)
-        if fs.get_file_info(path).type == pafs.FileType.File:
+        if _info(root).type == pafs.FileType.File:
             return [root]
         return [join(root, name) for name in list_files(root)]
     pattern = PurePosixPath("/", *parts[len(fixed) :])
@@ -136,10 +163,20 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Raises `FileNotFoundError` where nothing is."""
-    fs, path = filesystem(uri)
-    with fs.open_input_stream(path, compression=None) as stream:
-        return bytes(stream.read())
+    """Return a whole file. Raises `FileNotFoundError` where nothing is, `CappyError` where it keeps arriving damaged."""
+    if is_s3(uri):
+        return _patiently(uri, partial(_get, uri))
+    return Path(absolute(uri)).read_bytes()
+
+
+def _get(uri: str) -> bytes:
+    bucket, key = _located(uri)
+    answer = _boto3().get_object(Bucket=bucket, Key=key)
+    data = bytes(answer["Body"].read())
+    expected = answer["Metadata"].get("sha256")
+    if expected and hashlib.sha256(data).hexdigest() != expected:
+        raise _DamagedError("its bytes do not match the SHA-256 it was written with")
+    return data
 
 
 def read_json(uri: str) -> Any:
@@ -149,16 +186,70 @@ def read_json(uri: str) -> Any:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file at once: a reader sees the old file, none, or all of `data`."""
-    fs, path = filesystem(uri)
     if is_s3(uri):
-        with fs.open_output_stream(path, compression=None) as stream:
-            stream.write(data)
+        _patiently(uri, partial(_put, uri, data))
         return
-    target = Path(path)
+    target = Path(absolute(uri))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     temporary.write_bytes(data)
     temporary.replace(target)
+
+
+def _put(uri: str, data: bytes, **options: str) -> None:
+    bucket, key = _located(uri)
+    digest = hashlib.sha256(data)
+    checksum = base64.b64encode(digest.digest()).decode()
+    # The store refuses a body that does not match; the hash in the metadata lets every later reader check what it got.
+    _boto3().put_object(Bucket=bucket, Key=key, Body=data, ChecksumSHA256=checksum, Metadata={"sha256": digest.hexdigest()}, **options)
+
+
+def _located(uri: str) -> tuple[str, str]:
+    """Bucket and key of an s3:// URI."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+class _DamagedError(Exception):
+    """An object arrived with other bytes than were written."""
+
+
+def _patiently(uri: str, call: Callable[[], T]) -> T:
+    """Return what an S3 call gives, asking again where the store or the wire failed; see `_worth_another_try`.
+
+    Raises `FileNotFoundError` where nothing is, `CappyError` where the store refuses or keeps failing.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_worth_another_try),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+        stop=tenacity.stop_after_attempt(_ATTEMPTS),
+        reraise=True,
+    )
+    try:
+        return retrying(call)
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "")
+        if code in ("NoSuchKey", "404", "NoSuchBucket"):
+            raise FileNotFoundError(uri) from None
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412:
+            raise
+        raise CappyError(f"{uri}: {_s3_reason(error)} (it answered {code})") from None
+    except _DamagedError as error:
+        raise CappyError(f"{uri}: {error}, {_ATTEMPTS} times; write it again") from None
+    except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
+        raise CappyError(f"{uri}: {_s3_reason(error)} ({type(error).__name__})") from None
+
+
+def _worth_another_try(error: BaseException) -> bool:
+    """Whether an S3 call failed on the wire or in the store rather than by what it asked for."""
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or error.response.get("Error", {}).get("Code") in _DAMAGED_ON_ARRIVAL
+    return isinstance(error, _DamagedError | BotoCoreError | urllib3.exceptions.HTTPError) and not isinstance(error, NoCredentialsError)
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -190,23 +281,37 @@ def create_json(uri: str, value: dict[str, Any]) -> bool:
         return True
     from botocore.exceptions import ClientError
 
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
     try:
-        _boto3().put_object(Bucket=bucket, Key=key, Body=_json(value), IfNoneMatch="*", ContentType="application/json")
-    except ClientError as error:
-        if error.response.get("Error", {}).get("Code") not in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
-            raise CappyError(f"{uri} could not be written: {error.response.get('Error', {}).get('Code')}{_endpoint_hint()}") from None
+        _patiently(uri, partial(_put, uri, _json(value), IfNoneMatch="*", ContentType="application/json"))
+    except ClientError:  # 412: there is one, perhaps ours
         return bool(read_json(uri).get("writer") == value["writer"])
     return True
 
 
 def _boto3() -> Any:
+    return _s3_client(*_environment())
+
+
+@lru_cache(maxsize=8)
+def _s3_client(*environment: str) -> Any:
+    """One client a process and environment: making one takes as long as some hundred calls, and it is thread-safe."""
     import boto3
     from botocore.config import Config as BotoConfig
 
-    options = BotoConfig(retries={"max_attempts": 5, "mode": "standard"}, connect_timeout=10, read_timeout=60)
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return boto3.client("s3", region_name=region, config=options)
+    options = BotoConfig(
+        retries={"max_attempts": 5, "mode": "standard"}, connect_timeout=10, read_timeout=60, max_pool_connections=_CONNECTIONS
+    )
+    return boto3.session.Session().client("s3", region_name=_region(), config=options)
+
+
+def _region() -> str:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+
+def _environment() -> tuple[str, ...]:
+    """What decides where a store is and who asks; a client made under other values is not used again."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    return tuple(os.environ.get(name, "") for name in names)
 
 
 def delete(uri: str) -> None:
@@ -240,12 +345,12 @@ def upload_folder(folder: Path, uri: str) -> None:
 
 def upload_file(file: Path, uri: str) -> None:
     """Copy a local file to `uri`; a reader never sees half of it."""
-    fs, path = filesystem(uri)
     if is_s3(uri):
-        with fs.open_output_stream(path, compression=None) as stream, file.open("rb") as source:
-            shutil.copyfileobj(source, stream, _CHUNK)
+        bucket, key = _located(uri)
+        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": sha256(str(file))}}
+        _patiently(uri, lambda: _boto3().upload_file(str(file), bucket, key, ExtraArgs=extra))
         return
-    target = Path(path)
+    target = Path(absolute(uri))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     shutil.copyfile(file, temporary)
@@ -254,12 +359,30 @@ def upload_file(file: Path, uri: str) -> None:
 
 def download_folder(uri: str, folder: Path) -> None:
     """Copy every file below `uri` into a local folder."""
-    fs, root = filesystem(uri)
     for relative in list_files(uri):
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with fs.open_input_stream(f"{root}/{relative}", compression=None) as stream, target.open("wb") as sink:
-            shutil.copyfileobj(stream, sink, _CHUNK)
+        download_file(join(uri, relative), folder / relative)
+
+
+def download_file(uri: str, file: Path) -> str:
+    """Copy `uri` to a local file and return its SHA-256. Raises `CappyError` where it keeps arriving damaged."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if is_s3(uri):
+        return _patiently(uri, partial(_download, uri, file))
+    shutil.copyfile(absolute(uri), file)
+    return sha256(str(file))
+
+
+def _download(uri: str, file: Path) -> str:
+    bucket, key = _located(uri)
+    answer = _boto3().get_object(Bucket=bucket, Key=key)
+    digest = hashlib.sha256()
+    with file.open("wb") as sink:
+        for chunk in answer["Body"].iter_chunks(_CHUNK):
+            digest.update(chunk)
+            sink.write(chunk)
+    if digest.hexdigest() != answer["Metadata"].get("sha256", digest.hexdigest()):
+        raise _DamagedError("its bytes do not match the SHA-256 it was written with")
+    return digest.hexdigest()
 
 
 def new_temporary_folder(purpose: str) -> Path:
@@ -296,10 +419,14 @@ def refuse_published(uri: str, setting: str, verb: str) -> None:
         )
 
 
-def withdraw(uri: str) -> None:
-    """Take a published folder back, manifest first, so that no reader ever accepts a part of it."""
+def withdraw(uri: str, keep: str | None = None) -> None:
+    """Take a published folder back, manifest first, so that no reader ever accepts a part of it; `keep` names a folder to leave."""
     delete(join(uri, MANIFEST))
-    delete(uri)
+    if keep is None:
+        delete(uri)
+        return
+    for name in {relative.split("/")[0] for relative in list_files(uri)} - {keep}:
+        delete(join(uri, name))
 
 
 def publish(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:

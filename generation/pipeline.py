@@ -7,62 +7,68 @@ The work is cut into units of `generate.unit_rows` instructions. Below `{dataset
 - `units/{split}-{number}.parquet`: a unit done, one object written at once, so that it is there whole or not at all.
 
 Finished units are never sampled again: started again after any interruption the run goes on where it was. At the end the
-units are merged into shards and the manifest is written, last; before that no reader accepts the folder.
+units are merged into shards and the manifest is written, last; before that no reader accepts the folder. `_lease` keeps a
+second run away. On SIGTERM the units in flight end, and nothing else starts.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import logging
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cluster import models, storage
+from cluster import lease, models, storage
 from cluster.config import Config, differences, fingerprint
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError, Stopped, UsageError
+from cluster.lease import Lease
 from cluster.progress import Bar, say
 from cluster.runtime import code_version, ray_session
-from generation import annotate, dataset, instructions
+from generation import annotate, dataset, instructions, shards, units
 from generation.instructions import DeadLetter
-from generation.sampler import LoadLLM, Sampler, load_engine
+from generation.sampler import LoadLLM, load_engine
 from generation.schema import DATASET, PREPARED, SPLITS
 
-_DEAD_LETTERS = b"cappy.dead_letters"
-_ROW_GROUP_ROWS = 8192
 # Rows after which the share of dead letters says something about the whole run.
 _ERROR_RATE_ROWS = 200
+# Blocks a plan is cut into at most: Ray Data's books in the driver grow with them, not with the rows.
+_BLOCKS = 1000
+_LEASE = "_lease"
 
 
 def run(config: Config, *, overwrite: bool = False, load: LoadLLM = load_engine) -> dict[str, Any]:
     """Sample, label and publish the regression set; return its summary. `load` makes each sampling actor's LLM.
 
     Raises `UsageError` when the destination holds a finished run or one begun with other settings, `CappyError` when too
-    many rows fail.
+    many rows fail or another run is at work there, `Stopped` on SIGTERM.
     """
     start = time.monotonic()
     uri = storage.check(config.dataset_uri, "dataset")
-    if overwrite:
-        storage.withdraw(uri)
-    storage.refuse_published(uri, "dataset", "generate")
+    if not overwrite:
+        storage.refuse_published(uri, "dataset", "generate")
     models.check(config.sampler.model, "sampler.model")
-    staging = storage.join(uri, "_staging")
-    _claim(staging, config)
-    prepared = _prepare(staging, config)
-    with ray_session():
-        _sample(staging, prepared, config, load)
-        say("merging units into shards")
-        shards = _merge(uri, staging, config)
-    sampled_badly = sum(len(shard["dead_letters"]) for shard in shards)
-    _stop_above_error_rate(prepared["dead_letters"] + sampled_badly, prepared["dead_letters"] + prepared["rows"], config)
-    return _publish(uri, staging, shards, config, time.monotonic() - start)
+    with lease.held(storage.join(uri, _LEASE), f"dataset={uri}") as held:
+        if overwrite:
+            storage.withdraw(uri, keep=_LEASE)
+        storage.refuse_published(uri, "dataset", "generate")
+        staging = storage.join(uri, "_staging")
+        _claim(staging, config)
+        prepared = _prepare(staging, config)
+        with ray_session():
+            rates = _sample(staging, prepared, config, load, held)
+            merged = _merge(uri, staging, prepared, config)
+        held.check()
+        summary = _publish(uri, staging, merged, rates, config, time.monotonic() - start)
+    storage.delete(storage.join(uri, _LEASE))
+    return summary
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -94,35 +100,42 @@ def _prepare(staging: str, config: Config) -> dict[str, Any]:
     place = storage.join(staging, "prepared.json")
     if storage.exists(place):
         return dict(storage.read_json(place))
-    say(f"reading instructions from {describe_source(config)}")
     waiting: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     numbers = dict.fromkeys(SPLITS, 0)
     counts = dict.fromkeys(SPLITS, 0)
-    letters: list[str] = []
+    failed = 0
 
     def flush(split: str) -> None:
-        table = pa.Table.from_pylist(waiting[split], PREPARED)
-        storage.write_bytes(_unit(staging, "prepared", f"{split}-{numbers[split]:06d}"), _parquet(table))
+        units.write(units.place(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(waiting[split], PREPARED))
         numbers[split] += 1
+        counts[split] += len(waiting[split])
+        bar.advance(len(waiting[split]), note=f"{failed} dead letters" if failed else "")
         waiting[split].clear()
 
-    for each in instructions.prepared(config):
-        if isinstance(each, DeadLetter):
-            letters.append(each.to_json())
-            continue
-        split, row = each
-        waiting[split].append(row)
-        counts[split] += 1
-        if len(waiting[split]) == config.generate.unit_rows:
-            flush(split)
-    for split in SPLITS:
-        if waiting[split]:
-            flush(split)
-    storage.write_bytes(storage.join(staging, "prepared", "dead_letters.jsonl"), "".join(f"{line}\n" for line in letters).encode())
-    _stop_above_error_rate(len(letters), len(letters) + sum(counts.values()), config)
-    result = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": len(letters)}
+    with _letters() as letters, Bar(f"reading {describe_source(config)}", None, "instructions") as bar:
+        for each in instructions.prepared(config):
+            if isinstance(each, DeadLetter):
+                letters.write(each.to_json() + "\n")
+                failed += 1
+                continue
+            split, row = each
+            waiting[split].append(row)
+            if len(waiting[split]) == config.generate.unit_rows:
+                flush(split)
+        for split in SPLITS:
+            if waiting[split]:
+                flush(split)
+        letters.flush()
+        storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
+    _stop_above_error_rate(failed, failed + sum(counts.values()), config)
+    result = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": failed}
     storage.write_json(place, result)
     return result
+
+
+def _letters() -> Any:
+    """A local file for dead letters on their way to the destination: there may be too many to hold."""
+    return tempfile.NamedTemporaryFile("w+", prefix="cappy-dead-letters-", suffix=".jsonl", encoding="utf-8")
 
 
 def describe_source(config: Config) -> str:
@@ -131,32 +144,42 @@ def describe_source(config: Config) -> str:
     return source.path if source.kind == "files" else f"BIG-bench ({', '.join(source.tasks)})"
 
 
-def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLLM) -> None:
-    """Run every unit that is not done yet through sampling and labelling."""
-    names = [f"{split}-{number:06d}" for split in SPLITS for number in range(prepared["units"][split])]
+def _names(prepared: dict[str, Any]) -> list[str]:
+    return [f"{split}-{number:06d}" for split in SPLITS for number in range(prepared["units"][split])]
+
+
+def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLLM, held: Lease) -> dict[str, Any]:
+    """Run every unit that is not done yet through sampling and labelling; return the rates of what was sampled."""
+    names = _names(prepared)
     finished = {name.removesuffix(".parquet") for name in storage.list_files(storage.join(staging, "units"))}
     pending = [name for name in names if name not in finished]
-    size = config.generate.unit_rows
     total = prepared["rows"]
-    done = total - _rows(pending, prepared, size)
+    done = total - _rows(pending, prepared, config.generate.unit_rows)
     if finished:
         say(f"{len(finished)} of {len(names)} units are done already; going on")
     if not pending:
-        return
+        return {}
+    import ray
+
     say(f"starting {config.sampler.model} on vLLM, {config.sampler.replicas} replica(s)")
+    gate = ray.remote(num_cpus=0)(units.Gate).remote()
     failed = 0
-    with Bar("sampling", total, "instructions", done=done) as bar:
-        for result in plan(staging, pending, config, load).iter_rows():
+    with _closing(gate) as told, Bar("sampling", total, "instructions", done=done) as bar:
+        for result in plan(staging, pending, config, load, gate).iter_rows():
+            held.check()
             failed += result["dead_letters"]
             bar.advance(
                 result["rows"], note=f"{failed} dead letters" if failed else "", candidates=result["candidates"], tokens=result["tokens"]
             )
             if bar.done - done >= _ERROR_RATE_ROWS:
                 _stop_above_error_rate(failed, bar.done - done, config)
+        if told.is_set():
+            raise Stopped(f"stopped on SIGTERM with {bar.done:,} of {total:,} instructions done and saved; the same command goes on")
+        return bar.rates()
 
 
-def plan(staging: str, units: Sequence[str], config: Config, load: LoadLLM = load_engine) -> Any:
-    """Return the Ray Data plan: a row a unit in, a row a finished unit out (`unit`, `rows`, `candidates`, `tokens`, `dead_letters`)."""
+def plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate: Any) -> Any:
+    """Return the Ray Data plan: names of units in, a row a finished unit out (`units.COUNTS`)."""
     import ray.data
 
     # Its own bars would stand beside ours; it sets its logger up on import, so this comes after.
@@ -165,71 +188,40 @@ def plan(staging: str, units: Sequence[str], config: Config, load: LoadLLM = loa
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     gpus = config.sampler.engine.tensor_parallel if ray.cluster_resources().get("GPU", 0) else 0
-    return (
-        ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
-        .map_batches(_read_unit, fn_kwargs={"staging": staging}, batch_size=1, batch_format="pyarrow")
-        .map_batches(
-            Sampler,
-            fn_constructor_args=(config.sampler, config.seed, load),
-            batch_size=None,
-            batch_format="pyarrow",
-            # Several units at once in an actor, so that one unit's tail does not leave the engine idle.
-            compute=ray.data.ActorPoolStrategy(
-                size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8
-            ),
-            num_gpus=gpus,
-            num_cpus=1,
-        )
-        .map_batches(
-            _save_unit,
-            fn_kwargs={"staging": staging, "model": config.sampler.model},
-            batch_size=None,
-            batch_format="pyarrow",
-        )
+    return ray.data.from_items([{"unit": name} for name in names], override_num_blocks=min(len(names), _BLOCKS)).map_batches(
+        units.UnitWorker,
+        fn_constructor_args=(staging, config, load, gate),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
+        num_gpus=gpus,
+        num_cpus=1,
     )
 
 
-def _read_unit(batch: pa.Table, staging: str) -> pa.Table:
-    """The rows of one unit before sampling, each with the unit's name and size."""
-    (unit,) = batch["unit"].to_pylist()
-    table = pq.read_table(io.BytesIO(storage.read_bytes(_unit(staging, "prepared", unit))))
-    return table.append_column("unit", pa.array([unit] * len(table))).append_column("unit_rows", pa.array([len(table)] * len(table)))
+@contextmanager
+def _closing(gate: Any) -> Iterator[threading.Event]:
+    """Close the gate on SIGTERM inside the block; the event says whether one came."""
+    told, over = threading.Event(), threading.Event()
 
+    def close() -> None:
+        # Not in the handler: that may have interrupted Ray itself.
+        told.wait()
+        if not over.is_set():
+            say("SIGTERM: finishing the units in flight; the same command goes on afterwards")
+            gate.close.remote()
 
-def _save_unit(batch: pa.Table, staging: str, model: str) -> pa.Table:
-    """Label a sampled unit and save it as one object; return its counts."""
-    unit, size = batch["unit"][0].as_py(), batch["unit_rows"][0].as_py()
-    if set(batch["unit"].to_pylist()) != {unit} or len(batch) != size:
-        raise CappyError(f"unit {unit} of {size} rows came as {len(batch)} rows; a block was cut or merged on its way")
-    rows, letters = label(batch.to_pylist(), model)
-    table = pa.Table.from_pylist(rows, DATASET)
-    storage.write_bytes(
-        _unit(staging, "units", unit),
-        _parquet(table.replace_schema_metadata({_DEAD_LETTERS: json.dumps(letters).encode()})),
-    )
-    sampled = [candidate for row in rows for candidate in row["candidates"] if candidate["source"] == "sampled"]
-    return pa.table(
-        {
-            "unit": [unit],
-            "rows": [size],
-            "candidates": [len(sampled)],
-            "tokens": [sum(candidate["tokens"] for candidate in sampled)],
-            "dead_letters": [len(letters)],
-        }
-    )
-
-
-def label(rows: Sequence[dict[str, Any]], model: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of a sampled unit with their candidates labelled (columns of `schema.DATASET`), and its dead letters."""
-    done, letters = [], []
-    for row in rows:
-        plain = {name: row[name] for name in DATASET.names if name != "candidates"}
-        if row["error"] is not None:
-            text = json.dumps(plain, ensure_ascii=False)[:500]
-            letters.append(DeadLetter(where=row["id"], stage="sample", reason=row["error"], row=text).to_json())
-        else:
-            done.append({**plain, "candidates": annotate.assemble(row, row["sampled"], model)})
-    return done, letters
+    threading.Thread(target=close, name="cappy-stop", daemon=True).start()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set()) if main else None
+    try:
+        yield told
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+        if not told.is_set():
+            over.set()
+            told.set()
 
 
 def _stop_above_error_rate(letters: int, rows: int, config: Config) -> None:
@@ -241,73 +233,57 @@ def _stop_above_error_rate(letters: int, rows: int, config: Config) -> None:
         )
 
 
-def _merge(uri: str, staging: str, config: Config) -> list[dict[str, Any]]:
-    """Merge the finished units into shards, each a Ray task; return per shard its name, size, hash and statistics."""
+def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Merge the finished units into shards, each a Ray task; return each shard's `entry`, `statistics` and `letters` by name."""
     import ray
 
     storage.delete(storage.join(uri, "data"))
     sizes = storage.list_files(storage.join(staging, "units"))
-    merge = ray.remote(num_cpus=1)(_write_shard)
-    tasks = []
+    merge = ray.remote(num_cpus=1)(shards.write)
+    tasks: dict[Any, str] = {}
     for split in SPLITS:
-        units = {storage.join(staging, "units", name): size for name, size in sizes.items() if name.startswith(f"{split}-")}
-        for number, shard in enumerate(fill(units, config.generate.shard_mib << 20)):
-            tasks.append(merge.remote(shard, uri, f"data/{split}/part-{number:05d}.parquet"))
-    return list(ray.get(tasks))
+        # Named by what was prepared: a listing may lack one, and that must be noticed.
+        mine = {name: sizes.get(f"{name}.parquet", 0) for name in _names(prepared) if name.startswith(f"{split}-")}
+        for number, names in enumerate(shards.fill(mine, config.generate.shard_mib << 20)):
+            name = f"data/{split}/part-{number:05d}.parquet"
+            tasks[merge.remote(names, staging, storage.join(uri, name), config.generate.row_group_rows)] = name
+    merged: dict[str, Any] = {}
+    pending = list(tasks)
+    with Bar("merging units into shards", len(tasks), "shards") as bar:
+        while pending:
+            ready, pending = ray.wait(pending)
+            for task in ready:
+                merged[tasks[task]] = ray.get(task)
+                bar.advance()
+    rows = sum(shard["entry"]["rows"] + shard["letters"] for shard in merged.values())
+    if rows != prepared["rows"]:
+        raise CappyError(f"{uri}: {prepared['rows']} instructions were prepared, the units hold {rows}; generate it again with --overwrite")
+    sampled_badly = sum(shard["letters"] for shard in merged.values())
+    _stop_above_error_rate(prepared["dead_letters"] + sampled_badly, prepared["dead_letters"] + prepared["rows"], config)
+    return dict(sorted(merged.items()))
 
 
-def fill(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
-    """Cut names in order into groups whose sizes (bytes) add up to at most `limit`; a larger one stands alone."""
-    group: list[str] = []
-    filled = 0
-    for name, size in sizes.items():
-        if group and filled + size > limit:
-            yield group
-            group, filled = [], 0
-        group.append(name)
-        filled += size
-    if group:
-        yield group
-
-
-def _write_shard(units: list[str], uri: str, name: str) -> dict[str, Any]:
-    statistics: dict[str, Any] = {}
-    letters: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="cappy-shard-") as folder:
-        file = Path(folder, "shard.parquet")
-        with pq.ParquetWriter(file, DATASET, compression="zstd", write_page_checksum=True) as writer:
-            waiting: list[pa.Table] = []
-            for unit in units:
-                table = pq.read_table(io.BytesIO(storage.read_bytes(unit)), page_checksum_verification=True)
-                letters += json.loads((table.schema.metadata or {}).get(_DEAD_LETTERS, b"[]"))
-                statistics = dataset.add_statistics(statistics, dataset.statistics(table))
-                waiting.append(table.replace_schema_metadata(None).cast(DATASET))
-                if sum(map(len, waiting)) >= _ROW_GROUP_ROWS:
-                    writer.write_table(pa.concat_tables(waiting))
-                    waiting.clear()
-            if waiting:
-                writer.write_table(pa.concat_tables(waiting))
-        entry = {"bytes": file.stat().st_size, "sha256": storage.sha256(str(file)), "rows": statistics["instructions"]}
-        storage.upload_file(file, storage.join(uri, name))
-    return {"name": name, "entry": entry, "statistics": statistics, "dead_letters": letters}
-
-
-def _publish(uri: str, staging: str, shards: list[dict[str, Any]], config: Config, seconds: float) -> dict[str, Any]:
-    letters = storage.read_bytes(storage.join(staging, "prepared", "dead_letters.jsonl")).decode()
-    letters += "".join(f"{line}\n" for shard in shards for line in shard["dead_letters"])
-    storage.write_bytes(storage.join(uri, "dead_letters.jsonl"), letters.encode())
-    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+def _publish(uri: str, staging: str, merged: dict[str, Any], rates: dict[str, Any], config: Config, seconds: float) -> dict[str, Any]:
     counts: dict[str, Any] = {}
     total: dict[str, Any] = {}
-    for shard in shards:
-        split = shard["name"].split("/")[1]
+    for name, shard in merged.items():
+        split = name.split("/")[1]
         part = {key: shard["statistics"][key] for key in ("instructions", "pairs")}
         counts[split] = dataset.add_statistics(counts.get(split, {}), part)
         total = dataset.add_statistics(total, shard["statistics"])
     if not total.get("instructions"):
-        raise CappyError(f"{uri}: every row failed, nothing is published; the reasons are in {uri}/dead_letters.jsonl")
-    files = {shard["name"]: shard["entry"] for shard in shards} | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"])
-    summary = {"uri": uri, **total, "splits": counts, "dead_letters": letters.count("\n"), "seconds": round(seconds, 1)}
+        raise CappyError(f"{uri}: every row failed, nothing is published; the reasons stand below {staging}")
+    dead_letters = 0
+    with _letters() as letters:
+        for place in [storage.join(staging, "prepared", "dead_letters.jsonl"), *(shards.letters_of(staging, name) for name in merged)]:
+            text = storage.read_bytes(place).decode()
+            letters.write(text)
+            dead_letters += text.count("\n")
+        letters.flush()
+        storage.upload_file(Path(letters.name), storage.join(uri, "dead_letters.jsonl"))
+    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+    files = {name: shard["entry"] for name, shard in merged.items()} | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"])
+    summary = {"uri": uri, **total, "splits": counts, "dead_letters": dead_letters, "seconds": round(seconds, 1)}
     storage.publish(
         uri,
         {
@@ -317,6 +293,7 @@ def _publish(uri: str, staging: str, shards: list[dict[str, Any]], config: Confi
             "code_version": code_version(),
             "counts": counts,
             "summary": summary,
+            "rates": rates,
             "schema": {field.name: str(field.type) for field in DATASET},
             "metric": annotate.METRIC,
             "lineage": identity(config),
@@ -328,10 +305,6 @@ def _publish(uri: str, staging: str, shards: list[dict[str, Any]], config: Confi
     return summary
 
 
-def _unit(staging: str, folder: str, unit: str) -> str:
-    return storage.join(staging, folder, f"{unit}.parquet")
-
-
 def _rows(units: Sequence[str], prepared: dict[str, Any], size: int) -> int:
     """Instructions in some of the units: all hold `size` but the last of each split."""
     last = {
@@ -340,9 +313,3 @@ def _rows(units: Sequence[str], prepared: dict[str, Any], size: int) -> int:
         if number
     }
     return sum(last.get(unit, size) for unit in units)
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()

@@ -7,13 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from cluster import storage
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
-from generation import pipeline
+from generation import pipeline, shards, units
 from generation.annotate import rouge_l
 from generation.dataset import RegressionSet
 from tests.generation.fixed_llm import FixedLLM
@@ -34,13 +33,16 @@ def ray_here(s3_server):
             yield
 
 
-@pytest.fixture
-def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
+def write_rows(path):
     good = [{"instruction": f"say {n}", "references": [f"number {n}"], "dataset": "ab"[n % 2]} for n in range(ROWS)]
     bad = [{"instruction": "no references"}, {"instruction": "TOO LONG", "references": ["x"], "split": "train"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*good[:30], *bad, *good[30:]]))
     return path
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl")
 
 
 def config_for(rows, place, *overrides):
@@ -52,10 +54,18 @@ def content(uri):
     return {split: opened.to_pandas(split).to_dict("records") for split in ("train", "validation")}
 
 
-def test_the_published_set_is_complete_labelled_and_counted(rows, tmp_path):
-    summary = pipeline.run(config_for(rows, tmp_path / "set"), load=FixedLLM)
+@pytest.fixture(scope="module")
+def unbroken(ray_here, tmp_path_factory):
+    """The set of one undisturbed run, and its summary."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    summary = pipeline.run(config_for(write_rows(folder / "rows.jsonl"), folder / "set"), load=FixedLLM)
+    return str(folder / "set"), summary
+
+
+def test_the_published_set_is_complete_labelled_and_counted(unbroken):
+    uri, summary = unbroken
     assert summary["instructions"] == ROWS and summary["dead_letters"] == 2
-    opened = RegressionSet(str(tmp_path / "set"))
+    opened = RegressionSet(uri)
     assert storage.verify(opened.uri, opened.manifest) == []
     seen = 0
     for split in ("train", "validation"):
@@ -69,69 +79,101 @@ def test_the_published_set_is_complete_labelled_and_counted(rows, tmp_path):
                         assert each["label"] == {"reference": 1.0, "mismatched": 0.0}[each["source"]]
                 assert sum(each["source"] == "sampled" for each in row["candidates"]) == 17
     assert seen == ROWS and sum(summary["labels"]) == summary["pairs"] == ROWS * (17 + 2)
-    letters = [json.loads(line) for line in (tmp_path / "set" / "dead_letters.jsonl").read_text().splitlines()]
+    letters = [json.loads(line) for line in Path(uri, "dead_letters.jsonl").read_text().splitlines()]
     assert [(letter["stage"], letter["reason"][:24]) for letter in letters] == [
         ("read", "`references` is missing;"),
         ("sample", "the prompt has 9000 toke"),
     ]
-    assert not (tmp_path / "set" / "_staging").exists()
+    assert {path.name for path in Path(uri).iterdir()} == {"data", "dead_letters.jsonl", "config.yaml", storage.MANIFEST}
 
 
 @both
-def test_any_order_and_cut_of_the_work_gives_the_same_set(rows, place):
+def test_any_order_and_cut_of_the_work_gives_the_same_set(rows, place, unbroken):
     # `unit_rows` decides only what is saved at once, `shard_mib` only how much a file holds.
-    pipeline.run(config_for(rows, f"{place}/a"), load=FixedLLM)
-    pipeline.run(config_for(rows, f"{place}/b", "generate.unit_rows=64", "sampler.replicas=2"), load=FixedLLM)
-    assert repr(content(f"{place}/a")) == repr(content(f"{place}/b"))
+    pipeline.run(config_for(rows, place, "generate.unit_rows=64", "sampler.replicas=2"), load=FixedLLM)
+    assert repr(content(place)) == repr(content(unbroken[0]))
 
 
-def test_a_finished_set_is_not_overwritten_unless_told(rows, tmp_path):
-    config = config_for(rows, tmp_path / "set")
-    pipeline.run(config, load=FixedLLM)
+def test_a_finished_set_is_not_overwritten_unless_told(unbroken, tmp_path):
+    config = config_for(write_rows(tmp_path / "rows.jsonl"), unbroken[0])
+    before = repr(content(unbroken[0]))
     with pytest.raises(UsageError, match=r"dataset=.*already holds a finished run; choose another"):
         pipeline.run(config, load=FixedLLM)
     assert pipeline.run(config, overwrite=True, load=FixedLLM)["instructions"] == ROWS
+    assert repr(content(unbroken[0])) == before
 
 
 DRIVER = """
 import functools, sys
 from cluster.config import load
+from cluster.errors import CappyError
 from generation import pipeline
 from tests.generation.fixed_llm import FixedLLM
 overrides, log = sys.argv[1:-1], sys.argv[-1]
-pipeline.run(load(None, overrides), load=functools.partial(FixedLLM, delay_s=0.25, log=log))
+try:
+    pipeline.run(load(None, overrides), load=functools.partial(FixedLLM, delay_s=1, log=log))
+except CappyError as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
 """
+
+
+def launch(overrides, log):
+    """A driver in a process of its own, each unit taking it a second."""
+    command = [sys.executable, "-c", DRIVER, *overrides, str(log)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_units(place, driver, count=3):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(storage.list_files(f"{place}/_staging/units")) < count:
+        assert driver.poll() is None
+        time.sleep(0.05)
+
+
+def saved_ids(place):
+    """The ids of the rows whose units are done."""
+    names = storage.list_files(f"{place}/_staging/units")
+    return {row for name in names for row in units.read(f"{place}/_staging/units/{name}")["id"].to_pylist()}
 
 
 @pytest.mark.slow
 @both
-def test_killed_midway_it_publishes_nothing_and_goes_on_without_sampling_finished_units_again(rows, place, tmp_path):
+def test_killed_midway_it_publishes_nothing_and_goes_on_without_sampling_finished_units_again(rows, place, tmp_path, unbroken):
     overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=5"]
     log = tmp_path / "sampled.log"
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, *overrides, str(log)], cwd=Path(__file__).parents[2], start_new_session=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(storage.list_files(f"{place}/_staging/units")) < 3:
-        assert driver.poll() is None
-        time.sleep(0.05)
+    driver = launch(overrides, log)
+    wait_for_units(place, driver)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
-    finished = storage.list_files(f"{place}/_staging/units")
-    assert 3 <= len(finished) < 13
+    done = saved_ids(place)
+    assert 15 <= len(done) < ROWS
     with pytest.raises(CappyError, match="did not finish"):
         RegressionSet(place)
 
-    done = set()
-    for name in finished:
-        fs, path = storage.filesystem(f"{place}/_staging/units/{name}")
-        done |= set(pq.read_table(path, filesystem=fs)["id"].to_pylist())
     log.write_text("")
     summary = pipeline.run(load(None, overrides), load=functools.partial(FixedLLM, log=str(log)))
     assert summary["instructions"] == ROWS
     again = {line.split()[0] for line in log.read_text().splitlines()}
     assert again and not again & done
+    assert repr(content(place)) == repr(content(unbroken[0]))
 
-    pipeline.run(load(None, [*overrides, f"dataset={place}-unbroken"]), load=FixedLLM)
-    assert repr(content(place)) == repr(content(f"{place}-unbroken"))
+
+@pytest.mark.slow
+def test_on_sigterm_the_units_in_flight_end_and_the_same_command_goes_on(rows, tmp_path, unbroken):
+    place = str(tmp_path / "set")
+    overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=5"]
+    log = tmp_path / "sampled.log"
+    driver = launch(overrides, log)
+    wait_for_units(place, driver)
+    driver.terminate()
+    assert "stopped on SIGTERM with" in driver.communicate(timeout=60)[0] and driver.returncode == 143
+    # All that was begun was saved, so nothing that was paid for is sampled again.
+    assert {line.split()[0] for line in log.read_text().splitlines()} == saved_ids(place)
+    log.write_text("")
+    pipeline.run(load(None, overrides), load=functools.partial(FixedLLM, log=str(log)))
+    assert log.read_text()
+    assert repr(content(place)) == repr(content(unbroken[0]))
 
 
 def test_changed_settings_do_not_go_on_from_a_begun_run(rows, tmp_path):
@@ -151,7 +193,7 @@ def test_too_many_failures_stop_the_run_before_it_publishes(tmp_path):
 
 
 def test_units_fill_shards_in_order_up_to_the_limit():
-    assert list(pipeline.fill({"a": 4, "b": 4, "c": 9, "d": 1, "e": 1}, 8)) == [["a", "b"], ["c"], ["d", "e"]]
+    assert list(shards.fill({"a": 4, "b": 4, "c": 9, "d": 1, "e": 1}, 8)) == [["a", "b"], ["c"], ["d", "e"]]
 
 
 def test_an_llm_that_cannot_load_is_one_clean_error(rows, tmp_path):
