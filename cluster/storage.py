@@ -97,7 +97,7 @@ def _s3(*environment: str) -> pafs.S3FileSystem:
         region=_region(),
         connect_timeout=10,
         request_timeout=60,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=5),
     )
 
 
@@ -184,16 +184,17 @@ def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole file at once: a reader sees the old file, none, or all of `data`."""
+def write_bytes(uri: str, data: bytes) -> dict[str, Any]:
+    """Write a whole file at once (a reader sees the old file, none, or all of `data`); return its entry for a manifest."""
     if is_s3(uri):
         _patiently(uri, partial(_put, uri, data))
-        return
-    target = Path(absolute(uri))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+    else:
+        target = Path(absolute(uri))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        temporary.write_bytes(data)
+        temporary.replace(target)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _put(uri: str, data: bytes, **options: str) -> None:
@@ -223,7 +224,7 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_worth_another_try),
-        wait=tenacity.wait_random_exponential(multiplier=0.1, max=5),
+        wait=tenacity.wait_random_exponential(multiplier=0.05, max=5),
         stop=tenacity.stop_after_attempt(_ATTEMPTS),
         reraise=True,
     )
@@ -252,9 +253,9 @@ def _worth_another_try(error: BaseException) -> bool:
     return isinstance(error, _DamagedError | BotoCoreError | urllib3.exceptions.HTTPError) and not isinstance(error, NoCredentialsError)
 
 
-def write_json(uri: str, value: Any) -> None:
-    """Write a JSON file whole, as `write_bytes` does."""
-    write_bytes(uri, _json(value))
+def write_json(uri: str, value: Any) -> dict[str, Any]:
+    """Write a JSON file whole, and return its entry for a manifest, as `write_bytes` does."""
+    return write_bytes(uri, _json(value))
 
 
 def _json(value: Any) -> bytes:
@@ -288,19 +289,19 @@ def create_json(uri: str, value: dict[str, Any]) -> bool:
     return True
 
 
-def _boto3() -> Any:
-    return _s3_client(*_environment())
+def _boto3(attempts: int = 1) -> Any:
+    """The S3 client that sends a request up to `attempts` times; with one, `_patiently` tries again, knowing more errors."""
+    return _s3_client(attempts, *_environment())
 
 
 @lru_cache(maxsize=8)
-def _s3_client(*environment: str) -> Any:
+def _s3_client(attempts: int, *environment: str) -> Any:
     """One client a process and environment: making one takes as long as some hundred calls, and it is thread-safe."""
     import boto3
     from botocore.config import Config as BotoConfig
 
-    options = BotoConfig(
-        retries={"max_attempts": 5, "mode": "standard"}, connect_timeout=10, read_timeout=60, max_pool_connections=_CONNECTIONS
-    )
+    retries: Any = {"total_max_attempts": attempts, "mode": "standard"}
+    options = BotoConfig(retries=retries, connect_timeout=10, read_timeout=60, max_pool_connections=_CONNECTIONS)
     return boto3.session.Session().client("s3", region_name=_region(), config=options)
 
 
@@ -337,24 +338,36 @@ def sha256(uri: str) -> str:
     return digest.hexdigest()
 
 
-def upload_folder(folder: Path, uri: str) -> None:
-    """Copy every file of a local folder below `uri`."""
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        upload_file(file, join(uri, file.relative_to(folder).as_posix()))
+def upload_folder(folder: Path, uri: str) -> dict[str, dict[str, Any]]:
+    """Copy every file of a local folder below `uri`; return the entry of each for a manifest, by its path."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: upload_file(path, join(uri, name)) for name, path in files.items()}
 
 
-def upload_file(file: Path, uri: str) -> None:
-    """Copy a local file to `uri`; a reader never sees half of it."""
+def upload_file(file: Path, uri: str) -> dict[str, Any]:
+    """Copy a local file to `uri`, where a reader never sees half of it; return its entry for a manifest."""
+    entry = {"bytes": file.stat().st_size, "sha256": sha256(str(file))}
     if is_s3(uri):
         bucket, key = _located(uri)
-        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": sha256(str(file))}}
-        _patiently(uri, lambda: _boto3().upload_file(str(file), bucket, key, ExtraArgs=extra))
-        return
+        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": entry["sha256"]}}
+        _patiently(uri, partial(_upload, str(file), bucket, key, extra))
+        return entry
     target = Path(absolute(uri))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     shutil.copyfile(file, temporary)
     temporary.replace(target)
+    return entry
+
+
+def _upload(file: str, bucket: str, key: str, extra: dict[str, Any]) -> None:
+    from boto3.exceptions import S3UploadFailedError
+
+    try:
+        # Large files go in parts, and each part is worth its own tries.
+        _boto3(_ATTEMPTS).upload_file(file, bucket, key, ExtraArgs=extra)
+    except S3UploadFailedError as error:
+        raise error.__context__ or error from None
 
 
 def download_folder(uri: str, folder: Path) -> None:

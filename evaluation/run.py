@@ -85,10 +85,12 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
 
     if overwrite:
         storage.withdraw(uri)
-    storage.write_json(storage.join(uri, "results.json"), results)
-    storage.write_bytes(storage.join(uri, "rows.parquet"), _parquet(table))
-    storage.write_bytes(storage.join(uri, "report.html"), page.encode())
-    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+    files = {
+        "results.json": storage.write_json(storage.join(uri, "results.json"), results),
+        "rows.parquet": storage.write_bytes(storage.join(uri, "rows.parquet"), _parquet(table)),
+        "report.html": storage.write_bytes(storage.join(uri, "report.html"), page.encode()),
+        "config.yaml": storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode()),
+    }
     summary = summarise(uri, results)
     manifest = {
         "kind": "evaluation",
@@ -96,7 +98,7 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
         **{key: results["made"][key] for key in ("created", "code_version", "dataset", "scorer")},
         "summary": summary,
         "config": config.model_dump(mode="json"),
-        "files": storage.checksums(uri, ["results.json", "rows.parquet", "report.html", "config.yaml"]),
+        "files": files,
     }
     storage.publish(uri, manifest)
     return summary

@@ -280,9 +280,9 @@ def _publish(uri: str, staging: str, merged: dict[str, Any], rates: dict[str, An
             letters.write(text)
             dead_letters += text.count("\n")
         letters.flush()
-        storage.upload_file(Path(letters.name), storage.join(uri, "dead_letters.jsonl"))
-    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
-    files = {name: shard["entry"] for name, shard in merged.items()} | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"])
+        files = {"dead_letters.jsonl": storage.upload_file(Path(letters.name), storage.join(uri, "dead_letters.jsonl"))}
+    files["config.yaml"] = storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+    files |= {name: shard["entry"] for name, shard in merged.items()}
     summary = {"uri": uri, **total, "splits": counts, "dead_letters": dead_letters, "seconds": round(seconds, 1)}
     storage.publish(
         uri,

@@ -51,8 +51,7 @@ def write(names: Sequence[str], staging: str, target: str, row_group_rows: int) 
                     waiting.clear()
             if waiting:
                 writer.write_table(pa.concat_tables(waiting), row_group_size=row_group_rows)
-        entry = {"bytes": file.stat().st_size, "sha256": storage.sha256(str(file)), "rows": statistics["instructions"]}
-        storage.upload_file(file, target)
+        entry = storage.upload_file(file, target) | {"rows": statistics["instructions"]}
     storage.write_bytes(letters_of(staging, target), "".join(f"{line}\n" for line in letters).encode())
     return {"entry": entry, "statistics": statistics, "letters": len(letters)}
 

@@ -236,7 +236,7 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, checkpoint: Any, 
         # Another run may have finished here meanwhile: its files must not be written over.
         if storage.exists(storage.join(uri, storage.MANIFEST)):
             raise CappyError(f"{uri} was published by another run meanwhile; its result stands, this one is not published")
-        storage.upload_folder(target, uri)
+        files = storage.upload_folder(target, uri)
         storage.publish(
             uri,
             {
@@ -248,7 +248,7 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, checkpoint: Any, 
                 "encoder": config.scorer.encoder,
                 "summary": summary,
                 "config": config.model_dump(mode="json"),
-                "files": storage.checksums(uri, sorted(path.name for path in target.iterdir())),
+                "files": files,
             },
         )
     finally:

@@ -1,0 +1,106 @@
+"""A loopback proxy before an HTTP server that spoils some of the traffic, drawn by seed. Real sockets, real bytes."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import socket
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+KINDS = ("unavailable", "reset", "lost_answer", "truncated", "flipped_answer", "flipped_request")
+
+
+class FaultyProxy:
+    """Forwards to `url`; each request suffers one of `kinds` with probability `rate`. `url` of the proxy, `spoiled` counts by kind.
+
+    - unavailable: 503 without forwarding; reset: the connection is cut before forwarding;
+    - lost_answer: forwarded, then cut; truncated: half of the answer's body;
+    - flipped_answer, flipped_request: one bit of the body is another.
+    """
+
+    def __init__(self, url: str, kinds: tuple[str, ...], rate: float, seed: int = 0) -> None:
+        target = urlsplit(url)
+        draw, lock = random.Random(seed), threading.Lock()
+        spoiled: Counter[str] = Counter()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_request(self) -> None:
+                with lock:
+                    kind = draw.choice(kinds) if draw.random() < rate else None
+                    place = draw.random()
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if kind == "flipped_request" and body:
+                    body = _flip(body, place)
+                    spoiled[kind] += 1
+                if kind == "unavailable":
+                    spoiled[kind] += 1
+                    return self.answer(503, [], b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>")
+                if kind == "reset":
+                    spoiled[kind] += 1
+                    return self.cut()
+                connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
+                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    connection.putheader(name, value)
+                connection.endheaders(body or None)
+                answer = connection.getresponse()
+                data = answer.read()
+                headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in ("connection", "transfer-encoding")]
+                connection.close()
+                if kind == "lost_answer":
+                    spoiled[kind] += 1
+                    return self.cut()
+                if kind == "flipped_answer" and data:
+                    data = _flip(data, place)
+                    spoiled[kind] += 1
+                if kind == "truncated" and len(data) > 1:
+                    spoiled[kind] += 1
+                    self.answer(answer.status, headers, data, sent=len(data) // 2)
+                    return self.cut()
+                return self.answer(answer.status, headers, data)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_request
+
+            def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, sent: int | None = None) -> None:
+                self.send_response_only(status)
+                for name, value in headers:
+                    self.send_header(name, value)
+                if not any(name.lower() == "content-length" for name, _ in headers) and status != 204:
+                    self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data[:sent])
+                self.wfile.flush()
+
+            def cut(self) -> None:
+                self.close_connection = True
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                self.connection.close()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:  # a connection we cut ourselves
+                pass
+
+        self.spoiled = spoiled
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> FaultyProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _flip(data: bytes, place: float) -> bytes:
+    position = int(place * len(data))
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]

@@ -1,0 +1,54 @@
+"""`cappy generate` where things break: a bad wire to S3. The set comes out the same."""
+
+import json
+import os
+
+import pytest
+
+from cluster import storage
+from cluster.config import load
+from cluster.errors import CappyError
+from cluster.runtime import ray_session
+from generation import pipeline
+from generation.dataset import RegressionSet
+from tests.faults import KINDS, FaultyProxy
+from tests.generation.fixed_llm import FixedLLM
+
+pytestmark = pytest.mark.slow
+ROWS = 60
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"say {n}", "references": [f"number {n}"], "dataset": "ab"[n % 2]} for n in range(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"source={{kind: files, path: '{path}'}}"
+
+
+def content(uri):
+    opened = RegressionSet(uri)
+    assert storage.verify(uri, opened.manifest) == []
+    return repr({split: opened.to_pandas(split).to_dict("records") for split in ("train", "validation")})
+
+
+@pytest.mark.parametrize(("kinds", "rate"), [(("unavailable",), 0.3), (KINDS, 0.25)])
+def test_on_a_bad_wire_to_s3_the_set_is_the_same_or_is_not_published(kinds, rate, source, bucket, tmp_path, monkeypatch):
+    sound = os.environ["AWS_ENDPOINT_URL"]
+    place = load(None, [source, f"dataset={bucket}/set", "generate.unit_rows=5"])
+    with FaultyProxy(sound, kinds, rate) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with ray_session():
+            for _ in range(10):  # the same command again, as the error says
+                try:
+                    pipeline.run(place, load=FixedLLM)
+                    break
+                except CappyError as error:
+                    print(error)
+                    monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
+                    assert not storage.exists(f"{bucket}/set/{storage.MANIFEST}")
+                    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            pipeline.run(load(None, [source, f"dataset={tmp_path}/unbroken"]), load=FixedLLM)
+        assert sum(proxy.spoiled.values()) > 10
+    monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
+    assert content(f"{bucket}/set") == content(f"{tmp_path}/unbroken")
