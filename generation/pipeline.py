@@ -30,7 +30,7 @@ from cluster.config import Config, differences, fingerprint
 from cluster.errors import CappyError, UsageError
 from cluster.progress import Bar, say
 from cluster.runtime import code_version, ray_session
-from generation import annotate, dataset, instructions
+from generation import annotate, card, dataset, instructions
 from generation.instructions import DeadLetter
 from generation.sampler import LoadLLM, Sampler, load_engine
 from generation.schema import DATASET, PREPARED, SPLITS
@@ -308,22 +308,21 @@ def _publish(uri: str, staging: str, shards: list[dict[str, Any]], config: Confi
         raise CappyError(f"{uri}: every row failed, nothing is published; the reasons are in {uri}/dead_letters.jsonl")
     files = {shard["name"]: shard["entry"] for shard in shards} | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"])
     summary = {"uri": uri, **total, "splits": counts, "dead_letters": letters.count("\n"), "seconds": round(seconds, 1)}
-    storage.publish(
-        uri,
-        {
-            "kind": "dataset",
-            "version": 1,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "code_version": code_version(),
-            "counts": counts,
-            "summary": summary,
-            "schema": {field.name: str(field.type) for field in DATASET},
-            "metric": annotate.METRIC,
-            "lineage": identity(config),
-            "config": config.model_dump(mode="json"),
-            "files": files,
-        },
-    )
+    manifest = {
+        "kind": "dataset",
+        "version": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_version": code_version(),
+        "command": "cappy generate config.yaml",
+        "counts": counts,
+        "summary": summary,
+        "schema": {field.name: str(field.type) for field in DATASET},
+        "metric": annotate.METRIC,
+        "lineage": identity(config),
+        "config": config.model_dump(mode="json"),
+        "files": files,
+    }
+    storage.publish(uri, card.write(uri, manifest))
     storage.delete(staging)
     return summary
 
