@@ -73,7 +73,7 @@ def estimate(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_f
     assumptions = [
         ("tokens of a prompt", "see the table", tokens_from),
         ("tokens of a candidate", _round(total["sampled_tokens"] / max(1, total["candidates"])), rates.origin["tokens_per_candidate"]),
-        ("bytes of a published pair", rates.bytes_per_pair, rates.origin["bytes_per_pair"]),
+        ("bytes of a published pair", _round(rates.bytes_per_pair), rates.origin["bytes_per_pair"]),
         ("mismatched responses", "all found", "fewer in datasets too small or uniform to borrow from"),
     ]
     shots = sampler.prompt.shots
@@ -207,7 +207,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         ("pairs", f"{totals['pairs']:,}: " + ", ".join(f"{name} {count:,}" for name, count in totals["pairs_by_source"].items())),
         ("prompt tokens", f"{totals['prompt_tokens']:,}"),
         ("sampled tokens", f"{tokens['expected']:,} expected, {tokens['most']:,} at most"),
-        ("storage", f"{totals['bytes'] / 1e9:,.3g} GB"),
+        ("storage", size(totals["bytes"])),
     ]
     if result["compute"]:
         hours = result["compute"]["gpu_hours"]
@@ -238,7 +238,15 @@ def duration(hours: float) -> str:
         return f"{hours / 24:,.1f} days"
     if hours >= 1:
         return f"{hours:.1f} h"
-    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.2g} s"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them, in powers of 1,000: `1.4 MB`, `21.0 GB`."""
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= length:
+            return f"{count / length:,.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def _round(value: float) -> float:

@@ -173,7 +173,10 @@ def find_rates(config: Config) -> Rates:
         parameters, known = _parameters(config)
         gpus = getattr(config.sampler.engine, "tensor_parallel", 1)
         sampled = prompt = plan.GPU_SHARE * plan.GPU_FLOPS * gpus / (2 * parameters)
-        reason = f"a calculation, not a measurement: {plan.GPU_SHARE:.0%} of an H200's 990 TFLOP/s over 2 x {known}"
+        reason = (
+            f"a calculation, not a measurement, and too fast for small models: "
+            f"{plan.GPU_SHARE:.0%} of an H200's 990 TFLOP/s over 2 x {known}"
+        )
         origin |= {"sampled": reason, "prompt": reason}
     return Rates(
         sampled=sampled,
@@ -242,7 +245,7 @@ def _parameters(config: Config) -> tuple[float, str]:
     told = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
     if told:
         return float(told[1]) * 1e9, f"{told[1]}G parameters, by the model's name"
-    return 8e9, "8G parameters, assumed: the model is not here and its name does not tell; set plan.sampled_tokens_per_second"
+    return 8e9, "8G parameters, assumed (the model is not here, its name does not tell; set plan.sampled_tokens_per_second)"
 
 
 def _count_parameters(file: Path) -> int:

@@ -76,6 +76,11 @@ def test_an_endpoint_costs_its_prices_and_no_gpu():
     assert result["dollars"]["expected"] == pytest.approx((2 * 2000 * 0.5 + 4000 * 2) / 1e6)  # two decodings, two requests
 
 
+def test_times_and_sizes_read_as_people_say_them():
+    assert [plan.duration(hours) for hours in (0.5 / 3600, 12 / 3600, 0.5, 7.25, 100)] == ["0.5 s", "12 s", "30.0 min", "7.2 h", "4.2 days"]
+    assert [plan.size(count) for count in (283_000, 1.4e6, 21e9, 2.5e12)] == ["283.0 kB", "1.4 MB", "21.0 GB", "2.5 TB"]
+
+
 def rows_file(folder, count=30):
     rows = [{"instruction": f"say number {n}", "references": [f"number {n}"], "dataset": "ab"[n % 2]} for n in range(count)]
     rows += [{"instruction": "yes or no?", "references": ["yes"], "answer_choices": ["yes", "no", "maybe"], "dataset": "choice"}]

@@ -1,9 +1,13 @@
+import http.client
 import json
 import os
 import signal
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import datasets
 import pandas
@@ -118,6 +122,48 @@ def test_any_published_folder_can_be_copied(tmp_path, bucket):
     transfer.copy(f"{tmp_path}/scorer", f"{bucket}/scorer")
     assert set(storage.list_files(f"{bucket}/scorer")) == {"model.safetensors", "empty", "_MANIFEST.json"}
     assert storage.verify(f"{bucket}/scorer", storage.read_manifest(f"{bucket}/scorer", "scorer", "train")) == []
+
+
+@pytest.fixture
+def flipping(bucket):
+    """A proxy for reading from the object store that flips a byte of a shard, once; yields its URL and what it flipped."""
+    store = urlsplit(os.environ["AWS_ENDPOINT_URL"])
+    flipped = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            upstream = http.client.HTTPConnection(store.netloc, timeout=30)
+            upstream.request(self.command, self.path, headers=dict(self.headers))
+            answer = upstream.getresponse()
+            data = bytearray(answer.read())
+            if data and self.path.endswith(SHARD) and not flipped:
+                flipped.append(self.path)
+                data[len(data) // 2] ^= 1
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", flipped
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_byte_flipped_on_the_wire_is_noticed_and_read_again(bucket, tmp_path, flipping, monkeypatch):
+    manifest = publish(f"{bucket}/a")
+    url, flipped = flipping
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    transfer.copy(f"{bucket}/a", f"{tmp_path}/b")
+    assert len(flipped) == 1 and storage.verify(f"{tmp_path}/b", manifest) == []
 
 
 @pytest.mark.slow
