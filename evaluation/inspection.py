@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import storage
+from cluster.errors import CappyError
 from generation.dataset import LABEL_BINS
 
 _SOURCES = {
@@ -51,8 +52,12 @@ def run(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str, Any]:
     if manifest["kind"] in ("dataset", "pairs"):
         result |= {key: manifest[key] for key in ("metric", "lineage", "schema")}
         result |= {key: manifest[key] for key in ("rates", "cost", "copied_from", "made_from") if key in manifest}
-        result["dead_letters"] = _reasons(storage.join(uri, _DEAD_LETTERS)) if _DEAD_LETTERS in manifest["files"] else {}
-        result["samples"] = _first_rows(uri, manifest, samples) if not result["problems"] else []
+        if not result["problems"]:
+            try:
+                result["dead_letters"] = _reasons(storage.join(uri, _DEAD_LETTERS)) if _DEAD_LETTERS in manifest["files"] else {}
+                result["samples"] = _first_rows(uri, manifest, samples)
+            except (OSError, ValueError) as error:
+                raise CappyError(f"{uri} is damaged ({str(error).splitlines()[0]}); copy or make it again") from None
     return result
 
 

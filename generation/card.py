@@ -138,7 +138,7 @@ Instructions with responses of known quality, to fit a scorer on (Cappy, arXiv 2
 
 ## Load it
 
-A copy elsewhere opens by its own path.
+A copy elsewhere opens by its own path. Of s3:// paths `datasets` and pandas need `s3fs`; or `cappy pull` the set first.
 
 {_loading(summary["uri"], next(iter(manifest["counts"])), pairs)}
 

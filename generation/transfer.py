@@ -95,11 +95,14 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
             return entry
 
         written = dict(sorted(copying.each(one, shards, _PAIR_THREADS)))
+        settings = manifest["files"]["config.yaml"]
+        with copying.scratch() as file:
+            copying.fetch(storage.join(source, "config.yaml"), settings, file)
+            copying.place(file, storage.join(destination, "config.yaml"))
     for split, counts in manifest["counts"].items():
         found = sum(entry["rows"] for name, entry in written.items() if name.startswith(f"data/{split}/"))
         if found != counts["pairs"]:
             raise CappyError(f"SRC={source} has {found} pairs in split {split}, its manifest says {counts['pairs']}; generate it again")
-    storage.write_bytes(storage.join(destination, "config.yaml"), storage.read_bytes(storage.join(source, "config.yaml")))
     kept = ("version", "counts", "metric", "lineage", "config")
     summary = {**manifest["summary"], "uri": destination, "dead_letters": 0, "seconds": round(time.monotonic() - start, 1)}
     made = {
@@ -111,7 +114,7 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
         **{key: manifest[key] for key in kept},
         "summary": summary,
         "schema": {field.name: str(field.type) for field in PAIRS},
-        "files": written | storage.checksums(destination, ["config.yaml"]),
+        "files": written | {"config.yaml": settings},
     }
     storage.publish(destination, card.write(destination, made))
     return _report(destination, "pairs", source, written, written, time.monotonic() - start)

@@ -1,9 +1,11 @@
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from cluster import storage
+from cluster.errors import CappyError
 from evaluation import inspection
 from generation import transfer
 from tests.generation.made_set import publish
@@ -53,9 +55,11 @@ def test_pairs_are_shown_with_what_they_are_of_and_a_copy_with_its_origin(tmp_pa
 
 def test_every_damaged_file_is_named_in_order(tmp_path):
     manifest = publish(str(tmp_path))
-    names = [name for name in manifest["files"] if name.startswith("data/")]
+    names = [name for name in manifest["files"] if name.startswith(("data/", "dead_letters"))]
     for name in names:
         storage.write_bytes(f"{tmp_path}/{name}", b"PAR1")
     result = inspection.run(str(tmp_path))
-    assert [problem.split()[0] for problem in result["problems"]] == names and result["samples"] == []
-    assert "3 DAMAGED" in shown(result)
+    assert [problem.split()[0] for problem in result["problems"]] == names and "samples" not in result
+    assert "4 DAMAGED" in shown(result)
+    with pytest.raises(CappyError, match=r"is damaged \(.+\); copy or make it again"):
+        inspection.run(str(tmp_path), verify=False)
