@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cluster import config as configuration
 from cluster import jobs
-from cluster.errors import CappyError
+from cluster.errors import CappyError, UsageError
 from cluster.progress import say
 
 app = typer.Typer(
@@ -28,8 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     help="""Lift an LLM with a small scorer that picks the best of its answers (Cappy), on Ray.
 
-The road: [bold]generate[/bold] a regression set, [bold]train[/bold] the scorer, [bold]evaluate[/bold] it,
-[bold]serve[/bold] boosted answers. All verbs read one config; each finds the others' output below its workspace.
+The road: [bold]plan[/bold] what it will cost, [bold]generate[/bold] a regression set, [bold]train[/bold] the scorer,
+[bold]evaluate[/bold] it, [bold]serve[/bold] boosted answers. All verbs read one config; each finds the others' output below its workspace.
 """,
     epilog="Start with: cappy doctor; then cappy generate demo, cappy train demo, cappy evaluate demo, cappy serve demo.",
 )
@@ -52,6 +52,21 @@ Address = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line of standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what the destination holds.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.command(epilog="Example: cappy plan demo --set plan.rates_from=s3://bucket/small/dataset --set 'plan.gpus=[8,64]'")
+def plan(config: ConfigFile = None, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Tell what generate would make and cost: rows, pairs, tokens, storage, GPU-hours, dollars, and what is assumed.
+
+    Reads and counts the instructions; loads no LLM and writes nothing.
+    """
+    from generation import plan as planning
+    from generation import survey
+
+    result = survey.run(configuration.load(config, set_ or ()))
+    if not as_json:
+        planning.show(result, out)
+    _finish(result, as_json)
 
 
 @app.command(epilog="Example: cappy generate demo --set workspace=s3://bucket/demo")
@@ -128,6 +143,40 @@ def inspect(
         raise CappyError(f"{uri}: {len(result['problems'])} file(s) are damaged, first: {result['problems'][0]}; copy or make it again")
 
 
+@app.command(epilog="Example: cappy push runs/demo/dataset s3://bucket/demo/dataset")
+def push(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A published folder or s3:// prefix.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="An empty folder or s3:// prefix.")],
+    pairs: Annotated[bool, typer.Option("--pairs", help="Publish a regression set's pairs as a plain table, a row a pair.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Copy what was published to another place, each file checked against its SHA-256, the manifest last.
+
+    Interrupted, the same command goes on where it was.
+    """
+    from generation import transfer
+
+    _copied(transfer.export_pairs(source, destination) if pairs else transfer.copy(source, destination), as_json)
+
+
+@app.command(epilog="Example: cappy pull s3://bucket/demo/scorer")
+def pull(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A published folder or s3:// prefix.")],
+    destination: Annotated[str | None, typer.Argument(metavar="[DST]", help="A folder here; without one SRC's last part.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Copy what was published to this machine, checked as push does."""
+    from cluster import storage
+    from generation import transfer
+
+    target = destination or source.rstrip("/").rsplit("/", 1)[-1]
+    if storage.is_s3(target):
+        raise UsageError(f"DST={target} is not on this machine; copy between stores with `cappy push {source} {target}`")
+    _copied(transfer.copy(source, target), as_json)
+
+
 @app.command()
 def doctor(
     config: ConfigFile = None,
@@ -167,6 +216,18 @@ def _show(verb: str, result: dict[str, Any], as_json: bool) -> None:
         from evaluation import inspection
 
         inspection.show_summary({"generate": "dataset", "train": "scorer", "evaluate": "evaluation"}[verb], result, out)
+    _finish(result, as_json)
+
+
+def _copied(result: dict[str, Any], as_json: bool) -> None:
+    if not as_json:
+        state = (
+            f"{result['copied_files']} of {result['files']} files copied, {result['copied_bytes'] / 1e6:,.1f} MB at "
+            f"{result['mb_per_second']:,.0f} MB/s"
+            if result["copied_files"]
+            else f"all {result['files']} files are already there"
+        )
+        out.print(f"{result['kind']} {result['uri']}: {state}")
     _finish(result, as_json)
 
 

@@ -180,6 +180,35 @@ class GenerateConfig(Section):
     """Instructions in a row group of a shard: what a training reader takes at once."""
     max_error_rate: float = Field(0.5, ge=0, le=1)
     """Stop before publishing when more than this share of the rows went to the dead-letter file."""
+    license: str | None = None
+    """Licence of the set for its card, e.g. `apache-2.0`; null says unknown: it is the sources' and the LLM's to decide."""
+
+
+class PlanConfig(Section):
+    """What `cappy plan` takes for granted. It decides nothing about the set."""
+
+    gpus: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8, 64, 512), min_length=1)
+    """Numbers of GPUs to give the wall time for."""
+    gpu_dollars_per_hour: float = Field(4.0, ge=0)
+    """Price of one GPU hour."""
+    rates_from: str | None = None
+    """A published set, or a JSON file with `tokens_per_second` (a benchmark's result), whose measured rate is taken; local or s3://."""
+    sampled_tokens_per_second: float | None = Field(None, gt=0)
+    """Tokens one replica samples in a second; null takes `rates_from`, else a calculation from the LLM's size."""
+    prompt_tokens_per_second: float | None = Field(None, gt=0)
+    """Prompt tokens one replica reads in a second; null says that the rate above has the reading in it."""
+    bytes_per_pair: float | None = Field(None, gt=0)
+    """Size of a published pair, in bytes; null takes `rates_from`, else a measured default."""
+    sample_rows: int = Field(2000, ge=1)
+    """Rows of each dataset whose tokens are counted; the others' bytes are, and their tokens follow from the ratio."""
+
+    @model_validator(mode="after")
+    def _together(self) -> PlanConfig:
+        if self.prompt_tokens_per_second and not self.sampled_tokens_per_second:
+            raise ValueError(
+                f"prompt_tokens_per_second={self.prompt_tokens_per_second:g} stands alone; give sampled_tokens_per_second with it"
+            )
+        return self
 
 
 class ScorerConfig(Section):
@@ -282,6 +311,7 @@ class Config(Section):
     source: Source = BigBenchSource()
     sampler: SamplerConfig = SamplerConfig()
     generate: GenerateConfig = GenerateConfig()
+    plan: PlanConfig = PlanConfig()
     scorer: ScorerConfig = ScorerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -403,6 +404,19 @@ def new_temporary_folder(purpose: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"cappy-{purpose}-"))
 
 
+def published(uri: str, setting: str) -> dict[str, Any]:
+    """Return the manifest of a published folder of any kind; raises `CappyError` naming `setting` where nothing is published."""
+    try:
+        manifest = read_json(join(uri, MANIFEST))
+    except (FileNotFoundError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CappyError(
+            f"{setting}={uri} has no readable {MANIFEST}: nothing is there, or the run writing it did not finish; run its command again"
+        )
+    return manifest
+
+
 def read_manifest(uri: str, kind: str, verb: str) -> dict[str, Any]:
     """Return the manifest of a published folder of one `kind` (`dataset`, `scorer` or `evaluation`).
 
@@ -461,12 +475,14 @@ def checksums(uri: str, files: Iterable[str]) -> dict[str, dict[str, Any]]:
 def verify(uri: str, manifest: dict[str, Any]) -> list[str]:
     """Return what is wrong with the files a manifest names: missing, of another size or another SHA-256; empty when sound."""
     sizes = list_files(uri)
-    problems = []
-    for name, expected in manifest["files"].items():
+
+    def problem(name: str, expected: dict[str, Any]) -> str | None:
         if name not in sizes:
-            problems.append(f"{name} is missing")
-        elif sizes[name] != expected["bytes"]:
-            problems.append(f"{name} has {sizes[name]} bytes, the manifest says {expected['bytes']}")
-        elif sha256(join(uri, name)) != expected["sha256"]:
-            problems.append(f"{name} does not match its SHA-256")
-    return problems
+            return f"{name} is missing"
+        if sizes[name] != expected["bytes"]:
+            return f"{name} has {sizes[name]} bytes, the manifest says {expected['bytes']}"
+        return None if sha256(join(uri, name)) == expected["sha256"] else f"{name} does not match its SHA-256"
+
+    # Threads: it waits on the store, and SHA-256 lets go of the interpreter.
+    with ThreadPoolExecutor(8) as pool:
+        return [found for found in pool.map(problem, manifest["files"], manifest["files"].values()) if found]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
+from collections import Counter
 from typing import Any
 
+import pyarrow.parquet as pq
+from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from cluster import storage
 from cluster.errors import CappyError
-from generation.dataset import LABEL_BINS, RegressionSet
+from generation.dataset import LABEL_BINS
 
 _SOURCES = {
     "reference": "correct, label 1",
@@ -19,6 +25,10 @@ _SOURCES = {
     "sampled": "the LLM's, label Rouge-L",
 }
 _WIDTH = 40
+_DATASETS = 24
+_REASONS = 8
+_DEAD_LETTERS = "dead_letters.jsonl"
+_NUMBER = r"\b\d[\d.,]*\b"
 
 
 def run(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str, Any]:
@@ -27,12 +37,7 @@ def run(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str, Any]:
     Raises `CappyError` where nothing is published.
     """
     uri = storage.check(uri, "URI")
-    try:
-        manifest = storage.read_json(storage.join(uri, storage.MANIFEST))
-    except (FileNotFoundError, ValueError):
-        raise CappyError(
-            f"URI={uri} has no readable {storage.MANIFEST}: nothing is there, or the run writing it did not finish; run its command again"
-        ) from None
+    manifest = storage.published(uri, "URI")
     result = {
         "uri": uri,
         "kind": manifest["kind"],
@@ -44,12 +49,38 @@ def run(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str, Any]:
         "problems": storage.verify(uri, manifest) if verify else [],
         "verified": verify,
     }
-    if manifest["kind"] == "dataset":
+    if manifest["kind"] in ("dataset", "pairs"):
         result |= {key: manifest[key] for key in ("metric", "lineage", "schema")}
-        opened = RegressionSet(uri)
-        split = next(iter(opened.manifest["counts"]))
-        result["samples"] = next(opened.batches(split, max(1, samples))).slice(0, samples).to_pylist() if not result["problems"] else []
+        result |= {key: manifest[key] for key in ("rates", "cost", "copied_from", "made_from") if key in manifest}
+        if not result["problems"]:
+            try:
+                result["dead_letters"] = _reasons(storage.join(uri, _DEAD_LETTERS)) if _DEAD_LETTERS in manifest["files"] else {}
+                result["samples"] = _first_rows(uri, manifest, samples)
+            except (OSError, ValueError) as error:
+                raise CappyError(f"{uri} is damaged ({str(error).splitlines()[0]}); copy or make it again") from None
     return result
+
+
+def _first_rows(uri: str, manifest: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The first rows of the first shard."""
+    shard = min((name for name in manifest["files"] if name.startswith("data/")), default=None)
+    if shard is None or not count:
+        return []
+    fs, path = storage.filesystem(storage.join(uri, shard))
+    with fs.open_input_file(path) as file:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        return list(next(parquet.iter_batches(batch_size=count)).to_pylist())
+
+
+def _reasons(uri: str) -> dict[str, int]:
+    """How many dead letters have each reason, numbers in it left out, most frequent first."""
+    fs, path = storage.filesystem(uri)
+    counts: Counter[str] = Counter()
+    with fs.open_input_stream(path, compression=None) as stream:
+        for line in io.TextIOWrapper(stream, encoding="utf-8"):
+            letter = json.loads(line)
+            counts[f"{letter['stage']}: {re.sub(_NUMBER, 'N', letter['reason'])}"] += 1
+    return dict(counts.most_common())
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -60,21 +91,36 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(f"made {result['created']} by {result['code_version']}; {result['files']} files, {_size(result['bytes'])}, {state}")
     for problem in result["problems"]:
         console.print(Text(f"  {problem}", style="red"))
-    if result["kind"] == "dataset":
-        lineage = result["lineage"]
-        decodings = ", ".join(f"{each['name']} x{each['n']}" for each in lineage["sampler"]["decodings"])
-        prompt = lineage["sampler"]["prompt"]
-        console.print(f"model {lineage['sampler']['model']}; decodings {decodings}; prompt {prompt['form']}, {prompt['shots']} shots")
-        metric = result["metric"]
-        console.print(f"labels {metric['name']} ({metric['mode']} mode, version {metric['version']})")
-    show_summary(result["kind"], result["summary"], console)
+    if result["kind"] in ("dataset", "pairs"):
+        _show_origin(result, console)
+    show_summary(result["kind"], result["summary"] | ({"uri": result["uri"]} if "uri" in result["summary"] else {}), console)
+    reasons = result.get("dead_letters", {})
+    for reason, count in list(reasons.items())[:_REASONS]:
+        console.print(Text(f"  {count:,} x {_short(reason, 200)}", style="yellow"))
+    if len(reasons) > _REASONS:
+        console.print(Text(f"  and {len(reasons) - _REASONS:,} reasons more", style="yellow"))
     for row in result.get("samples", []):
-        _show_row(row, console)
+        _show_row(row if result["kind"] == "dataset" else {**row, "candidates": [row]}, console)
+
+
+def _show_origin(result: dict[str, Any], console: Console) -> None:
+    lineage, metric = result["lineage"], result["metric"]
+    decodings = ", ".join(f"{each['name']} x{each['n']}" for each in lineage["sampler"]["decodings"])
+    prompt = lineage["sampler"]["prompt"]
+    console.print(f"model {lineage['sampler']['model']}; decodings {decodings}; prompt {prompt['form']}, {prompt['shots']} shots")
+    console.print(f"labels {metric['name']} ({metric['mode']} mode, version {metric['version']})")
+    if "made_from" in result:
+        console.print(Text(f"pairs of {result['made_from']['uri']}"))
+    if "copied_from" in result:
+        console.print(Text(f"copied from {result['copied_from']}"))
+    for name in ("rates", "cost"):
+        if result.get(name):
+            console.print(Text(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in _flat(result[name]))))
 
 
 def show_summary(kind: str, summary: dict[str, Any], console: Console) -> None:
     """Print the summary a verb returned and its manifest keeps."""
-    if kind == "dataset":
+    if kind in ("dataset", "pairs"):
         _show_dataset(summary, console)
     elif kind == "evaluation":
         from evaluation.table import print_table
@@ -96,18 +142,41 @@ def _show_dataset(summary: dict[str, Any], console: Console) -> None:
     for source, count in summary["sources"].items():
         table.add_row(source, f"{count:,}", _SOURCES.get(source, ""))
     console.print(table)
-    console.print("datasets: " + ", ".join(f"{name} {count:,}" for name, count in summary["datasets"].items()))
-    console.print("labels")
-    top = max(summary["labels"]) or 1
-    for index, count in enumerate(summary["labels"]):
-        bar = "█" * round(_WIDTH * count / top)
-        close = "]" if index == LABEL_BINS - 1 else ")"
-        console.print(Text(f"  [{index / LABEL_BINS:.1f}, {(index + 1) / LABEL_BINS:.1f}{close} {bar:<{_WIDTH}} {count:,}"))
+    _show_datasets(summary["datasets"], console)
+    _show_labels(summary, console)
     if summary["dead_letters"]:
         console.print(
-            Text(f"{summary['dead_letters']:,} rows left out, each with its reason: {summary['uri']}/dead_letters.jsonl", style="yellow")
+            Text(f"{summary['dead_letters']:,} rows left out, each with its reason: {summary['uri']}/{_DEAD_LETTERS}", style="yellow")
         )
     console.print(f"{summary['uri']} in {summary['seconds']:,.0f} s")
+
+
+def _show_datasets(datasets: dict[str, int], console: Console) -> None:
+    """The instructions of each dataset, the largest first, side by side."""
+    largest = sorted(datasets.items(), key=lambda item: (-item[1], item[0]))
+    console.print(f"datasets {len(datasets):,}, with instructions")
+    console.print(Columns([Text(f"{name} {count:,}") for name, count in largest[:_DATASETS]], padding=(0, 3), column_first=True))
+    if len(largest) > _DATASETS:
+        rest = largest[_DATASETS:]
+        console.print(f"and {len(rest):,} more with {sum(count for _, count in rest):,}")
+
+
+def _show_labels(summary: dict[str, Any], console: Console) -> None:
+    """The label histogram: sampled responses as bars, the counts of all sources beside them."""
+    labels = summary["source_labels"]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("label")
+    table.add_column("sampled" if "sampled" in labels else "")
+    for source in labels:
+        table.add_column(source, justify="right")
+    sampled = labels.get("sampled", [0] * LABEL_BINS)
+    top = max(sampled) or 1
+    for index in range(LABEL_BINS):
+        close = "]" if index == LABEL_BINS - 1 else ")"
+        counts = [f"{labels[source][index]:,}" if labels[source][index] else "" for source in labels]
+        bin_ = Text(f"[{index / LABEL_BINS:.1f}, {(index + 1) / LABEL_BINS:.1f}{close}")
+        table.add_row(bin_, "█" * round(_WIDTH * sampled[index] / top), *counts)
+    console.print(table)
 
 
 def _show_row(row: dict[str, Any], console: Console) -> None:
@@ -136,6 +205,10 @@ def _flat(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
     for key, value in tree.items():
         pairs += _flat(value, f"{path}{key}.") if isinstance(value, dict) else [(f"{path}{key}", value)]
     return pairs
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _size(count: int) -> str:

@@ -1,7 +1,7 @@
 """A published regression set, opened: rows, pairs, statistics; as a Ray, Hugging Face or pandas dataset.
 
 Layout: `data/{split}/part-*.parquet` (one row an instruction, candidates as a list of structs), `dead_letters.jsonl`,
-`config.yaml`, and `_MANIFEST.json` written last. Only a set with a manifest opens.
+`config.yaml`, the card (`README.md`, `labels.svg`), and `_MANIFEST.json` written last. Only a set with a manifest opens.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.errors import CappyError
+from generation.schema import PAIRS
 
 if TYPE_CHECKING:
     import datasets
@@ -121,16 +123,29 @@ def explode(table: pa.Table, offset: int = 0) -> Pairs:
     return Pairs(instructions, responses, np.asarray(labels, np.float32), np.asarray(groups, np.int64))
 
 
+def pair_table(table: pa.Table) -> pa.Table:
+    """Return a table of rows as a plain table of pairs (columns of `schema.PAIRS`): a row a candidate, in order, repeats kept."""
+    candidates = table["candidates"].combine_chunks()
+    flat = candidates.flatten()
+    repeated = table.select(["instruction", "dataset", "template", "id"]).take(pc.list_parent_indices(candidates))
+    columns = [repeated[name] if name in repeated.column_names else flat.field(name) for name in PAIRS.names]
+    return pa.table(columns, schema=PAIRS)
+
+
 def statistics(table: pa.Table) -> dict[str, Any]:
     """Return counts of a table of rows that add up over tables: `instructions`, `pairs`, `tokens`, histograms.
 
     `sources`, `decodings` and `datasets` count candidates (datasets: instructions) by name; `labels` counts candidates in
-    `LABEL_BINS` equal bins of [0, 1], the last closed.
+    `LABEL_BINS` equal bins of [0, 1], the last closed, and `source_labels` the same for each source.
     """
     candidates = pa.concat_arrays(table["candidates"].chunks) if table.num_rows else pa.array([], table.schema.field("candidates").type)
     flat = candidates.flatten()
     label = flat.field("label").to_numpy(zero_copy_only=False)
     bins = np.minimum((label * LABEL_BINS).astype(int), LABEL_BINS - 1)
+    source = flat.field("source").dictionary_encode()
+    names = source.dictionary.to_pylist()
+    cells = source.indices.to_numpy(zero_copy_only=False) * LABEL_BINS + bins
+    by_source = np.bincount(cells, minlength=len(names) * LABEL_BINS).reshape(len(names), LABEL_BINS).tolist()
     return {
         "instructions": table.num_rows,
         "pairs": len(flat),
@@ -139,23 +154,23 @@ def statistics(table: pa.Table) -> dict[str, Any]:
         "decodings": _counts(flat.field("decoding").drop_null()),
         "datasets": _counts(table["dataset"]),
         "labels": np.bincount(bins, minlength=LABEL_BINS).tolist(),
+        "source_labels": dict(sorted(zip(names, by_source, strict=True))),
     }
 
 
 def add_statistics(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Return the sum of two results of `statistics`."""
-    total: dict[str, Any] = {}
-    for key in left.keys() | right.keys():
-        a, b = left.get(key), right.get(key)
-        if a is None or b is None:
-            total[key] = b if a is None else a
-        elif isinstance(a, dict):
-            total[key] = dict(sorted({name: a.get(name, 0) + b.get(name, 0) for name in a.keys() | b.keys()}.items()))
-        elif isinstance(a, list):
-            total[key] = [x + y for x, y in zip(a, b, strict=True)]
-        else:
-            total[key] = a + b
-    return total
+    """Return the sum of two results of `statistics`, keys in order."""
+    return {key: _add(left.get(key), right.get(key)) for key in sorted(left.keys() | right.keys())}
+
+
+def _add(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, dict):
+        return add_statistics(a, b)
+    if isinstance(a, list):
+        return [x + y for x, y in zip(a, b, strict=True)]
+    return a + b
 
 
 def _counts(values: pa.Array | pa.ChunkedArray) -> dict[str, int]:

@@ -32,7 +32,7 @@ from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Lease
 from cluster.progress import Bar, say
 from cluster.runtime import code_version, ray_session
-from generation import annotate, dataset, instructions, shards, units
+from generation import annotate, card, dataset, instructions, shards, units
 from generation.instructions import DeadLetter
 from generation.sampler import LoadLLM, load_engine
 from generation.schema import DATASET, PREPARED, SPLITS
@@ -175,7 +175,7 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
                 _stop_above_error_rate(failed, bar.done - done, config)
         if told.is_set():
             raise Stopped(f"stopped on SIGTERM with {bar.done:,} of {total:,} instructions done and saved; the same command goes on")
-        return bar.rates()
+        return {f"{name}_per_second": rate for name, rate in bar.rates().items()}
 
 
 def plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate: Any) -> Any:
@@ -284,23 +284,22 @@ def _publish(uri: str, staging: str, merged: dict[str, Any], rates: dict[str, An
     files["config.yaml"] = storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
     files |= {name: shard["entry"] for name, shard in merged.items()}
     summary = {"uri": uri, **total, "splits": counts, "dead_letters": dead_letters, "seconds": round(seconds, 1)}
-    storage.publish(
-        uri,
-        {
-            "kind": "dataset",
-            "version": 1,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "code_version": code_version(),
-            "counts": counts,
-            "summary": summary,
-            "rates": rates,
-            "schema": {field.name: str(field.type) for field in DATASET},
-            "metric": annotate.METRIC,
-            "lineage": identity(config),
-            "config": config.model_dump(mode="json"),
-            "files": files,
-        },
-    )
+    manifest = {
+        "kind": "dataset",
+        "version": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_version": code_version(),
+        "command": "cappy generate config.yaml",
+        "counts": counts,
+        "summary": summary,
+        "rates": rates,
+        "schema": {field.name: str(field.type) for field in DATASET},
+        "metric": annotate.METRIC,
+        "lineage": identity(config),
+        "config": config.model_dump(mode="json"),
+        "files": files,
+    }
+    storage.publish(uri, card.write(uri, manifest))
     storage.delete(staging)
     return summary
 

@@ -31,6 +31,17 @@ _INSTRUCTION = [
 DATASET = pa.schema([*_INSTRUCTION, pa.field("candidates", pa.list_(CANDIDATE), nullable=False)])
 """A published row: one instruction with all its candidates."""
 
+PAIRS = pa.schema(
+    [
+        pa.field("instruction", pa.string(), nullable=False),
+        *(CANDIDATE.field(name) for name in ("response", "label", "source")),
+        *_INSTRUCTION[1:3],
+        _INSTRUCTION[0],
+        *(CANDIDATE.field(name) for name in ("model", "decoding", "logprob", "tokens")),
+    ]
+)
+"""A row of a plain table of pairs (`cappy push --pairs`): one candidate, beside its instruction."""
+
 PREPARED = pa.schema(
     [
         *_INSTRUCTION,

@@ -59,7 +59,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         *(shutil.which("weed", path=str(Path(sys.executable).parent)) or "weed", "mini", f"-dir={folder}", "-ip=127.0.0.1"),
         *("-ip.bind=127.0.0.1", f"-s3.port={base}", f"-master.port={base + 1}", f"-volume.port={base + 2}", f"-filer.port={base + 3}"),
         *(f"-admin.port={base + 4}", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"),
-        *("-master.volumeSizeLimitMB=64", "-volume.max=20"),
+        *("-master.volumeSizeLimitMB=64", "-volume.max=200"),
     ]
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, env={**os.environ, **environment, "HOME": str(folder)}, stdout=log, stderr=log)

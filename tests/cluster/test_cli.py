@@ -21,7 +21,7 @@ def error_line(result, code):
 def test_help_teaches_the_road_and_lists_only_verbs_that_work():
     text = re.sub(r"\x1b\[[0-9;]*m", "", cappy("--help", COLUMNS="120").stdout)
     verbs = set(re.findall(r"^│ (\w+) ", text, re.M)) - {"─"}
-    assert {"generate", "train", "evaluate", "serve", "inspect", "doctor"} == verbs
+    assert {"plan", "generate", "train", "evaluate", "serve", "inspect", "push", "pull", "doctor"} == verbs
     for verb in verbs:
         help_ = cappy(verb, "--help", COLUMNS="120")
         assert help_.returncode == 0 and "Usage:" in help_.stdout
@@ -42,6 +42,8 @@ def test_help_teaches_the_road_and_lists_only_verbs_that_work():
         (["train", "--set", "workspace=/none/w"], 1, "/none/w/dataset is not there; run `cappy generate` (again)"),
         (["evaluate", "--set", "workspace=/none/w"], 1, "/none/w/dataset is not there; run `cappy generate`"),
         (["serve", "--set", "workspace=/none/w"], 1, "/none/w/scorer"),
+        (["push", "/none/w", "/none/v"], 1, "SRC=/none/w has no readable _MANIFEST.json"),
+        (["pull", "ftp://x/y"], 2, "SRC=ftp://x/y: only local paths and s3:// are known"),
         (["inspect", "/none/w"], 1, "URI=/none/w has no readable _MANIFEST.json"),
         (["generate", "--address", "127.0.0.1:1"], 2, "--address=127.0.0.1:1: give the cluster's dashboard, e.g. http://127.0.0.1:8265"),
         (["generate", "--address", "http://127.0.0.1:9"], 1, "--address=http://127.0.0.1:9: no Ray cluster answers there"),

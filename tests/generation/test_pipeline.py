@@ -84,7 +84,10 @@ def test_the_published_set_is_complete_labelled_and_counted(unbroken):
         ("read", "`references` is missing;"),
         ("sample", "the prompt has 9000 toke"),
     ]
-    assert {path.name for path in Path(uri).iterdir()} == {"data", "dead_letters.jsonl", "config.yaml", storage.MANIFEST}
+    assert {path.name for path in Path(uri).iterdir()} == {
+        *("data", "dead_letters.jsonl", "config.yaml", "README.md", "labels.svg"),
+        storage.MANIFEST,
+    }
 
 
 @both

@@ -1,0 +1,275 @@
+"""What stands beside a published set for people: its dataset card (README.md) and a picture of its labels.
+
+Both are functions of the manifest alone, so whoever has it can draw them again; nothing comes from the environment.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from cluster import storage
+from generation.dataset import LABEL_BINS
+
+GIVEN = ("reference", "choice", "mismatched")
+"""Sources whose label is given (1 or 0), not computed."""
+
+_MOST_DATASETS = 100
+_COLUMNS = {
+    "id": "32 hex digits, a hash of dataset, template, instruction and references",
+    "dataset": "the task or data set the row is from",
+    "template": "the prompt template or subtask, or null",
+    "instruction": "what the LLM was asked, as the source wrote it, without shots",
+    "references": "every correct response",
+    "answer_choices": "all choices of a classification row (such rows are not sampled), or null",
+    "candidates": "a list of `response`, `label`, `source`, `model`, `decoding`, `tokens`, `finish_reason`, `logprob`",
+    "response": "the text, outer white space stripped",
+    "label": "in [0, 1]: 1 for a reference, 0 for a wrong choice or mismatched reference, else the metric",
+    "source": "`reference`, `choice`, `mismatched` or `sampled`",
+    "model": "the LLM that sampled it; null like all below unless `source` is `sampled`",
+    "decoding": "name of the decoding",
+    "tokens": "tokens sampled",
+    "logprob": "sum of the tokens' natural log-probabilities at temperature 1",
+}
+_SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"), (10**8, "10M<n<100M")]
+
+
+def write(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write `README.md` and `labels.svg` beside a set; return its manifest, not yet published, with both among its files."""
+    made = {
+        "labels.svg": storage.write_bytes(storage.join(uri, "labels.svg"), histogram(manifest["summary"]["source_labels"])),
+        "README.md": storage.write_bytes(storage.join(uri, "README.md"), card(manifest).encode()),
+    }
+    return {**manifest, "files": manifest["files"] | made}
+
+
+def histogram(labels: Mapping[str, Sequence[int]], form: str = "svg") -> bytes:
+    """Return a picture (`svg` or `png`) of the label counts by source, `LABEL_BINS` bins of [0, 1] each.
+
+    Samples, whose label is computed, stand apart from the given responses, which all have 0 or 1.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    samples, given = figure.subplots(1, 2, width_ratios=[3, 2])
+    samples.bar([(bin_ + 0.5) / LABEL_BINS for bin_ in range(LABEL_BINS)], labels.get("sampled", [0] * LABEL_BINS), 0.092, color="#1f5fa8")
+    samples.set(xlabel="label", ylabel="responses", title="sampled", xlim=(0, 1), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    samples.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    names = [name for name in GIVEN if name in labels]
+    bars = given.barh(
+        [f"{name} ({1 if name == 'reference' else 0})" for name in names],
+        [sum(labels[name]) for name in names],
+        color=["#3b8f5a" if name == "reference" else "#c8552d" for name in names],
+        height=0.6,
+    )
+    given.bar_label(bars, fmt="{:,.0f}", padding=3)
+    given.set(title="given (label)", ylim=(len(GIVEN) - 0.4, -0.6))
+    given.margins(x=0.3)
+    given.xaxis.set_visible(False)
+    given.spines["bottom"].set_visible(False)
+    given.tick_params(axis="y", length=0)
+    for axes in (samples, given):
+        axes.spines[["top", "right"]].set_visible(False)
+    sink = io.BytesIO()
+    # Without a salt and a date the picture, and so its SHA-256, is the same for the same counts.
+    with matplotlib.rc_context({"svg.hashsalt": "cappy-ray"}):
+        figure.savefig(sink, format=form, metadata={"Date": None} if form == "svg" else None)
+    return sink.getvalue()
+
+
+def card(manifest: Mapping[str, Any]) -> str:
+    """Return the dataset card of a set, or of a table of pairs, as Markdown with the YAML header the Hugging Face hub reads."""
+    summary, config, metric = manifest["summary"], manifest["config"], manifest["metric"]
+    pairs = manifest["kind"] == "pairs"
+    sampler = config["sampler"]
+    prompt = sampler["prompt"]
+    rows = summary["pairs"] if pairs else summary["instructions"]
+    license_ = config["generate"].get("license") or "unknown"
+    header = {
+        "license": license_,
+        "task_categories": ["text-generation", "text-ranking"],
+        "size_categories": [next((name for most, name in _SIZES if rows < most), "100M<n<1B" if rows < 10**9 else "n>1B")],
+        "tags": ["cappy-ray", "regression", metric["name"].replace("_", "-")],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"data/{split}/part-*.parquet"} for split in manifest["counts"]],
+            }
+        ],
+    }
+    datasets = sorted(summary["datasets"].items(), key=lambda item: (-item[1], item[0]))
+    counts = _table(
+        ("split", "instructions", "pairs"),
+        [(split, f"{each['instructions']:,}", f"{each['pairs']:,}") for split, each in manifest["counts"].items()],
+    )
+    sources = _table(("source", "pairs"), [(name, f"{count:,}") for name, count in summary["sources"].items()])
+    by_dataset = _table(("dataset", "instructions"), [(name, f"{count:,}") for name, count in datasets[:_MOST_DATASETS]])
+    if len(datasets) > _MOST_DATASETS:
+        by_dataset += f"\n\nand {len(datasets) - _MOST_DATASETS:,} more; `_MANIFEST.json` has all."
+    decodings = _table(
+        ("decoding", "n", "settings"),
+        [
+            (each["name"], str(each["n"]), ", ".join(f"{key} {_plain(value)}" for key, value in each.items() if _told(key, value)))
+            for each in sampler["decodings"]
+        ],
+    )
+    columns = _table(("column", "type", "what it is"), [(name, kind, _COLUMNS.get(name, "")) for name, kind in _types(manifest["schema"])])
+    size = f"{summary['instructions']:,} instructions, {summary['pairs']:,} pairs, {summary['tokens']:,} sampled tokens"
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {"Pairs of a" if pairs else "A"} Cappy regression set
+
+Instructions with responses of known quality, to fit a scorer on (Cappy, arXiv 2311.06720): correct ones (label 1), wrong ones
+(label 0) and responses sampled from an LLM, labelled by their {_metric(metric)} against the references.
+{"One row a pair" if pairs else "One row an instruction with its candidates as a list"}: {size}.
+
+{counts}
+
+{sources}
+
+![labels by source](labels.svg)
+
+## Load it
+
+A copy elsewhere opens by its own path. Of s3:// paths `datasets` and pandas need `s3fs`; or `cappy pull` the set first.
+
+{_loading(summary["uri"], next(iter(manifest["counts"])), pairs)}
+
+## Columns
+
+{columns}
+
+`dead_letters.jsonl` of a set has the rows that were left out, each with its reason. `_MANIFEST.json` names every file with its
+SHA-256; `cappy inspect` checks them.
+
+## How it was made
+
+- by `{manifest["command"]}`, code {manifest["code_version"]}, {manifest["created"]}; `config.yaml` holds every setting
+- instructions: {_sources(config["source"])}
+- LLM: `{sampler["model"]}`
+- prompt: {prompt["form"]} form, {prompt["shots"]} shots{", with a system text" if prompt["system"] else ""}
+- labels: {_metric(metric)} ({metric["mode"]} mode, version {metric["version"]})
+- seed: {config["seed"]}
+{_made_from(manifest)}
+{decodings}
+
+## Instructions by dataset
+
+{by_dataset}
+
+## Licence
+
+{_licence(license_)}
+{_canary(config["source"])}"""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["--:" if name in ("n", "pairs", "instructions") else "---" for name in head]
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in (head, rule, *rows))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _told(key: str, value: Any) -> bool:
+    """Whether a decoding's setting says something beside its name and n."""
+    if key == "temperature":
+        return True
+    return key not in ("name", "n") and value not in (None, [], 0) and not (key == "top_p" and value == 1)
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(repr(each) for each in value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _types(schema: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Columns and their Arrow types, without the inside of nested ones."""
+    plain = {"list<item: string>": "list of strings"}
+    return [(name, "list of structs" if "struct<" in kind else plain.get(kind, kind)) for name, kind in schema.items()]
+
+
+def _metric(metric: Mapping[str, Any]) -> str:
+    return {"rouge_l": "Rouge-L"}.get(metric["name"], str(metric["name"]))
+
+
+def _loading(uri: str, split: str, pairs: bool) -> str:
+    part = f"{uri}/data/{split}/part-*.parquet"
+    ours = (
+        ""
+        if pairs
+        else f"""```python
+from generation.dataset import RegressionSet     # Cappy on Ray; streams, checks the pages' checksums
+for batch in RegressionSet("{uri}").pairs("{split}"):
+    batch.instructions, batch.responses, batch.labels
+```
+
+"""
+    )
+    return f"""{ours}```python
+import datasets
+datasets.load_dataset("parquet", data_files={{"{split}": "{part}"}})
+```
+
+```sql
+-- DuckDB
+select dataset, count(*) from '{part}' group by 1;
+```
+
+```python
+import pandas
+pandas.read_parquet("{uri}/data/{split}")
+```"""
+
+
+def _sources(source: Mapping[str, Any]) -> str:
+    """The sources of a config as one line: kinds with their paths or tasks, also those within a mixture."""
+    found = []
+    for each in _leaves(source):
+        told = {key: value for key, value in each.items() if key != "kind" and isinstance(value, str | list) and value}
+        what = "; ".join(f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in told.items())
+        found.append(f"{each['kind']} ({what})" if what else str(each["kind"]))
+    return "; ".join(found)
+
+
+def _leaves(tree: Any) -> list[Mapping[str, Any]]:
+    """The innermost mappings of a tree that have a `kind`."""
+    if isinstance(tree, list):
+        return [leaf for each in tree for leaf in _leaves(each)]
+    if not isinstance(tree, Mapping):
+        return []
+    below = [leaf for each in tree.values() for leaf in _leaves(each)]
+    return below or ([tree] if "kind" in tree else [])
+
+
+def _made_from(manifest: Mapping[str, Any]) -> str:
+    return f"- made from: `{manifest['made_from']['uri']}`\n" if "made_from" in manifest else ""
+
+
+def _licence(license_: str) -> str:
+    if license_ != "unknown":
+        return f"{license_}, as its maker set it (`generate.license`)."
+    return (
+        "Unknown: the instructions and references keep the licences of the data sets they are from, and the LLM's terms may bind what\n"
+        "was sampled from it. Look both up before you pass the set on; `generate.license` states what you found."
+    )
+
+
+def _canary(source: Mapping[str, Any]) -> str:
+    if not any(leaf["kind"] == "bigbench" for leaf in _leaves(source)):
+        return ""
+    return """
+## BIG-bench's canary
+
+Rows of this set are from BIG-bench, whose texts carry a canary: they must never appear in a pretraining corpus. Evaluate on them,
+adapt to a task with its train rows, never pretrain on them.
+"""

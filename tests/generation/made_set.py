@@ -1,0 +1,70 @@
+"""A small published set, real files and a whole manifest, made without an LLM."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import storage
+from cluster.config import Config
+from generation import annotate, card, dataset
+from generation.schema import DATASET
+
+LABELS = (0.0, 0.05, 0.3, 0.55, 1.0)
+
+
+def row(number, name="tense"):
+    """An instruction with a reference, a mismatched one and a sample for each of `LABELS`; the 1.0 repeats the reference."""
+    sampled = {"model": "m", "decoding": "greedy", "tokens": 3, "finish_reason": "stop", "logprob": -1.5, "source": "sampled"}
+    given = dict.fromkeys(sampled)
+    texts = [f"sample {label}" for label in LABELS[:-1]] + [f"right {number}"]
+    return {
+        "id": f"{number:032x}",
+        "dataset": name,
+        "template": None,
+        "instruction": f"say right {number}, please: ñandú",
+        "references": [f"right {number}"],
+        "answer_choices": None,
+        "candidates": [
+            {**given, "response": f"right {number}", "label": 1.0, "source": "reference"},
+            {**given, "response": f"right {number + 1}", "label": 0.0, "source": "mismatched"},
+            *({**sampled, "response": text, "label": label} for text, label in zip(texts, LABELS, strict=True)),
+        ],
+    }
+
+
+def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", **facts):
+    """Publish a set whose shards have these numbers of rows; return its manifest as it stands there."""
+    config = config or Config()
+    files, counts, total, number = {}, {}, {}, 0
+    for split, shards in (("train", train), ("validation", validation)):
+        for part, rows in enumerate(shards):
+            table = pa.Table.from_pylist([row(number + each, f"task {each % 2}") for each in range(rows)], DATASET)
+            number += rows
+            name = f"data/{split}/part-{part:05d}.parquet"
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+            storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
+            files[name] = {**storage.checksums(uri, [name])[name], "rows": rows}
+            numbers = dataset.statistics(table)
+            counts[split] = dataset.add_statistics(counts.get(split, {}), {key: numbers[key] for key in ("instructions", "pairs")})
+            total = dataset.add_statistics(total, numbers)
+    storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+    storage.write_bytes(storage.join(uri, "dead_letters.jsonl"), letters.encode())
+    manifest = {
+        "kind": "dataset",
+        "version": 1,
+        "created": "2026-11-21T07:00:00+00:00",
+        "code_version": "0.1.0",
+        "command": "cappy generate config.yaml",
+        "counts": counts,
+        "summary": {"uri": uri, **total, "splits": counts, "dead_letters": letters.count("\n"), "seconds": 2.0},
+        "schema": {field.name: str(field.type) for field in DATASET},
+        "metric": annotate.METRIC,
+        "lineage": {"sampler": config.model_dump(mode="json")["sampler"]},
+        "config": config.model_dump(mode="json"),
+        "files": files | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"]),
+        **facts,
+    }
+    storage.publish(uri, card.write(uri, manifest))
+    return storage.read_json(storage.join(uri, storage.MANIFEST))
