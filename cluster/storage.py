@@ -254,12 +254,16 @@ def upload_file(file: Path, uri: str) -> None:
 
 def download_folder(uri: str, folder: Path) -> None:
     """Copy every file below `uri` into a local folder."""
-    fs, root = filesystem(uri)
     for relative in list_files(uri):
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with fs.open_input_stream(f"{root}/{relative}", compression=None) as stream, target.open("wb") as sink:
-            shutil.copyfileobj(stream, sink, _CHUNK)
+        download_file(join(uri, relative), folder / relative)
+
+
+def download_file(uri: str, file: Path) -> None:
+    """Copy the file at `uri` to a local one. Raises `FileNotFoundError` where nothing is."""
+    fs, path = filesystem(uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with fs.open_input_stream(path, compression=None) as stream, file.open("wb") as sink:
+        shutil.copyfileobj(stream, sink, _CHUNK)
 
 
 def new_temporary_folder(purpose: str) -> Path:

@@ -66,7 +66,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         prompt = lineage["sampler"]["prompt"]
         console.print(f"model {lineage['sampler']['model']}; decodings {decodings}; prompt {prompt['form']}, {prompt['shots']} shots")
         metric = result["metric"]
-        console.print(f"labels {metric['name']} ({metric['mode']} mode, version {metric['version']})")
+        mode = f"{metric['mode']} mode, " if metric["mode"] else ""
+        console.print(f"labels {metric['name']} ({mode}version {metric['version']})")
     show_summary(result["kind"], result["summary"], console)
     for row in result.get("samples", []):
         _show_row(row, console)

@@ -70,7 +70,7 @@ def identity(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
     engine = {key: tree["sampler"]["engine"][key] for key in ("dtype", "max_model_len")}
-    generate = {key: tree["generate"][key] for key in ("mismatched", "unit_rows")}
+    generate = {key: tree["generate"][key] for key in ("mismatched", "unit_rows")} | {"label": annotate.describe(config.generate.label)}
     return {"seed": config.seed, "source": tree["source"], "sampler": {**sampler, "engine": engine}, "generate": generate}
 
 
@@ -182,7 +182,7 @@ def plan(staging: str, units: Sequence[str], config: Config, load: LoadLLM = loa
         )
         .map_batches(
             _save_unit,
-            fn_kwargs={"staging": staging, "model": config.sampler.model},
+            fn_kwargs={"staging": staging, "config": config},
             batch_size=None,
             batch_format="pyarrow",
         )
@@ -196,12 +196,12 @@ def _read_unit(batch: pa.Table, staging: str) -> pa.Table:
     return table.append_column("unit", pa.array([unit] * len(table))).append_column("unit_rows", pa.array([len(table)] * len(table)))
 
 
-def _save_unit(batch: pa.Table, staging: str, model: str) -> pa.Table:
+def _save_unit(batch: pa.Table, staging: str, config: Config) -> pa.Table:
     """Label a sampled unit and save it as one object; return its counts."""
     unit, size = batch["unit"][0].as_py(), batch["unit_rows"][0].as_py()
     if set(batch["unit"].to_pylist()) != {unit} or len(batch) != size:
         raise CappyError(f"unit {unit} of {size} rows came as {len(batch)} rows; a block was cut or merged on its way")
-    rows, letters = label(batch.to_pylist(), model)
+    rows, letters = label(batch.to_pylist(), config)
     table = pa.Table.from_pylist(rows, DATASET)
     storage.write_bytes(
         _unit(staging, "units", unit),
@@ -219,17 +219,19 @@ def _save_unit(batch: pa.Table, staging: str, model: str) -> pa.Table:
     )
 
 
-def label(rows: Sequence[dict[str, Any]], model: str) -> tuple[list[dict[str, Any]], list[str]]:
+def label(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the rows of a sampled unit with their candidates labelled (columns of `schema.DATASET`), and its dead letters."""
-    done, letters = [], []
+    good, done, letters = [], [], []
     for row in rows:
         plain = {name: row[name] for name in DATASET.names if name != "candidates"}
         if row["error"] is not None:
             text = json.dumps(plain, ensure_ascii=False)[:500]
             letters.append(DeadLetter(where=row["id"], stage="sample", reason=row["error"], row=text).to_json())
         else:
-            done.append({**plain, "candidates": annotate.assemble(row, row["sampled"], model)})
-    return done, letters
+            good.append(row)
+            done.append(plain)
+    candidates = annotate.assemble(good, config.generate.label, config.sampler.model)
+    return [{**plain, "candidates": each} for plain, each in zip(done, candidates, strict=True)], letters
 
 
 def _stop_above_error_rate(letters: int, rows: int, config: Config) -> None:
@@ -318,7 +320,7 @@ def _publish(uri: str, staging: str, shards: list[dict[str, Any]], config: Confi
             "counts": counts,
             "summary": summary,
             "schema": {field.name: str(field.type) for field in DATASET},
-            "metric": annotate.METRIC,
+            "metric": annotate.describe(config.generate.label),
             "lineage": identity(config),
             "config": config.model_dump(mode="json"),
             "files": files,
