@@ -28,8 +28,8 @@ from generation.words import Mode, compiled, vocabulary
 TEXTS = pa.list_(pa.string())
 """Type of the columns a metric takes: the texts of each instruction, nowhere null."""
 
-# Bytes of text labelled at once: what stays in the processor's caches.
-_BLOCK = 1 << 17
+# Bytes of text labelled at once: enough that calls into compiled code cost little, few enough for the caches.
+_BLOCK = 1 << 18
 _CHRF_ORDER = 6
 _CHRF_BETA = 2
 

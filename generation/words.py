@@ -73,9 +73,7 @@ class Vocabulary:
     """
 
     def __init__(self, mode: Mode, stemmed: bool) -> None:
-        # Lower case first, as rouge_score does: it makes ASCII letters of U+212A (Kelvin) and U+0130 (dotted I).
-        self._fold = str.lower if mode == "paper" else _casefold
-        self._kinds = _paper_kinds() if mode == "paper" else _unicode_kinds()
+        self._codes, self._kinds = (_paper_codes, _paper_kinds()) if mode == "paper" else (_unicode_codes, _unicode_kinds())
         self._stemmed = stemmed
         self._turn = threading.Lock()
         self._start_afresh(_SLOTS)
@@ -83,19 +81,19 @@ class Vocabulary:
     def split(self, texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return `words` (int32), `begins` and `ends` (int64): text i, which is not null, has `words[begins[i] : ends[i]]`."""
         ascii_ = pc.string_is_ascii(texts)
-        is_ascii = ascii_.to_numpy(zero_copy_only=False)
         plain = texts.filter(ascii_)
-        folded = [self._fold(text) for text in texts.filter(pc.invert(ascii_)).to_pylist()]
+        codes, codes_at = self._codes(texts.filter(pc.invert(ascii_)).to_pylist())
         with self._turn:
-            room = plain.nbytes + sum(map(len, folded))
+            room = plain.nbytes + len(codes)
             if 2 * (self._entered[0] + room) > len(self._table):
                 self._start_afresh(max(_SLOTS, 1 << (2 * room).bit_length()))
             words, at = self._number(*_bytes(plain))
-            more, more_at = self._number(*_code_points(folded))
-        begins, ends = np.empty(len(texts), np.int64), np.empty(len(texts), np.int64)
-        begins[is_ascii], ends[is_ascii] = at[:-1], at[1:]
-        begins[~is_ascii], ends[~is_ascii] = len(words) + more_at[:-1], len(words) + more_at[1:]
-        return np.concatenate([words, more]), begins, ends
+            more, more_at = self._number(codes, codes_at)
+        # As the texts stand: first the plain ones, then the others.
+        begins, ends = np.concatenate([at[:-1], more_at[:-1] + len(words)]), np.concatenate([at[1:], more_at[1:] + len(words)])
+        place = np.empty(len(texts), np.int64)
+        place[np.argsort(~ascii_.to_numpy(zero_copy_only=False), kind="stable")] = np.arange(len(texts))
+        return np.concatenate([words, more]), begins[place], ends[place]
 
     def _number(self, codes: np.ndarray, text_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the number of each word, and where each text's words begin (and the last end)."""
@@ -124,10 +122,27 @@ def vocabulary(mode: Mode, *, stemmed: bool) -> Vocabulary:
     return Vocabulary(mode, stemmed)
 
 
-def _casefold(text: str) -> str:
-    """Unicode's NFKC_Casefold, and the minus sign U+2212 as the hyphen that stands for it."""
-    folded = _IGNORED.sub("", unicodedata.normalize("NFKC", text).casefold())
-    return unicodedata.normalize("NFKC", folded).replace("\u2212", "-")
+def _paper_codes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the characters (uint8) of texts, end to end, and where each text begins (and the last ends), "?" for all but ASCII.
+
+    `rouge_score` lowers first, which makes ASCII letters of two characters that are none, U+212A (Kelvin) and U+0130 (dotted I).
+    """
+    texts = [text.replace("\u212a", "k").replace("\u0130", "i?") for text in texts]
+    return np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8), _begins(texts)
+
+
+def _unicode_codes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the characters (uint32) of texts in NFKC_Casefold, end to end, and where each text begins (and the last ends).
+
+    The minus sign, U+2212, becomes the hyphen that stands for it.
+    """
+    texts = [_IGNORED.sub("", unicodedata.normalize("NFKC", text).casefold()) for text in texts]
+    texts = [unicodedata.normalize("NFKC", text).replace("\u2212", "-") for text in texts]
+    return np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32), _begins(texts)
+
+
+def _begins(texts: Sequence[str]) -> np.ndarray:
+    return np.array([0, *accumulate(map(len, texts))], np.int32)
 
 
 def _paper_kinds() -> np.ndarray:
@@ -154,12 +169,6 @@ def _bytes(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
     if data is None or not len(texts):
         return np.zeros(0, np.uint8), np.zeros(len(texts) + 1, np.int32)
     return np.frombuffer(data, np.uint8), np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-
-
-def _code_points(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the characters of any texts, end to end, and where each text begins (and the last ends)."""
-    codes = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
-    return codes, np.array([0, *accumulate(map(len, texts))], np.int32)
 
 
 @compiled
