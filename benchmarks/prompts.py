@@ -61,7 +61,7 @@ async def measure(engine: Engine, config: Config, rows: list[dict[str, Any]]) ->
     start = time.perf_counter()
     (sampled,) = [batch async for batch in sampler(pa.Table.from_pylist(rows, PREPARED))]
     seconds = time.perf_counter() - start
-    done, _ = label(sampled.to_pylist(), config.sampler.model)
+    done, _ = label(sampled.to_pylist(), config)
     for row in done:
         row["candidates"] = [each for each in row["candidates"] if each["source"] == "sampled"]
     base = baselines(done, [each.model_dump() for each in config.sampler.decodings])

@@ -85,6 +85,24 @@ def generate(
     _show("generate", _run("generate", config, set_, address, overwrite), as_json)
 
 
+@app.command(epilog="Example: cappy annotate s3://bucket/demo/dataset s3://bucket/demo/chrf --set generate.label.metric=chrf")
+def annotate(
+    src: Annotated[str, typer.Argument(help="A regression set: a folder or s3:// prefix that generate published.")],
+    dst: Annotated[str, typer.Argument(help="Where the set with the new labels goes.")],
+    set_: Overrides = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Label a published set anew, without sampling again, by --set generate.label.metric=... and generate.label.mode=...
+
+    Metrics: rouge_l (the default), token_f1, chrf, exact_match. References, choices and mismatched candidates keep their labels.
+    """
+    config = configuration.load(None, set_ or ())
+    _show("annotate", jobs.submit("annotate", config, overwrite=overwrite, address=address, src=src, dst=dst), as_json)
+
+
 @app.command(epilog="Example: cappy train demo --set training.epochs=2 --set scorer.encoder=/models/roberta-large")
 def train(
     config: ConfigFile = None,
@@ -215,7 +233,9 @@ def _show(verb: str, result: dict[str, Any], as_json: bool) -> None:
     if not as_json and verb != "serve":
         from evaluation import inspection
 
-        inspection.show_summary({"generate": "dataset", "train": "scorer", "evaluate": "evaluation"}[verb], result, out)
+        inspection.show_summary(
+            {"generate": "dataset", "annotate": "dataset", "train": "scorer", "evaluate": "evaluation"}[verb], result, out
+        )
     _finish(result, as_json)
 
 

@@ -167,9 +167,24 @@ class SamplerConfig(Section):
         return self
 
 
+class LabelConfig(Section):
+    """How a sampled response is labelled against the references."""
+
+    metric: Literal["rouge_l", "token_f1", "chrf", "exact_match"] = "rouge_l"
+    mode: Literal["paper", "unicode"] = "paper"
+    """What a word is to `rouge_l` and `token_f1`: `paper` knows Latin letters and digits only, `unicode` every script."""
+
+    @model_validator(mode="after")
+    def _has_words(self) -> LabelConfig:
+        if self.mode != "paper" and self.metric not in ("rouge_l", "token_f1"):
+            raise ValueError(f"mode={self.mode} is for rouge_l and token_f1; metric={self.metric} compares no words, leave mode out")
+        return self
+
+
 class GenerateConfig(Section):
     """How `cappy generate` assembles and writes the regression set."""
 
+    label: LabelConfig = LabelConfig()
     mismatched: int = Field(1, ge=0, le=16)
     """References of other instructions of the same dataset added with label 0.0, for each reference."""
     unit_rows: int = Field(32, ge=1)

@@ -28,7 +28,7 @@ _PACKAGES = (
     ("pyarrow", "pyarrow"),
     ("boto3", "boto3"),
     ("rouge_score", "rouge-score"),
-    ("rapidfuzz", "rapidfuzz"),
+    ("numba", "numba"),
     ("torch", "torch"),
     ("transformers", "transformers"),
     ("datasets", "datasets"),

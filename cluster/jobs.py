@@ -26,6 +26,7 @@ from cluster.progress import say
 
 VERBS = {
     "generate": "generation.pipeline:run",
+    "annotate": "generation.relabel:run",
     "train": "training.trainer:run",
     "evaluate": "evaluation.run:run",
     "serve": "serving.app:run",
@@ -46,15 +47,17 @@ def target(verb: str) -> Callable[..., dict[str, Any]]:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
-def submit(verb: str, config: Config, *, overwrite: bool = False, address: str | None = None) -> dict[str, Any]:
+def submit(verb: str, config: Config, *, overwrite: bool = False, address: str | None = None, **places: str) -> dict[str, Any]:
     """Run a verb here, or where `address` names a cluster's dashboard (`http://host:8265`) as a Ray job; return its summary.
+
+    `places` are the URIs of a verb that has them beside its config (`annotate`: `src`, `dst`).
 
     Raises `CappyError` for what the verb refuses; anything else that a verb raises is a bug and passes through.
     """
     if address:
-        return _submit_job(verb, config, overwrite, address)
+        return _submit_job(verb, config, overwrite, address, places)
     try:
-        return target(verb)(config, overwrite=overwrite)
+        return target(verb)(config, overwrite=overwrite, **places)
     except Exception as error:
         clean = runtime.clean_error(error)
         if clean is None or clean is error:
@@ -62,13 +65,14 @@ def submit(verb: str, config: Config, *, overwrite: bool = False, address: str |
         raise clean from error
 
 
-def _submit_job(verb: str, config: Config, overwrite: bool, address: str) -> dict[str, Any]:
+def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places: dict[str, str]) -> dict[str, Any]:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address={address}: give the cluster's dashboard, e.g. http://127.0.0.1:8265")
-    request = json.dumps({"config": _absolute(config).model_dump(mode="json"), "overwrite": overwrite})
+    places = {name: storage.absolute(uri) for name, uri in places.items()}
+    request = json.dumps({"config": _absolute(config).model_dump(mode="json"), "overwrite": overwrite, "places": places})
     variables = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     environment: dict[str, Any] = {"env_vars": {**variables, _REQUEST: request}}
     if (_ROOT / "pyproject.toml").exists():
@@ -140,8 +144,11 @@ def main(verb: str) -> int:
     config = Config.model_validate(request["config"])
     try:
         with runtime.ray_session():
-            _check_shared(config)
-            result = submit(verb, config, overwrite=request["overwrite"])
+            _check_shared(
+                {name.upper(): uri for name, uri in request["places"].items()}
+                or {"dataset": config.dataset_uri, "scorer_path": config.scorer_uri, "evaluation_path": config.evaluation_uri}
+            )
+            result = submit(verb, config, overwrite=request["overwrite"], **request["places"])
     except CappyError as error:
         print(_ERROR + json.dumps({"message": str(error), "exit_code": error.exit_code}), flush=True)
         return error.exit_code
@@ -149,12 +156,12 @@ def main(verb: str) -> int:
     return 0
 
 
-def _check_shared(config: Config) -> None:
-    """Refuse a local folder on a cluster of several machines: each would write its own."""
+def _check_shared(places: dict[str, str]) -> None:
+    """Refuse a local folder (`places`: URIs by setting) on a cluster of several machines: each would write its own."""
     import ray
 
     machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    for setting, uri in (("dataset", config.dataset_uri), ("scorer_path", config.scorer_uri), ("evaluation_path", config.evaluation_uri)):
+    for setting, uri in places.items():
         if len(machines) > 1 and not storage.is_s3(uri) and not os.environ.get("CAPPY_SHARED_DISK"):
             raise UsageError(
                 f"{setting}={uri} is a local folder and the cluster has {len(machines)} machines; use an s3:// workspace, "

@@ -108,7 +108,8 @@ def _show_origin(result: dict[str, Any], console: Console) -> None:
     decodings = ", ".join(f"{each['name']} x{each['n']}" for each in lineage["sampler"]["decodings"])
     prompt = lineage["sampler"]["prompt"]
     console.print(f"model {lineage['sampler']['model']}; decodings {decodings}; prompt {prompt['form']}, {prompt['shots']} shots")
-    console.print(f"labels {metric['name']} ({metric['mode']} mode, version {metric['version']})")
+    mode = f"{metric['mode']} mode, " if metric["mode"] else ""
+    console.print(f"labels {metric['name']} ({mode}version {metric['version']})")
     if "made_from" in result:
         console.print(Text(f"pairs of {result['made_from']['uri']}"))
     if "copied_from" in result:

@@ -76,7 +76,7 @@ def identity(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
     engine = {key: tree["sampler"]["engine"][key] for key in ("dtype", "max_model_len")}
-    generate = {key: tree["generate"][key] for key in ("mismatched", "unit_rows")}
+    generate = {key: tree["generate"][key] for key in ("mismatched", "unit_rows")} | {"label": annotate.describe(config.generate.label)}
     return {"seed": config.seed, "source": tree["source"], "sampler": {**sampler, "engine": engine}, "generate": generate}
 
 
@@ -294,7 +294,7 @@ def _publish(uri: str, staging: str, merged: dict[str, Any], rates: dict[str, An
         "summary": summary,
         "rates": rates,
         "schema": {field.name: str(field.type) for field in DATASET},
-        "metric": annotate.METRIC,
+        "metric": annotate.describe(config.generate.label),
         "lineage": identity(config),
         "config": config.model_dump(mode="json"),
         "files": files,

@@ -53,7 +53,7 @@ class UnitWorker:
 
     def __init__(self, staging: str, config: Config, load: LoadLLM, gate: Any) -> None:
         self.staging, self.gate = staging, gate
-        self.model = config.sampler.model
+        self.config = config
         self.sampler = Sampler(config.sampler, config.seed, load)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
@@ -66,7 +66,7 @@ class UnitWorker:
     async def _work(self, unit: str) -> dict[str, Any]:
         prepared = await asyncio.to_thread(read, place(self.staging, "prepared", unit))
         async for sampled in self.sampler(prepared):
-            return await asyncio.to_thread(save, self.staging, unit, sampled, self.model)
+            return await asyncio.to_thread(save, self.staging, unit, sampled, self.config)
         raise AssertionError("a sampler yields one table for each it is given")
 
 
@@ -98,9 +98,9 @@ def metadata(table: pa.Table) -> dict[str, Any]:
     return dict(json.loads(table.schema.metadata[_METADATA]))
 
 
-def save(staging: str, unit: str, sampled: pa.Table, model: str) -> dict[str, Any]:
+def save(staging: str, unit: str, sampled: pa.Table, config: Config) -> dict[str, Any]:
     """Label a sampled unit, save it as one object and return its counts."""
-    rows, letters = label(sampled.to_pylist(), model)
+    rows, letters = label(sampled.to_pylist(), config)
     drawn = [candidate for row in rows for candidate in row["candidates"] if candidate["source"] == "sampled"]
     counts = {
         "unit": unit,
@@ -114,14 +114,16 @@ def save(staging: str, unit: str, sampled: pa.Table, model: str) -> dict[str, An
     return counts
 
 
-def label(rows: Sequence[dict[str, Any]], model: str) -> tuple[list[dict[str, Any]], list[str]]:
+def label(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the rows of a sampled unit with their candidates labelled (columns of `schema.DATASET`), and its dead letters."""
-    done, letters = [], []
+    good, done, letters = [], [], []
     for row in rows:
         plain = {name: row[name] for name in DATASET.names if name != "candidates"}
         if row["error"] is not None:
             text = json.dumps(plain, ensure_ascii=False)[:500]
             letters.append(DeadLetter(where=row["id"], stage="sample", reason=row["error"], row=text).to_json())
         else:
-            done.append({**plain, "candidates": annotate.assemble(row, row["sampled"], model)})
-    return done, letters
+            good.append(row)
+            done.append(plain)
+    candidates = annotate.assemble(good, config.generate.label, config.sampler.model)
+    return [{**plain, "candidates": each} for plain, each in zip(done, candidates, strict=True)], letters

@@ -21,7 +21,7 @@ def error_line(result, code):
 def test_help_teaches_the_road_and_lists_only_verbs_that_work():
     text = re.sub(r"\x1b\[[0-9;]*m", "", cappy("--help", COLUMNS="120").stdout)
     verbs = set(re.findall(r"^│ (\w+) ", text, re.M)) - {"─"}
-    assert {"plan", "generate", "train", "evaluate", "serve", "inspect", "push", "pull", "doctor"} == verbs
+    assert {"plan", "generate", "annotate", "train", "evaluate", "serve", "inspect", "push", "pull", "doctor"} == verbs
     for verb in verbs:
         help_ = cappy(verb, "--help", COLUMNS="120")
         assert help_.returncode == 0 and "Usage:" in help_.stdout
@@ -40,6 +40,13 @@ def test_help_teaches_the_road_and_lists_only_verbs_that_work():
         (["generate", "--set", "workspace=ftp://x/y"], 2, "dataset=ftp://x/y/dataset: only local paths and s3:// are known"),
         (["generate", "--set", "sampler.model=/none"], 2, "sampler.model=/none: no such folder"),
         (["train", "--set", "workspace=/none/w"], 1, "/none/w/dataset is not there; run `cappy generate` (again)"),
+        (["annotate", "/none/a", "/none/b"], 1, "/none/a is not there; run `cappy generate` (again)"),
+        (["annotate", "a", "b", "--set", "generate.label.metric=bleu"], 2, "generate.label.metric='bleu': Input should be 'rouge_l'"),
+        (
+            ["annotate", "a", "b", "--set", "generate.label={metric: chrf, mode: unicode}"],
+            2,
+            "generate.label: mode=unicode is for rouge_l and token_f1; metric=chrf compares no words, leave mode out",
+        ),
         (["evaluate", "--set", "workspace=/none/w"], 1, "/none/w/dataset is not there; run `cappy generate`"),
         (["serve", "--set", "workspace=/none/w"], 1, "/none/w/scorer"),
         (["push", "/none/w", "/none/v"], 1, "SRC=/none/w has no readable _MANIFEST.json"),

@@ -1,0 +1,169 @@
+"""`cappy annotate`: a published regression set with other labels, nothing sampled again.
+
+Each shard is a Ray task: fetched whole, checked against the manifest's SHA-256, and written under the same name with the same
+rows and row groups; only the labels of `sampled` candidates are computed anew. The manifest is written last. A run that was
+interrupted writes every shard again, which costs no more than reading it; `_staging/run.json` keeps a run with another source
+or metric out of the same destination.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from cluster import storage
+from cluster.config import Config, LabelConfig, differences
+from cluster.errors import CappyError, UsageError
+from cluster.progress import Bar
+from cluster.runtime import code_version, ray_session
+from generation import annotate, card, dataset
+from generation.dataset import RegressionSet
+from generation.schema import DATASET
+
+# Rows labelled at once; bounds a task's memory.
+_BATCH_ROWS = 1024
+
+
+def run(config: Config, *, src: str, dst: str, overwrite: bool = False) -> dict[str, Any]:
+    """Publish the set at `src` again at `dst`, labelled by `config.generate.label`; return its summary.
+
+    Raises `UsageError` when `dst` is `src`, lies in it or around it, holds a finished run or one begun otherwise, and
+    `CappyError` when `src` is not published or a shard of it is damaged.
+    """
+    start = time.monotonic()
+    source = RegressionSet(src, "SRC")
+    uri = storage.check(dst, "DST")
+    _refuse_nested(source.uri, uri)
+    if overwrite:
+        storage.withdraw(uri)
+    storage.refuse_published(uri, "DST", "annotate")
+    origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
+    metric = annotate.describe(config.generate.label)
+    _claim(uri, {"relabelled_from": origin, "metric": metric})
+    with ray_session():
+        shards = _write_shards(source, uri, config.generate.label)
+    return _publish(uri, source, shards, origin, config.generate.label, time.monotonic() - start)
+
+
+def relabel(table: pa.Table, config: LabelConfig) -> pa.Table:
+    """Return rows of a set with the labels of their sampled candidates by `config`, all else as it was."""
+    table = table.combine_chunks()
+    lists = table["candidates"].combine_chunks()
+    candidates = lists.flatten()
+    sampled = pc.equal(candidates.field("source"), "sampled").to_numpy(zero_copy_only=False)
+    # Of each instruction the sampled responses alone: `before` counts them up to each candidate.
+    before = np.concatenate([np.zeros(1, np.int32), sampled.cumsum(dtype=np.int32)])
+    at = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    responses = pa.ListArray.from_arrays(pa.array(before[at]), candidates.field("response").filter(pa.array(sampled)))
+    labels = candidates.field("label").to_numpy().copy()
+    labels[sampled] = annotate.labels(responses, table["references"].combine_chunks(), config)
+    fields = {field.name: candidates.field(field.name) for field in candidates.type} | {"label": pa.array(labels)}
+    struct = pa.StructArray.from_arrays(list(fields.values()), fields=list(candidates.type))
+    lists = pa.ListArray.from_arrays(pa.array(at, pa.int32()), struct, type=DATASET.field("candidates").type)
+    return table.set_column(table.schema.get_field_index("candidates"), DATASET.field("candidates"), lists)
+
+
+def _refuse_nested(source: str, uri: str) -> None:
+    """Raise `UsageError` where writing (or withdrawing) `uri` would touch the source."""
+    one, other = (place if storage.is_s3(place) else str(Path(place).resolve()) for place in (source, uri))
+    if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
+        raise UsageError(f"DST={uri} and SRC={source} are the same folder or one is in the other; give DST a folder of its own")
+
+
+def _claim(uri: str, work: dict[str, Any]) -> None:
+    """Write down what the destination is being made from, or check that it is the same as before."""
+    place = storage.join(uri, "_staging", "run.json")
+    if storage.create_json(place, work):
+        return
+    begun = {key: value for key, value in storage.read_json(place).items() if key != "writer"}
+    if begun != work:
+        raise UsageError(
+            f"DST={uri} was begun otherwise ({'; '.join(differences(begun, work))}); give the same source and metric to go on, "
+            f"choose another DST, or start afresh with --overwrite"
+        )
+
+
+def _write_shards(source: RegressionSet, uri: str, config: LabelConfig) -> list[dict[str, Any]]:
+    """Write every shard, each a Ray task; return per shard its name, size, hash and statistics, by name."""
+    import ray
+
+    entries = {name: entry for name, entry in source.manifest["files"].items() if name.startswith("data/")}
+    task = ray.remote(num_cpus=1)(_write_shard)
+    waiting = [task.remote(source.uri, uri, name, entry["sha256"], config) for name, entry in entries.items()]
+    shards = []
+    with Bar("labelling", sum(entry["rows"] for entry in entries.values()), "instructions") as bar:
+        while waiting:
+            (done, *_), waiting = ray.wait(waiting)
+            shard = ray.get(done)
+            shards.append(shard)
+            bar.advance(shard["entry"]["rows"], pairs=shard["statistics"]["pairs"])
+    return sorted(shards, key=lambda shard: str(shard["name"]))
+
+
+def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelConfig) -> dict[str, Any]:
+    statistics: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="cappy-relabel-") as folder:
+        old, new = Path(folder, "old.parquet"), Path(folder, "new.parquet")
+        try:
+            found = storage.download_file(storage.join(source, name), old)
+        except FileNotFoundError:
+            raise _damaged(source, name, "is missing") from None
+        if found != sha256:
+            raise _damaged(source, name, "does not match the SHA-256 in its manifest")
+        parquet = pq.ParquetFile(old, page_checksum_verification=True)
+        with pq.ParquetWriter(new, DATASET, compression="zstd", write_page_checksum=True) as writer:
+            for group in range(parquet.num_row_groups):
+                batches = parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
+                tables = [relabel(pa.Table.from_batches([batch]).cast(DATASET), config) for batch in batches]
+                for table in tables:
+                    statistics = dataset.add_statistics(statistics, dataset.statistics(table))
+                writer.write_table(pa.concat_tables(tables))
+        entry = storage.upload_file(new, storage.join(uri, name)) | {"rows": statistics["instructions"]}
+    return {"name": name, "entry": entry, "statistics": statistics}
+
+
+def _damaged(source: str, name: str, what: str) -> CappyError:
+    return CappyError(f"SRC={source}: {name} {what}; copy or generate the set again")
+
+
+def _publish(
+    uri: str, source: RegressionSet, shards: list[dict[str, Any]], origin: dict[str, Any], label: LabelConfig, seconds: float
+) -> dict[str, Any]:
+    manifest = source.manifest
+    config = {**manifest["config"], "generate": {**manifest["config"]["generate"], "label": label.model_dump(mode="json")}}
+    plain = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    letters = storage.read_bytes(storage.join(source.uri, "dead_letters.jsonl"))
+    if hashlib.sha256(letters).hexdigest() != manifest["files"]["dead_letters.jsonl"]["sha256"]:
+        raise _damaged(source.uri, "dead_letters.jsonl", "does not match the SHA-256 in its manifest")
+    total: dict[str, Any] = {}
+    for shard in shards:
+        total = dataset.add_statistics(total, shard["statistics"])
+    summary = {**manifest["summary"], **total, "uri": uri, "seconds": round(seconds, 1)}
+    files = {shard["name"]: shard["entry"] for shard in shards} | {
+        "config.yaml": storage.write_bytes(storage.join(uri, "config.yaml"), plain),
+        "dead_letters.jsonl": storage.write_bytes(storage.join(uri, "dead_letters.jsonl"), letters),
+    }
+    made = {
+        **{key: manifest[key] for key in ("kind", "version", "counts", "schema", "lineage")},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_version": code_version(),
+        "command": f"cappy annotate SRC DST --set generate.label.metric={label.metric} --set generate.label.mode={label.mode}",
+        "summary": summary,
+        "metric": annotate.describe(label),
+        "relabelled_from": origin,
+        "config": config,
+        "files": files,
+    }
+    storage.publish(uri, card.write(uri, made))
+    storage.delete(storage.join(uri, "_staging"))
+    return summary

@@ -1,0 +1,150 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster import jobs, storage
+from cluster.config import load
+from cluster.errors import CappyError, UsageError
+from generation import pipeline, relabel
+from generation.annotate import TEXTS, labels, rouge_l
+from generation.dataset import RegressionSet, statistics
+from tests.conftest import cappy
+from tests.generation.fixed_llm import FixedLLM
+
+ROWS = 30
+CHRF = load(None, ["generate.label.metric=chrf"])
+both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here(s3_server):
+    from cluster.runtime import ray_session
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.items():
+            patch.setenv(name, value)
+        with ray_session():
+            yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A published set on disk, with references, choices, mismatched and sampled candidates."""
+    folder = tmp_path_factory.mktemp("made")
+    rows = [{"instruction": f"say {n}", "references": [f"number {n}", f"№ {n}"], "dataset": "ab"[n % 2]} for n in range(ROWS)]
+    rows.append({"instruction": "choose", "references": ["yes"], "answer_choices": ["yes", "no"]})
+    rows.append({"instruction": "no references"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pipeline.run(load(None, [f"source={{kind: files, path: '{folder}/rows.jsonl'}}", f"dataset={folder}/set"]), load=FixedLLM)
+    return f"{folder}/set"
+
+
+def rows_of(uri):
+    opened = RegressionSet(uri)
+    return [row for split in ("train", "validation") for table in opened.batches(split) for row in table.to_pylist()]
+
+
+@both
+def test_sampled_candidates_get_the_new_labels_and_all_else_stays(made, place):
+    summary = relabel.run(CHRF, src=made, dst=place)
+    old, new = rows_of(made), rows_of(place)
+    assert len(new) == ROWS + 1 and sum(len(row["candidates"]) for row in new) == summary["pairs"]
+    moved = 0
+    for before, after in zip(old, new, strict=True):
+        said = [[each["response"] for each in before["candidates"] if each["source"] == "sampled"]]
+        expected = iter(labels(pa.array(said, TEXTS), pa.array([before["references"]], TEXTS), CHRF.generate.label))
+        for each in before["candidates"]:
+            if each["source"] == "sampled":
+                value = next(expected)
+                moved += value != each["label"]
+                each["label"] = value
+        assert before == after
+    assert moved > ROWS
+    opened = RegressionSet(place)
+    assert storage.verify(opened.uri, opened.manifest) == []
+    assert (
+        summary["labels"] == statistics(pa.concat_tables(t for split in ("train", "validation") for t in opened.batches(split)))["labels"]
+    )
+
+
+def test_the_manifest_keeps_the_lineage_and_names_the_set_it_came_from(made, tmp_path):
+    relabel.run(CHRF, src=made, dst=str(tmp_path / "new"))
+    old, new = RegressionSet(made).manifest, RegressionSet(str(tmp_path / "new")).manifest
+    assert new["metric"] == {"name": "chrf", "mode": None, "version": 1}
+    assert new["relabelled_from"] == {"uri": made, "writer": old["writer"], "metric": {"name": "rouge_l", "mode": "paper", "version": 1}}
+    assert new["writer"] != old["writer"]
+    assert all(new[key] == old[key] for key in ("kind", "counts", "schema", "lineage"))
+    assert new["config"]["generate"]["label"] == {"metric": "chrf", "mode": "paper"}
+    assert load(tmp_path / "new" / "config.yaml") == load(Path(made) / "config.yaml", ["generate.label.metric=chrf"])
+    assert new["files"].keys() == old["files"].keys() and not (tmp_path / "new" / "_staging").exists()
+
+
+def test_a_round_trip_to_another_metric_gives_the_first_set_again_to_the_byte(made, tmp_path):
+    relabel.run(CHRF, src=made, dst=str(tmp_path / "chrf"))
+    relabel.run(load(), src=str(tmp_path / "chrf"), dst=str(tmp_path / "again"))
+    for name in ("data/train/part-00000.parquet", "data/validation/part-00000.parquet"):
+        assert (tmp_path / "again" / name).read_bytes() == (Path(made) / name).read_bytes()
+
+
+def test_labels_equal_the_one_pair_function_and_row_groups_stay_as_they_were(made, tmp_path):
+    (name,) = [name for name in RegressionSet(made).manifest["files"] if name.startswith("data/train/")]
+    table = pq.read_table(Path(made) / name)
+    for group in (table, table.slice(3, 5)):
+        for row in relabel.relabel(group, load(None, ["generate.label.mode=unicode"]).generate.label).to_pylist():
+            for each in row["candidates"]:
+                if each["source"] == "sampled":
+                    assert each["label"] == rouge_l(each["response"], row["references"], "unicode")
+    relabel.run(CHRF, src=made, dst=str(tmp_path / "new"))
+    groups = [pq.ParquetFile(Path(place) / name).metadata.num_row_groups for place in (made, tmp_path / "new")]
+    assert groups[0] == groups[1]
+
+
+def test_a_damaged_or_incomplete_source_is_refused_and_nothing_published(made, tmp_path):
+    copy = tmp_path / "copy"
+    storage.download_folder(made, copy)
+    shard = copy / "data" / "train" / "part-00000.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    with pytest.raises(CappyError, match=r"SRC=.*copy: data/train/part-00000.parquet does not match the SHA-256"):
+        jobs.submit("annotate", CHRF, src=str(copy), dst=str(tmp_path / "new"))
+    shard.unlink()
+    with pytest.raises(CappyError, match=r"data/train/part-00000.parquet is missing; copy or generate the set again"):
+        jobs.submit("annotate", CHRF, src=str(copy), dst=str(tmp_path / "new"))
+    with pytest.raises(CappyError, match="did not finish"):
+        RegressionSet(str(tmp_path / "new"))
+    shard.write_bytes(whole)
+    assert relabel.run(CHRF, src=str(copy), dst=str(tmp_path / "new"))["instructions"] == ROWS + 1  # goes on where it was
+
+
+def test_a_destination_that_is_the_source_or_taken_is_refused(made, tmp_path):
+    for dst in (made, f"{made}/", f"{made}/data", str(Path(made).parent)):
+        with pytest.raises(UsageError, match=r"same folder or one is in the other"):
+            relabel.run(CHRF, src=made, dst=dst, overwrite=True)
+    assert len(rows_of(made)) == ROWS + 1
+    taken = str(tmp_path / "taken")
+    relabel.run(CHRF, src=made, dst=taken)
+    with pytest.raises(UsageError, match=r"DST=.*taken already holds a finished run; choose another DST"):
+        relabel.run(CHRF, src=made, dst=taken)
+    assert relabel.run(load(), src=made, dst=taken, overwrite=True)["instructions"] == ROWS + 1
+
+
+def test_a_destination_begun_with_another_metric_is_refused(made, tmp_path):
+    source = RegressionSet(made)
+    origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
+    storage.create_json(f"{tmp_path}/new/_staging/run.json", {"relabelled_from": origin, "metric": source.manifest["metric"]})
+    with pytest.raises(UsageError, match=r'begun otherwise \(metric.mode: "paper" -> null; metric.name: "rouge_l" -> "chrf"\)'):
+        relabel.run(CHRF, src=made, dst=str(tmp_path / "new"))
+
+
+@pytest.mark.slow
+def test_the_command_relabels_and_prints_its_summary(made, tmp_path):
+    result = cappy("annotate", made, str(tmp_path / "new"), "--set", "generate.label.metric=exact_match", "--json", RAY_ADDRESS="")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["uri"] == str(tmp_path / "new") and summary["pairs"] == sum(summary["labels"])
+    assert "labelling" in result.stderr
+    shown = cappy("inspect", str(tmp_path / "new"), COLUMNS="150")
+    assert "labels exact_match (version 1)" in shown.stdout
