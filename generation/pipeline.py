@@ -25,14 +25,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import models, storage
+from cluster import storage
 from cluster.config import Config, differences, fingerprint
 from cluster.errors import CappyError, UsageError
 from cluster.progress import Bar, say
 from cluster.runtime import code_version, ray_session
-from generation import annotate, dataset, instructions
+from generation import annotate, dataset, engines, instructions
 from generation.instructions import DeadLetter
-from generation.sampler import LoadLLM, Sampler, load_engine
+from generation.sampler import LoadLLM, Sampler
 from generation.schema import DATASET, PREPARED, SPLITS
 
 _DEAD_LETTERS = b"cappy.dead_letters"
@@ -41,7 +41,7 @@ _ROW_GROUP_ROWS = 8192
 _ERROR_RATE_ROWS = 200
 
 
-def run(config: Config, *, overwrite: bool = False, load: LoadLLM = load_engine) -> dict[str, Any]:
+def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load) -> dict[str, Any]:
     """Sample, label and publish the regression set; return its summary. `load` makes each sampling actor's LLM.
 
     Raises `UsageError` when the destination holds a finished run or one begun with other settings, `CappyError` when too
@@ -52,7 +52,7 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = load_engine)
     if overwrite:
         storage.withdraw(uri)
     storage.refuse_published(uri, "dataset", "generate")
-    models.check(config.sampler.model, "sampler.model")
+    engines.check(config.sampler)
     staging = storage.join(uri, "_staging")
     _claim(staging, config)
     prepared = _prepare(staging, config)
@@ -69,7 +69,7 @@ def identity(config: Config) -> dict[str, Any]:
     """The settings that decide the set's content, as a plain tree; the others (replicas, sizes) may change on resume."""
     tree = config.model_dump(mode="json")
     sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
-    engine = {key: tree["sampler"]["engine"][key] for key in ("dtype", "max_model_len")}
+    engine = {key: tree["sampler"]["engine"][key] for key in config.sampler.engine.decides}
     generate = {key: tree["generate"][key] for key in ("mismatched", "unit_rows")}
     return {"seed": config.seed, "source": tree["source"], "sampler": {**sampler, "engine": engine}, "generate": generate}
 
@@ -143,7 +143,7 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
         say(f"{len(finished)} of {len(names)} units are done already; going on")
     if not pending:
         return
-    say(f"starting {config.sampler.model} on vLLM, {config.sampler.replicas} replica(s)")
+    say(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
     failed = 0
     with Bar("sampling", total, "instructions", done=done) as bar:
         for result in plan(staging, pending, config, load).iter_rows():
@@ -155,7 +155,7 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
                 _stop_above_error_rate(failed, bar.done - done, config)
 
 
-def plan(staging: str, units: Sequence[str], config: Config, load: LoadLLM = load_engine) -> Any:
+def plan(staging: str, units: Sequence[str], config: Config, load: LoadLLM = engines.load) -> Any:
     """Return the Ray Data plan: a row a unit in, a row a finished unit out (`unit`, `rows`, `candidates`, `tokens`, `dead_letters`)."""
     import ray.data
 
@@ -164,7 +164,6 @@ def plan(staging: str, units: Sequence[str], config: Config, load: LoadLLM = loa
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    gpus = config.sampler.engine.tensor_parallel if ray.cluster_resources().get("GPU", 0) else 0
     return (
         ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
         .map_batches(_read_unit, fn_kwargs={"staging": staging}, batch_size=1, batch_format="pyarrow")
@@ -177,8 +176,7 @@ def plan(staging: str, units: Sequence[str], config: Config, load: LoadLLM = loa
             compute=ray.data.ActorPoolStrategy(
                 size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8
             ),
-            num_gpus=gpus,
-            num_cpus=1,
+            **engines.resources(config.sampler, ray.cluster_resources().get("GPU", 0)),
         )
         .map_batches(
             _save_unit,

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.config import DecodingConfig, SamplerConfig
-from generation.engine import request_seed
+from generation.engines import request_seed
 from generation.sampler import Sampler
 from generation.schema import PREPARED
 from tests.generation.fixed_llm import FixedLLM
