@@ -167,7 +167,7 @@ class Endpoint:
             refused = next((name for name in _OPTIONAL if name in body and _names(name, parameter, message)), None)
             if response.status_code == 413 or code == "context_length_exceeded" or _TOO_LONG.search(message):
                 raise PromptTooLong(f"the prompt is too long for {self.model}: {message}")
-            if refused is None or refused in self._refused or response.status_code not in (400, 422):
+            if refused is None or response.status_code not in (400, 422):
                 raise RowError(f"endpoint refused: {response.status_code} {message}")
             self._refused.add(refused)
             if refused == "n":
@@ -303,10 +303,9 @@ class Endpoint:
             message = str(error.get("message") or error.get("detail") or answer)
         except (ValueError, AttributeError):
             error, message = {}, response.text
-        message = " ".join(message.split())[:300]
         if self._key:
             message = message.replace(self._key, "***")
-        return str(error.get("code") or ""), str(error.get("param") or ""), message
+        return str(error.get("code") or ""), str(error.get("param") or ""), " ".join(message.split())[:300]
 
     def _cost(self, prompt_tokens: float, sampled_tokens: float) -> float:
         """Dollars; 0 without prices."""

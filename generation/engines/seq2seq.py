@@ -11,6 +11,7 @@ Letters: P prompts, L tokens of the longest, H hidden units, R rows (candidates)
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from generation.engines import Candidate, PromptTooLong, has_gpu, tokens
 _GATHER_S = 0.002
 # Rows that ended stay in the batch until they are this share of it: taking them out copies the caches.
 _ENDED_SHARE = 0.25
+# Tokens top_p looks at before it sorts a whole vocabulary, which takes longer than the model's step.
+_HEAD = 512
 # Rows read at once after a beam search: their logits, [R, T, V], are large.
 _READ_ROWS = 32
 
@@ -292,16 +295,25 @@ def choose(logits_RV: torch.Tensor, decoding: DecodingConfig, uniform_R: torch.T
     logits, order = logits_RV / decoding.temperature, None
     if decoding.top_k:
         logits, order = logits.topk(min(decoding.top_k, logits.shape[-1]))
-    elif decoding.top_p < 1:
-        logits, order = logits.sort(descending=True)
+    whole = logits.logsumexp(-1, keepdim=True)
+    if decoding.top_p < 1 and order is None:
+        logits, order = _likeliest(logits, whole + math.log(decoding.top_p))
     # Running sums in double: over a whole vocabulary single ones lose the rarest tokens.
-    mass = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    mass = (logits - whole).exp().cumsum(-1, dtype=torch.float64)
     last = torch.full_like(uniform_R, logits.shape[-1] - 1, dtype=torch.int64)[:, None]
     if decoding.top_p < 1:
         # The fewest tokens whose mass reaches top_p.
-        last = (mass < decoding.top_p * mass[:, -1:]).sum(-1, keepdim=True).minimum(last)
+        last = (mass < decoding.top_p).sum(-1, keepdim=True).minimum(last)
     position = torch.searchsorted(mass, uniform_R[:, None] * mass.gather(1, last), right=True).minimum(last)
     return (position if order is None else order.gather(1, position))[:, 0]
+
+
+def _likeliest(logits_RV: torch.Tensor, mass_R1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest logits in descending order and their places: as many as reach a mass (a logarithm), or all."""
+    head, places = logits_RV.topk(min(_HEAD, logits_RV.shape[-1]))
+    if bool((head.logsumexp(-1, keepdim=True) >= mass_R1).all()):
+        return head, places
+    return tuple(logits_RV.sort(descending=True))
 
 
 def _fail(batch: Sequence[_Request], error: Exception) -> None:

@@ -138,6 +138,21 @@ def test_draws_follow_the_distribution_the_decoding_leaves(settings, expected):
     assert (counts[[1, 3, 2, 0]] / 10_000).tolist() == pytest.approx(expected, abs=2e-4)
 
 
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_top_p_of_a_large_vocabulary_keeps_the_fewest_tokens_that_reach_it(scale):
+    """A flat distribution needs most of 3,000 tokens for half its mass, a steep one a few dozen."""
+    torch.manual_seed(0)
+    probabilities = (scale * torch.randn(3000)).softmax(-1)
+    uniform = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    drawn = choose(probabilities.log().expand(2000, 3000), DecodingConfig(name="x", top_p=0.5), uniform)
+    ordered, places = probabilities.sort(descending=True)
+    kept = places[: int((ordered.cumsum(0) < 0.4999).sum()) + 1]
+    # One more or less where rounding decides.
+    assert set(drawn.tolist()) <= set(kept.tolist()) | {places[len(kept)].item()}
+    assert len(kept) == pytest.approx(1500, abs=1) if scale == 0 else len(kept) < 100
+    assert len(set(drawn.tolist())) >= 0.9 * len(kept)
+
+
 def test_a_batch_too_large_for_the_memory_is_run_in_smaller_ones(seq2seq):
     sizes = []
 
