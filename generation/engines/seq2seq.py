@@ -11,7 +11,6 @@ Letters: P prompts, L tokens of the longest, H hidden units, R rows (candidates)
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -295,11 +294,11 @@ def choose(logits_RV: torch.Tensor, decoding: DecodingConfig, uniform_R: torch.T
     logits, order = logits_RV / decoding.temperature, None
     if decoding.top_k:
         logits, order = logits.topk(min(decoding.top_k, logits.shape[-1]))
-    whole = logits.logsumexp(-1, keepdim=True)
+    mass = logits.softmax(-1)
     if decoding.top_p < 1 and order is None:
-        logits, order = _likeliest(logits, whole + math.log(decoding.top_p))
+        mass, order = _likeliest(mass, decoding.top_p)
     # Running sums in double: over a whole vocabulary single ones lose the rarest tokens.
-    mass = (logits - whole).exp().cumsum(-1, dtype=torch.float64)
+    mass = mass.cumsum(-1, dtype=torch.float64)
     last = torch.full_like(uniform_R, logits.shape[-1] - 1, dtype=torch.int64)[:, None]
     if decoding.top_p < 1:
         # The fewest tokens whose mass reaches top_p.
@@ -308,12 +307,12 @@ def choose(logits_RV: torch.Tensor, decoding: DecodingConfig, uniform_R: torch.T
     return (position if order is None else order.gather(1, position))[:, 0]
 
 
-def _likeliest(logits_RV: torch.Tensor, mass_R1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest logits in descending order and their places: as many as reach a mass (a logarithm), or all."""
-    head, places = logits_RV.topk(min(_HEAD, logits_RV.shape[-1]))
-    if bool((head.logsumexp(-1, keepdim=True) >= mass_R1).all()):
-        return head, places
-    return tuple(logits_RV.sort(descending=True))
+def _likeliest(mass_RV: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the probabilities in descending order and their tokens: as many as reach `top_p`, or all."""
+    head, tokens = mass_RV.topk(min(_HEAD, mass_RV.shape[-1]))
+    if bool((head.sum(-1) >= top_p).all()):
+        return head, tokens
+    return tuple(mass_RV.sort(descending=True))
 
 
 def _fail(batch: Sequence[_Request], error: Exception) -> None:
