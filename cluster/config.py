@@ -158,7 +158,7 @@ class Seq2SeqConfig(Section):
 
     kind: Literal["transformers"]
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto is bfloat16 on GPU, float32 on CPU."""
+    """auto is bfloat16 on a GPU and on a CPU that multiplies it natively, else float32."""
     max_prompt_tokens: int = Field(512, ge=16)
     """Tokens of a prompt; a longer one is a dead letter. The paper's is 512; BART has no more than 1024 positions."""
     batch_tokens: int = Field(8192, ge=1)

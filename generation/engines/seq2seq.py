@@ -2,7 +2,8 @@
 
 Requests wait in a queue; the longest prompts that fit a budget are run together. A prompt is encoded once for all its
 candidates of all its decodings. Every draw is a function of (seed, number of the draw, step) and of the model's
-distribution, never of the company in the batch. Candidates are drawn from the model's own distribution: of its generation
+distribution, never of the company in the batch, which reaches a candidate only by the rounding of the arithmetic (with
+`dtype: float32` in practice not at all). Candidates are drawn from the model's own distribution: of its generation
 config only the special tokens count, not the habits (n-gram bans, a forced end) some checkpoints carry.
 
 Letters: P prompts, L tokens of the longest, H hidden units, R rows (candidates), T candidate tokens, V vocabulary.
@@ -65,7 +66,9 @@ class Seq2Seq:
         if not gpu:
             # Ray gives every worker OMP_NUM_THREADS=1 for its own share; the engine is meant to have the machine.
             torch.set_num_threads(len(os.sched_getaffinity(0)))
-        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32, "auto": torch.bfloat16 if gpu else torch.float32}[config.dtype]
+        # Where the hardware multiplies it natively; elsewhere it is slower than single precision.
+        bfloat16 = gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" or (config.dtype == "auto" and bfloat16) else torch.float32
         self.device = torch.device("cuda" if gpu else "cpu")
         self.model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)

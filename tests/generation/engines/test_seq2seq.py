@@ -17,7 +17,7 @@ WARM = DecodingConfig(name="warm", n=4, min_tokens=2, max_tokens=12)
 
 
 def engine(folder, kind=Seq2Seq, **settings):
-    return kind(str(folder), Seq2SeqConfig(**{"kind": "transformers", "max_prompt_tokens": 64, **settings}))
+    return kind(str(folder), Seq2SeqConfig(**{"kind": "transformers", "dtype": "float32", "max_prompt_tokens": 64, **settings}))
 
 
 def draw(llm, texts, *decodings, seed=7):
