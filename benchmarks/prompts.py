@@ -23,7 +23,7 @@ from cluster.progress import Bar
 from evaluation import metrics
 from evaluation.comparison import baselines, padded
 from generation import instructions
-from generation.engine import Engine
+from generation.engines.vllm import Engine
 from generation.sampler import Sampler
 from generation.schema import PREPARED
 from generation.units import label
@@ -75,7 +75,7 @@ async def measure(engine: Engine, config: Config, rows: list[dict[str, Any]]) ->
 
 async def compare(config: Config, count: int) -> dict[str, dict[str, float]]:
     """Return the figures of every form, by its name, with one engine for all."""
-    engine = Engine(config.sampler.model, config.sampler.engine)
+    engine = Engine(config.sampler.model, config.sampler.vllm())
     results = {}
     with Bar("prompt forms", len(FORMS), "forms") as bar:
         for name, (prompt, stop) in FORMS.items():

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import UsageError
 
@@ -87,11 +88,14 @@ class DecodingConfig(Section):
     n: int = Field(1, ge=1, le=256)
     """Candidates drawn for each instruction."""
     temperature: float = Field(1.0, ge=0, le=4)
-    """0 is greedy."""
+    """0 is greedy, or beam search where `beams` says so."""
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
     """Keep the k likeliest tokens; all of them when null."""
+    beams: int = Field(1, ge=1, le=64)
+    """Width of a beam search; its best `n` are the candidates. Only `engine.kind: transformers` has one."""
     min_tokens: int = Field(0, ge=0)
+    """Tokens before which neither the end of text nor a stop string ends a candidate."""
     max_tokens: int = Field(64, ge=1)
     """Tokens a candidate may have."""
     stop: tuple[str, ...] = ()
@@ -99,7 +103,11 @@ class DecodingConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> DecodingConfig:
-        if self.temperature == 0 and self.n > 1:
+        if self.beams > 1 and (self.temperature > 0 or self.n > self.beams):
+            raise ValueError(
+                f"beams={self.beams} needs temperature=0 and at most n={self.beams}; it has {self.temperature:g} and n={self.n}"
+            )
+        if self.beams == 1 and self.temperature == 0 and self.n > 1:
             raise ValueError(f"n={self.n} with temperature=0 draws the same candidate {self.n} times; use n=1 or raise it")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
@@ -107,19 +115,27 @@ class DecodingConfig(Section):
 
 
 GREEDY = DecodingConfig(name="greedy", n=1, temperature=0.0)
-# The paper's sampling decodings (section 4.1: temperature 0.9, top-k 40, top-p 0.95), four samples of each.
+# The paper's 17 candidates (section 4.1): one of a beam search, four each of three ways to sample and of plain sampling.
 PAPER_DECODINGS = (
-    GREEDY,
-    DecodingConfig(name="sample", n=4),
-    DecodingConfig(name="temperature", n=4, temperature=0.9),
-    DecodingConfig(name="top-k", n=4, top_k=40),
-    DecodingConfig(name="top-p", n=4, top_p=0.95),
+    DecodingConfig(name="beam", n=1, temperature=0.0, beams=4, min_tokens=3),
+    DecodingConfig(name="sample", n=4, min_tokens=3),
+    DecodingConfig(name="temperature", n=4, temperature=0.9, min_tokens=3),
+    DecodingConfig(name="top-k", n=4, top_k=40, min_tokens=3),
+    DecodingConfig(name="top-p", n=4, top_p=0.95, min_tokens=3),
 )
+_DEFAULT_DECODINGS = {
+    "transformers": PAPER_DECODINGS,
+    # vLLM has no beam search in its engine, so greedy stands in its place.
+    "vllm": (GREEDY.model_copy(update={"min_tokens": 3}), *PAPER_DECODINGS[1:]),
+    # The OpenAI protocol knows neither beams, top_k nor min_tokens; servers that do take them from a config of one's own.
+    "endpoint": tuple(each.model_copy(update={"min_tokens": 0}) for each in (GREEDY, *PAPER_DECODINGS[1:]) if each.top_k is None),
+}
 
 
-class EngineConfig(Section):
-    """The vLLM engine each sampling or serving replica holds."""
+class VLLMConfig(Section):
+    """A vLLM engine in each sampling or serving replica: decoder-only models."""
 
+    kind: Literal["vllm"] = "vllm"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int = Field(2048, ge=64)
     """Prompt plus candidate, in tokens."""
@@ -133,15 +149,86 @@ class EngineConfig(Section):
     compile: bool | None = None
     """CUDA graphs and torch.compile; null means yes on GPU, no on CPU, where it costs a minute to start and gains little."""
 
+    decides: ClassVar = ("kind", "dtype", "max_model_len")
+    """The settings the candidates depend on; a run goes on only with the same."""
+
+
+class Seq2SeqConfig(Section):
+    """A transformers encoder-decoder in each sampling replica: T5, FLAN-T5, T0, BART0."""
+
+    kind: Literal["transformers"]
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """auto is bfloat16 on a GPU and on a CPU that multiplies it natively, else float32."""
+    max_prompt_tokens: int = Field(512, ge=16)
+    """Tokens of a prompt; a longer one is a dead letter. The paper's is 512; BART has no more than 1024 positions."""
+    batch_tokens: int = Field(8192, ge=1)
+    """Size of a batch: its longest prompt, in tokens, times its candidates of one decoding."""
+
+    decides: ClassVar = ("kind", "dtype", "max_prompt_tokens")
+
+
+class EndpointConfig(Section):
+    """Any server that speaks the OpenAI protocol. The key is read from the environment where the sampler runs."""
+
+    kind: Literal["endpoint"]
+    base_url: str
+    """The server's address up to and with `/v1`; `sampler.model` is the model's name there."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; null sends none. The key itself never stands in a config."""
+    concurrency: int = Field(16, ge=1)
+    """Requests under way at once."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0)
+    """Prompt and sampled tokens together."""
+    timeout_s: float = Field(120.0, gt=0)
+    """Seconds until an unanswered request is given up and sent again."""
+    tries: int = Field(6, ge=1)
+    """Times a request is sent before its row goes to the dead-letter file."""
+    logprobs: bool = True
+    """Ask for log-probabilities; where the server has none they are null either way."""
+    price_per_million_prompt: float | None = Field(None, ge=0)
+    """Dollars per million prompt tokens."""
+    price_per_million_sampled: float | None = Field(None, ge=0)
+    """Dollars per million sampled tokens."""
+    max_cost: float | None = Field(None, gt=0)
+    """Dollars the whole run may cost, interrupted parts included; it stops before it could pass them, and can go on."""
+
+    decides: ClassVar = ("kind", "base_url")
+
+    @model_validator(mode="after")
+    def _usable(self) -> EndpointConfig:
+        # Whoever puts the key itself here must not read it again in an error, so these messages leave the value out.
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
+            raise ValueError("api_key_env holds no name of an environment variable (capitals, digits, _); give the name, never the key")
+        if not re.fullmatch(r"https?://[^@?#\s]+", self.base_url):
+            raise ValueError("base_url is no http:// or https:// address without user, query and fragment; e.g. https://api.openai.com/v1")
+        prices = (self.price_per_million_prompt, self.price_per_million_sampled)
+        if None in prices and (self.max_cost is not None or prices != (None, None)):
+            raise ValueError("max_cost and prices need both price_per_million_prompt and price_per_million_sampled")
+        return self
+
+
+def _vllm_unless_named(engine: Any) -> Any:
+    return {"kind": "vllm", **engine} if isinstance(engine, dict) else engine
+
+
+EngineConfig = Annotated[VLLMConfig | Seq2SeqConfig | EndpointConfig, Field(discriminator="kind"), BeforeValidator(_vllm_unless_named)]
+
+
+def _default_decodings(data: dict[str, Any]) -> tuple[DecodingConfig, ...]:
+    engine = data.get("engine")  # absent when it is itself wrong
+    return _DEFAULT_DECODINGS[engine.kind if engine else "vllm"]
+
 
 class SamplerConfig(Section):
     """The LLM, its prompt and how candidates are drawn from it."""
 
     model: str = "smollm2-135m-instruct"
-    """An embedded name, a hub name, a local folder or an s3:// folder."""
+    """An embedded name, a hub name, a local folder or an s3:// folder; for an endpoint the model's name there."""
     prompt: PromptConfig = PromptConfig()
-    decodings: tuple[DecodingConfig, ...] = Field(PAPER_DECODINGS, min_length=1)
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = VLLMConfig()
+    decodings: tuple[DecodingConfig, ...] = Field(default_factory=_default_decodings, min_length=1)
+    """The paper's 17 candidates by default, as far as the engine can draw them."""
     replicas: int = Field(1, ge=1)
     """Sampling actors; each holds one engine."""
     max_attempts: int = Field(3, ge=1)
@@ -159,12 +246,25 @@ class SamplerConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> SamplerConfig:
         for decoding in self.decodings:
-            if decoding.max_tokens >= self.engine.max_model_len:
+            if decoding.beams > 1 and self.engine.kind != "transformers":
+                raise ValueError(
+                    f"decoding {decoding.name!r} has beams={decoding.beams}, which engine.kind={self.engine.kind} cannot do; "
+                    f"use beams=1 (greedy) or engine.kind=transformers"
+                )
+            if self.engine.kind == "vllm" and decoding.max_tokens >= self.engine.max_model_len:
                 raise ValueError(
                     f"decoding {decoding.name!r} has max_tokens={decoding.max_tokens}, which leaves no room for a prompt in "
                     f"engine.max_model_len={self.engine.max_model_len}"
                 )
+        if self.engine.kind == "endpoint" and self.replicas > 1:
+            raise ValueError(f"replicas={self.replicas} would each keep its own rates; use one and raise engine.concurrency")
         return self
+
+    def vllm(self) -> VLLMConfig:
+        """Return the engine's settings as vLLM's. Raises `UsageError` for another kind: serving knows no other."""
+        if self.engine.kind != "vllm":
+            raise UsageError(f"sampler.engine.kind={self.engine.kind}: `cappy serve` samples with vLLM alone; use kind=vllm")
+        return self.engine
 
 
 class LabelConfig(Section):
@@ -438,12 +538,23 @@ def _index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
+# Where a key holds one of several sections, pydantic puts the chosen kind into an error's path.
+_KINDS: dict[Any, type[Section]] = {
+    "bigbench": BigBenchSource,
+    "files": FilesSource,
+    "vllm": VLLMConfig,
+    "transformers": Seq2SeqConfig,
+    "endpoint": EndpointConfig,
+}
+
+
 def _explain(error: ValidationError, source: str | Path | None) -> str:
     """Turn pydantic's first error into one line: file, key path, value, and what would be right."""
-    first = error.errors(include_url=False)[0]
-    location = tuple(part for part in first["loc"] if part not in ("bigbench", "files"))
+    errors = [each for each in error.errors(include_url=False) if each["type"] != "default_factory_not_called"]
+    first = errors[0]
+    location = tuple(part for part in first["loc"] if part not in _KINDS)
     path = ".".join(str(part) for part in location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     where = f"{source}: " if source else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(tuple(first["loc"]))
@@ -462,8 +573,8 @@ def _known_keys(location: tuple[str | int, ...]) -> list[str]:
     for part in location[:-1]:
         if isinstance(part, int):
             continue
-        if part == "bigbench" or part == "files":
-            model = BigBenchSource if part == "bigbench" else FilesSource
+        if part in _KINDS:
+            model = _KINDS[part]
             continue
         annotation = model.model_fields[str(part)].annotation if str(part) in getattr(model, "model_fields", {}) else None
         model = next((each for each in (annotation, *get_args(annotation)) if hasattr(each, "model_fields")), model)

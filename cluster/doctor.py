@@ -63,6 +63,8 @@ def run(config: Config, *, models: bool = True) -> list[Finding]:
     ]
     if models:
         wanted = {"sampler.model": config.sampler.model, "scorer.encoder": config.scorer.encoder}
+        if config.sampler.engine.kind == "endpoint":
+            del wanted["sampler.model"]
         checks += [(f"model {name}", lambda setting=setting, name=name: _model(setting, name)) for setting, name in wanted.items()]  # type: ignore[misc]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -126,7 +126,8 @@ def _absolute(config: Config) -> Config:
         for name in ("workspace", "dataset", "scorer_path", "evaluation_path")
         if (value := getattr(config, name))
     }
-    paths["sampler"] = config.sampler.model_copy(update={"model": _absolute_model(config.sampler.model)})
+    if config.sampler.engine.kind != "endpoint":  # whose model is a name there, whatever folder is called so here
+        paths["sampler"] = config.sampler.model_copy(update={"model": _absolute_model(config.sampler.model)})
     paths["scorer"] = config.scorer.model_copy(update={"encoder": _absolute_model(config.scorer.encoder)})
     if config.source.kind == "files":
         paths["source"] = config.source.model_copy(update={"path": storage.absolute(config.source.path)})

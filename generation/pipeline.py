@@ -26,15 +26,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster import lease, models, storage
+from cluster import lease, storage
 from cluster.config import Config, differences, fingerprint
 from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Lease
 from cluster.progress import Bar, say
 from cluster.runtime import code_version, ray_session
-from generation import annotate, card, dataset, instructions, shards, units
+from generation import annotate, card, dataset, engines, instructions, shards, units
 from generation.instructions import DeadLetter
-from generation.sampler import LoadLLM, load_engine
+from generation.sampler import LoadLLM
 from generation.schema import DATASET, PREPARED, SPLITS
 
 # Rows after which the share of dead letters says something about the whole run.
@@ -44,7 +44,7 @@ _BLOCKS = 1000
 _LEASE = "_lease"
 
 
-def run(config: Config, *, overwrite: bool = False, load: LoadLLM = load_engine) -> dict[str, Any]:
+def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load) -> dict[str, Any]:
     """Sample, label and publish the regression set; return its summary. `load` makes each sampling actor's LLM.
 
     Raises `UsageError` when the destination holds a finished run or one begun with other settings, `CappyError` when too
@@ -54,7 +54,7 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = load_engine)
     uri = storage.check(config.dataset_uri, "dataset")
     if not overwrite:
         storage.refuse_published(uri, "dataset", "generate")
-    models.check(config.sampler.model, "sampler.model")
+    engines.check(config.sampler)
     with lease.held(storage.join(uri, _LEASE), f"dataset={uri}") as held:
         if overwrite:
             storage.withdraw(uri, keep=_LEASE)
@@ -75,7 +75,7 @@ def identity(config: Config) -> dict[str, Any]:
     """The settings that decide the set's content, as a plain tree; the others (replicas, sizes) may change on resume."""
     tree = config.model_dump(mode="json")
     sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
-    engine = {key: tree["sampler"]["engine"][key] for key in ("dtype", "max_model_len")}
+    engine = {key: tree["sampler"]["engine"][key] for key in config.sampler.engine.decides}
     generate = {key: tree["generate"][key] for key in ("mismatched", "unit_rows")} | {"label": annotate.describe(config.generate.label)}
     return {"seed": config.seed, "source": tree["source"], "sampler": {**sampler, "engine": engine}, "generate": generate}
 
@@ -161,20 +161,28 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
         return {}
     import ray
 
-    say(f"starting {config.sampler.model} on vLLM, {config.sampler.replicas} replica(s)")
-    gate = ray.remote(num_cpus=0)(units.Gate).remote()
+    say(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
+    ceiling = engines.ceiling(config.sampler)
+    spent = units.spent(staging, sorted(finished)) if ceiling is not None else 0.0
+    gate = ray.remote(num_cpus=0)(units.Gate).remote(ceiling, spent)
     failed = 0
     with _closing(gate) as told, Bar("sampling", total, "instructions", done=done) as bar:
         for result in plan(staging, pending, config, load, gate).iter_rows():
             held.check()
             failed += result["dead_letters"]
-            bar.advance(
-                result["rows"], note=f"{failed} dead letters" if failed else "", candidates=result["candidates"], tokens=result["tokens"]
-            )
+            spent += result["cost"]
+            note = "  ".join([f"{failed} dead letters"] * bool(failed) + [f"${spent:,.4f}"] * bool(spent))
+            bar.advance(result["rows"], note=note, candidates=result["candidates"], tokens=result["tokens"])
             if bar.done - done >= _ERROR_RATE_ROWS:
                 _stop_above_error_rate(failed, bar.done - done, config)
+        state = f"{bar.done:,} of {total:,} instructions are done and saved"
         if told.is_set():
-            raise Stopped(f"stopped on SIGTERM with {bar.done:,} of {total:,} instructions done and saved; the same command goes on")
+            raise Stopped(f"stopped on SIGTERM; {state}, the same command goes on")
+        if ray.get(gate.exhausted.remote()):
+            raise CappyError(
+                f"sampler.engine.max_cost={ceiling:g}: the next unit of work could pass it, so none was begun (${spent:,.4f} spent); "
+                f"{state}, with a higher max_cost the same command goes on"
+            )
         return {f"{name}_per_second": rate for name, rate in bar.rates().items()}
 
 
@@ -187,15 +195,13 @@ def plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    gpus = config.sampler.engine.tensor_parallel if ray.cluster_resources().get("GPU", 0) else 0
     return ray.data.from_items([{"unit": name} for name in names], override_num_blocks=min(len(names), _BLOCKS)).map_batches(
         units.UnitWorker,
         fn_constructor_args=(staging, config, load, gate),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
-        num_gpus=gpus,
-        num_cpus=1,
+        **engines.resources(config.sampler, ray.cluster_resources().get("GPU", 0)),
     )
 
 
@@ -293,6 +299,7 @@ def _publish(uri: str, staging: str, merged: dict[str, Any], rates: dict[str, An
         "counts": counts,
         "summary": summary,
         "rates": rates,
+        "cost": {"dollars": round(sum(shard["cost"] for shard in merged.values()), 6)},
         "schema": {field.name: str(field.type) for field in DATASET},
         "metric": annotate.describe(config.generate.label),
         "lineage": identity(config),

@@ -92,7 +92,7 @@ def estimate(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_f
             "bytes": round(sum(pairs.values()) * rates.bytes_per_pair),
         },
     }
-    if getattr(sampler.engine, "kind", "vllm") == "endpoint":
+    if sampler.engine.kind == "endpoint":
         return result | _endpoint(total, config, assumptions)
     return result | _gpus(total, config, rates, assumptions)
 
@@ -106,7 +106,7 @@ def _row(count: Count, config: Config, rates: Rates, candidates: int) -> dict[st
     expected = sum(each.n * min(max(rates.tokens_per_candidate or reference, each.min_tokens), each.max_tokens) for each in decodings)
     instruction = count.prompt_tokens / max(1, count.sampled_rows)
     # Shots that do not fit are left out; an endpoint's context is its own affair.
-    room = getattr(config.sampler.engine, "max_model_len", math.inf)
+    room = config.sampler.engine.max_model_len if config.sampler.engine.kind == "vllm" else math.inf
     prompt = min(instruction + config.sampler.prompt.shots * (instruction + reference), room)
     by_source = {
         "reference": count.references,
@@ -130,7 +130,8 @@ def _row(count: Count, config: Config, rates: Rates, candidates: int) -> dict[st
 
 
 def _gpus(total: dict[str, Any], config: Config, rates: Rates, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
-    plan, span = config.plan, config.sampler.engine.tensor_parallel
+    plan, engine = config.plan, config.sampler.engine
+    span = engine.tensor_parallel if engine.kind == "vllm" else 1
     reading = total["fresh_tokens"] / rates.prompt if rates.prompt else 0.0
     hours = {name: (reading + total[key] / rates.sampled) / 3600 for name, key in (("expected", "sampled_tokens"), ("most", "most_tokens"))}
     gpu_hours = {name: value * span for name, value in hours.items()}

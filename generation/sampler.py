@@ -10,13 +10,14 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
 from cluster.config import DecodingConfig, SamplerConfig
-from generation import engine, prompts
-from generation.engine import Candidate, Engine, PromptTooLong
+from cluster.errors import CappyError
+from generation import engines, prompts
+from generation.engines import LLM, Candidate, RowError
 
 SAMPLED = pa.list_(
     pa.struct(
@@ -31,34 +32,20 @@ SAMPLED = pa.list_(
 )
 
 
-class LLM(Protocol):
-    """What a sampler needs of an engine; `generation.engine.Engine` is one."""
-
-    @property
-    def dead(self) -> bool: ...
-
-    def encode(self, turns: Sequence[prompts.Message], form: str, room: int) -> list[int]: ...
-
-    async def sample(self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]: ...
-
-
 LoadLLM = Callable[[SamplerConfig], LLM]
 
 
-def load_engine(config: SamplerConfig) -> LLM:
-    """Return the vLLM engine of a sampler config."""
-    return Engine(config.model, config.engine)
-
-
 class Sampler:
-    """Add `sampled` (list of structs, `SAMPLED`) and `error` (text or null) to rows with the columns of `schema.PREPARED`.
+    """Add `sampled` (list of structs, `SAMPLED`), `error` (text or null) and `cost` (float64, dollars, 0 for an engine of our
+    own) to rows with the columns of `schema.PREPARED`.
 
-    A row that fails `max_attempts` times, or whose prompt is too long, gets an `error` and no candidates; classification
-    rows (with `answer_choices`) are passed on unsampled, their choices are their candidates. When the engine itself is
+    A row that fails `max_attempts` times, or that the engine will never answer, gets an `error` and no candidates, and its
+    cost all the same; classification rows (with `answer_choices`) are passed on unsampled, their choices are their
+    candidates. A `CappyError` of the engine's that is no row's fault (a refused key) ends the run. When the engine itself is
     dead the process exits, so that Ray replaces it and runs the unit again.
     """
 
-    def __init__(self, config: SamplerConfig, seed: int, load: LoadLLM = load_engine) -> None:
+    def __init__(self, config: SamplerConfig, seed: int, load: LoadLLM = engines.load) -> None:
         self.config = config
         self.seed = seed
         self.llm = load(config)
@@ -66,31 +53,62 @@ class Sampler:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         results = await asyncio.gather(*(self._row(row) for row in batch.to_pylist()))
-        sampled = pa.array([candidates for candidates, _ in results], SAMPLED)
-        errors = pa.array([error for _, error in results], pa.string())
-        yield batch.append_column("sampled", sampled).append_column("error", errors)
+        sampled, errors, costs = zip(*results, strict=True) if results else ((), (), ())
+        yield (
+            batch.append_column("sampled", pa.array(sampled, SAMPLED))
+            .append_column("error", pa.array(errors, pa.string()))
+            .append_column("cost", pa.array(costs, pa.float64()))
+        )
 
-    async def _row(self, row: dict[str, Any]) -> tuple[list[Candidate], str | None]:
+    def most(self, rows: Sequence[dict[str, Any]]) -> float:
+        """Return the most dollars the sampling of some rows can cost, whatever happens to it."""
+        return sum(self._most(row) for row in rows if row["answer_choices"] is None)
+
+    def _most(self, row: dict[str, Any]) -> float:
+        try:
+            prompt = self.llm.encode(self._turns(row), self.config.prompt.form, self._room)
+        except RowError:
+            return 0.0
+        return sum(self.llm.most(prompt, decoding) for decoding in self.config.decodings)
+
+    def _turns(self, row: dict[str, Any]) -> list[prompts.Message]:
+        return prompts.messages(row["instruction"], row["shots"], self.config.prompt.system)
+
+    async def _row(self, row: dict[str, Any]) -> tuple[list[Candidate], str | None, float]:
+        """Return a row's candidates, its error and its cost."""
         if row["answer_choices"] is not None:
-            return [], None
-        for attempt in range(1, self.config.max_attempts + 1):
+            return [], None, 0.0
+        turns, cost = self._turns(row), 0.0
+        for _ in range(self.config.max_attempts):
             try:
-                turns = prompts.messages(row["instruction"], row["shots"], self.config.prompt.system)
-                token_ids = self.llm.encode(turns, self.config.prompt.form, self._room)
-                pools = await asyncio.gather(*(self._sample(row["id"], token_ids, each, attempt) for each in self.config.decodings))
-                return [candidate for pool in pools for candidate in pool], None
-            except PromptTooLong as error:
-                return [], str(error)
+                prompt = self.llm.encode(turns, self.config.prompt.form, self._room)
+                draws = await asyncio.gather(*(self._draw(row["id"], turns, prompt, each) for each in self.config.decodings))
             except Exception as error:
-                # One row must never end the run; a dead engine must, for Ray to start a new one.
-                if self.llm.dead:
-                    print(f"the engine died: {error}", file=sys.stderr, flush=True)
-                    os._exit(1)
-                reason = f"{type(error).__name__}: {error}"
-        return [], f"sampling failed {self.config.max_attempts} times, last with {reason}"
+                failure = error
+            else:
+                cost += sum(spent for _, _, spent in draws)
+                failures = [error for _, error, _ in draws if error]
+                if not failures:
+                    return [candidate for pool, _, _ in draws for candidate in pool], None, cost
+                failure = failures[0]
+            if isinstance(failure, RowError):
+                return [], str(failure), cost
+            if isinstance(failure, CappyError):
+                raise failure
+            # One row must never end the run; a dead engine must, for Ray to start a new one.
+            if self.llm.dead:
+                print(f"the engine died: {failure}", file=sys.stderr, flush=True)
+                os._exit(1)
+            reason = f"{type(failure).__name__}: {failure}"
+        return [], f"sampling failed {self.config.max_attempts} times, last with {reason}", cost
 
-    async def _sample(self, identity: str, token_ids: list[int], decoding: DecodingConfig, attempt: int) -> list[Candidate]:
-        seed = engine.request_seed(self.seed, identity, decoding.name)
-        # Ids must differ between retries and equal rows; the seed, which decides the text, must not.
-        request_id = f"{identity}-{decoding.name}-{attempt}-{os.urandom(4).hex()}"
-        return await self.llm.sample(token_ids, decoding, seed, request_id)
+    async def _draw(
+        self, row_id: str, turns: Sequence[prompts.Message], prompt: Any, decoding: DecodingConfig
+    ) -> tuple[list[Candidate], Exception | None, float]:
+        """Return the candidates of one decoding, or what went wrong, and what it cost: money is spent on failures too."""
+        seed = engines.request_seed(self.seed, row_id, decoding.name)
+        request_id = f"{row_id}-{engines.request_identity(self.config.model, turns, decoding, seed)}"
+        try:
+            return await self.llm.sample(prompt, decoding, seed, request_id), None, self.llm.bill(request_id)
+        except Exception as error:
+            return [], error, self.llm.bill(request_id)

@@ -33,17 +33,20 @@ def fill(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
 def write(names: Sequence[str], staging: str, target: str, row_group_rows: int) -> dict[str, Any]:
     """Merge units into the shard `target`, their dead letters into `{staging}/letters`, one unit in memory at a time.
 
-    Returns `entry` (bytes, rows and SHA-256 for the manifest), `statistics` and `letters`, their number.
+    Returns `entry` (bytes, rows and SHA-256 for the manifest), `statistics`, `letters`, their number, and `cost` in dollars.
     """
     statistics: dict[str, Any] = {}
     letters: list[str] = []
+    cost = 0.0
     with tempfile.TemporaryDirectory(prefix="cappy-shard-") as folder:
         file = Path(folder, "shard.parquet")
         with pq.ParquetWriter(file, DATASET, compression="zstd", write_page_checksum=True) as writer:
             waiting: list[pa.Table] = []
             for name in names:
                 table = _read(staging, name)
-                letters += units.metadata(table)["letters"]
+                beside = units.metadata(table)
+                letters += beside["letters"]
+                cost += beside["counts"]["cost"]
                 statistics = dataset.add_statistics(statistics, dataset.statistics(table))
                 waiting.append(table.replace_schema_metadata(None).cast(DATASET))
                 if sum(map(len, waiting)) >= row_group_rows:
@@ -53,7 +56,7 @@ def write(names: Sequence[str], staging: str, target: str, row_group_rows: int) 
                 writer.write_table(pa.concat_tables(waiting), row_group_size=row_group_rows)
         entry = storage.upload_file(file, target) | {"rows": statistics["instructions"]}
     storage.write_bytes(letters_of(staging, target), "".join(f"{line}\n" for line in letters).encode())
-    return {"entry": entry, "statistics": statistics, "letters": len(letters)}
+    return {"entry": entry, "statistics": statistics, "letters": len(letters), "cost": cost}
 
 
 def letters_of(staging: str, target: str) -> str:

@@ -141,7 +141,7 @@ def _tokenizer(config: Config) -> tuple[CountTokens, CountTokens, str]:
 def _local_model(config: Config) -> Path | None:
     """The LLM's folder where it needs no download: embedded, or local."""
     name = config.sampler.model
-    if getattr(config.sampler.engine, "kind", "vllm") == "endpoint":
+    if config.sampler.engine.kind == "endpoint":
         return None
     return models.resolve(name, "sampler.model") if name in models.EMBEDDED or Path(name).expanduser().is_dir() else None
 

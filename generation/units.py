@@ -11,6 +11,8 @@ import asyncio
 import io
 import json
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +20,8 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.config import Config
-from generation import annotate
+from generation import annotate, engines
+from generation.budget import Budget
 from generation.instructions import DeadLetter
 from generation.sampler import LoadLLM, Sampler
 from generation.schema import DATASET
@@ -26,22 +29,53 @@ from generation.schema import DATASET
 _METADATA = b"cappy.unit"
 
 COUNTS = pa.schema(
-    [("unit", pa.string()), ("rows", pa.int64()), ("candidates", pa.int64()), ("tokens", pa.int64()), ("dead_letters", pa.int64())]
+    [
+        ("unit", pa.string()),
+        ("rows", pa.int64()),
+        ("candidates", pa.int64()),
+        ("tokens", pa.int64()),
+        ("cost", pa.float64()),
+        ("dead_letters", pa.int64()),
+    ]
 )
-"""A finished unit: its instructions, sampled candidates, their tokens, and the instructions left out."""
+"""A finished unit: its instructions, sampled candidates, their tokens, dollars spent, and the instructions left out."""
+
+# Seconds between two looks at whether the units in flight left room below the ceiling.
+_ROOM_S = 0.5
 
 
 class Gate:
-    """Whether a unit may still start: closed when the run is to stop, so that only the units in flight end. A Ray actor."""
+    """Whether a unit may start: not once the run is to stop, and not while what is in flight could pass the money ceiling.
 
-    def __init__(self) -> None:
-        self._closed = False
+    A Ray actor. `ceiling` and `spent` are in dollars; see `Budget`.
+    """
+
+    def __init__(self, ceiling: float | None = None, spent: float = 0.0) -> None:
+        self._budget = Budget(ceiling, spent)
+        self._closed = self._exhausted = False
 
     def close(self) -> None:
+        """Let no further unit start."""
         self._closed = True
 
-    def open(self) -> bool:
-        return not self._closed
+    def enter(self, unit: str, most: float) -> bool | None:
+        """Whether a unit that can cost `most` dollars may start; None when it should ask again, as others may leave room."""
+        if self._closed or self._exhausted:
+            return False
+        if self._budget.reserve(unit, most):
+            return True
+        if self._budget.reserved:
+            return None
+        self._exhausted = True
+        return False
+
+    def leave(self, unit: str, cost: float) -> None:
+        """Count what a finished unit did cost."""
+        self._budget.settle(unit, cost)
+
+    def exhausted(self) -> bool:
+        """Whether a unit was refused for the ceiling's sake."""
+        return self._exhausted
 
 
 class UnitWorker:
@@ -52,22 +86,29 @@ class UnitWorker:
     """
 
     def __init__(self, staging: str, config: Config, load: LoadLLM, gate: Any) -> None:
-        self.staging, self.gate = staging, gate
-        self.config = config
+        self.staging, self.config, self.gate = staging, config, gate
+        self.limited = engines.ceiling(config.sampler) is not None
         self.sampler = Sampler(config.sampler, config.seed, load)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         for unit in batch["unit"].to_pylist():
-            if not await self.gate.open.remote():
-                return
             done = await asyncio.to_thread(finished, self.staging, unit) or await self._work(unit)
+            if done is None:
+                return
             yield pa.Table.from_pylist([done], COUNTS)
 
-    async def _work(self, unit: str) -> dict[str, Any]:
+    async def _work(self, unit: str) -> dict[str, Any] | None:
+        """Return the counts of a unit once it is saved, or None where the gate is closed."""
         prepared = await asyncio.to_thread(read, place(self.staging, "prepared", unit))
+        most = await asyncio.to_thread(self.sampler.most, prepared.to_pylist()) if self.limited else 0.0
+        while (enter := await self.gate.enter.remote(unit, most)) is None:
+            await asyncio.sleep(_ROOM_S)
+        if not enter:
+            return None
         async for sampled in self.sampler(prepared):
-            return await asyncio.to_thread(save, self.staging, unit, sampled, self.config)
-        raise AssertionError("a sampler yields one table for each it is given")
+            done = await asyncio.to_thread(save, self.staging, unit, sampled, self.config)
+        await self.gate.leave.remote(unit, done["cost"])
+        return done
 
 
 def place(staging: str, folder: str, unit: str) -> str:
@@ -93,6 +134,12 @@ def finished(staging: str, unit: str) -> dict[str, Any] | None:
     return metadata(read(uri))["counts"] if storage.exists(uri) else None
 
 
+def spent(staging: str, names: Sequence[str]) -> float:
+    """Return the dollars that finished units cost."""
+    with ThreadPoolExecutor(16) as pool:
+        return sum(float(counts["cost"]) for counts in pool.map(partial(finished, staging), names) if counts)
+
+
 def metadata(table: pa.Table) -> dict[str, Any]:
     """Return what a finished unit carries beside its rows: `counts` (see `COUNTS`) and `letters` (JSON lines)."""
     return dict(json.loads(table.schema.metadata[_METADATA]))
@@ -107,6 +154,7 @@ def save(staging: str, unit: str, sampled: pa.Table, config: Config) -> dict[str
         "rows": len(sampled),
         "candidates": len(drawn),
         "tokens": sum(candidate["tokens"] for candidate in drawn),
+        "cost": sum(sampled["cost"].to_pylist()),
         "dead_letters": len(letters),
     }
     beside = json.dumps({"counts": counts, "letters": letters}).encode()

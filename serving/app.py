@@ -88,7 +88,7 @@ def build(config: Config) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": _SHUTDOWN_S,
     }
-    gpus = config.sampler.engine.tensor_parallel if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
+    gpus = config.sampler.vllm().tensor_parallel if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
     # The gateway limits the requests; the margin keeps room for health checks beside them.
     room = serving.max_concurrency + 8
     llm = serve.deployment(LLM).options(
@@ -122,6 +122,7 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     serving = config.serving
     check_port(serving)
     check_scorer(config)
+    config.sampler.vllm()
     models.resolve(config.sampler.model, "sampler.model")
     url = base_url(serving)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

@@ -60,7 +60,7 @@ def print_answer(answer: Mapping[str, Any], console: Console) -> None:
         table.add_row(
             "*" if candidate["chosen"] else "",
             "-" if score is None else f"{score:.3f}",
-            f"{candidate['logprob']:.1f}",
+            "-" if candidate["logprob"] is None else f"{candidate['logprob']:.1f}",
             str(candidate["tokens"]),
             candidate["decoding"],
             _plain(candidate["response"]),

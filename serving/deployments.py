@@ -19,7 +19,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from cluster.config import DecodingConfig, SamplerConfig
 from cluster.errors import CappyError
-from generation.engine import Engine, PromptTooLong
+from generation.engines import PromptTooLong
+from generation.engines.vllm import Engine
 from generation.prompts import Message
 from serving.protocol import ApiError, Sampled
 
@@ -39,7 +40,7 @@ class LLM:
 
     def __init__(self, config: SamplerConfig, setting: str = "sampler.model") -> None:
         self.form = config.prompt.form
-        self.engine = Engine(config.model, config.engine, setting)
+        self.engine = Engine(config.model, config.vllm(), setting)
 
     async def sample(self, turns: Sequence[Message], decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
         """Return the candidates of one prompt, decoding by decoding; `seeds` holds one for each.

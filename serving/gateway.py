@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from cluster.config import Config, DecodingConfig
-from generation.engine import request_seed
+from generation.engines import request_seed
 from generation.prompts import Message
 from serving import protocol
 from serving.protocol import ApiError, Sampled

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from cluster.config import Config, DecodingConfig
 from cluster.errors import CappyError
-from generation.engine import Candidate
+from generation.engines import Candidate
 from generation.prompts import Message
 
 
@@ -172,7 +172,7 @@ class ScoredCandidate(BaseModel):
     """The scorer's raw logit, an estimate of Rouge-L in [0, 1] that may leave it; null where the scorer gave no number."""
     decoding: str
     tokens: int
-    logprob: float
+    logprob: float | None
     finish_reason: str
     chosen: bool
     """Whether it is among the choices."""
@@ -284,9 +284,9 @@ def decodings_for(request: ChatRequest, config: Config) -> list[DecodingConfig]:
 def _fit(decoding: DecodingConfig, count: int, request: ChatRequest, config: Config) -> DecodingConfig:
     """Give a decoding its number of candidates and the request's own length and stop strings."""
     max_tokens = request.max_completion_tokens or request.max_tokens or decoding.max_tokens
-    if max_tokens >= config.sampler.engine.max_model_len:
+    if max_tokens >= config.sampler.vllm().max_model_len:
         name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
-        context = config.sampler.engine.max_model_len
+        context = config.sampler.vllm().max_model_len
         raise ApiError(
             f"{name}={max_tokens} leaves no room for a prompt in the model's context of {context} tokens", param=name, code="invalid_value"
         )

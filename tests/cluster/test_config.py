@@ -35,6 +35,13 @@ def test_an_override_reaches_into_a_list_of_the_file(tmp_path):
         (["sampler.decodings=[{name: a}, {name: a}]"], "decoding names must differ"),
         (["training"], "write it as section.key=value"),
         (["seed=3", "seed.x=1"], "--set seed.x=1: seed holds a plain value"),
+        (["sampler.engine={kind: vlm}"], "does not match any of the expected tags: 'vllm', 'transformers', 'endpoint'"),
+        (["sampler.engine={kind: transformers, max_model_len: 9}"], "unknown key sampler.engine.max_model_len; known here: batch_tokens"),
+        (["sampler.decodings=[{name: b, temperature: 0, beams: 4}]"], "'b' has beams=4, which engine.kind=vllm cannot do; use beams=1"),
+        (["sampler.decodings=[{name: b, beams: 4}]"], "beams=4 needs temperature=0 and at most n=4; it has 1 and n=1"),
+        (["sampler.engine={kind: endpoint, base_url: 'localhost:80'}"], "base_url is no http:// or https:// address"),
+        (["sampler.engine={kind: endpoint, base_url: 'http://h/v1', max_cost: 1}"], "need both price_per_million_prompt and"),
+        (["sampler.replicas=2", "sampler.engine={kind: endpoint, base_url: 'http://h/v1'}"], "replicas=2 would each keep its own rates"),
         (["serving.candidates=100", "serving.max_candidates=50"], "candidates=100 is above max_candidates=50"),
     ],
 )
@@ -43,6 +50,29 @@ def test_a_wrong_setting_is_named_with_its_value_and_the_way_out(overrides, mess
         load(None, overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-abc123", "abc123", "https://u:p@h"])
+def test_a_key_put_into_the_config_by_mistake_is_not_repeated(key):
+    settings = "base_url: 'http://h/v1', api_key_env" if "://" not in key else "base_url"
+    with pytest.raises(UsageError, match=r"give the name, never the key|without user") as caught:
+        load(None, [f"sampler.engine={{kind: endpoint, {settings}: '{key}'}}"])
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "pool"),
+    [
+        ("{max_model_len: 512}", ["greedy", *["sample"] * 4, *["temperature"] * 4, *["top-k"] * 4, *["top-p"] * 4]),
+        ("{kind: transformers}", ["beam", *["sample"] * 4, *["temperature"] * 4, *["top-k"] * 4, *["top-p"] * 4]),
+        ("{kind: endpoint, base_url: 'http://h/v1'}", ["greedy", *["sample"] * 4, *["temperature"] * 4, *["top-p"] * 4]),
+    ],
+)
+def test_the_default_decodings_are_the_papers_as_far_as_the_engine_can_draw_them(engine, pool, tmp_path):
+    config = load(None, [f"sampler.engine={engine}"])
+    assert [each.name for each in config.sampler.decodings for _ in range(each.n)] == pool
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize(

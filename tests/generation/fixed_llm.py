@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from generation.engine import PromptTooLong
+from generation.engines import PromptTooLong
 from generation.prompts import raw_text
 
 
@@ -24,6 +24,12 @@ class FixedLLM:
         if "FAILS" in text:
             raise ValueError("no such token")
         return list(text.encode())
+
+    def most(self, prompt, decoding):
+        return 0.0
+
+    def bill(self, request_id):
+        return 0.0
 
     async def sample(self, token_ids, decoding, seed, request_id):
         await asyncio.sleep(self.delay_s)

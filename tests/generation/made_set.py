@@ -60,7 +60,7 @@ def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", **facts
         "counts": counts,
         "summary": {"uri": uri, **total, "splits": counts, "dead_letters": letters.count("\n"), "seconds": 2.0},
         "schema": {field.name: str(field.type) for field in DATASET},
-        "metric": annotate.METRIC,
+        "metric": annotate.describe(config.generate.label),
         "lineage": {"sampler": config.model_dump(mode="json")["sampler"]},
         "config": config.model_dump(mode="json"),
         "files": files | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"]),

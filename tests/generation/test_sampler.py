@@ -4,7 +4,8 @@ import pyarrow as pa
 import pytest
 
 from cluster.config import DecodingConfig, SamplerConfig
-from generation.engine import request_seed
+from cluster.errors import CappyError
+from generation.engines import request_seed
 from generation.sampler import Sampler
 from generation.schema import PREPARED
 from tests.generation.fixed_llm import FixedLLM
@@ -63,6 +64,38 @@ def test_a_failure_that_passes_is_tried_again():
 
     (row,) = sample(table("one"), Flaky)
     assert row["error"] is None and len(row["sampled"]) == 4
+
+
+def test_what_sampling_costs_is_counted_with_what_failures_cost():
+    class Priced(FixedLLM):
+        calls = 0
+
+        async def sample(self, prompt, decoding, seed, request_id):
+            Priced.calls += 1
+            if Priced.calls == 1:
+                raise ConnectionError("once")
+            return await super().sample(prompt, decoding, seed, request_id)
+
+        def bill(self, request_id):
+            return 0.25
+
+        def most(self, prompt, decoding):
+            return decoding.n * len(prompt) / 8
+
+    # Two decodings, all of them again after one failed.
+    assert [row["cost"] for row in sample(table("one"), Priced)] == [1.0]
+    assert [row["cost"] for row in sample(table("TOO LONG"), Priced)] == [0.0]
+    rows = [*table("one", "TOO LONG").to_pylist(), *table("fox?", choices=["yes"]).to_pylist()]
+    assert Sampler(CONFIG, 7, Priced).most(rows) == (1 + 3) * len("one\n") / 8
+
+
+def test_an_error_that_is_no_rows_fault_ends_the_run():
+    class Locked(FixedLLM):
+        async def sample(self, *arguments):
+            raise CappyError("the key is refused")
+
+    with pytest.raises(CappyError, match="the key is refused"):
+        sample(table("one"), Locked)
 
 
 def test_a_dead_engine_ends_the_process_so_that_ray_replaces_it(monkeypatch):

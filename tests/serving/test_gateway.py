@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from cluster.config import Config, ServingConfig
-from generation.engine import Candidate
+from generation.engines import Candidate
 from serving.gateway import MAX_BODY, build_api
 from serving.protocol import ApiError
 

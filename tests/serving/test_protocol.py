@@ -3,7 +3,7 @@ import json
 import pytest
 
 from cluster.config import GREEDY, Config, DecodingConfig, SamplerConfig, ServingConfig
-from generation.engine import Candidate
+from generation.engines import Candidate
 from serving import protocol
 from serving.protocol import ApiError, ChatRequest, decodings_for, distinct, parse, rank, select, turns_for
 

@@ -1,57 +1,27 @@
-"""The vLLM engine as sampling and serving use it: turns in, candidates with their log-probabilities out.
+"""The vLLM engine, of sampling and of serving: decoder-only models, one engine a process. Knows no Ray.
 
-One engine a process. It loads in `__init__`, so it belongs in an actor or a Serve replica. Knows no Ray.
+It has no beam search: vLLM's is a loop over one-token requests outside its scheduler, each of them a prefill again. So the
+default decodings draw a greedy candidate in place of the paper's beam, and `beams` above 1 is refused with the config.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import uuid
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from cluster import models
-from cluster.config import DecodingConfig, EngineConfig
+from cluster.config import DecodingConfig, VLLMConfig
 from cluster.errors import CappyError
 from generation import prompts
-
-
-class Candidate(TypedDict):
-    """One sampled response."""
-
-    response: str
-    """The text, outer white space stripped."""
-    decoding: str
-    """Name of the decoding that drew it."""
-    tokens: int
-    """Tokens sampled."""
-    finish_reason: str
-    """`stop` (end of text or a stop string) or `length` (max_tokens reached)."""
-    logprob: float
-    """Sum of the natural log-probabilities of the sampled tokens under the model at temperature 1."""
-
-
-class PromptTooLong(CappyError):
-    """The prompt leaves no room for a candidate in the engine's context."""
-
-
-def has_gpu() -> bool:
-    """Whether this process sees a GPU."""
-    import torch
-
-    return bool(torch.cuda.is_available())
-
-
-def request_seed(seed: int, identity: str, decoding: str) -> int:
-    """Return a 31-bit seed that is a function of the run's seed, the row and the decoding alone."""
-    digest = hashlib.blake2b(f"{seed}\0{identity}\0{decoding}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
+from generation.engines import Candidate, PromptTooLong, has_gpu, tokens
 
 
 class Engine:
     """A vLLM `AsyncLLM` with the tokenizer beside it."""
 
-    def __init__(self, model: str, config: EngineConfig, setting: str = "sampler.model") -> None:
+    def __init__(self, model: str, config: VLLMConfig, setting: str = "sampler.model") -> None:
         folder = models.resolve(model, setting)
         gpu = has_gpu()
         _set_environment(config, gpu)
@@ -99,24 +69,13 @@ class Engine:
         which is not ours to shorten) when all turns together do.
         """
         limit = self.max_model_len - room
-        rest: Sequence[prompts.Message] | None = turns
-        while rest is not None:
-            ids = self._tokenize(rest, form)
-            if len(ids) <= limit:
-                return ids
-            rest = prompts.drop_first_shot(rest) if drop_shots else None
-        raise PromptTooLong(
-            f"the prompt has {len(ids)} tokens and leaves less than {room} of max_model_len={self.max_model_len} for a candidate; "
-            f"shorten the instruction or raise sampler.engine.max_model_len"
-        )
-
-    def _tokenize(self, turns: Sequence[prompts.Message], form: str) -> list[int]:
-        if form == "raw":
-            return list(self.tokenizer(prompts.raw_text(turns))["input_ids"])
-        if self.tokenizer.chat_template is None:
-            raise CappyError("sampler.prompt.form=chat, yet the model has no chat template; set sampler.prompt.form=raw")
-        text = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = tokens.fit(self.tokenizer, turns, form, limit, drop_shots)
+        if len(ids) > limit:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens and leaves less than {room} of max_model_len={self.max_model_len} for a candidate; "
+                f"shorten the instruction or raise sampler.engine.max_model_len"
+            )
+        return ids
 
     async def sample(self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt. Cancelling the call stops the engine's work on it."""
@@ -137,7 +96,9 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         outputs: list[Any] = []
-        async for step in self.llm.generate(TokensPrompt(prompt_token_ids=list(token_ids)), params, request_id):
+        # vLLM refuses an id it is still working on, and a request may be repeated while its first call winds up.
+        unique = f"{request_id}-{uuid.uuid4().hex[:8]}"
+        async for step in self.llm.generate(TokensPrompt(prompt_token_ids=list(token_ids)), params, unique):
             outputs = step.outputs
         return [
             Candidate(
@@ -150,6 +111,12 @@ class Engine:
             for output in sorted(outputs, key=lambda output: output.index)
         ]
 
+    def most(self, token_ids: Sequence[int], decoding: DecodingConfig) -> float:
+        return 0.0
+
+    def bill(self, request_id: str) -> float:
+        return 0.0
+
     @property
     def dead(self) -> bool:
         """Whether the engine can never answer again; its process must be replaced."""
@@ -159,7 +126,7 @@ class Engine:
         self.llm.shutdown()
 
 
-def _set_environment(config: EngineConfig, gpu: bool) -> None:
+def _set_environment(config: VLLMConfig, gpu: bool) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu:

@@ -1,0 +1,139 @@
+"""What samples: one contract, and an engine for each `sampler.engine.kind`. Knows no Ray.
+
+| kind | module | for |
+| --- | --- | --- |
+| vllm | `vllm` | decoder-only models here |
+| transformers | `seq2seq` | encoder-decoder models here |
+| endpoint | `endpoint` | any server of the OpenAI protocol |
+
+An engine loads in `__init__`, so it belongs in an actor or a Serve replica. A call draws the candidates of one prompt and one
+decoding; calls overlap, and the engine batches them as it sees fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol, TypedDict
+
+from cluster import models
+from cluster.config import DecodingConfig, SamplerConfig
+from cluster.errors import CappyError, UsageError
+from generation.prompts import Message
+
+
+class Candidate(TypedDict):
+    """One sampled response."""
+
+    response: str
+    """The text, outer white space stripped."""
+    decoding: str
+    """Name of the decoding that drew it."""
+    tokens: int
+    """Tokens sampled, the end of text included."""
+    finish_reason: str
+    """`stop` (end of text or a stop string) or `length` (max_tokens reached)."""
+    logprob: float | None
+    """Sum of the natural log-probabilities of the sampled tokens under the model at temperature 1; None where an endpoint
+    does not tell."""
+
+
+class RowError(CappyError):
+    """This row cannot be sampled, and trying again would not help."""
+
+
+class PromptTooLong(RowError):
+    """The prompt leaves no room for a candidate in the engine's context."""
+
+
+Prompt = list[int] | list[Message] | str
+"""What an engine's `encode` returns and its `sample` takes: token ids, or for an endpoint the messages or the raw text."""
+
+
+class LLM(Protocol):
+    """What a sampler needs of an engine."""
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine can never answer again; its process must be replaced."""
+
+    def encode(self, turns: Sequence[Message], form: str, room: int) -> Any:
+        """Return the `Prompt` of some turns with at least `room` tokens left for a candidate. Raises `PromptTooLong`."""
+
+    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+        """Return the `decoding.n` candidates of one prompt.
+
+        Raises `RowError` for a prompt it will never answer, any other `CappyError` where no prompt will be answered.
+        """
+
+    def most(self, prompt: Any, decoding: DecodingConfig) -> float:
+        """Return the most dollars one `sample` can cost, whatever happens to it."""
+
+    def bill(self, request_id: str) -> float:
+        """Return the dollars a `sample` that ended, well or badly, did cost, and forget them."""
+
+
+def load(config: SamplerConfig) -> LLM:
+    """Return the engine of a sampler config."""
+    # Each imported where it is wanted: a process needs one of them.
+    if config.engine.kind == "transformers":
+        from generation.engines.seq2seq import Seq2Seq
+
+        return Seq2Seq(config.model, config.engine)
+    if config.engine.kind == "endpoint":
+        from generation.engines.endpoint import Endpoint
+
+        return Endpoint(config.model, config.engine)
+    from generation.engines.vllm import Engine
+
+    return Engine(config.model, config.engine)
+
+
+def check(config: SamplerConfig) -> None:
+    """Raise what `load` would for a model or key that cannot be there, without loading anything."""
+    if config.engine.kind == "endpoint":
+        api_key(config.engine.api_key_env)
+    else:
+        models.check(config.model, "sampler.model")
+
+
+def api_key(name: str | None) -> str | None:
+    """Return the key in environment variable `name`, or None for no name. Raises `UsageError` where it is not set."""
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise UsageError(f"sampler.engine.api_key_env={name}: no such variable is set where the sampler runs; export it there")
+    return key
+
+
+def ceiling(config: SamplerConfig) -> float | None:
+    """Return the dollars a whole run may cost, or None where nothing limits it."""
+    return config.engine.max_cost if config.engine.kind == "endpoint" else None
+
+
+def resources(config: SamplerConfig, cluster_gpus: float) -> dict[str, float]:
+    """Return what one sampling actor asks Ray for; `cluster_gpus` counts the cluster's GPUs, 0 has all run on CPUs."""
+    gpus = config.engine.tensor_parallel if config.engine.kind == "vllm" else int(config.engine.kind == "transformers")
+    return {"num_cpus": 1, "num_gpus": gpus if cluster_gpus else 0}
+
+
+def has_gpu() -> bool:
+    """Whether this process sees a GPU."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def request_seed(seed: int, identity: str, decoding: str) -> int:
+    """Return a 31-bit seed that is a function of the run's seed, the row and the decoding alone."""
+    digest = hashlib.blake2b(f"{seed}\0{identity}\0{decoding}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def request_identity(model: str, turns: Sequence[Message], decoding: DecodingConfig, seed: int) -> str:
+    """Return 32 hex digits that are equal where model, prompt, decoding and seed are, on any machine and engine."""
+    parts = [model, [[turn["role"], turn["content"]] for turn in turns], decoding.model_dump(mode="json"), seed]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,370 @@
+"""Any server of the OpenAI protocol as an engine: hosted models, vLLM's own server, ours. Knows HTTP and no Ray.
+
+`form: chat` asks `/chat/completions`, `form: raw` asks `/completions`. What goes wrong ends in one of four ways: the request is
+sent again (429, 5xx, no answer), the engine cools down first (`Retry-After`), the row is given up (`RowError`), or the run is
+(any other `CappyError`: a refused key, an unknown model, an empty account). Options some servers lack (`n`, `logprobs`,
+`seed`, `max_tokens` in favour of `max_completion_tokens`) are left out once a server has refused them; `n` is then made of
+single requests, missing log-probabilities are None. What a decoding does not set is the server's default.
+
+Money: a request that was sent and not answered counts as paid in full, and is sent again only while the call stays below
+`most`, so that `most` holds whatever the network does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from cluster.config import DecodingConfig, EndpointConfig
+from cluster.errors import CappyError
+from generation import prompts
+from generation.engines import Candidate, PromptTooLong, RowError, api_key, request_seed
+
+# A prompt has at most a token a byte, beside what the chat template puts around it: its own system text, and each turn's marks.
+_TEMPLATE_TOKENS = 128
+_TURN_TOKENS = 16
+# What a call may cost, in times of an answered one: each of its requests may once stay without an answer and be paid all the same.
+_PAID_TIMES = 2
+# A server that says "now" and means "later" is not asked more often than this.
+_LEAST_COOLING_S = 1.0
+_OPTIONAL = ("n", "logprobs", "seed", "max_tokens")
+_BACK_OFF = wait_random_exponential(multiplier=0.5, max=60)
+_TOO_LONG = re.compile(r"context.length|maximum.context|max_model_len|maximum model length|(prompt|input) is too long", re.IGNORECASE)
+
+
+class _Again(Exception):
+    """The request may be sent again: when the engine has cooled down, or after a back-off."""
+
+    def __init__(self, reason: str, cooling: bool = False) -> None:
+        super().__init__(reason)
+        self.cooling = cooling
+
+
+@dataclass
+class _Account:
+    """Dollars of one `sample` call."""
+
+    left: float
+    """What its requests may still cost."""
+    spent: float = 0.0
+
+
+class Pace:
+    """Lets at most `per_minute` through in a minute, evenly spaced and in turn; None lets all through."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._seconds = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+
+    async def wait(self, amount: float = 1.0) -> None:
+        """Wait for the turn of `amount` requests or tokens."""
+        now = time.monotonic()
+        turn = max(now, self._next)
+        self._next = turn + amount * self._seconds
+        if turn > now:
+            await asyncio.sleep(turn - now)
+
+    def give_back(self, amount: float) -> None:
+        """Let those behind come earlier: `amount` was waited for and not used."""
+        self._next -= amount * self._seconds
+
+
+class Endpoint:
+    """The model `model` behind `config.base_url`."""
+
+    dead = False
+
+    def __init__(self, model: str, config: EndpointConfig) -> None:
+        self.model, self.config = model, config
+        self._key = api_key(config.api_key_env)
+        self._http = httpx.AsyncClient(
+            base_url=config.base_url,
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+            timeout=config.timeout_s,
+            limits=httpx.Limits(max_connections=config.concurrency),
+        )
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._requests, self._tokens = Pace(config.requests_per_minute), Pace(config.tokens_per_minute)
+        self._resume_at = 0.0
+        self._refused: set[str] = set() if config.logprobs else {"logprobs"}
+        self._bills: dict[str, float] = {}
+
+    def encode(self, turns: Sequence[prompts.Message], form: str, room: int) -> list[prompts.Message] | str:
+        """Return the messages, or for the raw form the text. How long they are only the server knows."""
+        return prompts.raw_text(turns) if form == "raw" else list(turns)
+
+    async def sample(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+        """Return the `decoding.n` candidates of one prompt.
+
+        Raises `PromptTooLong` or another `RowError` for this row, `CappyError` where no row will be answered.
+        """
+        account = _Account(left=self.most(prompt, decoding))
+        try:
+            whole = decoding.n == 1 or "n" not in self._refused
+            candidates = await self._ask(prompt, decoding, decoding.n, seed, request_id, account) if whole else []
+            if len(candidates) < decoding.n:
+                self._refused.add("n")
+                rest = range(len(candidates), decoding.n)
+                single = (
+                    self._ask(prompt, decoding, 1, request_seed(seed, str(draw), decoding.name), f"{request_id}-{draw}", account)
+                    for draw in rest
+                )
+                # All end before any error is raised, so that the bill is complete.
+                answers = await asyncio.gather(*single, return_exceptions=True)
+                for answer in answers:
+                    if isinstance(answer, BaseException):
+                        raise answer
+                    candidates += answer
+            return candidates
+        finally:
+            self._bills[request_id] = self._bills.get(request_id, 0.0) + account.spent
+
+    def most(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig) -> float:
+        return _PAID_TIMES * decoding.n * self._cost(_most_tokens(prompt), decoding.max_tokens)
+
+    def bill(self, request_id: str) -> float:
+        return self._bills.pop(request_id, 0.0)
+
+    async def _ask(
+        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int, request_id: str, account: _Account
+    ) -> list[Candidate]:
+        """Return the candidates of one answer, at most `n`, none where the server refuses `n`."""
+        tries = AsyncRetrying(
+            stop=stop_after_attempt(self.config.tries), wait=_BACK_OFF, retry=retry_if_exception_type(_Again), reraise=True
+        )
+        try:
+            async for attempt in tries:
+                with attempt:
+                    return await self._try(prompt, decoding, n, seed, request_id, account)
+        except _Again as error:
+            raise RowError(f"endpoint gave no answer in {self.config.tries} tries, last: {error}") from None
+        raise AssertionError("tenacity returns or raises")
+
+    async def _try(
+        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int, request_id: str, account: _Account
+    ) -> list[Candidate]:
+        """Send the request, again after each cool-down, and again without each option the server refuses. Raises `_Again`."""
+        while True:
+            body = self._body(prompt, decoding, n, seed)
+            try:
+                response = await self._send(prompt, body, n * decoding.max_tokens, request_id, account)
+            except _Again as error:
+                if error.cooling:
+                    continue
+                raise
+            if response.status_code == 200:
+                return self._candidates(response, decoding)[:n]
+            code, parameter, message = self._error(response)
+            refused = next((name for name in _OPTIONAL if name in body and _names(name, parameter, message)), None)
+            if response.status_code == 413 or code == "context_length_exceeded" or _TOO_LONG.search(message):
+                raise PromptTooLong(f"the prompt is too long for {self.model}: {message}")
+            if refused is None or response.status_code not in (400, 422):
+                raise RowError(f"endpoint refused: {response.status_code} {message}")
+            self._refused.add(refused)
+            if refused == "n":
+                return []
+
+    def _body(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int) -> dict[str, Any]:
+        limit = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
+        body: dict[str, Any] = {
+            "model": self.model,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            limit: decoding.max_tokens,
+        }
+        body |= {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+        if n > 1:
+            body["n"] = n
+        if decoding.top_k:
+            body["top_k"] = decoding.top_k
+        if decoding.min_tokens:
+            body["min_tokens"] = decoding.min_tokens
+        if decoding.stop:
+            body["stop"] = list(decoding.stop)
+        if "seed" not in self._refused:
+            body["seed"] = seed
+        if "logprobs" not in self._refused:
+            body["logprobs"] = 1 if isinstance(prompt, str) else True
+        return body
+
+    async def _send(
+        self, prompt: list[prompts.Message] | str, body: dict[str, Any], sampled: int, request_id: str, account: _Account
+    ) -> httpx.Response:
+        """Return an answer that is final, its cost booked. Raises `_Again` where there is none, `CappyError` for the whole run."""
+        most = self._cost(_most_tokens(prompt), sampled)
+        if most > account.left + 1e-12:
+            raise RowError("endpoint left requests of this row unanswered and may have charged for them; it is not sent again")
+        account.left -= most
+        expected = _most_tokens(prompt) / 4 + sampled
+        async with self._slots:
+            await self._turn(expected)
+            try:
+                path = "/completions" if isinstance(prompt, str) else "/chat/completions"
+                response = await self._http.post(path, json=body, headers={"X-Request-Id": request_id})
+            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+                account.left += most
+                raise _Again(f"{type(error).__name__}: {error}") from None
+            except httpx.RequestError as error:
+                account.spent += most
+                raise _Again(f"{type(error).__name__} after {self.config.timeout_s:g} s at most: {error}") from None
+        cost = most
+        if response.status_code == 200:
+            usage = _usage(response)
+            if usage is not None:
+                cost = self._cost(*usage)
+                self._tokens.give_back(expected - sum(usage))
+        else:
+            cost = 0.0
+            self._tokens.give_back(expected)
+        account.left += most - cost
+        account.spent += cost
+        self._stop_for(response)
+        return response
+
+    async def _turn(self, tokens: float) -> None:
+        """Wait until the rates, and any cool-down of the engine, let a request of so many tokens go."""
+        while True:
+            await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
+            await self._requests.wait()
+            await self._tokens.wait(tokens)
+            if time.monotonic() >= self._resume_at:
+                return
+
+    def _stop_for(self, response: httpx.Response) -> None:
+        """Raise what a status means beyond this request."""
+        status, where = response.status_code, f"sampler.engine.base_url={self.config.base_url}"
+        if status in (401, 403):
+            name = self.config.api_key_env
+            remedy = (
+                f"it refuses the key in api_key_env={name}; export a valid one"
+                if name
+                else "it wants a key; name its variable in api_key_env"
+            )
+            raise CappyError(f"{where} answered {status}: {remedy}")
+        code, _, message = ("", "", "") if status == 200 else self._error(response)
+        if status == 402 or code == "insufficient_quota":
+            raise CappyError(f"{where} answered {status}: the account has no money left ({message}); top it up and run again to go on")
+        if status == 404:
+            raise CappyError(f"{where} answered 404 ({message}); check it, and sampler.model={self.model}")
+        if status in (408, 409, 425, 429) or status >= 500:
+            wait = retry_after(response) if status in (429, 503) else None
+            if wait is not None:
+                self._resume_at = max(self._resume_at, time.monotonic() + max(wait, _LEAST_COOLING_S))
+            raise _Again(f"it answered {status}: {message}", cooling=wait is not None)
+        if 300 <= status < 400:
+            raise CappyError(
+                f"{where} answered {status}, a redirection to {response.headers.get('Location', 'nowhere')}; give that address"
+            )
+
+    def _candidates(self, response: httpx.Response, decoding: DecodingConfig) -> list[Candidate]:
+        """Return the candidates of a good answer. Raises `_Again` where it is none, `RowError` for one a filter stopped."""
+        try:
+            choices = sorted(response.json()["choices"], key=lambda choice: choice.get("index", 0))
+            texts = [str((choice["message"]["content"] if "message" in choice else choice["text"]) or "") for choice in choices]
+            logprobs = [_logprobs(choice) for choice in choices]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _Again(f"its answer is not of the OpenAI protocol: {type(error).__name__} {error}") from None
+        if not choices:
+            raise _Again("its answer has no choice")
+        if any(choice.get("finish_reason") == "content_filter" or _refusal(choice) for choice in choices):
+            raise RowError("endpoint refused: its content filter stopped the answer")
+        usage = _usage(response)
+        known = [len(values) for values in logprobs if values is not None]
+        if usage is not None and (len(choices) == 1 or len(known) < len(choices)):
+            tokens = _share(usage[1], texts)
+        else:
+            tokens = known if len(known) == len(choices) else [len(text.split()) for text in texts]
+        return [
+            Candidate(
+                response=text.strip(),
+                decoding=decoding.name,
+                tokens=count,
+                finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
+                logprob=sum(values) if values is not None else None,
+            )
+            for choice, text, values, count in zip(choices, texts, logprobs, tokens, strict=True)
+        ]
+
+    def _error(self, response: httpx.Response) -> tuple[str, str, str]:
+        """Return code, parameter and message of an error answer, at most 300 characters, the key blotted out."""
+        try:
+            answer = response.json()
+            error = answer.get("error", answer)
+            error = error if isinstance(error, dict) else {"message": error}
+            message = str(error.get("message") or error.get("detail") or answer)
+        except (ValueError, AttributeError):
+            error, message = {}, response.text
+        if self._key:
+            message = message.replace(self._key, "***")
+        return str(error.get("code") or ""), str(error.get("param") or ""), " ".join(message.split())[:300]
+
+    def _cost(self, prompt_tokens: float, sampled_tokens: float) -> float:
+        """Dollars; 0 without prices."""
+        prices = self.config.price_per_million_prompt or 0.0, self.config.price_per_million_sampled or 0.0
+        return (prompt_tokens * prices[0] + sampled_tokens * prices[1]) / 1e6
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """Return the seconds of a `Retry-After` header, a number or an HTTP date, or None where there is none to be read."""
+    text = response.headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    try:
+        until = parsedate_to_datetime(text)
+        # By the server's own clock where it tells it; whole seconds then err on the late side.
+        now = parsedate_to_datetime(response.headers["Date"]) if "Date" in response.headers else datetime.now(UTC)
+        return max(0.0, (until - now).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def _most_tokens(prompt: list[prompts.Message] | str) -> int:
+    """The most tokens a prompt can have: its UTF-8 bytes, and what a template adds."""
+    if isinstance(prompt, str):
+        return len(prompt.encode()) + _TEMPLATE_TOKENS
+    return sum(len(turn["content"].encode()) + _TURN_TOKENS for turn in prompt) + _TEMPLATE_TOKENS
+
+
+def _usage(response: httpx.Response) -> tuple[int, int] | None:
+    """Prompt and sampled tokens of an answer, or None where it does not tell or is cut."""
+    try:
+        usage = response.json()["usage"]
+        return int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _names(option: str, parameter: str, message: str) -> bool:
+    """Whether an error is about an option: by its parameter, or by a message that names it (`n is`, 'n', n=4)."""
+    named = rf"(^|[\s`'\"(]){option}([`'\"=:]|\s+(is|was|must|should|of|greater|>))"
+    return parameter == option or (not parameter and re.search(named, message) is not None)
+
+
+def _logprobs(choice: dict[str, Any]) -> list[float] | None:
+    """The log-probability of each sampled token, or None where the server does not tell."""
+    found = choice.get("logprobs") or {}
+    if found.get("content"):
+        return [float(token["logprob"]) for token in found["content"]]
+    if found.get("token_logprobs"):
+        return [float(value) for value in found["token_logprobs"] if value is not None]
+    return None
+
+
+def _refusal(choice: dict[str, Any]) -> bool:
+    return bool((choice.get("message") or {}).get("refusal"))
+
+
+def _share(total: int, texts: Sequence[str]) -> list[int]:
+    """Share out tokens told only as a sum, by the length of the texts."""
+    lengths = [len(text.encode()) + 1 for text in texts]
+    ends = [round(total * sum(lengths[: place + 1]) / sum(lengths)) for place in range(len(lengths))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -1,0 +1,33 @@
+"""From turns to token ids, the same for every engine that holds its own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.errors import CappyError
+from generation import prompts
+
+
+def fit(tokenizer: Any, turns: Sequence[prompts.Message], form: str, limit: int, drop_shots: bool = True) -> list[int]:
+    """Return the prompt's token ids, with shots dropped from the front until at most `limit` are left.
+
+    What cannot be made so short comes back longer; `drop_shots=False` drops none. Raises `CappyError` for a form the model
+    does not have.
+    """
+    rest: Sequence[prompts.Message] = turns
+    while True:
+        ids = _tokenize(tokenizer, rest, form)
+        shorter = prompts.drop_first_shot(rest) if drop_shots and len(ids) > limit else None
+        if shorter is None:
+            return ids
+        rest = shorter
+
+
+def _tokenize(tokenizer: Any, turns: Sequence[prompts.Message], form: str) -> list[int]:
+    if form == "raw":
+        return list(tokenizer(prompts.raw_text(turns))["input_ids"])
+    if tokenizer.chat_template is None:
+        raise CappyError("sampler.prompt.form=chat, yet the model has no chat template; set sampler.prompt.form=raw")
+    text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

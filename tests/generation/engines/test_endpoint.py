@@ -1,0 +1,357 @@
+import asyncio
+import re
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import httpx
+import pytest
+
+from cluster.config import DecodingConfig, EndpointConfig, SamplerConfig
+from cluster.errors import CappyError, UsageError
+from generation.budget import Budget
+from generation.engines import PromptTooLong, RowError, load, request_identity, resources
+from generation.engines.endpoint import Endpoint, Pace, retry_after
+from generation.prompts import messages
+from generation.sampler import Sampler
+from tests.generation.engines.openai_server import OpenAIServer, error, good
+from tests.generation.test_sampler import table
+
+WARM = DecodingConfig(name="warm", n=3, temperature=0.7, top_p=0.9, max_tokens=8, stop=("\n",))
+ONE = DecodingConfig(name="one", max_tokens=8)
+TURNS = messages("Which fox?", system="Be brief.")
+
+
+@pytest.fixture(scope="module")
+def running():
+    server = OpenAIServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(running):
+    running.forget()
+    running.reply, running.delay_s = (lambda body, number: good(body)), 0.0
+    return running
+
+
+def endpoint(server, **settings):
+    return Endpoint("fox-1", EndpointConfig(kind="endpoint", base_url=server.url, **settings))
+
+
+def samples(llm, *decodings, form="chat"):
+    """The candidates of the same prompt under each decoding, one after the other."""
+
+    async def collect():
+        return [await llm.sample(llm.encode(TURNS, form, 8), decoding, 5, "row-1") for decoding in decodings]
+
+    return asyncio.run(collect())
+
+
+def sample(llm, decoding=ONE, form="chat"):
+    return samples(llm, decoding, form=form)[0]
+
+
+def test_a_chat_request_says_all_that_the_decoding_says(server, monkeypatch):
+    monkeypatch.setenv("FOX_KEY", "very-secret")
+    pool = sample(endpoint(server, api_key_env="FOX_KEY"), WARM)
+    (body,) = server.bodies
+    assert body == {
+        **{"model": "fox-1", "messages": TURNS, "n": 3, "seed": 5, "logprobs": True},
+        **{"temperature": 0.7, "top_p": 0.9, "max_tokens": 8, "stop": ["\n"]},
+    }
+    assert (server.paths, server.headers[0]["authorization"], server.headers[0]["x-request-id"]) == (
+        ["/v1/chat/completions"],
+        "Bearer very-secret",
+        "row-1",
+    )
+    assert pool == [
+        {"response": f"answer 5 {draw}", "decoding": "warm", "tokens": 3, "finish_reason": "stop", "logprob": -1.5} for draw in range(3)
+    ]
+
+
+def test_the_raw_form_asks_for_a_completion_of_the_text(server):
+    (candidate,) = sample(endpoint(server), form="raw")
+    assert (server.paths, server.bodies[0]["prompt"]) == (["/v1/completions"], "Be brief.\n\nWhich fox?\n")
+    assert (candidate["tokens"], candidate["logprob"]) == (3, -1.5)
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_retry_after_cools_the_whole_engine_down(server, kind):
+    """Of eight requests the third is answered 429: until the time it names nothing is sent, then all are answered."""
+
+    def reply(body, number):
+        if number != 2:
+            return good(body)
+        later = datetime.now(UTC) + timedelta(seconds=2)
+        return error(429, headers={"Retry-After": "2" if kind == "seconds" else format_datetime(later, usegmt=True)})
+
+    server.reply, server.delay_s = reply, 0.05
+    llm = endpoint(server, concurrency=2)
+
+    async def collect():
+        return await asyncio.gather(*(llm.sample(TURNS, ONE, seed, f"row-{seed}") for seed in range(8)))
+
+    start = time.monotonic()
+    pools = asyncio.run(collect())
+    assert [pool[0]["response"] for pool in pools] == [f"answer {seed} 0" for seed in range(8)]
+    told = server.times[2] + 0.05
+    before, after = [at for at in server.times if at < told], [at for at in server.times if at >= told]
+    assert len(server.times) == 9
+    # A date has whole seconds: it may name a moment up to one second earlier.
+    assert min(after) - told >= (1.95 if kind == "seconds" else 1.0)
+    print(
+        f"\n429 with Retry-After ({kind}) told at {told - start:.2f} s; requests before at {[round(at - start, 2) for at in before]}, "
+        f"after at {[round(at - start, 2) for at in after]} s"
+    )
+
+
+@pytest.mark.parametrize(
+    ("failures", "billed_and_lost"),
+    [
+        ([error(500)], 0),
+        ([error(503), error(429)], 0),
+        ([error(503, headers={"Retry-After": "1"})], 0),
+        ([(0, {}, {"half": "an answer"})], 1),
+        ([(200, {}, b"<html>")], 1),
+        ([(200, {}, {"choices": []})], 1),
+    ],
+)
+def test_what_passes_is_tried_again_and_an_unanswered_request_counts_as_paid(server, failures, billed_and_lost):
+    server.reply = lambda body, number: failures[number] if number < len(failures) else good(body)
+    llm = endpoint(server, price_per_million_prompt=1.0, price_per_million_sampled=2.0)
+    (candidate,) = sample(llm)
+    assert candidate["response"] == "answer 5 0"
+    assert len(server.bodies) == len(failures) + 1
+    answered = (10 * 1 + 3 * 2) / 1e6
+    lost = llm.most(TURNS, ONE) / 2
+    assert llm.bill("row-1") == pytest.approx(answered + billed_and_lost * lost)
+    assert llm.bill("row-1") == 0
+
+
+def test_a_slow_server_is_given_up_and_asked_again_only_once_when_it_may_charge(server):
+    server.delay_s = 1.0
+    llm = endpoint(server, timeout_s=0.2, price_per_million_prompt=1.0, price_per_million_sampled=2.0)
+    with pytest.raises(RowError, match="may have charged for them; it is not sent again"):
+        sample(llm)
+    assert len(server.bodies) == 2
+    assert llm.bill("row-1") == pytest.approx(llm.most(TURNS, ONE))
+
+
+def test_a_server_that_stays_broken_costs_the_row_and_not_the_run(server):
+    server.reply = lambda body, number: error(500, "boom")
+    with pytest.raises(RowError, match=r"endpoint gave no answer in 2 tries, last: it answered 500: boom"):
+        sample(endpoint(server, tries=2))
+    assert len(server.bodies) == 2
+    with pytest.raises(RowError, match=r"no answer in 1 tries, last: ConnectError"):
+        asyncio.run(Endpoint("m", EndpointConfig(kind="endpoint", base_url="http://127.0.0.1:9/v1", tries=1)).sample(TURNS, ONE, 1, "r"))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_ends_the_run_by_its_variables_name(server, status, monkeypatch):
+    monkeypatch.setenv("FOX_KEY", "very-secret")
+    server.reply = lambda body, number: error(status, "Incorrect API key provided: very-secret")
+    with pytest.raises(CappyError, match=rf"base_url={server.url} answered {status}: it refuses the key in api_key_env=FOX_KEY") as caught:
+        sample(endpoint(server, api_key_env="FOX_KEY"))
+    assert not isinstance(caught.value, RowError) and "very-secret" not in str(caught.value)
+
+
+def test_a_key_never_comes_back_in_an_error(server, monkeypatch):
+    monkeypatch.setenv("FOX_KEY", "very-secret")
+    server.reply = lambda body, number: error(400, "strange request with very-secret")
+    with pytest.raises(RowError, match=r"endpoint refused: 400 strange request with \*\*\*"):
+        sample(endpoint(server, api_key_env="FOX_KEY"))
+
+
+def test_a_key_that_is_not_set_is_told_before_anything_is_sent(server, monkeypatch):
+    monkeypatch.delenv("FOX_KEY", raising=False)
+    with pytest.raises(UsageError, match=r"sampler\.engine\.api_key_env=FOX_KEY: no such variable is set"):
+        endpoint(server, api_key_env="FOX_KEY")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (error(404, "no model fox-1"), r"answered 404 \(no model fox-1\); check it, and sampler.model=fox-1"),
+        (error(429, "pay first", code="insufficient_quota"), r"the account has no money left \(pay first\)"),
+        (error(308, headers={"Location": "http://elsewhere"}), r"a redirection to http://elsewhere"),
+    ],
+)
+def test_what_no_row_can_pass_ends_the_run(server, answer, message):
+    server.reply = lambda body, number: answer
+    with pytest.raises(CappyError, match=message) as caught:
+        sample(endpoint(server))
+    assert not isinstance(caught.value, RowError) and len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "message"),
+    [
+        (error(400, "it has 9 tokens", code="context_length_exceeded"), PromptTooLong, "too long for fox-1: it has 9 tokens"),
+        (error(400, "This model's maximum context length is 8 tokens, max_tokens=8"), PromptTooLong, "maximum context length"),
+        (error(413, "large"), PromptTooLong, "large"),
+        (error(400, "policy", code="content_filter"), RowError, "endpoint refused: 400 policy"),
+        (error(400, "top_k is not supported"), RowError, "endpoint refused: 400 top_k is not supported"),
+        ((200, {}, {"choices": [{"finish_reason": "content_filter", "message": {"content": ""}}]}), RowError, "content filter"),
+        ((200, {}, {"choices": [{"message": {"content": None, "refusal": "I will not"}}]}), RowError, "endpoint refused"),
+    ],
+)
+def test_a_row_the_server_will_never_answer_is_given_up_at_once(server, answer, kind, message):
+    server.reply = lambda body, number: answer
+    with pytest.raises(kind, match=message):
+        sample(endpoint(server))
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        lambda body, number: error(400, "n=3 is not supported", param="n") if "n" in body else good(body),
+        lambda body, number: error(422, "unexpected: 'n' must be 1") if "n" in body else good(body),
+    ],
+)
+def test_n_is_made_of_single_requests_where_it_is_refused(server, reply):
+    server.reply = reply
+    llm = endpoint(server)
+    first, second = samples(llm, WARM, WARM)
+    assert len({candidate["response"] for candidate in first}) == 3 and first == second
+    assert [body.get("n") for body in server.bodies] == [3] + 6 * [None]
+    assert {each["x-request-id"] for each in server.headers} == {"row-1", "row-1-0", "row-1-1", "row-1-2"}
+
+
+def test_fewer_answers_than_asked_are_made_up_by_single_requests(server):
+    server.reply = lambda body, number: good(body, [f"seed {body['seed']}"])
+    pool = sample(endpoint(server), WARM)
+    assert [body.get("n") for body in server.bodies] == [3, None, None]
+    assert len({candidate["response"] for candidate in pool}) == 3
+
+
+def test_options_a_server_refuses_are_left_out_from_then_on(server):
+    def reply(body, number):
+        if "logprobs" in body:
+            return error(400, "logprobs=true is not supported yet; leave logprobs out", param="logprobs")
+        if "max_tokens" in body:
+            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", param="max_tokens")
+        return good(body, ["a red fox", "a"][: body.get("n", 1)])
+
+    server.reply = reply
+    llm = endpoint(server)
+    two, _ = samples(llm, WARM.model_copy(update={"n": 2}), ONE)
+    assert [(each["logprob"], each["tokens"]) for each in two] == [(None, 5), (None, 1)]
+    assert len(server.bodies) == 4 and server.bodies[-1]["max_completion_tokens"] == 8
+
+
+def test_rates_space_the_requests_and_concurrency_limits_them(server):
+    server.delay_s = 0.3
+    llm = endpoint(server, requests_per_minute=1200, concurrency=3)
+
+    async def collect():
+        await asyncio.gather(*(llm.sample(TURNS, ONE, seed, f"{seed}") for seed in range(9)))
+
+    asyncio.run(collect())
+    assert server.most_at_once == 3
+    assert min(second - first for first, second in zip(server.times, server.times[1:], strict=False)) > 0.03  # 1200 a minute: 0.05
+
+
+def test_a_pace_never_lets_more_through_than_its_rate():
+    async def turns(pace, amounts):
+        start, at = time.monotonic(), []
+        for amount in amounts:
+            await pace.wait(amount)
+            at.append(time.monotonic() - start)
+        return at
+
+    assert asyncio.run(turns(Pace(6000), [10, 20, 10])) == pytest.approx([0, 0.1, 0.3], abs=0.05)
+    assert asyncio.run(turns(Pace(None), [1e9] * 3)) == pytest.approx([0, 0, 0], abs=0.01)
+    pace = Pace(600)
+
+    async def unused():
+        await pace.wait(100)
+        pace.give_back(99)
+        return await turns(pace, [1])
+
+    assert asyncio.run(unused()) == pytest.approx([0.1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"Retry-After": "0.5"}, 0.5),
+        ({"Retry-After": "Sat, 21 Nov 2026 07:00:09 GMT", "Date": "Sat, 21 Nov 2026 07:00:02 GMT"}, 7.0),
+        ({"Retry-After": "Sat, 21 Nov 2020 07:00:00 GMT"}, 0.0),
+        ({"Retry-After": "soon"}, None),
+        ({}, None),
+    ],
+)
+def test_retry_after_is_read_as_seconds_or_a_date(headers, seconds):
+    assert retry_after(httpx.Response(429, headers=headers)) == seconds
+
+
+def test_equal_requests_have_equal_identities_and_no_others():
+    one = request_identity("m", TURNS, ONE, 3)
+    assert re.fullmatch(r"[0-9a-f]{32}", one) and one == request_identity("m", list(TURNS), DecodingConfig(name="one", max_tokens=8), 3)
+    others = [("n", TURNS, ONE, 3), ("m", TURNS[1:], ONE, 3), ("m", TURNS, WARM, 3), ("m", TURNS, ONE, 4)]
+    assert len({one, *(request_identity(*other) for other in others)}) == 5
+    # Written down, because it must be the same on every machine and in every process.
+    assert one == "2c46910578c072af0d6c6ce146cec8cf"
+
+
+def sampler(server, **settings):
+    engine = {"kind": "endpoint", "base_url": server.url, "price_per_million_prompt": 100.0, "price_per_million_sampled": 500.0}
+    return SamplerConfig(model="fox-1", engine={**engine, **settings}, decodings=(ONE, WARM))
+
+
+def test_rows_carry_their_cost_and_the_engine_asks_ray_for_no_gpu(server):
+    config = sampler(server)
+    stage = Sampler(config, 7)
+
+    async def collect():
+        return [part async for part in stage(table("one", "two"))]
+
+    (result,) = asyncio.run(collect())
+    one_row = ((10 * 100 + 3 * 500) + (10 * 100 + 9 * 500)) / 1e6
+    assert result["cost"].to_pylist() == pytest.approx([one_row, one_row])
+    assert stage.most(table("one", "two").to_pylist()) > sum(result["cost"].to_pylist())
+    assert isinstance(load(config), Endpoint) and resources(config, cluster_gpus=8) == {"num_cpus": 1, "num_gpus": 0}
+
+
+def test_the_ceiling_is_never_passed_and_units_under_way_finish(server):
+    """Units of two rows against a server that fails, cuts and keeps count of what it charges, four at once."""
+    faults = {1: error(500), 3: (0, *good({"messages": []})[1:]), 40: error(500), 43: (0, *good({"messages": []})[1:])}
+    faults[60] = error(429, headers={"Retry-After": "1"})
+    server.reply = lambda body, number: faults.get(number) or good(body)
+    stage, budget = Sampler(sampler(server, tries=3), 7), Budget(1.0)
+    units = {f"unit-{number}": table(f"say {number}", f"sing {number}") for number in range(60)}
+    highest, finished, refused = 0.0, [], []
+
+    def charged():
+        return (server.billed[0] * 100 + server.billed[1] * 500) / 1e6
+
+    async def work(waiting):
+        nonlocal highest
+        for name, batch in waiting:
+            most = stage.most(batch.to_pylist())
+            while not (begun := budget.reserve(name, most)) and budget.reserved:
+                await asyncio.sleep(0.01)  # a unit that settles may make room
+            if not begun:
+                refused.append(name)
+                continue
+            highest = max(highest, budget.spent + budget.reserved)
+            (result,) = [part async for part in stage(batch)]
+            budget.settle(name, sum(result["cost"].to_pylist()))
+            assert charged() <= 1.0
+            finished.append(name)
+
+    async def run():
+        waiting = iter(units.items())
+        await asyncio.gather(*(work(waiting) for _ in range(4)))
+
+    asyncio.run(run())
+    assert finished and refused and len(finished) + len(refused) == len(units)
+    assert charged() <= budget.spent + 1e-9 <= 1.0 and highest <= 1.0 and budget.reserved == 0
+    print(
+        f"\nceiling $1: {len(finished)} units finished, {len(refused)} not begun; promised at most ${highest:.4f}, "
+        f"spent ${budget.spent:.4f}, the server charged ${charged():.4f} for {len(server.bodies)} requests"
+    )

@@ -1,0 +1,112 @@
+"""The endpoint engine against real servers with the real small model: vLLM's own, and ours."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from cluster import models
+from cluster.config import DecodingConfig, EndpointConfig
+from cluster.errors import CappyError
+from generation.engines import PromptTooLong, RowError
+from generation.engines.endpoint import Endpoint
+from generation.prompts import messages
+from tests.conftest import free_port
+from tests.serving.test_app import scorer, server  # noqa: F401  fixtures: a scorer, and `cappy serve` on it
+
+TURNS = messages("What is the capital of France?")
+GREEDY = DecodingConfig(name="greedy", temperature=0, max_tokens=12)
+WARM = DecodingConfig(name="warm", n=3, max_tokens=12)
+TOP_K = DecodingConfig(name="top-k", n=2, top_k=1, min_tokens=12, max_tokens=12)
+
+
+def ask(llm, form, *requests):
+    """What each (turns, decoding, seed) is answered, or the error."""
+
+    async def collect():
+        return await asyncio.gather(
+            *(llm.sample(llm.encode(turns, form, 12), decoding, seed, f"row-{at}") for at, (turns, decoding, seed) in enumerate(requests)),
+            return_exceptions=True,
+        )
+
+    return asyncio.run(collect())
+
+
+@pytest.fixture(scope="module")
+def vllm_server(tmp_path_factory):
+    """The URL of vLLM's own OpenAI server, which wants a key."""
+    port, log = free_port(), tmp_path_factory.mktemp("vllm") / "log"
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--model", str(models.resolve("smollm2-135m-instruct", "sampler.model")), "--served-model-name", "smollm2"),
+        *("--max-model-len", "512", "--max-num-batched-tokens", "2048", "--no-enable-chunked-prefill", "--enforce-eager"),
+    ]
+    environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": "very-secret"}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 300
+        while not _healthy(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _healthy(url):
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.slow
+def test_vllms_own_server(vllm_server, monkeypatch):
+    monkeypatch.setenv("LOCAL_KEY", "very-secret")
+    settings = {"kind": "endpoint", "base_url": vllm_server, "price_per_million_prompt": 1.0, "price_per_million_sampled": 2.0}
+
+    def endpoint(name="smollm2", **more):
+        return Endpoint(name, EndpointConfig(**{**settings, "api_key_env": "LOCAL_KEY", **more}))
+
+    long = messages("word " * 2000)
+    for form in ("chat", "raw"):
+        llm = endpoint()
+        greedy, warm, again, other, ranked, refused = ask(
+            llm, form, (TURNS, GREEDY, 1), (TURNS, WARM, 1), (TURNS, WARM, 1), (TURNS, WARM, 2), (TURNS, TOP_K, 1), (long, GREEDY, 1)
+        )
+        assert len(greedy) == 1 and "Paris" in greedy[0]["response"]
+        assert [each["response"] for each in warm] == [each["response"] for each in again] != [each["response"] for each in other]
+        assert len({each["response"] for each in warm}) == 3
+        # The server took top_k=1 (the candidates are greedy ones, up to ties in bfloat16) and min_tokens.
+        assert all("Paris" in each["response"] and each["tokens"] == 12 for each in ranked)
+        assert all(each["logprob"] < 0 and 1 <= each["tokens"] <= 12 for each in [*greedy, *warm, *ranked])
+        assert isinstance(refused, PromptTooLong) and "512" in str(refused)
+        assert 0 < llm.bill("row-0") < llm.most(TURNS, GREEDY)
+        print(f"\n{form}: {greedy[0]}")
+    monkeypatch.setenv("LOCAL_KEY", "wrong-secret")
+    (refused,) = ask(endpoint(), "chat", (TURNS, GREEDY, 1))
+    assert isinstance(refused, CappyError) and "api_key_env=LOCAL_KEY" in str(refused) and "secret" not in str(refused)
+    monkeypatch.setenv("LOCAL_KEY", "very-secret")
+    (unknown,) = ask(endpoint("gpt"), "chat", (TURNS, GREEDY, 1))
+    assert isinstance(unknown, CappyError) and "answered 404" in str(unknown) and "sampler.model=gpt" in str(unknown)
+
+
+@pytest.mark.slow
+def test_our_own_server(server):  # noqa: F811
+    llm = Endpoint("cappy", EndpointConfig(kind="endpoint", base_url=f"{server[0]}/v1"))
+    long = messages("word " * 2000)
+    greedy, warm, ranked, refused = ask(llm, "chat", (TURNS, GREEDY, 1), (TURNS, WARM, 1), (TURNS, TOP_K, 1), (long, GREEDY, 1))
+    assert "Paris" in greedy[0]["response"]
+    assert len({each["response"] for each in warm}) == 3
+    # It gives no log-probabilities, and refuses what it cannot do rather than doing something else.
+    assert {each["logprob"] for each in [*greedy, *warm]} == {None}
+    assert isinstance(ranked, RowError) and "top_k=1 is not supported" in str(ranked)
+    assert isinstance(refused, PromptTooLong)
+    print(f"\n{greedy[0]}")

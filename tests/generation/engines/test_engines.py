@@ -1,0 +1,37 @@
+import pytest
+
+from cluster.config import SamplerConfig
+from cluster.errors import UsageError
+from generation import engines
+from generation.engines.endpoint import Endpoint
+from generation.engines.seq2seq import Seq2Seq
+
+ENDPOINT = {"kind": "endpoint", "base_url": "http://h/v1"}
+
+
+def config(**engine):
+    return SamplerConfig(engine=engine)
+
+
+def test_each_kind_loads_its_engine(seq2seq):
+    of_t5 = SamplerConfig(model=str(seq2seq), engine={"kind": "transformers", "max_prompt_tokens": 64})
+    assert isinstance(engines.load(of_t5), Seq2Seq)
+    assert isinstance(engines.load(config(**ENDPOINT)), Endpoint)
+
+
+@pytest.mark.parametrize(
+    ("engine", "here", "on_gpus"),
+    [({"tensor_parallel": 4}, 0, 4), ({}, 0, 1), ({"kind": "transformers"}, 0, 1), (ENDPOINT, 0, 0)],
+)
+def test_an_actor_asks_for_the_gpus_its_engine_spans(engine, here, on_gpus):
+    assert engines.resources(config(**engine), cluster_gpus=0) == {"num_cpus": 1, "num_gpus": here}
+    assert engines.resources(config(**engine), cluster_gpus=8) == {"num_cpus": 1, "num_gpus": on_gpus}
+
+
+def test_what_cannot_load_is_told_without_loading(monkeypatch):
+    monkeypatch.delenv("FOX_KEY", raising=False)
+    engines.check(config(**ENDPOINT))
+    with pytest.raises(UsageError, match="api_key_env=FOX_KEY: no such variable is set"):
+        engines.check(config(**ENDPOINT, api_key_env="FOX_KEY"))
+    with pytest.raises(UsageError, match=r"sampler\.model=/no/such: no such folder"):
+        engines.check(SamplerConfig(model="/no/such", engine={"kind": "transformers"}))
