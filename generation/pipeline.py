@@ -70,8 +70,9 @@ def identity(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
     engine = {key: tree["sampler"]["engine"][key] for key in ("dtype", "max_model_len")}
-    generate = {key: tree["generate"][key] for key in ("mismatched", "unit_rows")}
-    return {"seed": config.seed, "source": tree["source"], "sampler": {**sampler, "engine": engine}, "generate": generate}
+    generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "unit_rows")}
+    source = {key: tree[key] for key in ("source", "decontaminate")}
+    return {"seed": config.seed, **source, "sampler": {**sampler, "engine": engine}, "generate": generate}
 
 
 def _claim(staging: str, config: Config) -> None:
@@ -106,7 +107,8 @@ def _prepare(staging: str, config: Config) -> dict[str, Any]:
         numbers[split] += 1
         waiting[split].clear()
 
-    for each in instructions.prepared(config):
+    evaluation = instructions.contamination(config)
+    for each in instructions.prepared(config, evaluation):
         if isinstance(each, DeadLetter):
             letters.append(each.to_json())
             continue
@@ -120,6 +122,7 @@ def _prepare(staging: str, config: Config) -> dict[str, Any]:
             flush(split)
     storage.write_bytes(storage.join(staging, "prepared", "dead_letters.jsonl"), "".join(f"{line}\n" for line in letters).encode())
     _stop_above_error_rate(len(letters), len(letters) + sum(counts.values()), config)
+    storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
     result = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": len(letters)}
     storage.write_json(place, result)
     return result
@@ -128,7 +131,9 @@ def _prepare(staging: str, config: Config) -> dict[str, Any]:
 def describe_source(config: Config) -> str:
     """One phrase for where the instructions come from."""
     source = config.source
-    return source.path if source.kind == "files" else f"BIG-bench ({', '.join(source.tasks)})"
+    if source.kind == "mixture":
+        return f"a mixture of {len(source.parts)} sources"
+    return f"BIG-bench ({', '.join(source.tasks)})" if source.kind == "bigbench" else instructions.part_name(source)
 
 
 def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLLM) -> None:
@@ -297,6 +302,8 @@ def _publish(uri: str, staging: str, shards: list[dict[str, Any]], config: Confi
     letters += "".join(f"{line}\n" for shard in shards for line in shard["dead_letters"])
     storage.write_bytes(storage.join(uri, "dead_letters.jsonl"), letters.encode())
     storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+    overlap = storage.read_json(storage.join(staging, "prepared", "decontamination.json"))
+    storage.write_json(storage.join(uri, "decontamination.json"), overlap)
     counts: dict[str, Any] = {}
     total: dict[str, Any] = {}
     for shard in shards:
@@ -306,8 +313,11 @@ def _publish(uri: str, staging: str, shards: list[dict[str, Any]], config: Confi
         total = dataset.add_statistics(total, shard["statistics"])
     if not total.get("instructions"):
         raise CappyError(f"{uri}: every row failed, nothing is published; the reasons are in {uri}/dead_letters.jsonl")
-    files = {shard["name"]: shard["entry"] for shard in shards} | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"])
-    summary = {"uri": uri, **total, "splits": counts, "dead_letters": letters.count("\n"), "seconds": round(seconds, 1)}
+    files = {shard["name"]: shard["entry"] for shard in shards} | storage.checksums(
+        uri, ["config.yaml", "dead_letters.jsonl", "decontamination.json"]
+    )
+    left_out = {"dead_letters": letters.count("\n"), "decontaminated": overlap["train_rows_left_out"]}
+    summary = {"uri": uri, **total, "splits": counts, **left_out, "seconds": round(seconds, 1)}
     storage.publish(
         uri,
         {
