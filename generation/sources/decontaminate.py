@@ -46,7 +46,7 @@ class Contamination:
         for row in rows:
             if isinstance(row, Instruction):
                 count += 1
-                waiting.append(self._runs(_words(row.instruction)))
+                waiting.append(self.runs(row.instruction))
                 held += len(waiting[-1])
                 if held > 1 << 20:
                     self._merge(waiting, number)
@@ -62,8 +62,12 @@ class Contamination:
         self._hashes, first = np.unique(new, return_index=True)
         self._file_of = files[first]
 
+    def runs(self, text: str) -> _Hashes:
+        """Return the hashes of a text's runs of `n` words, in order; one of the whole text where it is shorter."""
+        return self._runs(_words(text))
+
     def _runs(self, words: list[str]) -> _Hashes:
-        """The hashes of a text's runs; Python's own hash of a word will do, since they never leave this process."""
+        """As `runs`; Python's own hash of a word will do, since they never leave this process."""
         values = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
         width = min(self.n, len(words))
         count = len(words) - width + 1 if words else 0
@@ -74,9 +78,11 @@ class Contamination:
 
     def overlap(self, text: str) -> tuple[str, str] | None:
         """Return the first evaluation file a text shares a run with, and that run; None where it shares none."""
+        if not len(self._hashes):
+            return None
         words = _words(text)
         runs = self._runs(words)
-        if not len(self._hashes) or not len(runs):
+        if not len(runs):
             return None
         places = np.minimum(self._hashes.searchsorted(runs), len(self._hashes) - 1)
         hits = np.flatnonzero(self._hashes[places] == runs)
