@@ -10,6 +10,7 @@ from cluster.config import load
 from cluster.errors import UsageError
 from generation import instructions
 from generation.instructions import DeadLetter, Instruction, Pools, read
+from tests.conftest import SHARED_DATA
 
 GOOD = [{"instruction": f"say {n}", "references": [f"{n}", f"number {n}"], "dataset": "d"} for n in range(40)]
 
@@ -208,3 +209,40 @@ def test_each_row_names_its_part_and_a_limit_takes_the_first(tmp_path):
     rows = list(read(load(None, [f"source={{kind: mixture, parts: {parts}}}"]).source, 1))
     assert [row.part for row in rows] == ["a"] * 3 + [str(path)] * 40
     assert [row.instruction for row in rows[:3]] == ["say 0", "say 1", "say 2"] and rows[-1].dataset == "e"
+
+
+def test_t0_rows_in_p3_columns_are_the_rows_of_our_own_columns(tmp_path):
+    table = pq.read_table(SHARED_DATA / "t0_train.parquet").slice(25_000, 300)
+    pq.write_table(table, tmp_path / "own.parquet")
+    rows = [{**row, "inputs_pretokenized": row["instruction"], "targets_pretokenized": row["references"]} for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows).drop_columns(["instruction", "references"]), tmp_path / "p3.parquet")
+    own, p3 = (rows_of(files(tmp_path / name)) for name in ("own.parquet", "p3.parquet"))
+    assert [replace(row, part="") for row in own] == [replace(row, part="") for row in p3] and len(own) == 300
+
+
+def test_the_task_files_of_bigbench_are_read_as_they_are(tmp_path):
+    from generation import bigbench
+
+    (subtasks,) = bigbench.load_tasks(["codenames"])
+    (tmp_path / "task.json").write_text(json.dumps(subtasks["codenames"]))
+    texts = {row.instruction for row in rows_of(files(tmp_path / "task.json"))}
+    assert texts == {row["instruction"] for _, _, row in bigbench.read(["codenames"], seed=1)}
+
+
+def test_a_weighted_mixture_is_in_ratio_and_the_same_each_time_it_is_read(tmp_path):
+    path = write(tmp_path / "d.jsonl", GOOD)
+    source = f"source: {{kind: files, path: '{path}'}}"
+    parts = f"[{{name: a, weight: 3, {source}}}, {{name: b, weight: 1, {source}}}]"
+    config = load(None, [f"source={{kind: mixture, policy: weights, rows: 40, parts: {parts}}}"])
+    names = [row["part"] for _, row in instructions.prepared(config)]
+    assert (names.count("a"), names.count("b"), names[:8].count("a")) == (30, 10, 6)
+    assert rows_of(config) == rows_of(config)
+    assert rows_of(config) != list(read(config.source, config.seed + 1))
+
+
+def test_t0s_mixture_caps_each_template(tmp_path):
+    rows = [{**row, "template": "even" if n % 2 else "odd"} for n, row in enumerate(GOOD)]
+    path = write(tmp_path / "d.jsonl", [*rows, {**GOOD[0], "dataset": "small"}])
+    config = load(None, [f"source={{kind: mixture, policy: t0, cap: 10, parts: [{{source: {{kind: files, path: '{path}'}}}}]}}"])
+    taken = [(row.dataset, row.template) for row in rows_of(config)]
+    assert {key: taken.count(key) for key in taken} == {("d", "odd"): 5, ("d", "even"): 5, ("small", None): 1}
