@@ -15,7 +15,8 @@ import numpy as np
 
 from generation.sources.row import digest, unit_interval
 
-_SENTENCE_END = re.compile(r'[.!?]+(?=\s|$)|["\n]')
+# A colon ends one too: before it stands mostly a template's word, `Review:` or `Question:`.
+_SENTENCE_END = re.compile(r'[.!?:]+(?=\s|$)|["\n]')
 _WORD = re.compile(r"[^\W_]+")
 
 

@@ -7,7 +7,8 @@ from generation.sources import split
     "text",
     [
         'Read this.\n\n"The old fox ran over the hill, and slept."\n\nWho ran?',
-        "the OLD fox: ran over the hill and   slept. Is it so? Yes or no",
+        "the OLD fox ran over the hill; and   slept. Is it so? Yes or no",
+        "Now read the passage and answer: The old fox ran over the hill and slept!",
         "Passage: \nThe old fox ran over the hill, and slept",
     ],
 )
