@@ -50,24 +50,108 @@ class BigBenchSource(Section):
     """At most this many train instructions a task; all of them when null."""
     validation_rows: int | None = Field(None, ge=1)
     """At most this many validation instructions a task; all of them when null."""
+    limit: int | None = Field(None, ge=1)
+    """Instructions taken, the first ones; all of them when null."""
 
 
-class FilesSource(Section):
-    """The user's own rows: JSONL or Parquet with `instruction`, `references` and, if wanted, `answer_choices`, `dataset`,
-    `template` and `split` (`train` or `validation`)."""
+class RowsSource(Section):
+    """What files and hub datasets have in common: rows of some format, and the split."""
 
-    kind: Literal["files"] = "files"
-    path: str = Field(min_length=1)
-    """A file, a glob (`data/*.jsonl`) or a folder, local or s3://."""
+    format: Literal["auto", "cappy", "p3", "promptsource", "natural-instructions", "bigbench", "alpaca", "chat"] = "auto"
+    """What the rows look like; `auto` tells by the keys of each row (and `promptsource` by `templates`)."""
+    templates: str | None = None
+    """A PromptSource `templates.yaml`, local or s3://, applied to raw rows; each of its templates gives a row."""
+    dataset: str | None = Field(None, min_length=1)
+    """Name of the dataset of all rows; null takes the row's own, else the file's or hub dataset's."""
+    limit: int | None = Field(None, ge=1)
+    """Instructions taken, the first ones; all of them when null."""
     train_rows: int | None = Field(None, ge=1)
     """At most this many train instructions a dataset; all of them when null."""
     validation_rows: int | None = Field(None, ge=1)
     """At most this many validation instructions a dataset; all of them when null."""
     validation_fraction: float = Field(0.2, ge=0, lt=1)
-    """Share of the rows without a `split` that go to validation, by hash of the instruction."""
+    """Share of the examples (or datasets) without a `split` that go to validation, by hash."""
+    split_by: Literal["example", "dataset"] = "example"
+    """`example` keeps the instructions of one underlying example on one side, `dataset` those of a whole dataset."""
+
+    @model_validator(mode="after")
+    def _templates_need_raw_rows(self) -> RowsSource:
+        if (self.format == "promptsource") != (self.templates is not None) and self.format != "auto":
+            raise ValueError(
+                f"format={self.format} with templates={self.templates}: a templates.yaml goes with format promptsource (or auto), "
+                f"and that format needs one"
+            )
+        return self
 
 
-Source = Annotated[BigBenchSource | FilesSource, Field(discriminator="kind")]
+class FilesSource(RowsSource):
+    """The user's own files: JSONL, Parquet, CSV (a header row) or JSON, in any of the formats of `format`."""
+
+    kind: Literal["files"] = "files"
+    path: str = Field(min_length=1)
+    """A file, a glob (`data/*.jsonl`) or a folder, local or s3://."""
+
+
+class HubSource(RowsSource):
+    """A Hugging Face dataset, streamed, without any code of its own."""
+
+    kind: Literal["hub"] = "hub"
+    name: str = Field(min_length=1)
+    """`owner/name`, or a local folder in hub layout."""
+    subset: str | None = None
+    """The dataset's configuration, where it has several."""
+    split: str = "train"
+    """The dataset's split that is read; `validation_fraction` divides it."""
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """The commit to read, 40 hex digits; needed for a name, not for a local folder."""
+
+
+PlainSource = Annotated[BigBenchSource | FilesSource | HubSource, Field(discriminator="kind")]
+
+
+class MixturePart(Section):
+    """One source of a mixture."""
+
+    name: str | None = None
+    """What the part is called in counts; null takes a name from the source."""
+    source: PlainSource
+    weight: float | None = Field(None, gt=0)
+    """Share of the mixture, in the ratio to the other parts' weights; with policy `weights` only."""
+
+
+class MixtureSource(Section):
+    """Several sources as one."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: tuple[MixturePart, ...] = Field(min_length=1)
+    policy: Literal["concatenate", "t0", "weights"] = "concatenate"
+    """`concatenate` takes all rows; `t0` caps each dataset at `cap` / number of its templates rows a template, as T0 did;
+    `weights` draws rows without replacement so that the parts stand in the ratio of their weights, mixed evenly."""
+    cap: int = Field(500_000, ge=1)
+    """Instructions a dataset has at most under policy `t0`."""
+    rows: int | None = Field(None, ge=1)
+    """Instructions drawn under policy `weights`; null, or more than there are, ends when the first part is used up."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MixtureSource:
+        for number, part in enumerate(self.parts):
+            if (part.weight is None) == (self.policy == "weights"):
+                raise ValueError(f"parts.{number}.weight={part.weight} with policy={self.policy}: weights go with policy weights, one each")
+        if self.rows is not None and self.policy != "weights":
+            raise ValueError(f"rows={self.rows} goes with policy weights, not {self.policy}; use `limit` of a source")
+        return self
+
+
+Source = Annotated[BigBenchSource | FilesSource | HubSource | MixtureSource, Field(discriminator="kind")]
+
+
+class DecontaminationConfig(Section):
+    """Evaluation rows that train instructions must not overlap with."""
+
+    files: tuple[str, ...] = ()
+    """Files, folders or globs of evaluation rows, in any format of `source.format`; none leaves the train rows as they are."""
+    n: int = Field(13, ge=2, le=64)
+    """Words in a row that count as overlap (lower-cased, alphanumeric); texts with fewer words overlap when all are equal."""
 
 
 class PromptConfig(Section):
@@ -78,7 +162,9 @@ class PromptConfig(Section):
     system: str | None = None
     """System text: the template's system turn, or the first paragraph of a raw prompt."""
     shots: int = Field(0, ge=0, le=32)
-    """Worked examples put before the instruction, drawn by seed from the train rows of the same template, or dataset."""
+    """Worked examples put before the instruction, from the train rows of the same template, or dataset."""
+    shots_by: Literal["seed", "similarity"] = "seed"
+    """`seed` draws them once for all rows of a template, which the prefix cache likes; `similarity` takes the most similar ones."""
 
 
 class DecodingConfig(Section):
@@ -287,6 +373,8 @@ class GenerateConfig(Section):
     label: LabelConfig = LabelConfig()
     mismatched: int = Field(1, ge=0, le=16)
     """References of other instructions of the same dataset added with label 0.0, for each reference."""
+    hard_mismatched: int = Field(0, ge=0, le=16)
+    """The same, of other instructions of the same dataset and template."""
     unit_rows: int = Field(32, ge=1)
     """Instructions in a unit of work: what one sampling call takes, what is saved at once and never sampled again."""
     shard_mib: int = Field(128, ge=1)
@@ -424,6 +512,7 @@ class Config(Section):
     seed: int = Field(20261121, ge=0, lt=2**31)
     """Behind every draw, together with the row or step it is for."""
     source: Source = BigBenchSource()
+    decontaminate: DecontaminationConfig = DecontaminationConfig()
     sampler: SamplerConfig = SamplerConfig()
     generate: GenerateConfig = GenerateConfig()
     plan: PlanConfig = PlanConfig()
@@ -538,13 +627,10 @@ def _index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-# Where a key holds one of several sections, pydantic puts the chosen kind into an error's path.
-_KINDS: dict[Any, type[Section]] = {
-    "bigbench": BigBenchSource,
-    "files": FilesSource,
-    "vllm": VLLMConfig,
-    "transformers": Seq2SeqConfig,
-    "endpoint": EndpointConfig,
+# Where a key holds one of several sections, pydantic puts the chosen kind into an error's path, after the key.
+_KINDS: dict[Any, dict[Any, type[Section]]] = {
+    "source": {"bigbench": BigBenchSource, "files": FilesSource, "hub": HubSource, "mixture": MixtureSource},
+    "engine": {"vllm": VLLMConfig, "transformers": Seq2SeqConfig, "endpoint": EndpointConfig},
 }
 
 
@@ -552,7 +638,7 @@ def _explain(error: ValidationError, source: str | Path | None) -> str:
     """Turn pydantic's first error into one line: file, key path, value, and what would be right."""
     errors = [each for each in error.errors(include_url=False) if each["type"] != "default_factory_not_called"]
     first = errors[0]
-    location = tuple(part for part in first["loc"] if part not in _KINDS)
+    location = _without_kinds(first["loc"])
     path = ".".join(str(part) for part in location)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     where = f"{source}: " if source else ""
@@ -567,14 +653,19 @@ def _explain(error: ValidationError, source: str | Path | None) -> str:
     return f"{where}{path}={first['input']!r}: {message}{more}"
 
 
+def _without_kinds(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The location as the file writes it."""
+    return tuple(part for before, part in zip((None, *location), location, strict=False) if part not in _KINDS.get(before, ()))
+
+
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
     """The keys the section at `location` (whose last part is the unknown key) does know."""
     model: Any = Config
-    for part in location[:-1]:
+    for before, part in zip((None, *location), location[:-1], strict=False):
         if isinstance(part, int):
             continue
-        if part in _KINDS:
-            model = _KINDS[part]
+        if part in _KINDS.get(before, ()):
+            model = _KINDS[before][part]
             continue
         annotation = model.model_fields[str(part)].annotation if str(part) in getattr(model, "model_fields", {}) else None
         model = next((each for each in (annotation, *get_args(annotation)) if hasattr(each, "model_fields")), model)

@@ -20,7 +20,7 @@ from typing import Any
 import tenacity
 
 from cluster import runtime, storage
-from cluster.config import Config
+from cluster.config import Config, FilesSource, HubSource, MixtureSource, RowsSource, Source
 from cluster.errors import CappyError, UsageError
 from cluster.progress import say
 
@@ -129,9 +129,25 @@ def _absolute(config: Config) -> Config:
     if config.sampler.engine.kind != "endpoint":  # whose model is a name there, whatever folder is called so here
         paths["sampler"] = config.sampler.model_copy(update={"model": _absolute_model(config.sampler.model)})
     paths["scorer"] = config.scorer.model_copy(update={"encoder": _absolute_model(config.scorer.encoder)})
-    if config.source.kind == "files":
-        paths["source"] = config.source.model_copy(update={"path": storage.absolute(config.source.path)})
+    paths["source"] = _absolute_source(config.source)
+    evaluation = tuple(map(storage.absolute, config.decontaminate.files))
+    paths["decontaminate"] = config.decontaminate.model_copy(update={"files": evaluation})
     return config.model_copy(update=paths)
+
+
+def _absolute_source(source: Source) -> Source:
+    """The source with the local paths in it, its parts' too, absolute."""
+    if isinstance(source, MixtureSource):
+        parts = tuple(part.model_copy(update={"source": _absolute_source(part.source)}) for part in source.parts)
+        return source.model_copy(update={"parts": parts})
+    if not isinstance(source, RowsSource):
+        return source
+    changes: dict[str, Any] = {"templates": storage.absolute(source.templates)} if source.templates else {}
+    if isinstance(source, FilesSource):
+        changes["path"] = storage.absolute(source.path)
+    if isinstance(source, HubSource):
+        changes["name"] = _absolute_model(source.name)
+    return source.model_copy(update=changes)
 
 
 def _absolute_model(name: str) -> str:

@@ -33,6 +33,12 @@ class Example(TypedDict):
     references: list[str]
 
 
+class Choice(Example):
+    """A multiple-choice example: the right texts are the references, all texts the choices."""
+
+    answer_choices: list[str]
+
+
 def read(tasks: Sequence[str], seed: int) -> Iterator[tuple[str, str, Example]]:
     """Yield `(task, split, example)` of each task in turn, its train rows first.
 
@@ -68,6 +74,34 @@ def render(subtask: str, body: dict[str, Any]) -> list[Example]:
         Example(subtask=subtask, instruction=instruction, references=list(dict.fromkeys(targets)))
         for instruction, targets in references.items()
     ]
+
+
+def render_choices(subtask: str, body: dict[str, Any]) -> list[Choice]:
+    """Return the examples that have `target_scores` and no target, with their choices listed below the input.
+
+    The order of the choices is drawn by the input's text: many tasks write the right one first.
+    """
+    prefix = body.get("task_prefix", "")
+    before = body.get("example_input_prefix", "\nQ: ")
+    after = body.get("example_output_prefix", "\nA: ")
+    mark = body.get("choice_prefix", "\n  choice: ")
+    found: list[Choice] = []
+    for example in body.get("examples", []):
+        scores = example.get("target_scores")
+        if example.get("target") or not isinstance(scores, dict) or not scores or not isinstance(example.get("input"), str):
+            continue
+        choices = random.Random(f"{subtask}:{example['input']}").sample(list(scores), len(scores))
+        listed = "".join(f"{mark}{choice}" for choice in choices) if body.get("append_choices_to_input", True) else ""
+        best = max(scores.values())
+        found.append(
+            Choice(
+                subtask=subtask,
+                instruction=f"{prefix}{before}{example['input']}{listed}{after}",
+                references=[choice for choice in choices if scores[choice] == best],
+                answer_choices=choices,
+            )
+        )
+    return found
 
 
 def split(subtasks: Sequence[Sequence[Example]], seed: str) -> dict[str, list[Example]]:

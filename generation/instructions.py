@@ -1,127 +1,153 @@
-"""Sources: from BIG-bench or the user's files to checked instruction rows, with a split, shots and mismatched references.
+"""Instructions: from a source to checked rows with a split, shots and mismatched references.
 
 A source is read twice, streaming: once for the pools that shots and mismatched references are drawn from (bounded), once for
-the rows. A row that cannot be used becomes a dead letter with its place and the reason, never an exception. Each draw is a
-function of the run's seed and the row's id alone.
+the rows; a mixture that draws is read once more before, to count. A row that cannot be used becomes a dead letter with its place
+and the reason, never an exception. Each draw is a function of the run's seed and the row's id alone. What is held of a source
+is its pools and 8 bytes for each validation row.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from cluster import storage
-from cluster.config import BigBenchSource, Config, FilesSource, Source
+from cluster.config import BigBenchSource, Config, FilesSource, HubSource, MixtureSource, RowsSource, Source
 from cluster.errors import UsageError
 from generation import bigbench
-from generation.schema import SPLITS
+from generation.similarity import Similarity
+from generation.sources import files, formats, hub, mixture, promptsource, split
+from generation.sources.decontaminate import Contamination
+from generation.sources.row import DeadLetter, Instruction, dead, fault
 
-POOL_ROWS = 1000
+__all__ = ["DeadLetter", "Instruction", "Pools", "contamination", "part_name", "prepare", "prepared", "read"]
+
+Stream = Callable[[], Iterator[Instruction | DeadLetter]]
+
+POOL_ROWS = 256
 """Train rows of one (dataset, template) that shots and mismatched references are drawn from, at most."""
-
-
-@dataclass(frozen=True)
-class DeadLetter:
-    """A row that was left out."""
-
-    where: str
-    """File and line, or the row's id."""
-    stage: str
-    """`read` or `sample`."""
-    reason: str
-    row: str
-    """The row as JSON, cut to 500 characters."""
-
-    def to_json(self) -> str:
-        return json.dumps(vars(self), ensure_ascii=False)
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """A checked row: `references` has at least one text, none blank."""
-
-    dataset: str
-    template: str | None
-    split: str
-    instruction: str
-    references: tuple[str, ...]
-    answer_choices: tuple[str, ...] | None = None
-
-    @property
-    def id(self) -> str:
-        """32 hex digits that change with the text or its place in a dataset, not with the split."""
-        return _hash(json.dumps([self.dataset, self.template, self.instruction, self.references], ensure_ascii=False), 16).hex()
 
 
 class Pools:
     """What is drawn on for other rows: up to `POOL_ROWS` train rows of each (dataset, template), a uniform sample of it."""
 
-    def __init__(self, rows: Iterable[Instruction | DeadLetter], seed: int) -> None:
+    def __init__(
+        self, rows: Iterable[Instruction | DeadLetter], seed: int, leave_out: Callable[[Instruction], bool] = lambda row: False
+    ) -> None:
+        """`leave_out` is asked only once all rows are read, of the rows sampled."""
         self._seed = seed
-        self._rows: dict[str, dict[str | None, list[Instruction]]] = {}
         self._shots: dict[tuple[str, str | None, int], list[Instruction]] = {}
-        seen: dict[tuple[str, str | None], int] = {}
+        self._similarities: dict[tuple[str, str | None, bool], Similarity] = {}
+        pools: dict[tuple[str, str | None], list[Instruction]] = {}
+        seen: Counter[tuple[str, str | None]] = Counter()
         draw = random.Random(seed)
         for row in rows:
             if isinstance(row, DeadLetter) or row.split != "train":
                 continue
-            pool = self._rows.setdefault(row.dataset, {}).setdefault(row.template, [])
-            count = seen[row.dataset, row.template] = seen.get((row.dataset, row.template), 0) + 1
+            key = (row.dataset, row.template)
+            pool = pools.setdefault(key, [])
+            seen[key] += 1
             if len(pool) < POOL_ROWS:
                 pool.append(row)
-            elif (place := draw.randrange(count)) < POOL_ROWS:
+            elif (place := draw.randrange(seen[key])) < POOL_ROWS:
                 pool[place] = row
+        self._templates = {key: [row for row in pool if not leave_out(row)] for key, pool in pools.items()}
+        self._datasets: dict[str, list[Instruction]] = {}
+        for (dataset, _), pool in self._templates.items():
+            self._datasets.setdefault(dataset, []).extend(pool)
 
     def dataset(self, row: Instruction) -> list[Instruction]:
         """The train rows of the row's dataset."""
-        return [each for pool in self._rows.get(row.dataset, {}).values() for each in pool]
+        return self._datasets.get(row.dataset, [])
 
-    def shots(self, row: Instruction, count: int) -> list[Instruction]:
+    def template(self, row: Instruction) -> list[Instruction]:
+        """The train rows of the row's dataset and template."""
+        return self._templates.get((row.dataset, row.template), [])
+
+    def shots(self, row: Instruction, count: int, by: str = "seed") -> list[Instruction]:
         """Return `count` worked examples for a row (fewer where the dataset is smaller), never the row itself.
 
-        They come from the row's template where it has enough rows, else from its dataset, and are the same for all rows
-        of it: the engine then reads them once and keeps them in its prefix cache.
+        They come from the row's template where it has enough rows, else from its dataset. By `seed` they are the same for
+        all rows of it: the engine then reads them once and keeps them in its prefix cache. By `similarity` they are the
+        most similar ones, the most similar last, next to the question.
         """
-        own = self._rows.get(row.dataset, {}).get(row.template, [])
-        template = row.template if len(own) > count else None
+        if not count:
+            return []
+        own = len(self.template(row)) > count
+        pool = self.template(row) if own else self.dataset(row)
+        template = row.template if own else None
+        if by == "similarity":
+            return self._similar(row, count, pool, (row.dataset, template, own))
         key = (row.dataset, template, count)
         if key not in self._shots:
-            pool = own if len(own) > count else self.dataset(row)
             draw = random.Random(f"{self._seed}:{row.dataset}:{template}")
             self._shots[key] = draw.sample(pool, min(count + 1, len(pool)))
         return [shot for shot in self._shots[key] if shot.instruction != row.instruction][:count]
 
+    def _similar(self, row: Instruction, count: int, pool: list[Instruction], key: tuple[str, str | None, bool]) -> list[Instruction]:
+        if key not in self._similarities:
+            self._similarities[key] = Similarity([each.instruction for each in pool])
+        scores = self._similarities[key].scores(row.instruction)
+        # Equal texts would be the same shot again; of equal scores the earlier row of the pool is taken.
+        nearest: dict[str, Instruction] = {}
+        for place in (-scores).argsort(kind="stable"):
+            shot = pool[int(place)]
+            if len(nearest) == count:
+                break
+            if shot.instruction != row.instruction:
+                nearest.setdefault(shot.instruction, shot)
+        return list(nearest.values())[::-1]
 
-def prepared(config: Config) -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
+
+def prepared(config: Config, evaluation: Contamination | None = None) -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
     """Yield `(split, row)` for every usable instruction, a row having the columns of `schema.PREPARED`; dead letters between.
 
+    Train rows that overlap `evaluation` (null is what the config names) are left out and counted there. A train row whose
+    instruction also stands in validation is a dead letter, so no instruction is ever on both sides.
     Raises `UsageError` or `CappyError` where the source as a whole cannot be read.
     """
-    pools = Pools(read(config.source, config.seed), config.seed)
-    for each in read(config.source, config.seed):
-        yield each if isinstance(each, DeadLetter) else (each.split, prepare(each, pools, config))
+    evaluation = evaluation or contamination(config)
+    held_out = split.HeldOut()
+    rows = reader(config.source, config.seed)
+
+    def watched() -> Iterator[Instruction | DeadLetter]:
+        for row in rows():
+            if isinstance(row, Instruction) and row.split == "validation":
+                held_out.add(row.instruction)
+            yield row
+
+    def unfit(row: Instruction) -> bool:
+        return row.instruction in held_out or evaluation.overlap(row.instruction) is not None
+
+    pools = Pools(watched(), config.seed, unfit)
+    for each in rows():
+        if isinstance(each, DeadLetter):
+            yield each
+        elif each.split == "train" and each.instruction in held_out:
+            yield dead(each.id, "the same instruction stands in validation", {"dataset": each.dataset, "instruction": each.instruction})
+        elif each.split == "validation" or not evaluation.record(each):
+            yield each.split, prepare(each, pools, config)
+
+
+def contamination(config: Config) -> Contamination:
+    """Return the word runs of the evaluation rows that `config.decontaminate` names; empty where it names none."""
+    uris = [uri for path in config.decontaminate.files for uri in files.find(path, "decontaminate.files")]
+    return Contamination([(uri, read(FilesSource(path=uri), config.seed)) for uri in uris], config.decontaminate.n)
 
 
 def prepare(row: Instruction, pools: Pools, config: Config) -> dict[str, Any]:
-    """Return the row with its shots and mismatched references drawn (columns of `schema.PREPARED`)."""
+    """Return the row with its shots and mismatched references drawn (columns of `schema.PREPARED`, and `part`)."""
     draw = random.Random(f"{config.seed}:{row.id}")
     mismatched: list[str] = []
     # A classification row's wrong answers are its other choices (paper, section 3.1); a generation row borrows them.
     if row.answer_choices is None:
-        pool = pools.dataset(row)
-        wanted = config.generate.mismatched * len(row.references)
-        for _ in range(4 * wanted):
-            if len(mismatched) == wanted or not pool:
-                break
-            text = draw.choice(draw.choice(pool).references)
-            if text not in row.references and text not in mismatched:
-                mismatched.append(text)
+        for pool, each in ((pools.dataset(row), config.generate.mismatched), (pools.template(row), config.generate.hard_mismatched)):
+            mismatched += _borrow(pool, each * len(row.references), {*row.references, *mismatched}, draw)
+    prompt = config.sampler.prompt
     return {
         "id": row.id,
         "dataset": row.dataset,
@@ -130,160 +156,143 @@ def prepare(row: Instruction, pools: Pools, config: Config) -> dict[str, Any]:
         "references": list(row.references),
         "answer_choices": list(row.answer_choices) if row.answer_choices is not None else None,
         "shots": [
-            {"instruction": shot.instruction, "response": shot.references[0]} for shot in pools.shots(row, config.sampler.prompt.shots)
+            {"instruction": shot.instruction, "response": shot.references[0]} for shot in pools.shots(row, prompt.shots, prompt.shots_by)
         ],
         "mismatched": mismatched,
+        "part": row.part,
     }
 
 
+def _borrow(pool: list[Instruction], count: int, known: set[str], draw: random.Random) -> list[str]:
+    """Return up to `count` references of a pool that are not `known` and differ from each other."""
+    found: list[str] = []
+    for _ in range(4 * count if pool else 0):
+        text = draw.choice(draw.choice(pool).references)
+        if text not in known and text not in found:
+            found.append(text)
+            if len(found) == count:
+                break
+    return found
+
+
 def read(source: Source, seed: int) -> Iterator[Instruction | DeadLetter]:
-    """Yield a source's rows in order, at most `train_rows` and `validation_rows` of each dataset."""
+    """Yield a source's rows in order, within its limits."""
+    return reader(source, seed)()
+
+
+def reader(source: Source, seed: int) -> Stream:
+    """Return what yields a source's rows, anew each time it is called; what a mixture must count first is counted once."""
+    if not isinstance(source, MixtureSource):
+        return partial(_limited, source, seed, part_name(source))
+    streams = [partial(_limited, part.source, seed, part.name or part_name(part.source)) for part in source.parts]
+
+    def everything() -> Iterator[Instruction | DeadLetter]:
+        return chain.from_iterable(stream() for stream in streams)
+
+    if source.policy == "concatenate":
+        return everything
+    if source.policy == "t0":
+        counts = Counter(_template(row) for row in everything() if isinstance(row, Instruction))
+        caps = mixture.t0_caps(counts, source.cap)
+        return lambda: mixture.draw(everything(), _template, counts, caps, seed)
+    sizes = [sum(isinstance(row, Instruction) for row in stream()) for stream in streams]
+    wanted = mixture.in_ratio(sizes, [part.weight or 0.0 for part in source.parts], source.rows)
+
+    def weighted() -> Iterator[Instruction | DeadLetter]:
+        parts = zip(streams, sizes, wanted, strict=True)
+        drawn = [mixture.draw(stream(), _whole, {None: size}, {None: rows}, seed) for stream, size, rows in parts]
+        return mixture.interleave(drawn, wanted)
+
+    return weighted
+
+
+def _template(row: Instruction) -> tuple[str, str | None]:
+    return row.dataset, row.template
+
+
+def _whole(row: Instruction) -> None:
+    """A part is drawn from as one stratum."""
+
+
+def part_name(source: Source) -> str:
+    """What rows of a source are counted under where the config does not say."""
+    if isinstance(source, FilesSource):
+        return source.path
+    return source.name if isinstance(source, HubSource) else source.kind
+
+
+def _limited(source: BigBenchSource | FilesSource | HubSource, seed: int, part: str) -> Iterator[Instruction | DeadLetter]:
     limits = {"train": source.train_rows, "validation": source.validation_rows}
-    taken: dict[tuple[str, str], int] = {}
-    for row in _bigbench(source, seed) if isinstance(source, BigBenchSource) else _files(source):
+    taken: Counter[tuple[str, str]] = Counter()
+    count = 0
+    for row in _bigbench(source, seed) if isinstance(source, BigBenchSource) else _rows(source, seed):
         if isinstance(row, Instruction):
-            key = (row.dataset, row.split)
-            taken[key] = taken.get(key, 0) + 1
+            taken[row.dataset, row.split] += 1
             limit = limits[row.split]
-            if limit is not None and taken[key] > limit:
+            if limit is not None and taken[row.dataset, row.split] > limit:
                 continue
+            if count == source.limit:
+                return
+            count += 1
+            row = replace(row, part=part)
         yield row
 
 
 def _bigbench(source: BigBenchSource, seed: int) -> Iterator[Instruction]:
-    for task, split, example in bigbench.read(source.tasks, seed):
-        yield Instruction(task, example["subtask"], split, example["instruction"], tuple(example["references"]))
+    for task, side, example in bigbench.read(source.tasks, seed):
+        yield Instruction(task, example["subtask"], side, example["instruction"], tuple(example["references"]))
 
 
-def _files(source: FilesSource) -> Iterator[Instruction | DeadLetter]:
+def _rows(source: FilesSource | HubSource, seed: int) -> Iterator[Instruction | DeadLetter]:
+    name, renderer = None, None
+    if source.templates is not None:
+        name, templates = promptsource.load(source.templates)
+        renderer = promptsource.Renderer(templates, seed)
+    first: DeadLetter | None = None
     usable = False
-    for uri in find_files(source.path):
-        for where, row in _parquet_rows(uri) if uri.endswith(".parquet") else _json_rows(uri):
-            parsed = row if isinstance(row, DeadLetter) else check(row, where, uri, source.validation_fraction)
+    for default, raws in _opened(source):
+        if renderer is not None:
+            converted = chain.from_iterable(renderer.rows(where, raw) for where, raw in raws)
+        else:
+            merged = formats.merge_choices(raws) if source.format in ("auto", "p3") else raws
+            converted = chain.from_iterable(formats.convert(where, raw, source.format) for where, raw in merged)
+        for where, row in converted:
+            parsed = row if isinstance(row, DeadLetter) else check(row, where, name or default, source)
             usable |= isinstance(parsed, Instruction)
+            first = first or (parsed if isinstance(parsed, DeadLetter) else None)
             yield parsed
     if not usable:
+        place = f"source.path={source.path}" if isinstance(source, FilesSource) else f"source.name={source.name}"
         raise UsageError(
-            f"source.path={source.path}: no row can be used; each needs `instruction` (text) and `references` (a list of texts), "
-            f'e.g. {{"instruction": "...", "references": ["..."]}}'
+            f"{place}: no row can be used; each needs `instruction` (text) and `references` (a list of texts), "
+            f'e.g. {{"instruction": "...", "references": ["..."]}}, or the columns of another source.format'
+            + (f"; the first: {first.reason} at {first.where}" if first else "; there are no rows")
         )
 
 
-def find_files(path: str) -> list[str]:
-    """Return the JSONL and Parquet files of a path, folder or glob, local or s3://, sorted.
-
-    Raises `UsageError` where there is none.
-    """
-    storage.check(path, "source.path")
-    found = [uri for uri in storage.glob(path) if uri.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".parquet"))]
-    if not found:
-        raise UsageError(f"source.path={path}: no .jsonl, .jsonl.gz or .parquet file is there; give a file, a folder or a glob")
-    return found
+def _opened(source: FilesSource | HubSource) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
+    """Yield `(dataset name where the rows have none, raw rows)` of each file, or of the hub dataset."""
+    if isinstance(source, HubSource):
+        yield "_".join(filter(None, (source.name.rstrip("/").rsplit("/", 1)[-1], source.subset))), hub.rows(source)
+        return
+    for uri in files.find(source.path):
+        yield uri.rsplit("/", 1)[-1].split(".")[0], files.rows(uri)
 
 
-def _json_rows(uri: str) -> Iterator[tuple[str, Any]]:
-    fs, path = storage.filesystem(uri)
-    rest = b""
-    number = 0
-    with fs.open_input_stream(path) as stream:  # a name ending in .gz is decompressed
-        while chunk := stream.read(1 << 20):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                number += 1
-                if line.strip():
-                    yield _json_row(line, f"{uri}:{number}")
-    if rest.strip():
-        yield _json_row(rest, f"{uri}:{number + 1}")
-
-
-def _json_row(line: bytes, where: str) -> tuple[str, Any]:
-    try:
-        return where, json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return where, _dead(where, f"the line is not JSON: {error}", line.decode("utf-8", "replace"))
-
-
-def _parquet_rows(uri: str) -> Iterator[tuple[str, Any]]:
-    fs, path = storage.filesystem(uri)
-    number = 0
-    try:
-        with fs.open_input_file(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{uri}:{number}", row
-    except (OSError, ValueError) as error:
-        raise UsageError(f"source.path: {uri} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-
-
-def check(row: Any, where: str, uri: str, validation_fraction: float) -> Instruction | DeadLetter:
-    """Return the instruction a plain row holds, or a dead letter that names the field, what it holds and what it must."""
-    reason = _fault(row)
+def check(row: Mapping[str, Any], where: str, dataset: str, source: RowsSource) -> Instruction | DeadLetter:
+    """Return the instruction a row in our own columns holds, or a dead letter that names the field, what it holds and must."""
+    reason = fault(row)
     if reason:
-        return _dead(where, reason, row)
+        return dead(where, reason, row)
     instruction = row["instruction"]
     choices = row.get("answer_choices")
-    split = row.get("split") or (
-        "validation" if int.from_bytes(_hash(instruction.strip(), 8), "big") < validation_fraction * 2**64 else "train"
-    )
+    dataset = source.dataset or row.get("dataset") or dataset
+    key = dataset if source.split_by == "dataset" else row.get("example") or split.longest_sentence(instruction)
     return Instruction(
-        dataset=row.get("dataset") or uri.rsplit("/", 1)[-1].split(".")[0],
+        dataset=dataset,
         template=row.get("template"),
-        split=split,
+        split=row.get("split") or split.side(key, source.validation_fraction),
         instruction=instruction,
         references=tuple(dict.fromkeys(row["references"])),
-        answer_choices=tuple(choices) if choices is not None else None,
+        answer_choices=tuple(dict.fromkeys(choices)) if choices is not None else None,
     )
-
-
-def _fault(row: Any) -> str | None:
-    """What is wrong with a plain row, as one line, or None."""
-    if not isinstance(row, Mapping):
-        return f"the row is a {type(row).__name__}; it must be an object with `instruction` and `references`"
-    for name, required in (("instruction", True), ("dataset", False), ("template", False), ("split", False)):
-        value = row.get(name)
-        if value is None and required:
-            return f"`{name}` is missing; the row has {', '.join(map(str, row)) or 'no key'}"
-        if value is not None and not isinstance(value, str):
-            return f"`{name}` is a {type(value).__name__}; it must be text"
-        if value is not None and not value.strip():
-            return f"`{name}` is empty"
-        if value is not None and not _encodes(value):
-            return f"`{name}` holds a lone surrogate, which is no text"
-    if row.get("split") is not None and row["split"] not in SPLITS:
-        return f"`split` is {row['split']!r}; it must be train or validation"
-    return _list_fault("references", row.get("references"), True) or _list_fault("answer_choices", row.get("answer_choices"), False)
-
-
-def _list_fault(name: str, values: Any, required: bool) -> str | None:
-    if values is None:
-        return f"`{name}` is missing; give the correct responses as a list of texts" if required else None
-    if not isinstance(values, list | tuple):
-        return f"`{name}` is a {type(values).__name__}; it must be a list of texts"
-    if not values:
-        return f"`{name}` is empty; at least one text is needed"
-    for value in values:
-        if not isinstance(value, str):
-            return f"`{name}` holds a {type(value).__name__}; each must be text"
-        if not value.strip():
-            return f"`{name}` holds an empty text"
-        if not _encodes(value):
-            return f"`{name}` holds a lone surrogate, which is no text"
-    return None
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _dead(where: str, reason: str, row: Any) -> DeadLetter:
-    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=True, default=str)
-    return DeadLetter(where=where, stage="read", reason=reason, row=text[:500])
-
-
-def _hash(text: str, size: int) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=size).digest()

@@ -76,8 +76,10 @@ def identity(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
     engine = {key: tree["sampler"]["engine"][key] for key in config.sampler.engine.decides}
-    generate = {key: tree["generate"][key] for key in ("mismatched", "unit_rows")} | {"label": annotate.describe(config.generate.label)}
-    return {"seed": config.seed, "source": tree["source"], "sampler": {**sampler, "engine": engine}, "generate": generate}
+    generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "unit_rows")}
+    generate["label"] = annotate.describe(config.generate.label)
+    source = {key: tree[key] for key in ("source", "decontaminate")}
+    return {"seed": config.seed, **source, "sampler": {**sampler, "engine": engine}, "generate": generate}
 
 
 def _claim(staging: str, config: Config) -> None:
@@ -113,7 +115,8 @@ def _prepare(staging: str, config: Config) -> dict[str, Any]:
         waiting[split].clear()
 
     with _letters() as letters, Bar(f"reading {describe_source(config)}", None, "instructions") as bar:
-        for each in instructions.prepared(config):
+        evaluation = instructions.contamination(config)
+        for each in instructions.prepared(config, evaluation):
             if isinstance(each, DeadLetter):
                 letters.write(each.to_json() + "\n")
                 failed += 1
@@ -128,6 +131,7 @@ def _prepare(staging: str, config: Config) -> dict[str, Any]:
         letters.flush()
         storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
     _stop_above_error_rate(failed, failed + sum(counts.values()), config)
+    storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
     result = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": failed}
     storage.write_json(place, result)
     return result
@@ -141,7 +145,9 @@ def _letters() -> Any:
 def describe_source(config: Config) -> str:
     """One phrase for where the instructions come from."""
     source = config.source
-    return source.path if source.kind == "files" else f"BIG-bench ({', '.join(source.tasks)})"
+    if source.kind == "mixture":
+        return f"a mixture of {len(source.parts)} sources"
+    return f"BIG-bench ({', '.join(source.tasks)})" if source.kind == "bigbench" else instructions.part_name(source)
 
 
 def _names(prepared: dict[str, Any]) -> list[str]:
@@ -288,8 +294,11 @@ def _publish(uri: str, staging: str, merged: dict[str, Any], rates: dict[str, An
         letters.flush()
         files = {"dead_letters.jsonl": storage.upload_file(Path(letters.name), storage.join(uri, "dead_letters.jsonl"))}
     files["config.yaml"] = storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+    overlap = storage.read_json(storage.join(staging, "prepared", "decontamination.json"))
+    files["decontamination.json"] = storage.write_json(storage.join(uri, "decontamination.json"), overlap)
     files |= {name: shard["entry"] for name, shard in merged.items()}
-    summary = {"uri": uri, **total, "splits": counts, "dead_letters": dead_letters, "seconds": round(seconds, 1)}
+    left_out = {"dead_letters": dead_letters, "decontaminated": overlap["train_rows_left_out"]}
+    summary = {"uri": uri, **total, "splits": counts, **left_out, "seconds": round(seconds, 1)}
     manifest = {
         "kind": "dataset",
         "version": 1,

@@ -17,6 +17,8 @@ import pytest
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Ray's workers give way to everything else by default: on a busy machine, to the other tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CAPPY = [sys.executable, "-m", "cluster.cli"]

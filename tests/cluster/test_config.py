@@ -43,6 +43,20 @@ def test_an_override_reaches_into_a_list_of_the_file(tmp_path):
         (["sampler.engine={kind: endpoint, base_url: 'http://h/v1', max_cost: 1}"], "need both price_per_million_prompt and"),
         (["sampler.replicas=2", "sampler.engine={kind: endpoint, base_url: 'http://h/v1'}"], "replicas=2 would each keep its own rates"),
         (["serving.candidates=100", "serving.max_candidates=50"], "candidates=100 is above max_candidates=50"),
+        (["source={kind: hub, name: a/b, revision: main}"], "source.revision='main': String should match pattern"),
+        (["source={kind: files, path: x, format: promptsource}"], "format=promptsource with templates=None"),
+        (
+            ["source={kind: mixture, parts: [{source: {kind: files, path: x, pth: y}}]}"],
+            "unknown key source.parts.0.source.pth; did you mean 'path'?",
+        ),
+        (
+            ["source={kind: mixture, policy: weights, parts: [{source: {kind: files, path: x}}]}"],
+            "parts.0.weight=None with policy=weights: weights go with policy weights, one each",
+        ),
+        (
+            ["source={kind: mixture, rows: 9, parts: [{source: {kind: files, path: x}}]}"],
+            "rows=9 goes with policy weights, not concatenate; use `limit` of a source",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value_and_the_way_out(overrides, message):

@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster import storage
+from cluster import jobs, storage
+from cluster.config import load
 from cluster.jobs import VERBS, target
 from generation.dataset import RegressionSet
 from tests.conftest import cappy, free_port
@@ -64,3 +65,16 @@ def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, b
     assert again.returncode == 2 and "already holds a finished run" in again.stderr and "Traceback" not in again.stderr
     manifest = storage.read_bytes(f"{bucket}/run/dataset/_MANIFEST.json").decode()
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in manifest + done.stderr
+
+
+def test_the_local_paths_of_a_source_are_absolute_in_a_job_and_names_and_s3_stay(tmp_path, monkeypatch):
+    (tmp_path / "hub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    parts = (
+        "[{source: {kind: files, path: 's3://b/x', templates: t.yaml}}, {source: {kind: hub, name: hub}}, {source: {kind: hub, name: a/b}}]"
+    )
+    config = jobs._absolute(load(None, [f"source={{kind: mixture, parts: {parts}}}", "decontaminate.files=['e/*.jsonl']"]))
+    files, folder, named = (part.source for part in config.source.parts)
+    assert (files.path, files.templates) == ("s3://b/x", f"{tmp_path}/t.yaml")
+    assert (folder.name, named.name) == (f"{tmp_path}/hub", "a/b")
+    assert config.decontaminate.files == (f"{tmp_path}/e/*.jsonl",)

@@ -1,5 +1,6 @@
 import gzip
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,6 +10,7 @@ from cluster.config import load
 from cluster.errors import UsageError
 from generation import instructions
 from generation.instructions import DeadLetter, Instruction, Pools, read
+from tests.conftest import SHARED_DATA
 
 GOOD = [{"instruction": f"say {n}", "references": [f"{n}", f"number {n}"], "dataset": "d"} for n in range(40)]
 
@@ -30,7 +32,7 @@ BAD = [
     ({"references": ["a"]}, "`instruction` is missing; the row has references"),
     ({"instruction": "x"}, "`references` is missing"),
     ({"instruction": "x", "references": []}, "`references` is empty"),
-    ({"instruction": "x", "references": "a"}, "`references` is a str; it must be a list of texts"),
+    ({"instruction": "x", "references": {"a": 1}}, "`references` is a dict; it must be a list of texts"),
     ({"instruction": "x", "references": ["a", 3]}, "`references` holds a int"),
     ({"instruction": "x", "references": ["a", "  "]}, "`references` holds an empty text"),
     ({"instruction": 5, "references": ["a"]}, "`instruction` is a int; it must be text"),
@@ -66,16 +68,19 @@ def test_a_source_without_one_usable_row_is_an_error_that_shows_the_shape(tmp_pa
         rows_of(files(tmp_path / "rows.jsonl"))
 
 
-@pytest.mark.parametrize("pattern", ["missing.jsonl", "*.csv", ""])
+@pytest.mark.parametrize("pattern", ["missing.jsonl", "*.tsv", ""])
 def test_a_path_without_files_is_an_error(tmp_path, pattern):
-    with pytest.raises(UsageError, match=r"no .jsonl, .jsonl.gz or .parquet file is there"):
+    with pytest.raises(UsageError, match=r"no .jsonl, .ndjson, .json, .csv, .parquet \(or .gz\) file is there"):
         rows_of(files(tmp_path / pattern))
 
 
 def test_jsonl_gzip_parquet_and_s3_hold_the_same_rows(tmp_path, bucket):
     from cluster import storage
 
-    plain = rows_of(files(write(tmp_path / "d.jsonl", GOOD)))
+    def contents(path):
+        return [replace(row, part="") for row in rows_of(files(path))]
+
+    plain = contents(write(tmp_path / "d.jsonl", GOOD))
     (tmp_path / "z").mkdir()
     with gzip.open(tmp_path / "z" / "d.jsonl.gz", "wt") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in GOOD)
@@ -83,7 +88,7 @@ def test_jsonl_gzip_parquet_and_s3_hold_the_same_rows(tmp_path, bucket):
     storage.upload_file(tmp_path / "d.jsonl", f"{bucket}/in/d.jsonl")
     storage.upload_file(tmp_path / "z" / "d.jsonl.gz", f"{bucket}/zip/d.jsonl.gz")
     for path in (tmp_path / "z", tmp_path / "d.parquet", f"{bucket}/in/*.jsonl", f"{bucket}/zip/"):
-        assert rows_of(files(path)) == plain
+        assert contents(path) == plain
     assert len(plain) == 40
 
 
@@ -141,3 +146,103 @@ def test_a_classification_row_borrows_no_references(tmp_path):
     rows = [*GOOD, {"instruction": "fox?", "references": ["yes"], "answer_choices": ["yes", "no"], "dataset": "d"}]
     row = [row for _, row in instructions.prepared(files(write(tmp_path / "d.jsonl", rows)))][-1]
     assert row["answer_choices"] == ["yes", "no"] and row["mismatched"] == []
+
+
+def test_hard_mismatched_references_are_of_the_same_template_and_never_right_or_twice(tmp_path):
+    rows = [{**row, "template": f"t{n % 2}", "references": [f"t{n % 2} {n}"]} for n, row in enumerate(GOOD)]
+    config = files(write(tmp_path / "d.jsonl", rows), "generate.mismatched=1", "generate.hard_mismatched=2")
+    for _, row in instructions.prepared(config):
+        assert len(row["mismatched"]) == len({*row["mismatched"], *row["references"]}) - 1 == 3
+        assert {text.split()[0] for text in row["mismatched"][1:]} == {row["template"]}
+
+
+def test_no_instruction_is_on_both_sides_even_where_rows_say_so(tmp_path):
+    rows = [{**row, "split": split} for row in GOOD for split in ("train", "validation")]
+    found = list(
+        instructions.prepared(files(write(tmp_path / "d.jsonl", [*rows, {"instruction": "own", "references": ["x"], "split": "train"}])))
+    )
+    letters = [each for each in found if isinstance(each, DeadLetter)]
+    sides = [split for split, _ in (each for each in found if not isinstance(each, DeadLetter))]
+    assert sides == ["validation"] * 40 + ["train"] and len(letters) == 40
+    assert letters[0].reason == "the same instruction stands in validation"
+
+
+def test_instructions_of_one_example_fall_on_one_side_and_so_do_those_of_a_dataset(tmp_path):
+    rows = [{"instruction": f"{ask} {n}", "references": ["x"], "example": str(n), "dataset": f"d{n}"} for n in range(50) for ask in "abc"]
+    path = write(tmp_path / "d.jsonl", rows)
+    for override in ("source.split_by=example", "source.split_by=dataset"):
+        sides = {}
+        for row in rows_of(files(path, override)):
+            sides.setdefault(row.dataset, set()).add(row.split)
+        assert {len(each) for each in sides.values()} == {1} and len(set.union(*sides.values())) == 2
+
+
+def test_similar_shots_come_nearest_last_and_never_hold_the_row_itself():
+    texts = ["the cat sat on the mat", "a dog ran in the park", "the cat ran on the mat", "stock prices fell today"]
+    rows = [Instruction("d", "t", "train", text, (text,)) for text in texts]
+    pools = Pools([*rows, rows[0]], seed=1)
+    assert [shot.instruction for shot in pools.shots(rows[0], 2, "similarity")] == [texts[1], texts[2]]
+    question = Instruction("d", "t", "validation", "why did stock prices fall?", ("x",))
+    assert pools.shots(question, 1, "similarity")[-1] == rows[3]
+    assert pools.shots(question, 0, "similarity") == []
+
+
+def test_train_rows_that_overlap_evaluation_rows_are_left_out_and_reported(tmp_path):
+    shared = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    (tmp_path / "eval").mkdir()
+    evaluation = write(tmp_path / "eval" / "e.jsonl", [{"prompt": f"Read: {shared}!", "completion": "x"}])
+    leaky = [
+        {"instruction": f"{split} {shared.title()} again", "references": ["x"], "dataset": "d", "split": split}
+        for split in ("train", "validation")
+    ]
+    config = files(write(tmp_path / "d.jsonl", [*GOOD, *leaky]), f"decontaminate.files=['{evaluation}']", "sampler.prompt.shots=3")
+    report = instructions.contamination(config)
+    rows = [row for _, row in instructions.prepared(config, report)]
+    assert [row["instruction"] for row in rows if shared.title() in row["instruction"]] == [leaky[1]["instruction"]]
+    assert report.report()["datasets"] == {"d": {str(evaluation): 1}} and report.left_out == 1
+    assert report.report()["examples"][0]["words"] == shared
+
+
+def test_each_row_names_its_part_and_a_limit_takes_the_first(tmp_path):
+    path = write(tmp_path / "d.jsonl", GOOD)
+    parts = f"[{{name: a, source: {{kind: files, path: '{path}', limit: 3}}}}, {{source: {{kind: files, path: '{path}', dataset: e}}}}]"
+    rows = list(read(load(None, [f"source={{kind: mixture, parts: {parts}}}"]).source, 1))
+    assert [row.part for row in rows] == ["a"] * 3 + [str(path)] * 40
+    assert [row.instruction for row in rows[:3]] == ["say 0", "say 1", "say 2"] and rows[-1].dataset == "e"
+
+
+def test_t0_rows_in_p3_columns_are_the_rows_of_our_own_columns(tmp_path):
+    table = pq.read_table(SHARED_DATA / "t0_train.parquet").slice(25_000, 300)
+    pq.write_table(table, tmp_path / "own.parquet")
+    rows = [{**row, "inputs_pretokenized": row["instruction"], "targets_pretokenized": row["references"]} for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows).drop_columns(["instruction", "references"]), tmp_path / "p3.parquet")
+    own, p3 = (rows_of(files(tmp_path / name)) for name in ("own.parquet", "p3.parquet"))
+    assert [replace(row, part="") for row in own] == [replace(row, part="") for row in p3] and len(own) == 300
+
+
+def test_the_task_files_of_bigbench_are_read_as_they_are(tmp_path):
+    from generation import bigbench
+
+    (subtasks,) = bigbench.load_tasks(["codenames"])
+    (tmp_path / "task.json").write_text(json.dumps(subtasks["codenames"]))
+    texts = {row.instruction for row in rows_of(files(tmp_path / "task.json"))}
+    assert texts == {row["instruction"] for _, _, row in bigbench.read(["codenames"], seed=1)}
+
+
+def test_a_weighted_mixture_is_in_ratio_and_the_same_each_time_it_is_read(tmp_path):
+    path = write(tmp_path / "d.jsonl", GOOD)
+    source = f"source: {{kind: files, path: '{path}'}}"
+    parts = f"[{{name: a, weight: 3, {source}}}, {{name: b, weight: 1, {source}}}]"
+    config = load(None, [f"source={{kind: mixture, policy: weights, rows: 40, parts: {parts}}}"])
+    names = [row["part"] for _, row in instructions.prepared(config)]
+    assert (names.count("a"), names.count("b"), names[:8].count("a")) == (30, 10, 6)
+    assert rows_of(config) == rows_of(config)
+    assert rows_of(config) != list(read(config.source, config.seed + 1))
+
+
+def test_t0s_mixture_caps_each_template(tmp_path):
+    rows = [{**row, "template": "even" if n % 2 else "odd"} for n, row in enumerate(GOOD)]
+    path = write(tmp_path / "d.jsonl", [*rows, {**GOOD[0], "dataset": "small"}])
+    config = load(None, [f"source={{kind: mixture, policy: t0, cap: 10, parts: [{{source: {{kind: files, path: '{path}'}}}}]}}"])
+    taken = [(row.dataset, row.template) for row in rows_of(config)]
+    assert {key: taken.count(key) for key in taken} == {("d", "odd"): 5, ("d", "even"): 5, ("small", None): 1}

@@ -85,7 +85,7 @@ def test_the_published_set_is_complete_labelled_and_counted(unbroken):
         ("sample", "the prompt has 9000 toke"),
     ]
     assert {path.name for path in Path(uri).iterdir()} == {
-        *("data", "dead_letters.jsonl", "config.yaml", "README.md", "labels.svg"),
+        *("data", "dead_letters.jsonl", "config.yaml", "README.md", "labels.svg", "decontamination.json"),
         storage.MANIFEST,
     }
 

@@ -1,0 +1,67 @@
+"""How much of a validation split leaks into train, by the key the split hashes: `python -m benchmarks.split_leak ROWS.parquet`.
+
+A validation instruction leaks when it shares a run of 13 words with a train instruction of its dataset; runs that stand in more
+than a fifth of the rows of some template (the template's own words) do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from generation.sources.decontaminate import Contamination
+from generation.sources.split import longest_sentence, side
+
+KEYS: dict[str, Callable[[dict[str, str]], str]] = {
+    "whole instruction": lambda row: row["instruction"].strip(),
+    "longest sentence": lambda row: longest_sentence(row["instruction"]),
+    "dataset": lambda row: row["dataset"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", help="a Parquet file with dataset, template and instruction")
+    parser.add_argument("--fraction", type=float, default=0.2)
+    arguments = parser.parse_args()
+    rows = pq.read_table(arguments.rows, columns=["dataset", "template", "instruction"]).to_pylist()
+    datasets = defaultdict(list)
+    for row in rows:
+        datasets[row["dataset"]].append(row)
+    leaks = {name: Counter[str]() for name in KEYS}
+    for group in datasets.values():
+        runs = own_runs(group)
+        for name, key in KEYS.items():
+            sides = [side(key(row), arguments.fraction) for row in group]
+            train = [each for each, at in zip(runs, sides, strict=True) if at == "train"]
+            seen = np.unique(np.concatenate(train)) if train else np.empty(0, np.uint64)
+            held_out = [each for each, at in zip(runs, sides, strict=True) if at == "validation"]
+            leaks[name]["validation"] += len(held_out)
+            leaks[name]["leaking"] += sum(bool(np.isin(each, seen).any()) for each in held_out)
+    for name, counts in leaks.items():
+        share = counts["leaking"] / max(counts["validation"], 1)
+        print(f"{name:20} {counts['validation']:6} validation rows, {100 * share:5.1f} % leak")
+    print(json.dumps({name: dict(counts) for name, counts in leaks.items()}))
+
+
+def own_runs(group: list[dict[str, str]]) -> list[np.ndarray]:
+    """The hashed runs of each row of a dataset, less those that belong to a template."""
+    hasher = Contamination([], 13)
+    runs = [np.unique(hasher.runs(row["instruction"])) for row in group]
+    templates = defaultdict(list)
+    for row, each in zip(group, runs, strict=True):
+        templates[row["template"]].append(each)
+    common = [np.empty(0, np.uint64)]
+    for of_template in templates.values():
+        values, counts = np.unique(np.concatenate(of_template), return_counts=True)
+        common.append(values[counts > 0.2 * len(of_template)])
+    return [np.setdiff1d(each, np.concatenate(common)) for each in runs]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+import pytest
+
+from generation import bigbench
+from generation.sources import formats
+from generation.sources.row import DeadLetter
+
+TASK = {
+    "Definition": ["Add the numbers."],
+    "Positive Examples": [{"input": "1 2", "output": "3", "explanation": ""}],
+    "Instances": [{"id": "a", "input": "2 2", "output": ["4", "four"]}],
+}
+BENCH = {
+    "name": "sums",
+    "task_prefix": "Add.",
+    "examples": [{"input": "1+1", "target": ["2", "two"]}, {"input": "2+2", "target_scores": {"4": 1, "5": 0, "6": 0}}],
+}
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": [{"type": "text", "text": "Bye"}]},
+    {"role": "assistant", "content": "Goodbye"},
+]
+ROWS = [
+    ("cappy", {"instruction": "x", "references": ["a"]}, [("x", ["a"], None)]),
+    ("cappy", {"instruction": "x", "references": '["a", "b"]', "answer_choices": '["a", "b"]'}, [("x", ["a", "b"], ["a", "b"])]),
+    ("p3", {"inputs_pretokenized": "x", "targets_pretokenized": "a", "inputs": [3], "targets": [4]}, [("x", ["a"], None)]),
+    ("p3", {"inputs_pretokenized": "x", "targets_pretokenized": "a", "answer_choices": ["a", "b"]}, [("x", ["a"], ["a", "b"])]),
+    (
+        "natural-instructions",
+        TASK,
+        [
+            ("Definition: Add the numbers.\n\nNow complete the following example -\nInput: 1 2\nOutput: ", ["3"], None),
+            ("Definition: Add the numbers.\n\nNow complete the following example -\nInput: 2 2\nOutput: ", ["4", "four"], None),
+        ],
+    ),
+    ("alpaca", {"instruction": "Sort.", "input": "3 1", "output": "1 3"}, [("Sort.\n\n3 1", ["1 3"], None)]),
+    ("alpaca", {"instruction": "Sort.", "input": "", "output": "1 3"}, [("Sort.", ["1 3"], None)]),
+    ("alpaca", {"inputs": "q", "targets": "a", "split": "test"}, [("q", ["a"], None)]),
+    ("alpaca", {"prompt": "q", "completion": "a"}, [("q", ["a"], None)]),
+    ("alpaca", {"question": "q", "answer": "a"}, [("q", ["a"], None)]),
+    ("chat", {"messages": CHAT[:2]}, [("Hi", ["Hello"], None)]),
+    ("chat", {"messages": CHAT[:3]}, [("Hi", ["Hello"], None)]),
+    ("chat", {"messages": CHAT}, [("User: Hi\n\nAssistant: Hello\n\nUser: Bye", ["Goodbye"], None)]),
+    ("chat", {"messages": [{"role": "system", "content": "Be brief."}, *CHAT[:2]]}, [("Be brief.\n\nHi", ["Hello"], None)]),
+]
+
+
+@pytest.mark.parametrize(("name", "raw", "expected"), ROWS)
+def test_a_row_of_a_public_format_is_known_by_its_keys_and_becomes_ours(name, raw, expected):
+    assert formats.detect(raw) == name
+    rows = [row for _, row in formats.convert("f:1", raw, "auto")]
+    assert [(row["instruction"], row["references"], row.get("answer_choices")) for row in rows] == expected
+    assert all(row.get("split") in (None, "train") for row in rows)
+
+
+def test_positive_examples_of_a_task_are_train_rows_and_instances_split_by_their_input():
+    positive, instance = (row for _, row in formats.convert("f", TASK, "auto"))
+    assert positive["split"] == "train" and (instance["split"], instance["example"]) == (None, "2 2")
+
+
+def test_a_bigbench_task_gives_its_targets_then_its_choices_as_classification_rows():
+    (_, target), (place, choice) = formats.convert("task.json", BENCH, "auto")
+    assert target == {"dataset": "sums", "instruction": "Add.\nQ: 1+1\nA: ", "references": ["2", "two"]}
+    assert place == "task.json#2" and choice["references"] == ["4"] and sorted(choice["answer_choices"]) == ["4", "5", "6"]
+    listed = "".join(f"\n  choice: {text}" for text in choice["answer_choices"])
+    assert choice["instruction"] == f"Add.\nQ: 2+2{listed}\nA: "
+
+
+def test_the_order_of_choices_does_not_tell_the_right_one():
+    examples = [{"input": f"{n}", "target_scores": {"right": 1, "wrong": 0}} for n in range(100)]
+    first = [row["answer_choices"][0] for row in bigbench.render_choices("", {"examples": examples})]
+    assert 30 <= first.count("right") <= 70
+
+
+def test_the_choices_of_one_p3_example_become_one_classification_row():
+    def scored(idx, text, right):
+        return {"idx": idx, "inputs_pretokenized": f"q{idx[0]}", "targets_pretokenized": text, "is_correct": right}
+
+    raws = [scored([0, 0], "yes", True), scored([0, 1], "no", False), scored([1, 0], "yes", False), scored([1, 1], "no", True), {"a": 1}]
+    merged = list(formats.merge_choices((f"f:{number}", raw) for number, raw in enumerate(raws)))
+    assert [place for place, _ in merged] == ["f:0", "f:2", "f:4"] and merged[-1][1] == {"a": 1}
+    (_, row), *_ = formats.convert(*merged[1], "p3")
+    assert (row["instruction"], row["references"], row["answer_choices"]) == ("q1", ["no"], ["yes", "no"])
+
+
+BAD = [
+    ({"messages": []}, "`messages` has no assistant turn"),
+    ({"messages": "hi"}, "`messages` must be a list"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]}, "user turn is no text"),
+    ({"Definition": ["x"], "Instances": "none"}, "`Instances` is a str"),
+    ({"examples": ["x"]}, "`examples` must be a list of objects"),
+    ([1], "the row is a list"),
+]
+
+
+@pytest.mark.parametrize(("raw", "reason"), BAD)
+def test_what_no_format_can_read_is_a_dead_letter_with_the_reason(raw, reason):
+    ((place, letter),) = formats.convert("f:7", raw, "auto")
+    assert isinstance(letter, DeadLetter) and reason in letter.reason and place == letter.where == "f:7"
+
+
+def test_a_format_that_is_named_is_not_guessed():
+    ((_, letter),) = formats.convert("f:7", {"instruction": "x", "references": ["a"]}, "p3")
+    assert letter.reason == "format p3 needs 'inputs_pretokenized'; the row has instruction, references"

@@ -1,0 +1,34 @@
+import pytest
+
+from generation.sources import split
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Read this.\n\n"The old fox ran over the hill, and slept."\n\nWho ran?',
+        "the OLD fox ran over the hill; and   slept. Is it so? Yes or no",
+        "Now read the passage and answer: The old fox ran over the hill and slept!",
+        "Passage: \nThe old fox ran over the hill, and slept",
+    ],
+)
+def test_renderings_of_one_passage_share_their_longest_sentence(text):
+    assert split.longest_sentence(text) == "the old fox ran over the hill and slept"
+
+
+def test_a_text_without_words_stands_for_itself():
+    assert split.longest_sentence(" + - ") == "+ -"
+
+
+def test_the_share_of_validation_is_the_fraction_and_the_side_is_the_keys():
+    sides = [split.side(f"example {n}", 0.2) for n in range(5000)]
+    assert 900 < sides.count("validation") < 1100
+    assert sides == [split.side(f"example {n}", 0.2) for n in range(5000)]
+    assert {split.side(f"{n}", 0.0) for n in range(1000)} == {"train"}
+
+
+def test_held_out_texts_are_known_whenever_they_were_added():
+    held_out = split.HeldOut(["a"])
+    assert "a" in held_out and "b" not in held_out
+    held_out.add(" b ")
+    assert "b" in held_out and "a" in held_out and "c" not in held_out
