@@ -41,7 +41,8 @@ demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (17
 	@$(BIN)/python -m serving.demo
 
 test: setup  ## all tests, with real small models and a real S3 server
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	@$(BIN)/python -m pytest -m slow  # each starts servers or clusters of its own: one at a time
 
 test-fast: setup  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m 'not slow'

@@ -185,7 +185,7 @@ def _told(key: str, value: Any) -> bool:
     """Whether a decoding's setting says something beside its name and n."""
     if key == "temperature":
         return True
-    return key not in ("name", "n") and value not in (None, [], 0) and not (key == "top_p" and value == 1)
+    return key not in ("name", "n") and value not in (None, [], 0) and not (key in ("top_p", "beams") and value == 1)
 
 
 def _plain(value: Any) -> str:

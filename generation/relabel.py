@@ -142,17 +142,18 @@ def _publish(
     manifest = source.manifest
     config = {**manifest["config"], "generate": {**manifest["config"]["generate"], "label": label.model_dump(mode="json")}}
     plain = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
-    letters = storage.read_bytes(storage.join(source.uri, "dead_letters.jsonl"))
-    if hashlib.sha256(letters).hexdigest() != manifest["files"]["dead_letters.jsonl"]["sha256"]:
-        raise _damaged(source.uri, "dead_letters.jsonl", "does not match the SHA-256 in its manifest")
+    kept = {}
+    for name in ("dead_letters.jsonl", "decontamination.json"):
+        data = storage.read_bytes(storage.join(source.uri, name))
+        if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+            raise _damaged(source.uri, name, "does not match the SHA-256 in its manifest")
+        kept[name] = storage.write_bytes(storage.join(uri, name), data)
     total: dict[str, Any] = {}
     for shard in shards:
         total = dataset.add_statistics(total, shard["statistics"])
     summary = {**manifest["summary"], **total, "uri": uri, "seconds": round(seconds, 1)}
-    files = {shard["name"]: shard["entry"] for shard in shards} | {
-        "config.yaml": storage.write_bytes(storage.join(uri, "config.yaml"), plain),
-        "dead_letters.jsonl": storage.write_bytes(storage.join(uri, "dead_letters.jsonl"), letters),
-    }
+    kept["config.yaml"] = storage.write_bytes(storage.join(uri, "config.yaml"), plain)
+    files = {shard["name"]: shard["entry"] for shard in shards} | kept
     made = {
         **{key: manifest[key] for key in ("kind", "version", "counts", "schema", "lineage")},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -52,7 +52,7 @@ def count(config: Config, of_prompts: CountTokens, of_texts: CountTokens) -> tup
         if isinstance(row, DeadLetter):
             letters += 1
             continue
-        name = getattr(row, "part", None) or row.dataset
+        name = row.part if config.source.kind == "mixture" else row.dataset
         if name not in found:
             found[name] = _Counting(config.plan.sample_rows, of_prompts, of_texts)
         found[name].add(row)

@@ -170,7 +170,7 @@ def test_on_sigterm_the_units_in_flight_end_and_the_same_command_goes_on(rows, t
     driver = launch(overrides, log)
     wait_for_units(place, driver)
     driver.terminate()
-    assert "stopped on SIGTERM with" in driver.communicate(timeout=60)[0] and driver.returncode == 143
+    assert "stopped on SIGTERM; " in driver.communicate(timeout=60)[0] and driver.returncode == 143
     # All that was begun was saved, so nothing that was paid for is sampled again.
     assert {line.split()[0] for line in log.read_text().splitlines()} == saved_ids(place)
     log.write_text("")

@@ -181,7 +181,8 @@ def test_killed_midway_nothing_is_published_and_the_same_command_goes_on(tmp_pat
     there = storage.list_files(f"{bucket}/a")
     assert 10 <= len(there) < 120 and "_MANIFEST.json" not in there
     result = json.loads(cappy("push", f"{tmp_path}/a", f"{bucket}/a", "--json").stdout.splitlines()[-1])
-    assert result["copied_files"] == 120 - len(there)
+    # The store may still take what was on its way when the copy was killed: one file a thread.
+    assert 120 - len(there) - 8 <= result["copied_files"] <= 120 - len(there)
     assert storage.verify(f"{bucket}/a", storage.published(f"{bucket}/a", "a")) == []
 
 

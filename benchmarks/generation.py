@@ -1,0 +1,155 @@
+"""Candidates per second of the whole generate pipeline against the same vLLM engine driven directly with all prompts at once.
+
+`python -m benchmarks.generation --json -`. Both run in a Ray actor of their own on the demo's train rows, prompts and
+decodings; loading the engine and a first few rows are not counted. The pipeline's clock runs from its first unit's start until its last
+unit is labelled and saved. They take turns, and the ratio is that of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.config import Config, load
+from cluster.progress import say
+from cluster.runtime import ray_session
+from generation import engines, instructions, pipeline, units
+from generation.sampler import Sampler
+from generation.schema import PREPARED
+
+WARM_ROWS = 4
+
+
+class Clock(units.Gate):
+    """A gate that knows when its first unit entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start: float | None = None
+
+    def enter(self, unit: str, most: float) -> bool | None:
+        self._start = self._start or time.time()
+        return super().enter(unit, most)
+
+    def start(self) -> float | None:
+        return self._start
+
+
+class Warmed(Sampler):
+    """A sampler whose engine has answered before the clock starts."""
+
+    def __init__(self, config: Config, warm: list[dict[str, Any]]) -> None:
+        super().__init__(config.sampler, config.seed)
+        self.warm = warm
+
+    async def all_at_once(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Sample every row at once; return seconds, candidates and tokens."""
+        async for _ in self(pa.Table.from_pylist(self.warm, PREPARED)):
+            pass
+        start = time.time()
+        async for sampled in self(pa.Table.from_pylist(rows, PREPARED)):
+            pools = sampled["sampled"].to_pylist()
+        seconds = time.time() - start
+        drawn = [each for pool in pools for each in pool]
+        return {"seconds": seconds, "candidates": len(drawn), "tokens": sum(each["tokens"] for each in drawn)}
+
+
+def warmed_engine(config: Any, warm: list[dict[str, Any]], whole: Config) -> engines.LLM:
+    """An engine that has answered some rows; what a pipeline's sampling actor gets."""
+    sampler = Sampler(config, whole.seed)
+
+    async def answer() -> None:
+        async for _ in sampler(pa.Table.from_pylist(warm, PREPARED)):
+            pass
+
+    import ray.data
+
+    loop = ray.data._map_actor_context.udf_map_asyncio_loop
+    asyncio.run_coroutine_threadsafe(answer(), loop).result()
+    return sampler.llm
+
+
+def through_pipeline(config: Config, rows: list[dict[str, Any]], warm: list[dict[str, Any]], folder: Path) -> dict[str, float]:
+    """Sample, label and save the rows as units; return seconds, candidates, tokens and pairs."""
+    import functools
+
+    import ray
+
+    names = []
+    for number, start in enumerate(range(0, len(rows), config.generate.unit_rows)):
+        names.append(f"train-{number:06d}")
+        table = pa.Table.from_pylist(rows[start : start + config.generate.unit_rows], PREPARED)
+        units.write(units.place(str(folder), "prepared", names[-1]), table)
+    gate = ray.remote(num_cpus=0)(Clock).remote()
+    load_engine = functools.partial(warmed_engine, warm=warm, whole=config)
+    results = list(pipeline.plan(str(folder), names, config, load_engine, gate).iter_rows())
+    end = time.time()
+    pairs = sum(len(row) for name in names for row in units.read(units.place(str(folder), "units", name))["candidates"].to_pylist())
+    totals = {key: sum(result[key] for result in results) for key in ("candidates", "tokens")}
+    return {"seconds": end - ray.get(gate.start.remote()), "pairs": pairs, **totals}
+
+
+def directly(config: Config, rows: list[dict[str, Any]], warm: list[dict[str, Any]]) -> dict[str, float]:
+    """Sample the rows with the engine alone, all of them at once."""
+    import ray
+
+    actor = ray.remote(num_cpus=1)(Warmed).remote(config, warm)
+    result = dict(ray.get(actor.all_at_once.remote(rows)))
+    ray.kill(actor)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
+    options = parser.parse_args()
+    config = load("demo")
+    train = [each[1] for each in instructions.prepared(config) if isinstance(each, tuple) and each[0] == "train"]
+    step = max(1, len(train) // (options.rows + WARM_ROWS))
+    chosen = train[::step][: options.rows + WARM_ROWS]
+    warm, rows = chosen[:WARM_ROWS], chosen[WARM_ROWS:]
+    turns: dict[str, list[dict[str, float]]] = {"pipeline": [], "direct": []}
+    with ray_session(), tempfile.TemporaryDirectory(prefix="cappy-benchmark-") as folder:
+        for turn in range(options.turns):
+            turns["pipeline"].append(through_pipeline(config, rows, warm, Path(folder, str(turn))))
+            turns["direct"].append(directly(config, rows, warm))
+            said = ", ".join(f"{name} {each[-1]['candidates'] / each[-1]['seconds']:.1f} candidates/s" for name, each in turns.items())
+            say(f"turn {turn + 1} of {options.turns}: {said}")
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(each[key] / each["seconds"] for each in turns[name])
+
+    ours, theirs = median("pipeline", "candidates"), median("direct", "candidates")
+    result = {
+        "ratio": round(ours / theirs, 3),
+        "candidates_per_second": round(ours, 2),
+        "tokens_per_second": round(median("pipeline", "tokens"), 1),
+        "pairs_per_second": round(median("pipeline", "pairs"), 2),
+        "direct_candidates_per_second": round(theirs, 2),
+        "direct_tokens_per_second": round(median("direct", "tokens"), 1),
+        "rows": len(rows),
+        "turns": options.turns,
+        "unit_rows": config.generate.unit_rows,
+    }
+    print(
+        f"{len(rows)} instructions, {options.turns} turns each: pipeline {ours:.1f} candidates/s, engine alone {theirs:.1f}; "
+        f"ratio {result['ratio']}"
+    )
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
