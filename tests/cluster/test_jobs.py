@@ -64,3 +64,8 @@ def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, b
     assert again.returncode == 2 and "already holds a finished run" in again.stderr and "Traceback" not in again.stderr
     manifest = storage.read_bytes(f"{bucket}/run/dataset/_MANIFEST.json").decode()
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in manifest + done.stderr
+
+    places = [f"{bucket}/run/dataset", f"{bucket}/run/exact"]
+    labelled = cappy("annotate", *places, "--address", head, "--set", "generate.label.metric=exact_match", "--json")
+    assert labelled.returncode == 0, labelled.stderr
+    assert RegressionSet(places[1]).manifest["relabelled_from"]["uri"] == places[0]
