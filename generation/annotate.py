@@ -109,7 +109,7 @@ def assemble(rows: Sequence[Mapping[str, Any]], config: LabelConfig, model: str)
     - each response of `row["sampled"]`, whose fields (`sampler.SAMPLED`) it keeps: its label by `config`.
 
     `row` has `references`, `mismatched` and `answer_choices` (lists of strings; the last may be None). Outer white space
-    is stripped from all but samples, so that it cannot tell a reference from a sample.
+    is stripped, here and from samples by the engine, so that it cannot tell a reference from a sample.
     """
     sampled = pa.array([[candidate["response"] for candidate in row["sampled"]] for row in rows], TEXTS)
     values = iter(labels(sampled, pa.array([row["references"] for row in rows], TEXTS), config).tolist())

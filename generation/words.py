@@ -146,7 +146,8 @@ def _begins(texts: Sequence[str]) -> np.ndarray:
 
 
 def _paper_kinds() -> np.ndarray:
-    kinds = np.full(0x110000, _SPACE, np.uint8)
+    """Return the kind of every ASCII character."""
+    kinds = np.full(128, _SPACE, np.uint8)
     kinds[list(b"abcdefghijklmnopqrstuvwxyz0123456789")] = _LETTER
     return kinds
 
