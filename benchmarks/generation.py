@@ -1,14 +1,13 @@
 """Candidates per second of the whole generate pipeline against the same vLLM engine driven directly with all prompts at once.
 
 `python -m benchmarks.generation --json -`. Both run in a Ray actor of their own on the demo's train rows, prompts and
-decodings; loading the engine and a first few rows are not counted. The pipeline's clock runs from its first unit's start until its last
-unit is labelled and saved. They take turns, and the ratio is that of the medians.
+decodings; loading the engine is not counted. The pipeline's clock runs from its first unit's start until its last unit is labelled and
+saved. They take turns, and the ratio is that of the medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import sys
@@ -26,8 +25,6 @@ from generation import engines, instructions, pipeline, units
 from generation.sampler import Sampler
 from generation.schema import PREPARED
 
-WARM_ROWS = 4
-
 
 class Clock(units.Gate):
     """A gate that knows when its first unit entered."""
@@ -44,17 +41,11 @@ class Clock(units.Gate):
         return self._start
 
 
-class Warmed(Sampler):
-    """A sampler whose engine has answered before the clock starts."""
-
-    def __init__(self, config: Config, warm: list[dict[str, Any]]) -> None:
-        super().__init__(config.sampler, config.seed)
-        self.warm = warm
+class Direct(Sampler):
+    """The engine alone."""
 
     async def all_at_once(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Sample every row at once; return seconds, candidates and tokens."""
-        async for _ in self(pa.Table.from_pylist(self.warm, PREPARED)):
-            pass
         start = time.time()
         async for sampled in self(pa.Table.from_pylist(rows, PREPARED)):
             pools = sampled["sampled"].to_pylist()
@@ -63,25 +54,8 @@ class Warmed(Sampler):
         return {"seconds": seconds, "candidates": len(drawn), "tokens": sum(each["tokens"] for each in drawn)}
 
 
-def warmed_engine(config: Any, warm: list[dict[str, Any]], whole: Config) -> engines.LLM:
-    """An engine that has answered some rows; what a pipeline's sampling actor gets."""
-    sampler = Sampler(config, whole.seed)
-
-    async def answer() -> None:
-        async for _ in sampler(pa.Table.from_pylist(warm, PREPARED)):
-            pass
-
-    import ray.data
-
-    loop = ray.data._map_actor_context.udf_map_asyncio_loop
-    asyncio.run_coroutine_threadsafe(answer(), loop).result()
-    return sampler.llm
-
-
-def through_pipeline(config: Config, rows: list[dict[str, Any]], warm: list[dict[str, Any]], folder: Path) -> dict[str, float]:
+def through_pipeline(config: Config, rows: list[dict[str, Any]], folder: Path) -> dict[str, float]:
     """Sample, label and save the rows as units; return seconds, candidates, tokens and pairs."""
-    import functools
-
     import ray
 
     names = []
@@ -90,19 +64,18 @@ def through_pipeline(config: Config, rows: list[dict[str, Any]], warm: list[dict
         table = pa.Table.from_pylist(rows[start : start + config.generate.unit_rows], PREPARED)
         units.write(units.place(str(folder), "prepared", names[-1]), table)
     gate = ray.remote(num_cpus=0)(Clock).remote()
-    load_engine = functools.partial(warmed_engine, warm=warm, whole=config)
-    results = list(pipeline.plan(str(folder), names, config, load_engine, gate).iter_rows())
+    results = list(pipeline.plan(str(folder), names, config, engines.load, gate).iter_rows())
     end = time.time()
     pairs = sum(len(row) for name in names for row in units.read(units.place(str(folder), "units", name))["candidates"].to_pylist())
     totals = {key: sum(result[key] for result in results) for key in ("candidates", "tokens")}
     return {"seconds": end - ray.get(gate.start.remote()), "pairs": pairs, **totals}
 
 
-def directly(config: Config, rows: list[dict[str, Any]], warm: list[dict[str, Any]]) -> dict[str, float]:
+def directly(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Sample the rows with the engine alone, all of them at once."""
     import ray
 
-    actor = ray.remote(num_cpus=1)(Warmed).remote(config, warm)
+    actor = ray.remote(num_cpus=1)(Direct).remote(config.sampler, config.seed)
     result = dict(ray.get(actor.all_at_once.remote(rows)))
     ray.kill(actor)
     return result
@@ -116,14 +89,12 @@ def main() -> int:
     options = parser.parse_args()
     config = load("demo")
     train = [each[1] for each in instructions.prepared(config) if isinstance(each, tuple) and each[0] == "train"]
-    step = max(1, len(train) // (options.rows + WARM_ROWS))
-    chosen = train[::step][: options.rows + WARM_ROWS]
-    warm, rows = chosen[:WARM_ROWS], chosen[WARM_ROWS:]
+    rows = train[:: max(1, len(train) // options.rows)][: options.rows]
     turns: dict[str, list[dict[str, float]]] = {"pipeline": [], "direct": []}
     with ray_session(), tempfile.TemporaryDirectory(prefix="cappy-benchmark-") as folder:
         for turn in range(options.turns):
-            turns["pipeline"].append(through_pipeline(config, rows, warm, Path(folder, str(turn))))
-            turns["direct"].append(directly(config, rows, warm))
+            turns["pipeline"].append(through_pipeline(config, rows, Path(folder, str(turn))))
+            turns["direct"].append(directly(config, rows))
             said = ", ".join(f"{name} {each[-1]['candidates'] / each[-1]['seconds']:.1f} candidates/s" for name, each in turns.items())
             say(f"turn {turn + 1} of {options.turns}: {said}")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import tenacity
 
-from cluster import runtime, storage
+from cluster import models, runtime, storage
 from cluster.config import Config, FilesSource, HubSource, MixtureSource, RowsSource, Source
 from cluster.errors import CappyError, UsageError
 from cluster.progress import say
@@ -127,8 +127,8 @@ def _absolute(config: Config) -> Config:
         if (value := getattr(config, name))
     }
     if config.sampler.engine.kind != "endpoint":  # whose model is a name there, whatever folder is called so here
-        paths["sampler"] = config.sampler.model_copy(update={"model": _absolute_model(config.sampler.model)})
-    paths["scorer"] = config.scorer.model_copy(update={"encoder": _absolute_model(config.scorer.encoder)})
+        paths["sampler"] = config.sampler.model_copy(update={"model": models.absolute(config.sampler.model)})
+    paths["scorer"] = config.scorer.model_copy(update={"encoder": models.absolute(config.scorer.encoder)})
     paths["source"] = _absolute_source(config.source)
     evaluation = tuple(map(storage.absolute, config.decontaminate.files))
     paths["decontaminate"] = config.decontaminate.model_copy(update={"files": evaluation})
@@ -146,13 +146,8 @@ def _absolute_source(source: Source) -> Source:
     if isinstance(source, FilesSource):
         changes["path"] = storage.absolute(source.path)
     if isinstance(source, HubSource):
-        changes["name"] = _absolute_model(source.name)
+        changes["name"] = models.absolute(source.name)
     return source.model_copy(update=changes)
-
-
-def _absolute_model(name: str) -> str:
-    """A model that is a folder here, absolute; any other name as it is."""
-    return storage.absolute(name) if Path(name).expanduser().is_dir() else name
 
 
 def main(verb: str) -> int:

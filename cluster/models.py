@@ -22,6 +22,11 @@ EMBEDDED = {
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
+def absolute(name: str) -> str:
+    """Return the name of a model with a local folder made absolute, so that it means the same in every process of a machine."""
+    return storage.absolute(name) if name not in EMBEDDED and Path(name).expanduser().is_dir() else name
+
+
 def resolve(name: str, setting: str) -> Path:
     """Return the local folder of model `name`; `setting` is the config key an error names.
 

@@ -66,9 +66,7 @@ def identity(config: Config, dataset: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute(config: Config) -> Config:
     """Make local paths absolute: Ray Train's workers run in another folder."""
-    encoder = config.scorer.encoder
-    if not storage.is_s3(encoder) and encoder not in models.EMBEDDED and Path(encoder).expanduser().is_dir():
-        encoder = storage.absolute(encoder)
+    encoder = models.absolute(config.scorer.encoder)
     paths = {"dataset": storage.check(config.dataset_uri, "dataset"), "scorer_path": storage.absolute(config.scorer_uri)}
     return config.model_copy(update={**paths, "scorer": config.scorer.model_copy(update={"encoder": encoder})})
 

@@ -20,6 +20,7 @@ from cluster import models
 from cluster.config import Config, ServingConfig
 from cluster.errors import CappyError, UsageError
 from serving import app, client
+from tests.conftest import free_port
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 SERVE = """
@@ -28,12 +29,6 @@ from cluster import config
 from serving import app
 print(json.dumps(app.run(config.load(None, sys.argv[1:]))))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_path):

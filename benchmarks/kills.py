@@ -1,0 +1,208 @@
+"""Kill drivers, sampling actors and worker nodes of `cappy generate` at random moments; count what was lost or sampled twice.
+
+`python -m benchmarks.kills --kills 10 --workspace s3://bucket/kills --json -`. Each run has an LLM that takes half a second an
+instruction and needs no weights. A killed driver is started again with the same command; a killed actor or node is Ray's business.
+Afterwards the set must equal, as a multiset of rows, that of a run nobody disturbed. A row counts as sampled twice for a committed
+unit when it is sampled after its unit's object was seen in the store (which is looked at ten times a second).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+from cluster.config import DecodingConfig, load
+from cluster.progress import Bar, say
+from generation import pipeline, units
+from generation.dataset import RegressionSet
+from generation.engines import Candidate
+
+VICTIMS = ("driver", "actor", "node")
+_SETTINGS = ["generate.unit_rows=5", "sampler.prompt.form=raw", "generate.shard_mib=1"]
+_ALL_S = 300.0
+
+
+class SlowLLM:
+    """Answers from the seed after half a second and writes down what it was asked, when, and in which process."""
+
+    dead = False
+
+    def __init__(self, _: Any, log: str) -> None:
+        self.log = log
+
+    def encode(self, turns: Any, form: str, room: int) -> list[int]:
+        return [len(turn["content"]) for turn in turns]
+
+    def most(self, prompt: Any, decoding: DecodingConfig) -> float:
+        return 0.0
+
+    def bill(self, request_id: str) -> float:
+        return 0.0
+
+    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+        with Path(self.log).open("a") as log:
+            log.write(f"{request_id.split('-')[0]} {time.time()} {os.getpid()}\n")
+        await asyncio.sleep(0.5)
+        return [
+            Candidate(response=f"number {(seed + draw) % 97}", decoding=decoding.name, tokens=2, finish_reason="stop", logprob=-1.0)
+            for draw in range(decoding.n)
+        ]
+
+
+def drive(source: str, place: str, log: str) -> None:
+    """One run of `cappy generate`, in a process of its own."""
+    config = load(None, [source, f"dataset={place}", *_SETTINGS])
+    pipeline.run(config, load=functools.partial(SlowLLM, log=log))
+
+
+def launch(source: str, place: str, log: Path, address: str | None = None) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, **({"RAY_ADDRESS": address} if address else {})}
+    command = [sys.executable, "-m", "benchmarks.kills", "--drive", source, place, str(log)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def content(place: str) -> str:
+    """A hash of the published rows as a multiset."""
+    opened = RegressionSet(place)
+    assert storage.verify(place, opened.manifest) == []
+    rows = sorted(
+        json.dumps(row, sort_keys=True) for split in ("train", "validation") for batch in opened.batches(split) for row in batch.to_pylist()
+    )
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+class Watch:
+    """Notes when each finished unit was first seen, and which rows it holds."""
+
+    def __init__(self, place: str) -> None:
+        self.committed: dict[str, float] = {}
+        self._staging, self._seen, self._over = storage.join(place, "_staging"), set[str](), threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.1):
+            for name in storage.list_files(storage.join(self._staging, "units")).keys() - self._seen:
+                now = time.time()
+                try:
+                    ids = units.read(storage.join(self._staging, "units", name))["id"].to_pylist()
+                except FileNotFoundError:  # merged and removed meanwhile
+                    continue
+                self._seen.add(name)
+                self.committed.update(dict.fromkeys(ids, now))
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def actor_of(log: Path) -> int:
+    """The process of the newest sampling actor."""
+    return int(log.read_text().splitlines()[-1].split()[2])
+
+
+def one_run(victim: str, source: str, place: str, folder: Path, moment: float) -> dict[str, Any]:
+    """Run to the end with one kill `moment` seconds after the first sample; return what came out."""
+    log = folder / "log"
+    log.touch()
+    watch = Watch(place)
+    address, kill_node, tear_down = _nodes() if victim == "node" else (None, None, None)
+    driver = launch(source, place, log, address)
+    deadline = time.monotonic() + _ALL_S
+    while not log.read_text() and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(moment)
+    midway = driver.poll() is None
+    if victim == "driver":
+        os.killpg(driver.pid, signal.SIGKILL)
+    elif victim == "actor":
+        os.kill(actor_of(log), signal.SIGKILL)
+    elif kill_node:
+        kill_node()
+    code = driver.wait(_ALL_S)
+    if victim == "driver":
+        code = launch(source, place, log).wait(_ALL_S)
+    watch.end()
+    if tear_down:
+        tear_down()
+    lines = [line.split() for line in log.read_text().splitlines()]
+    again = sum(float(when) > watch.committed.get(row, float("inf")) for row, when, _ in lines)
+    return {"victim": victim, "code": code, "midway": midway, "content": content(place) if code == 0 else None, "sampled_twice": again}
+
+
+def _nodes() -> tuple[str, Callable[[], None], Callable[[], None]]:
+    """A cluster of a head without work and two worker nodes; its address, and what kills a worker node, and all of it."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    return cluster.address, lambda: cluster.remove_node(workers[0], allow_graceful=False), cluster.shutdown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=10, help="of each kind of victim")
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS)
+    parser.add_argument("--workspace", help="a folder or s3:// prefix; a temporary folder by default")
+    parser.add_argument("--drive", nargs=3, metavar=("SOURCE", "DATASET", "LOG"), help=argparse.SUPPRESS)
+    parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
+    options = parser.parse_args()
+    if options.drive:
+        drive(*options.drive)
+        return 0
+    draw = random.Random(options.seed)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="cappy-kills-") as name:
+        folder = Path(name)
+        workspace = (options.workspace or f"{name}/sets").rstrip("/")
+        rows = [{"instruction": f"say {n}", "references": [f"number {n % 97}"], "dataset": "ab"[n % 2]} for n in range(options.rows)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        source = f"source={{kind: files, path: '{folder}/rows.jsonl'}}"
+        start = time.monotonic()
+        assert launch(source, f"{workspace}/unbroken", folder / "unbroken.log").wait(_ALL_S) == 0
+        expected = content(f"{workspace}/unbroken")
+        lines = [float(line.split()[1]) for line in (folder / "unbroken.log").read_text().splitlines()]
+        sampling = max(lines) - min(lines) + 0.5
+        say(f"unbroken: {time.monotonic() - start:.0f} s, of which sampling {sampling:.1f} s")
+        with Bar("killing", options.kills * len(options.victims), "runs") as bar:
+            for victim in options.victims:
+                for number in range(options.kills):
+                    own = folder / f"{victim}-{number}"
+                    own.mkdir()
+                    results.append(one_run(victim, source, f"{workspace}/{victim}-{number}", own, draw.uniform(0, sampling)))
+                    bar.advance(note=f"{victim} {number}: {'same set' if results[-1]['content'] == expected else 'DIFFERENT'}")
+    counts = {
+        victim: {
+            "kills": sum(each["victim"] == victim for each in results),
+            "midway": sum(each["victim"] == victim and each["midway"] for each in results),
+            "same_set": sum(each["victim"] == victim and each["content"] == expected for each in results),
+            "sampled_twice": sum(each["sampled_twice"] for each in results if each["victim"] == victim),
+        }
+        for victim in options.victims
+    }
+    for victim, count in counts.items():
+        print(f"{victim}: {count['kills']} kills, same set {count['same_set']}, committed rows sampled again {count['sampled_twice']}")
+    if options.json:
+        print(json.dumps(counts))
+    return 0 if all(count["same_set"] == count["kills"] and not count["sampled_twice"] for count in counts.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
