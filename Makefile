@@ -37,7 +37,7 @@ endif
 doctor: setup  ## check versions, imports, engine, storage and models again
 	@$(BIN)/cappy doctor
 
-demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (17 minutes on 2 cores)
+demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (15 minutes on 2 cores)
 	@$(BIN)/python -m serving.demo
 
 test: setup  ## all tests, with real small models and a real S3 server
@@ -54,7 +54,7 @@ format: setup  ## format the code and mend what the linter can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 bench: setup  ## every benchmark, each against its baseline
-	@for name in rouge prompts; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in rouge prompts generation kills; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lock: setup  ## pin every dependency again into requirements/cpu.lock
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --overrides requirements/overrides.txt --python-version 3.11 \

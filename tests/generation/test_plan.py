@@ -146,7 +146,8 @@ def test_the_verb_prints_the_mixture_the_totals_and_every_assumption_and_writes_
 
 def test_the_demo_is_planned_with_the_tokenizer_of_its_embedded_model():
     result = json.loads(cappy("plan", "demo", "--json").stdout.splitlines()[-1])
-    assert set(result["mixture"]) == set(DEMO_TASKS) and result["totals"]["candidates"] == 13 * result["totals"]["instructions"]
+    drawn = sum(decoding.n for decoding in load("demo").sampler.decodings)
+    assert set(result["mixture"]) == set(DEMO_TASKS) and result["totals"]["candidates"] == drawn * result["totals"]["instructions"]
     assert any("its tokenizer" in each["from"] for each in result["assumptions"])
     assert any("0.135G parameters, counted" in each["from"] for each in result["assumptions"])
 
