@@ -130,8 +130,10 @@ def write(uri: str, table: pa.Table) -> None:
 
 def finished(staging: str, unit: str) -> dict[str, Any] | None:
     """Return the counts of a unit that is done already, else None."""
-    uri = place(staging, "units", unit)
-    return metadata(read(uri))["counts"] if storage.exists(uri) else None
+    try:
+        return dict(metadata(read(place(staging, "units", unit)))["counts"])
+    except FileNotFoundError:
+        return None
 
 
 def spent(staging: str, names: Sequence[str]) -> float:
