@@ -30,6 +30,10 @@ class Budget:
         self._reserved[unit] = most
         return True
 
+    def promised(self, unit: str) -> bool:
+        """Whether a unit is under way."""
+        return unit in self._reserved
+
     def settle(self, unit: str, cost: float) -> None:
         """Count what a unit under way did cost, and free the rest of its promise. Raises `KeyError` for any other unit."""
         del self._reserved[unit]

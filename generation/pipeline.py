@@ -90,6 +90,9 @@ def _claim(staging: str, config: Config) -> None:
         return
     begun = storage.read_json(place)
     if begun["fingerprint"] != fingerprint(mine):
+        if not storage.exists(storage.join(staging, "prepared.json")):  # e.g. its source could not be read: nothing is lost
+            storage.write_json(place, {"fingerprint": fingerprint(mine), "settings": mine})
+            return
         changes = "; ".join(differences(begun["settings"], mine))
         raise UsageError(
             f"dataset={staging.removesuffix('/_staging')} was begun with other settings ({changes}); "
@@ -166,11 +169,14 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
     if not pending:
         return {}
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     say(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
     ceiling = engines.ceiling(config.sampler)
     spent = units.spent(staging, sorted(finished)) if ceiling is not None else 0.0
-    gate = ray.remote(num_cpus=0)(units.Gate).remote(ceiling, spent)
+    # Beside the driver: on a worker node it would be lost with it, and the run with the gate.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    gate = ray.remote(num_cpus=0, scheduling_strategy=here)(units.Gate).remote(ceiling, spent)
     failed = 0
     with _closing(gate) as told, Bar("sampling", total, "instructions", done=done) as bar:
         for result in plan(staging, pending, config, load, gate).iter_rows():

@@ -70,8 +70,9 @@ class Gate:
         return False
 
     def leave(self, unit: str, cost: float) -> None:
-        """Count what a finished unit did cost."""
-        self._budget.settle(unit, cost)
+        """Count what a finished unit did cost; one that has left already is known."""
+        if self._budget.promised(unit):
+            self._budget.settle(unit, cost)
 
     def exhausted(self) -> bool:
         """Whether a unit was refused for the ceiling's sake."""
@@ -95,6 +96,8 @@ class UnitWorker:
             done = await asyncio.to_thread(finished, self.staging, unit) or await self._work(unit)
             if done is None:
                 return
+            # Also for a unit found done: an actor lost between saving and leaving would hold its promise for ever.
+            await self.gate.leave.remote(unit, done["cost"])
             yield pa.Table.from_pylist([done], COUNTS)
 
     async def _work(self, unit: str) -> dict[str, Any] | None:
@@ -107,7 +110,6 @@ class UnitWorker:
             return None
         async for sampled in self.sampler(prepared):
             done = await asyncio.to_thread(save, self.staging, unit, sampled, self.config)
-        await self.gate.leave.remote(unit, done["cost"])
         return done
 
 

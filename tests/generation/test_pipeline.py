@@ -180,10 +180,17 @@ def test_on_sigterm_the_units_in_flight_end_and_the_same_command_goes_on(rows, t
 
 
 def test_changed_settings_do_not_go_on_from_a_begun_run(rows, tmp_path):
-    config = config_for(rows, tmp_path / "set")
-    pipeline._claim(f"{tmp_path}/set/_staging", config)
+    staging = f"{tmp_path}/set/_staging"
+    pipeline._claim(staging, config_for(rows, tmp_path / "set"))
+    storage.write_json(f"{staging}/prepared.json", {})
     with pytest.raises(UsageError, match=r"was begun with other settings \(seed: 20261121 -> 5\)"):
         pipeline.run(config_for(rows, tmp_path / "set", "seed=5"), load=FixedLLM)
+
+
+def test_a_run_whose_source_could_not_be_read_claims_nothing(rows, tmp_path):
+    with pytest.raises(UsageError, match=r"no \.jsonl"):
+        pipeline.run(config_for(tmp_path / "tpyo.jsonl", tmp_path / "set"), load=FixedLLM)
+    assert pipeline.run(config_for(rows, tmp_path / "set"), load=FixedLLM)["instructions"] == ROWS
 
 
 def test_too_many_failures_stop_the_run_before_it_publishes(tmp_path):
