@@ -137,9 +137,14 @@ def evaluate(
 
 
 @app.command(epilog="Then: curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' -d '{...}'")
-def serve(config: ConfigFile = None, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Serve boosted answers behind an OpenAI-compatible endpoint until interrupted."""
-    _show("serve", _run("serve", config, set_, None, False), as_json)
+def serve(
+    config: ConfigFile = None, set_: Overrides = None, address: Address = None, as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Serve boosted answers behind an OpenAI-compatible endpoint until interrupted.
+
+    With --address it serves on the cluster's head, at serving.host there, until `ray job stop`.
+    """
+    _show("serve", _run("serve", config, set_, address, False), as_json)
 
 
 @app.command(epilog="Example: cappy inspect s3://bucket/demo/dataset --samples 3")

@@ -32,7 +32,7 @@ from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Lease
 from cluster.progress import Bar, say
 from cluster.runtime import code_version, ray_session
-from generation import annotate, card, dataset, engines, instructions, shards, units
+from generation import annotate, card, dataset, engines, instructions, metrics, shards, units
 from generation.instructions import DeadLetter
 from generation.sampler import LoadLLM
 from generation.schema import DATASET, PREPARED, SPLITS
@@ -62,11 +62,14 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
         staging = storage.join(uri, "_staging")
         _claim(staging, config)
         prepared = _prepare(staging, config)
+        stages = {"reading": time.monotonic() - start}
         with ray_session():
             rates = _sample(staging, prepared, config, load, held)
+            stages["sampling"] = time.monotonic() - start - sum(stages.values())
             merged = _merge(uri, staging, prepared, config)
+            stages["merging"] = time.monotonic() - start - sum(stages.values())
         held.check()
-        summary = _publish(uri, staging, merged, rates, config, time.monotonic() - start)
+        summary = _publish(uri, staging, merged, rates, config, stages)
     storage.delete(storage.join(uri, _LEASE))
     return summary
 
@@ -178,11 +181,16 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     gate = ray.remote(num_cpus=0, scheduling_strategy=here)(units.Gate).remote(ceiling, spent)
     failed = 0
-    with _closing(gate) as told, Bar("sampling", total, "instructions", done=done) as bar:
+    with (
+        metrics.exposed(config.generate, total, done) as progress,
+        _closing(gate) as told,
+        Bar("sampling", total, "instructions", done=done) as bar,
+    ):
         for result in plan(staging, pending, config, load, gate).iter_rows():
             held.check()
             failed += result["dead_letters"]
             spent += result["cost"]
+            progress.add(result)
             note = "  ".join([f"{failed} dead letters"] * bool(failed) + [f"${spent:,.4f}"] * bool(spent))
             bar.advance(result["rows"], note=note, candidates=result["candidates"], tokens=result["tokens"])
             if bar.done - done >= _ERROR_RATE_ROWS:
@@ -281,7 +289,10 @@ def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config) -> 
     return dict(sorted(merged.items()))
 
 
-def _publish(uri: str, staging: str, merged: dict[str, Any], rates: dict[str, Any], config: Config, seconds: float) -> dict[str, Any]:
+def _publish(
+    uri: str, staging: str, merged: dict[str, Any], rates: dict[str, Any], config: Config, stages: dict[str, float]
+) -> dict[str, Any]:
+    """Write what stands beside the shards, then the manifest; `stages`: seconds each took, start-up of Ray and the LLM included."""
     counts: dict[str, Any] = {}
     total: dict[str, Any] = {}
     for name, shard in merged.items():
@@ -304,7 +315,7 @@ def _publish(uri: str, staging: str, merged: dict[str, Any], rates: dict[str, An
     files["decontamination.json"] = storage.write_json(storage.join(uri, "decontamination.json"), overlap)
     files |= {name: shard["entry"] for name, shard in merged.items()}
     left_out = {"dead_letters": dead_letters, "decontaminated": overlap["train_rows_left_out"]}
-    summary = {"uri": uri, **total, "splits": counts, **left_out, "seconds": round(seconds, 1)}
+    summary = {"uri": uri, **total, "splits": counts, **left_out, "seconds": round(sum(stages.values()), 1)}
     manifest = {
         "kind": "dataset",
         "version": 1,
@@ -314,6 +325,7 @@ def _publish(uri: str, staging: str, merged: dict[str, Any], rates: dict[str, An
         "counts": counts,
         "summary": summary,
         "rates": rates,
+        "seconds": {stage: round(seconds, 1) for stage, seconds in stages.items()},
         "cost": {"dollars": round(sum(shard["cost"] for shard in merged.values()), 6)},
         "schema": {field.name: str(field.type) for field in DATASET},
         "metric": annotate.describe(config.generate.label),

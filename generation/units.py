@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -108,8 +109,11 @@ class UnitWorker:
             await asyncio.sleep(_ROOM_S)
         if not enter:
             return None
+        promise = await asyncio.to_thread(write_promise, self.staging, unit, most) if most else None
         async for sampled in self.sampler(prepared):
             done = await asyncio.to_thread(save, self.staging, unit, sampled, self.config)
+        if promise:
+            await asyncio.to_thread(storage.delete, promise)
         return done
 
 
@@ -138,10 +142,20 @@ def finished(staging: str, unit: str) -> dict[str, Any] | None:
         return None
 
 
+def write_promise(staging: str, unit: str, most: float) -> str:
+    """Write down that a unit is begun that can cost `most` dollars, and return where: it is deleted once the unit is saved."""
+    place = storage.join(staging, "promises", f"{unit}-{uuid.uuid4().hex}.json")
+    storage.write_json(place, {"unit": unit, "dollars": most})
+    return place
+
+
 def spent(staging: str, names: Sequence[str]) -> float:
-    """Return the dollars that finished units cost."""
+    """Return the dollars that finished units cost, and the most that those lost under way can have cost."""
+    promises = storage.join(staging, "promises")
     with ThreadPoolExecutor(16) as pool:
-        return sum(float(counts["cost"]) for counts in pool.map(partial(finished, staging), names) if counts)
+        costs = [float(counts["cost"]) for counts in pool.map(partial(finished, staging), names) if counts]
+        lost = pool.map(storage.read_json, [storage.join(promises, name) for name in storage.list_files(promises)])
+        return sum(costs) + sum(float(each["dollars"]) for each in lost)
 
 
 def metadata(table: pa.Table) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from nltk.stem.porter import PorterStemmer
 from numba import njit
 
 Mode = Literal["paper", "unicode"]
@@ -55,7 +54,6 @@ _SLOT = np.dtype([("chunk", np.uint64), ("parent", np.int32), ("number", np.int3
 # A vocabulary that may get half full starts afresh: it holds at most 2^19 words (some 100 MB) however long a run is.
 _SLOTS = 1 << 20
 _ASCII_WORD = re.compile("[a-z0-9]{4,}")
-_STEMMER = PorterStemmer()
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -64,6 +62,14 @@ def compiled(function: Callable[..., Any]) -> Any:
         return njit(nogil=True, cache=True)(function)
     except RuntimeError:
         return njit(nogil=True)(function)
+
+
+@lru_cache(maxsize=1)
+def _stemmer() -> Any:
+    """`rouge_score`'s stemmer; NLTK takes two seconds to import, which most processes need not wait for."""
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer()
 
 
 class Vocabulary:
@@ -103,7 +109,7 @@ class Vocabulary:
             if numbers[slot] < 0:
                 word = "".join(map(chr, codes[start:stop])).lower()
                 if self._stemmed and _ASCII_WORD.fullmatch(word):
-                    word = _STEMMER.stem(word)
+                    word = _stemmer().stem(word)
                 numbers[slot] = self._number_of.setdefault(word, len(self._number_of))
             words[place] = numbers[slot]
         return words, at

@@ -27,7 +27,7 @@ def test_the_embedded_llm_loads_and_knows_paris():
 
     path = models.resolve("smollm2-135m-instruct", "sampler.model")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    turns = [{"role": "user", "content": "Where is the Eiffel Tower? Answer with the city."}]
     inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = AutoModelForCausalLM.from_pretrained(path).generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])

@@ -1,4 +1,14 @@
+import asyncio
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+
+from cluster.config import load
+from generation import units
+from generation.schema import PREPARED
 from generation.units import Gate
+from tests.generation.fixed_llm import FixedLLM
 
 
 def test_below_a_ceiling_a_unit_waits_for_those_in_flight_and_is_refused_only_when_none_is():
@@ -24,3 +34,53 @@ def test_a_closed_gate_lets_nobody_in():
     assert gate.enter("a", 0.0) is True
     gate.close()
     assert gate.enter("b", 0.0) is False and not gate.exhausted()
+
+
+class CostlyLLM(FixedLLM):
+    """A tenth of a dollar a candidate, at most three; a prompt about death never ends."""
+
+    def most(self, prompt, decoding):
+        return 0.3 * decoding.n
+
+    def bill(self, request_id):
+        return 0.1
+
+    async def sample(self, token_ids, decoding, seed, request_id):
+        if b"death" in bytes(token_ids):
+            raise asyncio.CancelledError
+        return await super().sample(token_ids, decoding, seed, request_id)
+
+
+def in_process(gate):
+    """A gate in this process, called as Ray's actors are."""
+
+    def method(call):
+        async def remote(*arguments):
+            return call(*arguments)
+
+        return SimpleNamespace(remote=remote)
+
+    return SimpleNamespace(enter=method(gate.enter), leave=method(gate.leave))
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
+def test_money_spent_on_a_unit_lost_under_way_is_remembered(place):
+    decodings = "sampler.decodings=[{name: one, max_tokens: 8}]"
+    prices = "price_per_million_prompt: 1, price_per_million_sampled: 1"
+    engine = f"sampler.engine={{kind: endpoint, base_url: 'http://127.0.0.1:9/v1', max_cost: 9, {prices}}}"
+    config = load(None, [decodings, engine, "sampler.prompt.form=raw"])
+    row = {"references": ["x"], "dataset": "d", "shots": [], "mismatched": []}
+    for name, text in (("train-000000", "life"), ("train-000001", "death")):
+        table = pa.Table.from_pylist([{**row, "id": name, "instruction": text}], PREPARED)
+        units.write(units.place(place, "prepared", name), table)
+    worker = units.UnitWorker(place, config, CostlyLLM, in_process(Gate(9.0)))
+
+    async def work(unit):
+        return [each async for each in worker(pa.table({"unit": [unit]}))]
+
+    (done,) = asyncio.run(work("train-000000"))[0].to_pylist()
+    assert done["cost"] == pytest.approx(0.1)
+    assert units.spent(place, ["train-000000"]) == pytest.approx(0.1)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(work("train-000001"))
+    assert units.spent(place, ["train-000000"]) == pytest.approx(0.1 + 0.3)

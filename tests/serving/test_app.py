@@ -17,10 +17,14 @@ import psutil
 import pytest
 
 from cluster import models
-from cluster.config import Config, ServingConfig
+from cluster.config import Config, EndpointConfig, ServingConfig
 from cluster.errors import CappyError, UsageError
+from generation.engines import PromptTooLong, RowError
+from generation.engines.endpoint import Endpoint
+from generation.prompts import messages
 from serving import app, client
 from tests.conftest import free_port
+from tests.generation.engines.test_vllm_server import GREEDY, TOP_K, TURNS, WARM, ask
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 SERVE = """
@@ -168,6 +172,20 @@ async def test_requests_at_once_are_all_answered_and_a_client_that_leaves_frees_
             await http.post("/chat/completions", json=endless, timeout=3)
         answers = await asyncio.gather(*(http.post("/chat/completions", json=short) for _ in range(8)))
     assert [answer.status_code for answer in answers] == [200] * 8
+
+
+@pytest.mark.slow
+def test_our_endpoint_engine_samples_from_it(server):
+    llm = Endpoint("cappy", EndpointConfig(kind="endpoint", base_url=f"{server[0]}/v1"))
+    long = messages("word " * 2000)
+    greedy, warm, ranked, refused = ask(llm, "chat", (TURNS, GREEDY, 1), (TURNS, WARM, 1), (TURNS, TOP_K, 1), (long, GREEDY, 1))
+    assert "Paris" in greedy[0]["response"]
+    assert len({each["response"] for each in warm}) == 3
+    # It gives no log-probabilities, and refuses what it cannot do rather than doing something else.
+    assert {each["logprob"] for each in [*greedy, *warm]} == {None}
+    assert isinstance(ranked, RowError) and "top_k=1 is not supported" in str(ranked)
+    assert isinstance(refused, PromptTooLong)
+    print(f"\n{greedy[0]}")
 
 
 @pytest.mark.slow

@@ -1,0 +1,189 @@
+"""Memory and pace of the whole of `cappy generate` at growing numbers of instructions: both should stay as they are.
+
+`python -m benchmarks.scale --json -` makes 10,000, 100,000 and 1,000,000 instructions into sets with an LLM that answers at once from the
+seed, so that all that is measured is ours. Memory is private (RSS less shared pages), its peak over the run, looked at four times
+a second: of the driver, of the largest sampling actor and of the largest other Ray worker. Pace leaves out start-up: instructions
+over the seconds of reading, sampling (from the first finished unit on) and merging. The set is counted and checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster import storage
+from cluster.config import DecodingConfig, load
+from cluster.progress import say
+from generation import pipeline
+from generation.dataset import RegressionSet
+from generation.engines import Candidate
+
+ROWS = (10_000, 100_000, 1_000_000)
+_WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "small",
+    "old",
+    "fox",
+    "dog",
+    "house",
+    "river",
+    "runs",
+    "sleeps",
+    "sees",
+    "under",
+    "over",
+    "near",
+    "quickly",
+    "never",
+    "often",
+    "today",
+]
+_LOOK_S = 0.25
+_MIB = 1 << 20
+
+
+class InstantLLM:
+    """Answers at once from the seed, some words of a small vocabulary."""
+
+    dead = False
+
+    def __init__(self, _: Any) -> None:
+        pass
+
+    def encode(self, turns: Any, form: str, room: int) -> list[int]:
+        return [len(turn["content"]) for turn in turns]
+
+    def most(self, prompt: Any, decoding: DecodingConfig) -> float:
+        return 0.0
+
+    def bill(self, request_id: str) -> float:
+        return 0.0
+
+    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+        await asyncio.sleep(0)
+        return [
+            Candidate(response=_text(seed + draw), decoding=decoding.name, tokens=9, finish_reason="stop", logprob=-1.0)
+            for draw in range(decoding.n)
+        ]
+
+
+def _text(seed: int) -> str:
+    """Return eight words; any two seeds that differ by less than the vocabulary's size give different ones."""
+    return " ".join(_WORDS[(seed // (place + 1) + place * place) % len(_WORDS)] for place in range(8))
+
+
+def write_source(path: Path, rows: int) -> None:
+    draw = random.Random(rows)
+    with path.open("w") as file:
+        for number in range(rows):
+            words = " ".join(draw.choices(_WORDS, k=40))
+            row = {"instruction": f"{number}: {words}", "references": [_text(draw.randrange(1 << 30))], "dataset": f"d{number % 30}"}
+            file.write(json.dumps(row) + "\n")
+
+
+class Watch:
+    """The peak private memory of a process and of its descendants, by what they are, in bytes."""
+
+    def __init__(self, pid: int) -> None:
+        self.peaks: dict[str, int] = {}
+        self._root, self._over = psutil.Process(pid), threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOK_S):
+            try:
+                self._count("driver", self._root)
+                for process in self._root.children(recursive=True):
+                    title = process.cmdline()[:1]
+                    if title and title[0].startswith("ray::"):
+                        self._count("actor" if "UnitWorker" in title[0] else "worker", process)
+            except psutil.Error:  # it ended while we looked
+                continue
+
+    def _count(self, role: str, process: psutil.Process) -> None:
+        memory = process.memory_info()
+        self.peaks[role] = max(self.peaks.get(role, 0), memory.rss - memory.shared)
+
+    def end(self) -> dict[str, int]:
+        self._over.set()
+        self._thread.join()
+        return self.peaks
+
+
+def drive(source: str, place: str, settings: list[str]) -> None:
+    """One run of `cappy generate`, in a process of its own."""
+    pipeline.run(load(None, [source, f"dataset={place}", "sampler.prompt.form=raw", *settings]), load=InstantLLM)
+
+
+def measure(rows: int, folder: Path, workspace: str, settings: list[str]) -> dict[str, Any]:
+    """Make a set of `rows` instructions; return its pace (instructions/s) and peaks (MiB)."""
+    source, place = folder / f"{rows}.jsonl", f"{workspace}/{rows}"
+    write_source(source, rows)
+    command = [sys.executable, "-m", "benchmarks.scale", "--drive", f"source={{kind: files, path: '{source}'}}", place, *settings]
+    driver = subprocess.Popen(command)
+    watch = Watch(driver.pid)
+    code = driver.wait()
+    peaks = watch.end()
+    if code:
+        raise SystemExit(f"{rows} instructions: exit code {code}")
+    opened = RegressionSet(place)
+    if (made := opened.manifest["summary"]["instructions"]) != rows or (problems := storage.verify(place, opened.manifest)):
+        raise SystemExit(f"{rows} instructions: {made} in the set; {problems}")
+    seconds = dict(opened.manifest["seconds"])
+    seconds["sampling"] = rows / opened.manifest["rates"]["instructions_per_second"]
+    source.unlink()
+    if not workspace.startswith("s3://"):
+        shutil.rmtree(place)
+    return {
+        "rows": rows,
+        "rows_per_second": round(rows / sum(seconds.values()), 1),
+        "pairs_per_second": round(opened.manifest["summary"]["pairs"] / sum(seconds.values()), 1),
+        **{f"{stage}_rows_per_second": round(rows / max(each, 1e-6), 1) for stage, each in seconds.items()},
+        **{f"{role}_mib": round(peak / _MIB) for role, peak in sorted(peaks.items())},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--workspace", help="a folder or s3:// prefix; a temporary folder by default")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="as of `cappy generate`")
+    parser.add_argument("--drive", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
+    options = parser.parse_args()
+    if options.drive:
+        drive(options.drive[0], options.drive[1], options.drive[2:])
+        return 0
+    results = []
+    with tempfile.TemporaryDirectory(prefix="cappy-scale-") as name:
+        for rows in options.rows:
+            results.append(measure(rows, Path(name), (options.workspace or f"{name}/sets").rstrip("/"), options.settings))
+            say(json.dumps(results[-1]))
+    spread = {
+        key: round(max(values) / min(values), 3)
+        for key in ("rows_per_second", "driver_mib", "actor_mib", "worker_mib")
+        if (values := [each[key] for each in results])
+    }
+    print("  ".join(f"{key}: largest / smallest {value}" for key, value in spread.items()))
+    if options.json:
+        print(json.dumps({"sizes": results, "spread": spread}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
