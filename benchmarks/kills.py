@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.synthetic import SyntheticLLM
 from cluster import storage
 from cluster.config import DecodingConfig, load
 from cluster.progress import Bar, say
@@ -37,31 +38,18 @@ _SETTINGS = ["generate.unit_rows=5", "sampler.prompt.form=raw", "generate.shard_
 _ALL_S = 300.0
 
 
-class SlowLLM:
-    """Answers from the seed after half a second and writes down what it was asked, when, and in which process."""
+class SlowLLM(SyntheticLLM):
+    """Takes half a second, and writes down what it was asked, when, and in which process."""
 
-    dead = False
-
-    def __init__(self, _: Any, log: str) -> None:
+    def __init__(self, config: Any, log: str) -> None:
+        super().__init__(config)
         self.log = log
-
-    def encode(self, turns: Any, form: str, room: int) -> list[int]:
-        return [len(turn["content"]) for turn in turns]
-
-    def most(self, prompt: Any, decoding: DecodingConfig) -> float:
-        return 0.0
-
-    def bill(self, request_id: str) -> float:
-        return 0.0
 
     async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
         with Path(self.log).open("a") as log:
             log.write(f"{request_id.split('-')[0]} {time.time()} {os.getpid()}\n")
         await asyncio.sleep(0.5)
-        return [
-            Candidate(response=f"number {(seed + draw) % 97}", decoding=decoding.name, tokens=2, finish_reason="stop", logprob=-1.0)
-            for draw in range(decoding.n)
-        ]
+        return await super().sample(prompt, decoding, seed, request_id)
 
 
 def drive(source: str, place: str, log: str) -> None:

@@ -9,7 +9,6 @@ over the seconds of reading, sampling (from the first finished unit on) and merg
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import shutil
@@ -22,76 +21,24 @@ from typing import Any
 
 import psutil
 
+from benchmarks.synthetic import WORDS, SyntheticLLM, text
 from cluster import storage
-from cluster.config import DecodingConfig, load
+from cluster.config import load
 from cluster.progress import say
 from generation import pipeline
 from generation.dataset import RegressionSet
-from generation.engines import Candidate
 
 ROWS = (10_000, 100_000, 1_000_000)
-_WORDS = [
-    "the",
-    "a",
-    "red",
-    "blue",
-    "small",
-    "old",
-    "fox",
-    "dog",
-    "house",
-    "river",
-    "runs",
-    "sleeps",
-    "sees",
-    "under",
-    "over",
-    "near",
-    "quickly",
-    "never",
-    "often",
-    "today",
-]
 _LOOK_S = 0.25
 _MIB = 1 << 20
-
-
-class InstantLLM:
-    """Answers at once from the seed, some words of a small vocabulary."""
-
-    dead = False
-
-    def __init__(self, _: Any) -> None:
-        pass
-
-    def encode(self, turns: Any, form: str, room: int) -> list[int]:
-        return [len(turn["content"]) for turn in turns]
-
-    def most(self, prompt: Any, decoding: DecodingConfig) -> float:
-        return 0.0
-
-    def bill(self, request_id: str) -> float:
-        return 0.0
-
-    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
-        await asyncio.sleep(0)
-        return [
-            Candidate(response=_text(seed + draw), decoding=decoding.name, tokens=9, finish_reason="stop", logprob=-1.0)
-            for draw in range(decoding.n)
-        ]
-
-
-def _text(seed: int) -> str:
-    """Return eight words; any two seeds that differ by less than the vocabulary's size give different ones."""
-    return " ".join(_WORDS[(seed // (place + 1) + place * place) % len(_WORDS)] for place in range(8))
 
 
 def write_source(path: Path, rows: int) -> None:
     draw = random.Random(rows)
     with path.open("w") as file:
         for number in range(rows):
-            words = " ".join(draw.choices(_WORDS, k=40))
-            row = {"instruction": f"{number}: {words}", "references": [_text(draw.randrange(1 << 30))], "dataset": f"d{number % 30}"}
+            words = " ".join(draw.choices(WORDS, k=40))
+            row = {"instruction": f"{number}: {words}", "references": [text(draw.randrange(1 << 30))], "dataset": f"d{number % 30}"}
             file.write(json.dumps(row) + "\n")
 
 
@@ -127,7 +74,7 @@ class Watch:
 
 def drive(source: str, place: str, settings: list[str]) -> None:
     """One run of `cappy generate`, in a process of its own."""
-    pipeline.run(load(None, [source, f"dataset={place}", "sampler.prompt.form=raw", *settings]), load=InstantLLM)
+    pipeline.run(load(None, [source, f"dataset={place}", "sampler.prompt.form=raw", *settings]), load=SyntheticLLM)
 
 
 def measure(rows: int, folder: Path, workspace: str, settings: list[str]) -> dict[str, Any]:
