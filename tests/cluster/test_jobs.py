@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -38,9 +39,10 @@ def head(tmp_path_factory, s3_server):
             start_new_session=True,
         )
     address = f"http://127.0.0.1:{dashboard}"
-    transport = httpx.HTTPTransport(retries=60)
-    with httpx.Client(transport=transport, timeout=60) as client:
-        assert client.get(f"{address}/api/version").status_code == 200
+    deadline = time.monotonic() + 120
+    while not _answers(f"{address}/api/version"):
+        assert node.poll() is None and time.monotonic() < deadline
+        time.sleep(0.5)
     yield address
     os.killpg(node.pid, signal.SIGTERM)
     try:
@@ -49,12 +51,27 @@ def head(tmp_path_factory, s3_server):
         os.killpg(node.pid, signal.SIGKILL)
 
 
+def _answers(url):
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 @pytest.mark.slow
 def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, bucket, tmp_path):
-    # Classification rows need no LLM sampling, so the real engine loads but the job stays short.
+    # Classification rows need no LLM: the endpoint is never asked, and the job stays short.
     rows = [{"instruction": f"is {n} even?", "references": ["yes"], "answer_choices": ["yes", "no"], "dataset": "even"} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["generate", "--address", head, "--set", f"workspace={bucket}/run", "--set", "sampler.engine.max_model_len=512"]
+    arguments = [
+        "generate",
+        "--address",
+        head,
+        "--set",
+        f"workspace={bucket}/run",
+        "--set",
+        "sampler.engine={kind: endpoint, base_url: 'http://127.0.0.1:9/v1'}",
+    ]
     arguments += ["--set", f"source={{kind: files, path: {tmp_path}/rows.jsonl}}", "--json"]
     done = cappy(*arguments)
     assert done.returncode == 0, done.stderr
