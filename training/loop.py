@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed
 from safetensors.torch import load_file, save_file
-from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -256,6 +255,8 @@ def measure(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Fit:
     Ranks of ties are shared. All three arrays are (pairs,).
     """
     errors = float(np.square(scores.astype(np.float64) - labels).sum())
+    from scipy.stats import rankdata  # here: its import takes a second
+
     ranked = spearman = ordered = right = 0.0
     order = np.argsort(groups, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):

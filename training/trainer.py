@@ -27,8 +27,8 @@ from cluster.progress import Bar, say
 from cluster.runtime import clean_error, code_version, ray_session
 from generation.dataset import RegressionSet
 from training import card, loop, stream
+from training.board import Board, work
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
-from training.worker import Board, work
 
 
 def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:

@@ -28,44 +28,9 @@ _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl and moves of t
 _VALIDATION_ROWS = 64  # instructions a worker validates at once
 
 
-class Board:
-    """What the first worker tells the driver: progress, and the error that ended it. A Ray actor."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._failure: CappyError | None = None
-
-    def post(self, event: dict[str, Any]) -> None:
-        self._events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        """Return the events since the last call."""
-        events, self._events = self._events, []
-        return events
-
-    def fail(self, error: CappyError) -> None:
-        self._failure = self._failure or error
-
-    def failure(self) -> CappyError | None:
-        return self._failure
-
-
-def work(job: dict[str, Any]) -> None:
-    """Train on one worker.
-
-    `job`: `config` as a plain tree, `pairs` of the train split, `board` (the actor), `threads` of torch (null is a fair share).
-    """
-    import ray
-
-    # An error the operator must mend comes again at every restart, so the restarts Ray Train still grants end at once.
-    failure = ray.get(job["board"].failure.remote())
-    if failure:
-        raise failure
-    try:
-        _Worker(Config.model_validate(job["config"]), job["pairs"], job["board"], job["threads"]).train()
-    except CappyError as error:
-        ray.get(job["board"].fail.remote(error))
-        raise
+def train(job: dict[str, Any]) -> None:
+    """Train on this worker; `job` as `board.work` has it. Raises `CappyError` for what the operator must mend."""
+    _Worker(Config.model_validate(job["config"]), job["pairs"], job["board"], job["threads"]).train()
 
 
 class _Worker:
