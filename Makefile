@@ -42,7 +42,8 @@ demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (15
 
 test: setup  ## all tests, with real small models and a real S3 server
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
-	@$(BIN)/python -m pytest -m slow  # each starts servers or clusters of its own: one at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow and not alone'
+	@$(BIN)/python -m pytest -m alone
 
 test-fast: setup  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m 'not slow'
@@ -54,7 +55,7 @@ format: setup  ## format the code and mend what the linter can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 bench: setup  ## every benchmark, each against its baseline
-	@for name in rouge prompts generation kills; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in rouge prompts generation kills scale; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lock: setup  ## pin every dependency again into requirements/cpu.lock
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --overrides requirements/overrides.txt --python-version 3.11 \

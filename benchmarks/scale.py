@@ -3,7 +3,8 @@
 `python -m benchmarks.scale --json -` makes 10,000, 100,000 and 1,000,000 instructions into sets with an LLM that answers at once from the
 seed, so that all that is measured is ours. Memory is private (RSS less shared pages), its peak over the run, looked at four times
 a second: of the driver, of the largest sampling actor and of the largest other Ray worker. Pace leaves out start-up: instructions
-over the seconds of reading, sampling (from the first finished unit on) and merging. The set is counted and checked.
+over the seconds of reading, sampling (its last nine tenths, as `generate.metrics_port` tells them) and merging. The set is
+counted and checked.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import argparse
 import json
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.synthetic import WORDS, SyntheticLLM, text
 from cluster import storage
@@ -43,10 +48,13 @@ def write_source(path: Path, rows: int) -> None:
 
 
 class Watch:
-    """The peak private memory of a process and of its descendants, by what they are, in bytes."""
+    """The peak private memory of a process and of its descendants, by what they are, in bytes, and the progress it tells at `port`."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, port: int) -> None:
         self.peaks: dict[str, int] = {}
+        self.done: list[tuple[float, float]] = []
+        """Seconds on a clock and instructions done, each time they had grown."""
+        self._metrics = f"http://127.0.0.1:{port}/metrics"
         self._root, self._over = psutil.Process(pid), threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -59,17 +67,29 @@ class Watch:
                     title = process.cmdline()[:1]
                     if title and title[0].startswith("ray::"):
                         self._count("actor" if "UnitWorker" in title[0] else "worker", process)
-            except psutil.Error:  # it ended while we looked
+                self._ask()
+            except (psutil.Error, httpx.HTTPError):  # it ended while we looked, or is not sampling
                 continue
 
     def _count(self, role: str, process: psutil.Process) -> None:
         memory = process.memory_info()
         self.peaks[role] = max(self.peaks.get(role, 0), memory.rss - memory.shared)
 
-    def end(self) -> dict[str, int]:
+    def _ask(self) -> None:
+        families = text_string_to_metric_families(httpx.get(self._metrics).text)
+        done = next(each.samples[0].value for each in families if each.name == "cappy_generate_instructions_done")
+        if not self.done or done > self.done[-1][1]:
+            self.done.append((time.monotonic(), done))
+
+    def end(self) -> None:
         self._over.set()
         self._thread.join()
-        return self.peaks
+
+    def sampled_per_second(self, rows: int) -> float:
+        """Instructions/s from a tenth of the rows on."""
+        late = [each for each in self.done if each[1] >= rows / 10]
+        (start, first), (end, last) = late[0], late[-1]
+        return (last - first) / (end - start)
 
 
 def drive(source: str, place: str, settings: list[str]) -> None:
@@ -81,18 +101,22 @@ def measure(rows: int, folder: Path, workspace: str, settings: list[str]) -> dic
     """Make a set of `rows` instructions; return its pace (instructions/s) and peaks (MiB)."""
     source, place = folder / f"{rows}.jsonl", f"{workspace}/{rows}"
     write_source(source, rows)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = [*settings, f"generate.metrics_port={port}"]
     command = [sys.executable, "-m", "benchmarks.scale", "--drive", f"source={{kind: files, path: '{source}'}}", place, *settings]
     driver = subprocess.Popen(command)
-    watch = Watch(driver.pid)
+    watch = Watch(driver.pid, port)
     code = driver.wait()
-    peaks = watch.end()
+    watch.end()
     if code:
         raise SystemExit(f"{rows} instructions: exit code {code}")
     opened = RegressionSet(place)
     if (made := opened.manifest["summary"]["instructions"]) != rows or (problems := storage.verify(place, opened.manifest)):
         raise SystemExit(f"{rows} instructions: {made} in the set; {problems}")
     seconds = dict(opened.manifest["seconds"])
-    seconds["sampling"] = rows / opened.manifest["rates"]["instructions_per_second"]
+    seconds["sampling"] = rows / watch.sampled_per_second(rows)
     source.unlink()
     if not workspace.startswith("s3://"):
         shutil.rmtree(place)
@@ -101,7 +125,7 @@ def measure(rows: int, folder: Path, workspace: str, settings: list[str]) -> dic
         "rows_per_second": round(rows / sum(seconds.values()), 1),
         "pairs_per_second": round(opened.manifest["summary"]["pairs"] / sum(seconds.values()), 1),
         **{f"{stage}_rows_per_second": round(rows / max(each, 1e-6), 1) for stage, each in seconds.items()},
-        **{f"{role}_mib": round(peak / _MIB) for role, peak in sorted(peaks.items())},
+        **{f"{role}_mib": round(peak / _MIB) for role, peak in sorted(watch.peaks.items())},
     }
 
 
@@ -123,7 +147,7 @@ def main() -> int:
             say(json.dumps(results[-1]))
     spread = {
         key: round(max(values) / min(values), 3)
-        for key in ("rows_per_second", "driver_mib", "actor_mib", "worker_mib")
+        for key in ("rows_per_second", "sampling_rows_per_second", "driver_mib", "actor_mib", "worker_mib")
         if (values := [each[key] for each in results])
     }
     print("  ".join(f"{key}: largest / smallest {value}" for key, value in spread.items()))

@@ -59,6 +59,7 @@ def _answers(url):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, bucket, tmp_path):
     # Classification rows need no LLM: the endpoint is never asked, and the job stays short.
     rows = [{"instruction": f"is {n} even?", "references": ["yes"], "answer_choices": ["yes", "no"], "dataset": "even"} for n in range(12)]
