@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +117,15 @@ def one_run(victim: str, source: str, place: str, folder: Path, moment: float) -
         time.sleep(0.05)
     time.sleep(moment)
     midway = driver.poll() is None
-    if victim == "driver":
+    if victim == "driver" and midway:
         os.killpg(driver.pid, signal.SIGKILL)
     elif victim == "actor":
-        os.kill(actor_of(log), signal.SIGKILL)
+        with suppress(ProcessLookupError):  # the run is over
+            os.kill(actor_of(log), signal.SIGKILL)
     elif kill_node:
         kill_node()
     code = driver.wait(_ALL_S)
-    if victim == "driver":
+    if victim == "driver" and midway:
         code = launch(source, place, log).wait(_ALL_S)
     watch.end()
     if tear_down:

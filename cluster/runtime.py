@@ -38,7 +38,8 @@ def ray_session() -> Iterator[None]:
     if not os.environ.get("RAY_ADDRESS"):
         # Logical CPUs are bookkeeping: two more than the machine has, so that one-CPU workers on a two-core laptop cannot
         # starve the tasks that feed them.
-        options |= {"include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + 2}
+        # `local`, or another cluster that happens to run on this machine would be joined.
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + 2}
     with silence():  # it announces the log level set above on standard error; what fails raises
         ray.init(**options)
     try:
