@@ -62,7 +62,8 @@ def drive(source: str, place: str, log: str) -> None:
 def launch(source: str, place: str, log: Path, address: str | None = None) -> subprocess.Popen[bytes]:
     environment = {**os.environ, **({"RAY_ADDRESS": address} if address else {})}
     command = [sys.executable, "-m", "benchmarks.kills", "--drive", source, place, str(log)]
-    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    with Path(f"{log}.stderr").open("a") as told:
+        return subprocess.Popen(command, env=environment, start_new_session=True, stderr=told)
 
 
 def content(place: str) -> str:
@@ -130,6 +131,8 @@ def one_run(victim: str, source: str, place: str, folder: Path, moment: float) -
     watch.end()
     if tear_down:
         tear_down()
+    if code:
+        say(f"{victim}: exit code {code}: {Path(f'{log}.stderr').read_text()[-2000:]}")
     lines = [line.split() for line in log.read_text().splitlines()]
     again = sum(float(when) > watch.committed.get(row, float("inf")) for row, when, _ in lines)
     return {"victim": victim, "code": code, "midway": midway, "content": content(place) if code == 0 else None, "sampled_twice": again}
