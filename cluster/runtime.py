@@ -13,6 +13,8 @@ from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
+import tenacity
+
 from cluster.errors import CappyError, UsageError
 from cluster.progress import silence
 
@@ -37,11 +39,14 @@ def ray_session() -> Iterator[None]:
     options: dict[str, object] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not os.environ.get("RAY_ADDRESS"):
         # Logical CPUs are bookkeeping: two more than the machine has, so that one-CPU workers on a two-core laptop cannot
-        # starve the tasks that feed them.
-        # `local`, or another cluster that happens to run on this machine would be joined.
+        # starve the tasks that feed them. Not `local`, and another cluster that happens to run on this machine would be joined.
         options |= {"address": "local", "include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + 2}
+    # Ray gives a node half a minute to start, which an overloaded machine may not manage.
+    patience = tenacity.retry(
+        retry=tenacity.retry_if_exception_message(match=".*timed out during startup"), stop=tenacity.stop_after_attempt(3), reraise=True
+    )
     with silence():  # it announces the log level set above on standard error; what fails raises
-        ray.init(**options)
+        patience(ray.init)(**options)
     try:
         yield
     finally:
