@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.synthetic import WORDS, SyntheticLLM, text
-from cluster import storage
+from cluster import ports, storage
 from cluster.config import load
 from cluster.progress import say
 from generation import pipeline
@@ -101,9 +100,7 @@ def measure(rows: int, folder: Path, workspace: str, settings: list[str]) -> dic
     """Make a set of `rows` instructions; return its pace (instructions/s) and peaks (MiB)."""
     source, place = folder / f"{rows}.jsonl", f"{workspace}/{rows}"
     write_source(source, rows)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = ports.free()
     settings = [*settings, f"generate.metrics_port={port}"]
     command = [sys.executable, "-m", "benchmarks.scale", "--drive", f"source={{kind: files, path: '{source}'}}", place, *settings]
     driver = subprocess.Popen(command)

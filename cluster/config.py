@@ -384,7 +384,7 @@ class GenerateConfig(Section):
     max_error_rate: float = Field(0.5, ge=0, le=1)
     """Stop before publishing when more than this share of the rows went to the dead-letter file."""
     metrics_port: int | None = Field(None, ge=1, le=65535)
-    """Port where the driver tells Prometheus how far sampling is (`/metrics`); null is none."""
+    """Port where the driver tells Prometheus how far the run is (`/metrics`); null is none."""
     metrics_host: str = "127.0.0.1"
     """Address it listens on; 0.0.0.0 lets other machines look."""
     license: str | None = None

@@ -1,16 +1,15 @@
-"""The progress of `cappy generate` for Prometheus, told by the driver at `/metrics` while it samples."""
+"""The progress of `cappy generate` for Prometheus, told by the driver at `/metrics` while it runs."""
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from cluster import ports
 from cluster.config import GenerateConfig
-from cluster.errors import UsageError
 
 _COUNTERS = {
     "candidates": "Candidates sampled by this process",
@@ -23,12 +22,16 @@ _COUNTERS = {
 class Metrics:
     """Gauges of instructions (`cappy_generate_instructions`, and those `_done`, earlier attempts included) and counters."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        Gauge("cappy_generate_instructions", "Instructions of the whole run", registry=self.registry).set(total)
+        self._total = Gauge("cappy_generate_instructions", "Instructions of the whole run", registry=self.registry)
         self._done = Gauge("cappy_generate_instructions_done", "Instructions sampled, labelled and saved", registry=self.registry)
-        self._done.set(done)
         self._counters = {name: Counter(f"cappy_generate_{name}", text, registry=self.registry) for name, text in _COUNTERS.items()}
+
+    def begin(self, total: int, done: int) -> None:
+        """Sampling begins: `done` of `total` instructions are there from before."""
+        self._total.set(total)
+        self._done.set(done)
 
     def add(self, unit: Mapping[str, Any]) -> None:
         """Count a finished unit (`units.COUNTS`)."""
@@ -38,22 +41,14 @@ class Metrics:
 
 
 @contextmanager
-def exposed(config: GenerateConfig, total: int, done: int) -> Iterator[Metrics]:
-    """Serve the metrics inside the block where `generate.metrics_port` is set. Raises `UsageError` when the port is in use."""
-    metrics = Metrics(total, done)
+def exposed(config: GenerateConfig) -> Iterator[Metrics]:
+    """Serve the metrics inside the block where `generate.metrics_port` is set. Raises what `ports.check` does."""
+    metrics = Metrics()
     if config.metrics_port is None:
         yield metrics
         return
-    try:
-        server, thread = start_http_server(config.metrics_port, config.metrics_host, metrics.registry)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise UsageError(
-                f"generate.metrics_host={config.metrics_host}: {error.strerror}; take 127.0.0.1 or an address of this machine"
-            ) from None
-        raise UsageError(
-            f"generate.metrics_port={config.metrics_port} is in use on {config.metrics_host}; choose another, or null for none"
-        ) from None
+    ports.check(config.metrics_host, config.metrics_port, "generate.metrics_")
+    server, thread = start_http_server(config.metrics_port, config.metrics_host, metrics.registry)
     try:
         yield metrics
     finally:

@@ -34,6 +34,7 @@ from cluster.progress import Bar, say
 from cluster.runtime import code_version, ray_session
 from generation import annotate, card, dataset, engines, instructions, metrics, shards, units
 from generation.instructions import DeadLetter
+from generation.metrics import Metrics
 from generation.sampler import LoadLLM
 from generation.schema import DATASET, PREPARED, SPLITS
 
@@ -55,7 +56,7 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
     if not overwrite:
         storage.refuse_published(uri, "dataset", "generate")
     engines.check(config.sampler)
-    with lease.held(storage.join(uri, _LEASE), f"dataset={uri}") as held:
+    with metrics.exposed(config.generate) as progress, lease.held(storage.join(uri, _LEASE), f"dataset={uri}") as held:
         if overwrite:
             storage.withdraw(uri, keep=_LEASE)
         storage.refuse_published(uri, "dataset", "generate")
@@ -64,7 +65,7 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
         prepared = _prepare(staging, config)
         stages = {"reading": time.monotonic() - start}
         with ray_session():
-            rates = _sample(staging, prepared, config, load, held)
+            rates = _sample(staging, prepared, config, load, held, progress)
             stages["sampling"] = time.monotonic() - start - sum(stages.values())
             merged = _merge(uri, staging, prepared, config)
             stages["merging"] = time.monotonic() - start - sum(stages.values())
@@ -160,13 +161,14 @@ def _names(prepared: dict[str, Any]) -> list[str]:
     return [f"{split}-{number:06d}" for split in SPLITS for number in range(prepared["units"][split])]
 
 
-def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLLM, held: Lease) -> dict[str, Any]:
+def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLLM, held: Lease, progress: Metrics) -> dict[str, Any]:
     """Run every unit that is not done yet through sampling and labelling; return the rates of what was sampled."""
     names = _names(prepared)
     finished = {name.removesuffix(".parquet") for name in storage.list_files(storage.join(staging, "units"))}
     pending = [name for name in names if name not in finished]
     total = prepared["rows"]
     done = total - _rows(pending, prepared, config.generate.unit_rows)
+    progress.begin(total, done)
     if finished:
         say(f"{len(finished)} of {len(names)} units are done already; going on")
     if not pending:
@@ -181,11 +183,7 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     gate = ray.remote(num_cpus=0, scheduling_strategy=here)(units.Gate).remote(ceiling, spent)
     failed = 0
-    with (
-        metrics.exposed(config.generate, total, done) as progress,
-        _closing(gate) as told,
-        Bar("sampling", total, "instructions", done=done) as bar,
-    ):
+    with _closing(gate) as told, Bar("sampling", total, "instructions", done=done) as bar:
         for result in plan(staging, pending, config, load, gate).iter_rows():
             held.check()
             failed += result["dead_letters"]

@@ -81,7 +81,7 @@ class Gate:
 
 
 class UnitWorker:
-    """Takes names of units and yields, once, the `COUNTS` of those it finished. Ray Data builds one per actor.
+    """Takes names of units and yields the `COUNTS` of each it finished. Ray Data builds one per actor.
 
     Several calls run at once in an actor, so that one unit's tail does not leave the engine idle; all that is not the engine's
     work (reading, labelling, saving) happens in threads beside it.
@@ -93,18 +93,13 @@ class UnitWorker:
         self.sampler = Sampler(config.sampler, config.seed, load)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        # All at once: Ray keeps a kilobyte in the actor for each table a call yields.
-        counts = [done async for done in self._units(batch["unit"].to_pylist())]
-        yield pa.Table.from_pylist(counts, COUNTS)
-
-    async def _units(self, names: Sequence[str]) -> AsyncIterator[dict[str, Any]]:
-        for unit in names:
+        for unit in batch["unit"].to_pylist():
             done = await asyncio.to_thread(finished, self.staging, unit) or await self._work(unit)
             if done is None:
                 return
             # Also for a unit found done: an actor lost between saving and leaving would hold its promise for ever.
             await self.gate.leave.remote(unit, done["cost"])
-            yield done
+            yield pa.Table.from_pylist([done], COUNTS)
 
     async def _work(self, unit: str) -> dict[str, Any] | None:
         """Return the counts of a unit once it is saved, or None where the gate is closed."""

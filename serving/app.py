@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -21,9 +19,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import ProxyLocation
 
-from cluster import models, progress, storage
+from cluster import models, ports, progress, storage
 from cluster.config import Config, DecodingConfig, ServingConfig
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError
 from cluster.runtime import clean_error, ray_session
 from generation.prompts import Message
 from serving.client import curl_command
@@ -120,7 +118,7 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     loads where the port, the scorer or the LLM is not to be had, and after it where a model does not start.
     """
     serving = config.serving
-    check_port(serving)
+    ports.check(serving.host, serving.port, "serving.")
     check_scorer(config)
     config.sampler.vllm()
     models.resolve(config.sampler.model, "sampler.model")
@@ -145,26 +143,6 @@ def base_url(serving: ServingConfig) -> str:
     """Return the server's URL as this machine reaches it."""
     host = "127.0.0.1" if serving.host == "0.0.0.0" else serving.host
     return f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"
-
-
-def check_port(serving: ServingConfig) -> None:
-    """Raises `CappyError` where the port is taken, `UsageError` where the host is not one of this machine's."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(serving.host, serving.port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            # As servers do: connections of an earlier one that are still closing do not count.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except socket.gaierror:
-        raise UsageError(f"serving.host={serving.host} is no address; use 127.0.0.1, or an address of this machine") from None
-    except PermissionError:
-        raise UsageError(f"serving.port={serving.port} needs root; set serving.port above 1023") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise CappyError(
-                f"serving.port={serving.port} is in use on {serving.host}; stop the other server or set serving.port"
-            ) from None
-        raise UsageError(f"serving.host={serving.host} cannot be bound: {error.strerror}; use an address of this machine") from None
 
 
 def check_scorer(config: Config) -> None:

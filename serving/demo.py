@@ -6,7 +6,6 @@ starts, answers one question of the validation rows, and stops.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import httpx
 from rich.console import Console
 from rich.rule import Rule
 
-from cluster import storage
+from cluster import ports, storage
 from cluster.config import Config, load
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
@@ -78,9 +77,7 @@ def question(dataset: RegressionSet) -> tuple[list[Any], dict[str, Any]]:
 
 def _serve(config: Config) -> None:
     turns, row = question(RegressionSet(config.dataset_uri))
-    with socket.socket() as probe:
-        probe.bind((config.serving.host, 0))
-        port = probe.getsockname()[1]
+    port = ports.free(config.serving.host)
     url = f"http://{config.serving.host}:{port}"
     log = Path(config.workspace, "serve.log")
     with log.open("w") as sink:

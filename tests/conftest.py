@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from cluster import ports
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,26 +32,11 @@ def cappy(*arguments: str, timeout: float = 600, **environment: str) -> subproce
     )
 
 
-def free_port(beyond: int = 0) -> int:
-    """A port nothing listens on; with `beyond`, the ports up to that far above it are free too."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port: int = probe.getsockname()[1]
-        if all(_is_free(port + step) for step in range(beyond + 1)):
-            return port
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return port < 65536 and probe.connect_ex(("127.0.0.1", port)) != 0
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A SeaweedFS S3 server with credentials of its own; yields the environment a client needs."""
     folder = tmp_path_factory.mktemp("s3")
-    base = next(port for port in iter(lambda: free_port(4), None) if port < 50_000)
+    base = next(port for port in iter(lambda: ports.free(beyond=4), None) if port < 50_000)
     environment = {
         "AWS_ACCESS_KEY_ID": "test-" + uuid.uuid4().hex[:8],
         "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex,

@@ -11,10 +11,10 @@ import httpx
 import numpy as np
 import pytest
 
-from cluster import storage
+from cluster import ports, storage
 from generation.annotate import rouge_l
 from generation.dataset import RegressionSet
-from tests.conftest import CAPPY, cappy, free_port
+from tests.conftest import CAPPY, cappy
 
 pytestmark = pytest.mark.slow
 
@@ -162,7 +162,7 @@ def test_the_server_boosts_with_the_scorer_from_s3_and_answers_the_openai_client
     from training.scorer import Scorer
 
     config, workspace, _ = road
-    port = free_port()
+    port = ports.free()
     command = [*CAPPY, "serve", config, "--set", f"serving.port={port}"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
     try:

@@ -254,9 +254,9 @@ def measure(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Fit:
 
     Ranks of ties are shared. All three arrays are (pairs,).
     """
-    errors = float(np.square(scores.astype(np.float64) - labels).sum())
     from scipy.stats import rankdata  # here: its import takes a second
 
+    errors = float(np.square(scores.astype(np.float64) - labels).sum())
     ranked = spearman = ordered = right = 0.0
     order = np.argsort(groups, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):

@@ -11,11 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster import jobs, storage
+from cluster import jobs, ports, storage
 from cluster.config import load
 from cluster.jobs import VERBS, target
 from generation.dataset import RegressionSet
-from tests.conftest import cappy, free_port
+from tests.conftest import cappy
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -27,7 +27,7 @@ def test_every_verb_resolves_to_something_to_call():
 @pytest.fixture(scope="module")
 def head(tmp_path_factory, s3_server):
     """A head node of its own; the store's credentials are in its environment, as a role's would be on a cluster."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard = ports.free(), ports.free()
     command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={tmp_path_factory.mktemp('ray')}"]
     with (tmp_path_factory.mktemp("log") / "head.log").open("w") as log:
@@ -83,6 +83,11 @@ def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, b
     assert again.returncode == 2 and "already holds a finished run" in again.stderr and "Traceback" not in again.stderr
     manifest = storage.read_bytes(f"{bucket}/run/dataset/_MANIFEST.json").decode()
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in manifest + done.stderr
+
+    places = [f"{bucket}/run/dataset", f"{bucket}/run/exact"]
+    labelled = cappy("annotate", *places, "--address", head, "--set", "generate.label.metric=exact_match", "--json")
+    assert labelled.returncode == 0, labelled.stderr
+    assert RegressionSet(places[1]).manifest["relabelled_from"]["uri"] == places[0]
 
 
 def test_the_local_paths_of_a_source_are_absolute_in_a_job_and_names_and_s3_stay(tmp_path, monkeypatch):

@@ -16,14 +16,13 @@ import openai
 import psutil
 import pytest
 
-from cluster import models
+from cluster import models, ports
 from cluster.config import Config, EndpointConfig, ServingConfig
 from cluster.errors import CappyError, UsageError
 from generation.engines import PromptTooLong, RowError
 from generation.engines.endpoint import Endpoint
 from generation.prompts import messages
 from serving import app, client
-from tests.conftest import free_port
 from tests.generation.engines.test_vllm_server import GREEDY, TOP_K, TURNS, WARM, ask
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -45,7 +44,7 @@ def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_pat
         ):
             app.run(Config(workspace=str(tmp_path), serving=ServingConfig(port=port)))
     with pytest.raises(UsageError, match=r"serving.host=no.such.host.invalid"):
-        app.check_port(ServingConfig(host="no.such.host.invalid"))
+        app.run(Config(workspace=str(tmp_path), serving=ServingConfig(host="no.such.host.invalid")))
 
 
 def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
@@ -76,7 +75,7 @@ def scorer(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(scorer, tmp_path_factory):
     """The URL of a running server and its process."""
-    port = free_port()
+    port = ports.free()
     settings = [f"serving.port={port}", f"scorer_path={scorer}", "sampler.engine.max_model_len=1024"]
     log = tmp_path_factory.mktemp("log") / "stderr"
     with log.open("w") as stderr:

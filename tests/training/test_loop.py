@@ -10,9 +10,9 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
+from cluster import ports
 from cluster.config import ScorerConfig, TrainingConfig
 from generation.dataset import RegressionSet
-from tests.conftest import free_port
 from tests.training.conftest import publish
 from training import loop, stream
 from training.scorer import encode_pairs, load_tokenizer, new_model
@@ -155,7 +155,7 @@ def test_two_workers_train_as_one_does(encoder: Path, dataset: str, tmp_path: Pa
     # 210 pairs in windows of 65 and steps of 16: the small steps have 1 and 15 pairs, so one worker gets none at times.
     config = TrainingConfig(epochs=2, batch_size=16, window=65, learning_rate=1e-3)
     for world in (1, 2):
-        arguments = (world, free_port(), encoder, dataset, config, str(tmp_path / f"{world}.pt"))
+        arguments = (world, ports.free(), encoder, dataset, config, str(tmp_path / f"{world}.pt"))
         torch.multiprocessing.spawn(train_share, arguments, nprocs=world)
     one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
     assert len(one["losses"]) >= 28

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from tests.conftest import free_port
+from cluster import ports
 
 Answer = tuple[int, dict[str, str], Any]
 """Status, headers and body (JSON). Status 0 cuts the connection in the middle of an answer."""
@@ -47,7 +47,7 @@ class OpenAIServer:
         self.reply: Callable[[dict[str, Any], int], Answer] = lambda body, number: good(body)
         self.delay_s = 0.0
         self.forget()
-        port = free_port()
+        port = ports.free()
         self.url = f"http://127.0.0.1:{port}/v1"
         self._server = uvicorn.Server(
             uvicorn.Config(self._app, host="127.0.0.1", port=port, log_level="critical", lifespan="off", interface="asgi3")
