@@ -251,5 +251,5 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, checkpoint: Any, 
         )
     finally:
         shutil.rmtree(target)
-    storage.delete(storage.join(uri, CHECKPOINTS))
+    storage.tidy(storage.join(uri, CHECKPOINTS))
     return summary
