@@ -25,6 +25,12 @@ SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CAPPY = [sys.executable, "-m", "cluster.cli"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with slow tests first, the whole road before all: what is short then fills the gaps at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name != "test_end_to_end.py", item.path not in slow))
+
+
 def cappy(*arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does, in a process of its own."""
     return subprocess.run(
@@ -55,12 +61,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         _wait_for_s3(environment, server, folder / "server.log")
         yield environment
     finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        # Its own way to stop takes ten seconds, for files that go with the folder.
+        server.kill()
+        server.wait()
 
 
 def _wait_for_s3(environment: dict[str, str], server: subprocess.Popen[bytes], log: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -79,13 +80,13 @@ def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, b
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["uri"] == f"{bucket}/run/dataset" and summary["sources"] == {"choice": 12, "reference": 12}
     assert RegressionSet(f"{bucket}/run/dataset").rows("train") + RegressionSet(f"{bucket}/run/dataset").rows("validation") == 12
-    again = cappy(*arguments)
+    places = [f"{bucket}/run/dataset", f"{bucket}/run/exact"]
+    annotate = ["annotate", *places, "--address", head, "--set", "generate.label.metric=exact_match", "--json"]
+    with ThreadPoolExecutor() as pool:  # two jobs at once
+        again, labelled = pool.map(lambda each: cappy(*each), [arguments, annotate])
     assert again.returncode == 2 and "already holds a finished run" in again.stderr and "Traceback" not in again.stderr
     manifest = storage.read_bytes(f"{bucket}/run/dataset/_MANIFEST.json").decode()
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in manifest + done.stderr
-
-    places = [f"{bucket}/run/dataset", f"{bucket}/run/exact"]
-    labelled = cappy("annotate", *places, "--address", head, "--set", "generate.label.metric=exact_match", "--json")
     assert labelled.returncode == 0, labelled.stderr
     assert RegressionSet(places[1]).manifest["relabelled_from"]["uri"] == places[0]
 

@@ -14,7 +14,7 @@ from tests.faults import KINDS, FaultyProxy
 from tests.generation.fixed_llm import FixedLLM
 
 pytestmark = pytest.mark.slow
-ROWS = 60
+ROWS = 30
 
 
 @pytest.fixture
