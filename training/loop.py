@@ -1,4 +1,4 @@
-"""The training loop, in torch alone: no Ray, no data files; only `save_state` and `load_state` touch the disk.
+"""The training loop, in torch alone: no Ray, no files.
 
 Order, batches and dropout are functions of (seed, epoch, window, step, worker), never of what ran before, so a run that
 stops at any step and goes on from its saved state ends with the weights of an unbroken one. Shapes: B pairs in a
@@ -7,17 +7,14 @@ micro-batch, W workers, N pairs in a step over all workers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -190,39 +187,6 @@ def _attention(length: int, device: torch.device) -> AbstractContextManager[Any]
     """The faster of torch's attention kernels for training on inputs of `length` tokens."""
     plain = device.type == "cpu" and length <= _PLAIN_ATTENTION_TOKENS
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
-
-
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Write weights, optimizer moments and `progress` (anything JSON holds) as safetensors and JSON into a folder."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in _weights(model).items()}, folder / "weights.safetensors")
-    moments = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{key}/{name}"] = value.detach().cpu().contiguous()
-    save_file(moments, folder / "optimizer.safetensors")
-    (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-
-
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save_state` wrote and return its `progress`."""
-    model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
-    moments = load_file(folder / "optimizer.safetensors")
-    parameters = dict(model.named_parameters())
-    for key, value in moments.items():
-        kind, name = key.split("/", 1)
-        parameter = parameters[name]
-        # The step counter is read as a plain float32 scalar on the parameter's device by the fused kernel.
-        optimizer.state[parameter][kind] = value.to(parameter.device)
-    return dict(json.loads((folder / "progress.json").read_text(encoding="utf-8")))
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, each tensor that several names share once (safetensors holds no aliases)."""
-    unique: dict[tuple[int, int], str] = {}
-    state = model.state_dict()
-    for name, value in state.items():
-        unique.setdefault((value.data_ptr(), value.numel()), name)
-    return {name: state[name] for name in unique.values()}
 
 
 @dataclass(frozen=True)

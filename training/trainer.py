@@ -26,7 +26,7 @@ from cluster.errors import CappyError, UsageError
 from cluster.progress import Bar, say
 from cluster.runtime import clean_error, code_version, ray_session
 from generation.dataset import RegressionSet
-from training import card, loop, stream
+from training import card, checkpoint, loop, stream
 from training.board import Board, work
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
 
@@ -51,8 +51,8 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     if not pairs:
         raise CappyError(f"dataset={dataset.uri} has no train pairs; generate it with train rows")
     with ray_session():
-        checkpoint = _train(config, dataset, uri, pairs)
-        return _publish(config, dataset, uri, checkpoint, start)
+        reported = _train(config, dataset, uri, pairs)
+        return _publish(config, dataset, uri, reported, start)
 
 
 def identity(config: Config, dataset: dict[str, Any]) -> dict[str, Any]:
@@ -205,15 +205,15 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _publish(config: Config, dataset: RegressionSet, uri: str, checkpoint: Any, start: float) -> dict[str, Any]:
+def _publish(config: Config, dataset: RegressionSet, uri: str, reported: Any, start: float) -> dict[str, Any]:
     """Write model, card, metrics and config, then the manifest, then drop the checkpoints."""
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     model = new_model(folder, config.scorer, config.training, config.seed)
     tokenizer = load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
     target = storage.new_temporary_folder("scorer")
     try:
-        with checkpoint.as_directory() as saved:
-            progress = loop.load_state(Path(saved), model, loop.new_optimizer(model, config.training))
+        with reported.as_directory() as saved:
+            progress = checkpoint.load_state(Path(saved), model, loop.new_optimizer(model, config.training))
             shutil.copyfile(Path(saved, "metrics.jsonl"), target / "metrics.jsonl")
         summary = {
             "uri": uri,

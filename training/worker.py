@@ -1,6 +1,6 @@
 """A worker of `cappy train`, as Ray Train starts it: streams its pairs, runs the loop, keeps the books, reports checkpoints.
 
-A checkpoint is the loop's state (weights, optimizer moments, books; see `loop.save_state`) and `metrics.jsonl` so far. The
+A checkpoint is the loop's state (weights, optimizer moments, books; see `checkpoint.save_state`) and `metrics.jsonl` so far. The
 position in the data is the number of the step, since all order is a function of it.
 """
 
@@ -21,7 +21,7 @@ from cluster import models
 from cluster.config import Config
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
-from training import loop, stream
+from training import checkpoint, loop, stream
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
 
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl and moves of the progress bar
@@ -71,10 +71,10 @@ class _Worker:
         """Go on from the last checkpoint to the end of the last epoch."""
         import ray.train
 
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint:
-            with checkpoint.as_directory() as folder:
-                self.progress = loop.load_state(Path(folder), self.model, self.optimizer)
+        reported = ray.train.get_checkpoint()
+        if reported:
+            with reported.as_directory() as folder:
+                self.progress = checkpoint.load_state(Path(folder), self.model, self.optimizer)
                 self.metrics = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             if self.progress["step"]:
                 self._post(say=f"going on from step {self.progress['step']} of {self.total}")
@@ -178,7 +178,7 @@ class _Worker:
             ray.train.report({"step": self.progress["step"]})
             return
         with tempfile.TemporaryDirectory(prefix="cappy-checkpoint-") as folder:
-            loop.save_state(Path(folder), self.model, self.optimizer, self.progress)
+            checkpoint.save_state(Path(folder), self.model, self.optimizer, self.progress)
             Path(folder, "metrics.jsonl").write_text("".join(f"{line}\n" for line in self.metrics), encoding="utf-8")
             ray.train.report({"step": self.progress["step"]}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 

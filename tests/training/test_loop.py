@@ -14,7 +14,7 @@ from cluster import ports
 from cluster.config import ScorerConfig, TrainingConfig
 from generation.dataset import RegressionSet
 from tests.training.conftest import publish
-from training import loop, stream
+from training import checkpoint, loop, stream
 from training.scorer import encode_pairs, load_tokenizer, new_model
 
 CONFIG = TrainingConfig(epochs=2, batch_size=15, window=64, learning_rate=1e-3)
@@ -25,7 +25,7 @@ def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, wo
     model = new_model(encoder, ScorerConfig(max_length=32), config, seed=3)
     tokenizer = load_tokenizer(encoder, "x", "s")
     optimizer = loop.new_optimizer(model, config)
-    first = loop.load_state(state, model, optimizer)["step"] if state else 0
+    first = checkpoint.load_state(state, model, optimizer)["step"] if state else 0
     opened = RegressionSet(dataset)
     pairs = stream.count_pairs(opened, "train")
 
@@ -66,7 +66,7 @@ def test_a_run_that_stopped_ends_bit_equal_to_an_unbroken_one(stop: int, encoder
     broken, optimizer, _, steps = start(encoder, dataset, CONFIG)
     for done in steps:
         if done.index + 1 == stop:
-            loop.save_state(tmp_path, broken, optimizer, {"step": stop})
+            checkpoint.save_state(tmp_path, broken, optimizer, {"step": stop})
             break
     resumed, _, _, steps = start(encoder, dataset, CONFIG, state=tmp_path)
     assert [done.loss.item() for done in steps] == losses[stop:]
