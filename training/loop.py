@@ -189,54 +189,6 @@ def _attention(length: int, device: torch.device) -> AbstractContextManager[Any]
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How well scores fit labels, as sums that add up over batches and workers."""
-
-    sums: np.ndarray
-    """float64 (6,): pairs, squared errors, instructions ranked, their Spearman sum, ordered pairs of candidates, those right."""
-
-    def __add__(self, other: Fit) -> Fit:
-        return Fit(self.sums + other.sums)
-
-    def metrics(self) -> dict[str, float | None]:
-        """`mse`; `spearman` (within instruction, mean, in [-1, 1]); `pairwise_accuracy` (in [0, 1], ties in score half right)."""
-        pairs, errors, ranked, spearman, ordered, right = self.sums.tolist()
-        return {
-            "pairs": int(pairs),
-            "mse": errors / pairs if pairs else None,
-            "spearman": spearman / ranked if ranked else None,
-            "pairwise_accuracy": right / ordered if ordered else None,
-        }
-
-
-NOTHING = Fit(np.zeros(6))
-
-
-def measure(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Fit:
-    """Compare scores with labels; rank only within an instruction (`groups`), and only where its labels differ.
-
-    Ranks of ties are shared. All three arrays are (pairs,).
-    """
-    from scipy.stats import rankdata  # here: its import takes a second
-
-    errors = float(np.square(scores.astype(np.float64) - labels).sum())
-    ranked = spearman = ordered = right = 0.0
-    order = np.argsort(groups, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
-        label, score = labels[rows], scores[rows]
-        if not len(rows) or label.min() == label.max():
-            continue
-        ranked += 1
-        if score.min() != score.max():
-            spearman += float(np.corrcoef(rankdata(label), rankdata(score))[0, 1])
-        above = label[:, None] > label[None, :]
-        difference = (score[:, None] - score[None, :])[above]
-        ordered += len(difference)
-        right += float((difference > 0).sum() + (difference == 0).sum() / 2)
-    return Fit(np.array([len(scores), errors, ranked, spearman, ordered, right]))
-
-
 def sum_over_workers(values: Sequence[float] | np.ndarray, world: int, device: torch.device) -> np.ndarray:
     """Return the element-wise sum of every worker's `values`, float64; with one worker just those."""
     sums = torch.tensor(np.asarray(values, np.float64), device=device)

@@ -21,7 +21,7 @@ from cluster import models
 from cluster.config import Config
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
-from training import checkpoint, loop, stream
+from training import checkpoint, loop, stream, validation
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
 
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl and moves of the progress bar
@@ -151,24 +151,24 @@ class _Worker:
         progress = self.progress
         progress["train_mse"] = progress["epoch_loss"] / progress["epoch_pairs"]
         progress["epoch_loss"], progress["epoch_pairs"] = 0.0, 0
-        validation = progress["validation"] = self._validate()
-        self._write(step=progress["step"], epoch=epoch, validation=validation)
-        measured = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in validation.items() if name != "pairs" and value is not None]
+        measured = progress["validation"] = self._validate()
+        self._write(step=progress["step"], epoch=epoch, validation=measured)
+        shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items() if name != "pairs" and value is not None]
         news = f"epoch {epoch + 1} of {self.config.training.epochs}: train mse {progress['train_mse']:.4f}"
-        self._post(say=f"{news}; validation {', '.join(measured)}" if measured else news)
+        self._post(say=f"{news}; validation {', '.join(shown)}" if shown else news)
 
     def _validate(self, only_first: bool = False) -> dict[str, float | None]:
         """Measure the model on the validation split, the workers sharing its instructions; `{}` where there are none."""
         if not self.dataset.rows("validation"):
             return {}
         self.model.eval()
-        fit = loop.NOTHING
+        fit = validation.NOTHING
         for number, pairs in enumerate(self.dataset.pairs("validation", 2 if only_first else _VALIDATION_ROWS)):
             if number % self.world == self.rank or only_first:
-                fit += loop.measure(self.scorer.score(pairs.instructions, pairs.responses), pairs.labels, pairs.groups)
+                fit += validation.measure(self.scorer.score(pairs.instructions, pairs.responses), pairs.labels, pairs.groups)
             if only_first:
                 break
-        return loop.Fit(loop.sum_over_workers(fit.sums, self.world, self.device)).metrics()
+        return validation.Fit(loop.sum_over_workers(fit.sums, self.world, self.device)).metrics()
 
     def _save(self) -> None:
         """Report a checkpoint; the first worker writes it, all of them wait for each other."""

@@ -117,19 +117,6 @@ def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
     assert loop.learning_rate(0, 1, CONFIG) > 0
 
 
-def test_measure_ranks_within_instructions_only():
-    labels = np.array([1.0, 0.5, 0.0, 1.0, 1.0, 0.0], np.float32)
-    scores = np.array([0.9, 0.4, 0.1, 0.2, 0.3, 0.3], np.float32)
-    groups = np.array([0, 0, 0, 1, 1, 1])
-    metrics = loop.measure(scores, labels, groups).metrics()
-    assert metrics["mse"] == pytest.approx(np.mean((scores - labels) ** 2))
-    assert metrics["spearman"] == pytest.approx((1 - 0.5) / 2)
-    assert metrics["pairwise_accuracy"] == pytest.approx((3 + 0 + 0.5) / 5)
-    halves = loop.measure(scores[:3], labels[:3], groups[:3]) + loop.measure(scores[3:], labels[3:], groups[3:])
-    assert halves.metrics() == pytest.approx(metrics)
-    assert loop.NOTHING.metrics()["mse"] is None
-
-
 def train_share(rank: int, world: int, port: int, encoder: Path, dataset: str, config: TrainingConfig, out: str) -> None:
     """One worker of `world`, in a process of its own: saves the losses of all steps and the final weights."""
     torch.set_num_threads(1)
