@@ -429,6 +429,34 @@ class ScorerConfig(Section):
     """Arithmetic of training and batch scoring; auto is bfloat16 where the hardware has it, else float32."""
 
 
+class ObjectiveConfig(Section):
+    """The loss: a weighted sum of terms, on labels or what is made of them. The default is the paper's: the squared error alone."""
+
+    mse: float = Field(1.0, ge=0)
+    """Weight of the mean squared error of the raw logit."""
+    pairwise: float = Field(0.0, ge=0)
+    """Weight of the logistic loss of score differences within an instruction, each weighted by the gap between the labels."""
+    listwise: float = Field(0.0, ge=0)
+    """Weight of the cross entropy within an instruction from the softmax of the labels to that of the scores."""
+    temperature: float = Field(0.2, gt=0)
+    """Scores and labels are divided by it in `pairwise` and `listwise`; a difference far above it counts as decided."""
+    labels: Literal["plain", "power", "rank"] = "plain"
+    """`power` trains towards label ** `power`, `rank` towards the label's rank within its instruction, from 0 to 1."""
+    power: float = Field(0.5, gt=0)
+    """Exponent of `labels: power`; below 1 it pulls low labels apart, above 1 high ones."""
+
+    @property
+    def grouped(self) -> bool:
+        """Whether an instruction's candidates must stand in the same step."""
+        return bool(self.pairwise or self.listwise or self.labels == "rank")
+
+    @model_validator(mode="after")
+    def _something(self) -> ObjectiveConfig:
+        if not (self.mse or self.pairwise or self.listwise):
+            raise ValueError("mse, pairwise and listwise are all 0, so nothing would be learned; give one of them a weight")
+        return self
+
+
 class TrainingConfig(Section):
     """How `cappy train` fits the scorer."""
 
@@ -445,6 +473,7 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    objective: ObjectiveConfig = ObjectiveConfig()
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on attention probabilities; 0 lets attention take its fast kernels."""
     window: int = Field(2048, ge=1)

@@ -57,6 +57,11 @@ class RegressionSet:
     def rows(self, split: str) -> int:
         return int(self.manifest["counts"].get(split, {}).get("instructions", 0))
 
+    def greedy(self) -> str | None:
+        """Return the name of the decoding without chance, None where the set was sampled without one."""
+        decodings = self.manifest.get("config", {}).get("sampler", {}).get("decodings", [])
+        return next((each["name"] for each in decodings if each["temperature"] == 0), None)
+
     def batches(self, split: str, rows: int = 1024, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield a split's rows in order as tables of at most `rows` rows, holding one of them in memory.
 

@@ -35,7 +35,8 @@ class Board:
 def work(job: dict[str, Any]) -> None:
     """Train on one worker.
 
-    `job`: `config` as a plain tree, `pairs` of the train split, `board` (the actor), `threads` of torch (null is a fair share).
+    `job`: `config` as a plain tree, `size` of the train split (`stream.Size`), `board` (the actor), `threads` of torch (null is a
+    fair share).
     """
     import ray
 

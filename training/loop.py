@@ -20,7 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.config import TrainingConfig
+from training import objectives
 from training.scorer import Encoded, autocast, pad, token_batches
+from training.stream import Size
 
 # Padded tokens in one forward and backward pass of a worker; a longer share of a step is accumulated over several.
 MICRO_BATCH_TOKENS = 16_384
@@ -39,6 +41,8 @@ class Window:
     encoded: Encoded
     labels: np.ndarray
     """float32 (pairs,), in [0, 1]."""
+    groups: np.ndarray
+    """int64 (pairs,): equal for the candidates of one instruction, different for others of the window."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ class Step:
     index: int
     """Position in the whole run, from 0."""
     window: Window
-    size: int
-    """Pairs of the step over all workers."""
+    size: Size
+    """The step over all workers."""
+    targets: np.ndarray
+    """float32 (pairs of the window,): what the logits are trained towards."""
     micro_batches: list[np.ndarray]
     """Rows of the window, this worker's only; empty when the step is too small to give it one."""
     last_of_window: bool
@@ -62,23 +68,40 @@ class Done:
     index: int
     epoch: int
     loss: Tensor
-    """float32 (): this worker's part of the step's mean squared error; the sum over workers is the step's loss."""
+    """float32 (): this worker's part of the step's loss; the sum over workers is the step's."""
+    squared_error: Tensor
+    """float32 (): as `loss`, of the plain mean squared error between logits and labels, whatever is trained towards."""
     size: int
     learning_rate: float
     cut: int
     """Pairs cut to the length limit in the window this step ends; 0 elsewhere."""
 
 
-def steps_in_epoch(pairs: int, config: TrainingConfig) -> int:
-    """Return the optimizer steps an epoch of `pairs` takes: every window ends with a step of what is left over."""
-    full, rest = divmod(pairs, config.window)
-    return full * -(-config.window // config.batch_size) + -(-rest // config.batch_size)
+def window_size(size: Size, config: TrainingConfig) -> int:
+    """Return how many pairs a window holds; where the objective compares candidates, how many instructions (about as many pairs)."""
+    if not config.objective.grouped:
+        return config.window
+    return max(round(config.window * size.instructions / size.pairs), 1)
 
 
-def position(step: int, pairs: int, config: TrainingConfig) -> tuple[int, int, int]:
+def _steps_in_window(held: int, size: Size, config: TrainingConfig) -> int:
+    """Return the steps of a window that holds so many pairs or, where the objective compares candidates, instructions."""
+    if not config.objective.grouped:
+        return -(-held // config.batch_size)
+    return objectives.steps_in(held, config.batch_size, size.pairs / size.instructions)
+
+
+def steps_in_epoch(size: Size, config: TrainingConfig) -> int:
+    """Return the optimizer steps an epoch of a split of this size takes: each window is cut into steps of its own."""
+    window = window_size(size, config)
+    full, rest = divmod(size.instructions if config.objective.grouped else size.pairs, window)
+    return full * _steps_in_window(window, size, config) + (_steps_in_window(rest, size, config) if rest else 0)
+
+
+def position(step: int, size: Size, config: TrainingConfig) -> tuple[int, int, int]:
     """Return (epoch, window, step within the window) of a step of the run."""
-    epoch, within = divmod(step, steps_in_epoch(pairs, config))
-    return epoch, *divmod(within, -(-config.window // config.batch_size))
+    epoch, within = divmod(step, steps_in_epoch(size, config))
+    return epoch, *divmod(within, _steps_in_window(window_size(size, config), size, config))
 
 
 def cut(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int) -> list[np.ndarray]:
@@ -98,21 +121,33 @@ def cut(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int
     return [steps[place] for place in draw.permutation(len(steps))]
 
 
-def plan(windows: Iterable[Window], config: TrainingConfig, seed: int, rank: int, world: int, first: int, pairs: int) -> Iterator[Step]:
+def plan(windows: Iterable[Window], config: TrainingConfig, seed: int, rank: int, world: int, first: int, size: Size) -> Iterator[Step]:
     """Yield a worker's steps from step `first` of the run on; `windows` starts with the window that step lies in.
 
-    Worker `rank` of `world` takes every `world`-th row of a step: all get as many and equally long pairs.
+    Worker `rank` of `world` takes every `world`-th row of a step: all get as many and equally long pairs. Where the objective
+    compares candidates it takes every `world`-th instruction.
     """
     index = first
-    skip = position(first, pairs, config)[2]
+    skip = position(first, size, config)[2]
+    grouped = config.objective.grouped
     for window in windows:
-        steps = cut(window.encoded.lengths, config.batch_size, seed, window.epoch, window.number)
+        lengths, groups = window.encoded.lengths, window.groups
+        targets = objectives.targets(window.labels, groups, config.objective)
+        if grouped:
+            count = _steps_in_window(len(np.unique(groups)), size, config)
+            steps = objectives.cut(lengths, groups, count, np.random.default_rng([seed, window.epoch, 2, window.number]))
+        else:
+            steps = cut(lengths, config.batch_size, seed, window.epoch, window.number)
         for place, rows in enumerate(steps):
             if place < skip:
                 continue
-            mine = rows[rank::world]
-            micro = [mine[batch] for batch in token_batches(window.encoded.lengths[mine], MICRO_BATCH_TOKENS)] if len(mine) else []
-            yield Step(index, window, len(rows), micro, place == len(steps) - 1)
+            if grouped:
+                micro = objectives.micro_batches(objectives.share(rows, groups, rank, world), lengths, groups, MICRO_BATCH_TOKENS)
+            else:
+                mine = rows[rank::world]
+                micro = [mine[batch] for batch in token_batches(lengths[mine], MICRO_BATCH_TOKENS)] if len(mine) else []
+            step_size = Size(len(rows), len(np.unique(groups[rows])))
+            yield Step(index, window, step_size, targets, micro, place == len(steps) - 1)
             index += 1
         skip = 0
 
@@ -150,8 +185,8 @@ def fit(
 ) -> Iterator[Done]:
     """Take the optimizer steps and yield after each; `total` is the length of the whole run, for the schedule.
 
-    The loss is the mean over a step's N pairs of all workers of (logit - label)^2, so the gradient does not depend on how
-    many workers share it. With several, the process group must be up; the caller's `model` holds the weights throughout.
+    The loss is that of `config.objective` over a step's N pairs of all workers, so the gradient does not depend on how many
+    workers share it. With several, the process group must be up; the caller's `model` holds the weights throughout.
     """
     device = next(model.parameters()).device
     parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else None
@@ -160,18 +195,22 @@ def fit(
         torch.manual_seed(int(np.random.SeedSequence([seed, 3, step.index, rank]).generate_state(1, np.uint64)[0] >> 1))
         # A worker without a pair still meets the others in the all-reduce: with any pair of the window, at no weight.
         batches = [(rows, 1.0) for rows in step.micro_batches] or [(np.zeros(1, np.int64), 0.0)]
-        loss = torch.zeros((), device=device)
+        loss, squared_error = torch.zeros((), device=device), torch.zeros((), device=device)
         for place, (rows, weight) in enumerate(batches):
             waits = parallel.no_sync() if parallel is not None and place < len(batches) - 1 else nullcontext()
             with waits:
                 inputs = pad(step.window.encoded, rows, pad_id, device)
-                labels_B = torch.from_numpy(step.window.labels[rows]).to(device)
+                targets_B = torch.from_numpy(step.targets[rows]).to(device)
+                groups_B = torch.from_numpy(step.window.groups[rows]).to(device)
                 with autocast(dtype, device), _attention(inputs["input_ids"].shape[1], device):
                     logits_B1 = (parallel or model)(**inputs).logits
-                part = weight * (logits_B1[:, 0].float() - labels_B).square().sum() / step.size
+                logits_B = logits_B1[:, 0].float()
+                part = weight * objectives.loss(logits_B, targets_B, groups_B, step.size, config.objective)
                 # DDP averages the gradients of the W workers; their sum is meant.
                 (part * world).backward()
             loss += part.detach()
+            labels_B = torch.from_numpy(step.window.labels[rows]).to(device)
+            squared_error += weight * (logits_B.detach() - labels_B).square().sum() / step.size.pairs
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         rate = learning_rate(step.index, total, config)
         for group in optimizer.param_groups:
@@ -180,7 +219,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         encoded = step.window.encoded
         cut_pairs = encoded.cut_pairs if step.last_of_window else 0
-        yield Done(step.index, step.window.epoch, loss, step.size, rate, cut_pairs)
+        yield Done(step.index, step.window.epoch, loss, squared_error, step.size.pairs, rate, cut_pairs)
 
 
 def _attention(length: int, device: torch.device) -> AbstractContextManager[Any]:

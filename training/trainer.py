@@ -47,11 +47,11 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
     new_model(folder, config.scorer, config.training, config.seed)
-    pairs = stream.count_pairs(dataset, "train")
-    if not pairs:
+    size = stream.count(dataset, "train")
+    if not size.pairs:
         raise CappyError(f"dataset={dataset.uri} has no train pairs; generate it with train rows")
     with ray_session():
-        reported = _train(config, dataset, uri, pairs)
+        reported = _train(config, dataset, uri, size)
         return _publish(config, dataset, uri, reported, start)
 
 
@@ -81,7 +81,7 @@ def _withdraw(uri: str) -> None:
     storage.withdraw(uri)
 
 
-def _train(config: Config, dataset: RegressionSet, uri: str, pairs: int) -> Any:
+def _train(config: Config, dataset: RegressionSet, uri: str, size: stream.Size) -> Any:
     """Run the workers to the end and return the last checkpoint (`ray.train.Checkpoint`)."""
     # Ray Train's controller looks at its workers this often, and a finished run waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -103,7 +103,7 @@ def _train(config: Config, dataset: RegressionSet, uri: str, pairs: int) -> Any:
         work,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "pairs": pairs,
+            "size": size,
             "board": board,
             # Ray sets it to 1 in its workers, so what the operator set is carried there.
             "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
@@ -122,9 +122,9 @@ def _train(config: Config, dataset: RegressionSet, uri: str, pairs: int) -> Any:
             worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}},
         ),
     )
-    say(f"starting {training.workers} worker(s) on {'GPU' if gpus else 'CPU'}: {pairs:,} pairs, {training.epochs} epochs")
+    say(f"starting {training.workers} worker(s) on {'GPU' if gpus else 'CPU'}: {size.pairs:,} pairs, {training.epochs} epochs")
     try:
-        with _following(board, training.epochs * loop.steps_in_epoch(pairs, training)), _signals_kept():
+        with _following(board, training.epochs * loop.steps_in_epoch(size, training)), _signals_kept():
             result = trainer.fit()
     except Exception as error:
         failure = ray.get(board.failure.remote()) or clean_error(error)

@@ -23,6 +23,7 @@ from cluster.errors import CappyError
 from generation.dataset import RegressionSet
 from training import checkpoint, loop, stream, validation
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
+from training.stream import Size
 
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl and moves of the progress bar
 _VALIDATION_ROWS = 64  # instructions a worker validates at once
@@ -30,20 +31,20 @@ _VALIDATION_ROWS = 64  # instructions a worker validates at once
 
 def train(job: dict[str, Any]) -> None:
     """Train on this worker; `job` as `board.work` has it. Raises `CappyError` for what the operator must mend."""
-    _Worker(Config.model_validate(job["config"]), job["pairs"], job["board"], job["threads"]).train()
+    _Worker(Config.model_validate(job["config"]), Size(*job["size"]), job["board"], job["threads"]).train()
 
 
 class _Worker:
     """One worker's model, place in the run and books."""
 
-    def __init__(self, config: Config, pairs: int, board: Any, threads: int | None) -> None:
+    def __init__(self, config: Config, size: Size, board: Any, threads: int | None) -> None:
         import ray.train
         import ray.train.torch
 
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-        self.config, self.pairs, self.board = config, pairs, board
+        self.config, self.size, self.board = config, size, board
         self.device: torch.device = ray.train.torch.get_device()
         self.dtype = pick_dtype(config.scorer.dtype, self.device)
         self.dataset = RegressionSet(config.dataset_uri)
@@ -52,16 +53,16 @@ class _Worker:
         self.tokenizer = load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
         self.scorer = Scorer(self.model, self.tokenizer, config.scorer.max_length, self.dtype, self.device)
         self.optimizer = loop.new_optimizer(self.model, config.training)
-        self.per_epoch = loop.steps_in_epoch(pairs, config.training)
+        self.per_epoch = loop.steps_in_epoch(size, config.training)
         self.total = self.per_epoch * config.training.epochs
         self.metrics: list[str] = []
         self.progress: dict[str, Any] = {
             "step": 0,
-            "pairs": pairs,
+            "pairs": size.pairs,
             "trained": 0,
             "seconds": 0.0,
             "cut_pairs": 0,
-            "epoch_loss": 0.0,
+            "epoch_errors": 0.0,
             "epoch_pairs": 0,
             "train_mse": None,
             "validation": {},
@@ -86,7 +87,7 @@ class _Worker:
         training = self.config.training
         waiting: list[loop.Done] = []
         since = time.monotonic()
-        steps = loop.plan(self._windows(), training, self.config.seed, self.rank, self.world, self.progress["step"], self.pairs)
+        steps = loop.plan(self._windows(), training, self.config.seed, self.rank, self.world, self.progress["step"], self.size)
         fitting = loop.fit(
             self.model,
             steps,
@@ -119,16 +120,19 @@ class _Worker:
     def _windows(self) -> Iterator[loop.Window]:
         """Tokenised windows from that of the next step on, epoch after epoch."""
         training, scorer = self.config.training, self.config.scorer
-        first, skip, _ = loop.position(self.progress["step"], self.pairs, training)
+        window_size = loop.window_size(self.size, training)
+        first, skip, _ = loop.position(self.progress["step"], self.size, training)
         for epoch in range(first, training.epochs):
-            for number, pairs in enumerate(stream.windows(self.dataset, "train", training.window, self.config.seed, epoch, skip), skip):
+            windows = stream.windows(self.dataset, "train", window_size, self.config.seed, epoch, skip, whole=training.objective.grouped)
+            for number, pairs in enumerate(windows, skip):
                 encoded = encode_pairs(self.tokenizer, pairs.instructions, pairs.responses, scorer.max_length)
-                yield loop.Window(epoch, number, encoded, pairs.labels)
+                yield loop.Window(epoch, number, encoded, pairs.labels, pairs.groups)
             skip = 0
 
     def _log(self, waiting: list[loop.Done]) -> None:
         """Enter the steps since the last line into the books; every worker calls it at the same steps."""
-        losses = loop.sum_over_workers(torch.stack([done.loss for done in waiting]).cpu().numpy(), self.world, self.device)
+        mine = torch.stack([torch.stack([done.loss, done.squared_error]) for done in waiting]).cpu().numpy()
+        losses, errors = loop.sum_over_workers(mine, self.world, self.device).T
         sizes = np.array([done.size for done in waiting])
         last, progress = waiting[-1], self.progress
         if not np.isfinite(losses).all():
@@ -138,7 +142,7 @@ class _Worker:
             )
         progress["step"] = last.index + 1
         progress["trained"] += int(sizes.sum())
-        progress["epoch_loss"] += float((losses * sizes).sum())
+        progress["epoch_errors"] += float((errors * sizes).sum())
         progress["epoch_pairs"] += int(sizes.sum())
         if last.epoch == 0:
             progress["cut_pairs"] += sum(done.cut for done in waiting)
@@ -149,8 +153,8 @@ class _Worker:
 
     def _end_epoch(self, epoch: int) -> None:
         progress = self.progress
-        progress["train_mse"] = progress["epoch_loss"] / progress["epoch_pairs"]
-        progress["epoch_loss"], progress["epoch_pairs"] = 0.0, 0
+        progress["train_mse"] = progress["epoch_errors"] / progress["epoch_pairs"]
+        progress["epoch_errors"], progress["epoch_pairs"] = 0.0, 0
         measured = progress["validation"] = self._validate()
         self._write(step=progress["step"], epoch=epoch, validation=measured)
         shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items() if name != "pairs" and value is not None]
@@ -163,9 +167,11 @@ class _Worker:
             return {}
         self.model.eval()
         fit = validation.NOTHING
-        for number, pairs in enumerate(self.dataset.pairs("validation", 2 if only_first else _VALIDATION_ROWS)):
+        greedy = self.dataset.greedy()
+        rows = 2 if only_first else _VALIDATION_ROWS
+        for number, table in enumerate(self.dataset.batches("validation", rows, ["instruction", "candidates"])):
             if number % self.world == self.rank or only_first:
-                fit += validation.measure(self.scorer.score(pairs.instructions, pairs.responses), pairs.labels, pairs.groups)
+                fit += validation.measure(table, self.scorer.score, greedy)
             if only_first:
                 break
         return validation.Fit(loop.sum_over_workers(fit.sums, self.world, self.device)).metrics()

@@ -11,13 +11,14 @@ import torch.distributed
 import torch.multiprocessing
 
 from cluster import ports
-from cluster.config import ScorerConfig, TrainingConfig
+from cluster.config import ObjectiveConfig, ScorerConfig, TrainingConfig
 from generation.dataset import RegressionSet
 from tests.training.conftest import publish
-from training import checkpoint, loop, stream
+from training import checkpoint, loop, objectives, stream
 from training.scorer import encode_pairs, load_tokenizer, new_model
 
 CONFIG = TrainingConfig(epochs=2, batch_size=15, window=64, learning_rate=1e-3)
+COMPARING = ObjectiveConfig(pairwise=0.5, listwise=0.5, labels="rank")
 
 
 def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, world: int = 1, state: Path | None = None):
@@ -27,17 +28,21 @@ def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, wo
     optimizer = loop.new_optimizer(model, config)
     first = checkpoint.load_state(state, model, optimizer)["step"] if state else 0
     opened = RegressionSet(dataset)
-    pairs = stream.count_pairs(opened, "train")
+    size = stream.count(opened, "train")
 
     def windows():
-        begin, skip, _ = loop.position(first, pairs, config)
+        begin, skip, _ = loop.position(first, size, config)
         for epoch in range(begin, config.epochs):
-            for number, window in enumerate(stream.windows(opened, "train", config.window, 3, epoch, skip), skip):
-                yield loop.Window(epoch, number, encode_pairs(tokenizer, window.instructions, window.responses, 32), window.labels)
+            for number, window in enumerate(
+                stream.windows(opened, "train", loop.window_size(size, config), 3, epoch, skip, config.objective.grouped), skip
+            ):
+                yield loop.Window(
+                    epoch, number, encode_pairs(tokenizer, window.instructions, window.responses, 32), window.labels, window.groups
+                )
             skip = 0
 
-    steps = loop.plan(windows(), config, 3, rank, world, first, pairs)
-    total = loop.steps_in_epoch(pairs, config) * config.epochs
+    steps = loop.plan(windows(), config, 3, rank, world, first, size)
+    total = loop.steps_in_epoch(size, config) * config.epochs
     return (
         model,
         optimizer,
@@ -59,16 +64,20 @@ def test_training_learns_and_ends_after_the_steps_foreseen(encoder: Path, datase
     assert np.mean([loss for _, loss in losses[-10:]]) < 0.6 * np.mean([loss for _, loss in losses[:10]])
 
 
-@pytest.mark.parametrize("stop", [1, 7, 14, 15])
-def test_a_run_that_stopped_ends_bit_equal_to_an_unbroken_one(stop: int, encoder: Path, dataset: str, tmp_path: Path):
-    whole, _, total, steps = start(encoder, dataset, CONFIG)
+@pytest.mark.parametrize(("stop", "objective"), [(1, ObjectiveConfig()), (7, COMPARING), (14, ObjectiveConfig()), (15, COMPARING)])
+def test_a_run_that_stopped_ends_bit_equal_to_an_unbroken_one(
+    stop: int, objective: ObjectiveConfig, encoder: Path, dataset: str, tmp_path: Path
+):
+    config = CONFIG.model_copy(update={"objective": objective})
+    whole, _, total, steps = start(encoder, dataset, config)
     losses = [done.loss.item() for done in steps]
-    broken, optimizer, _, steps = start(encoder, dataset, CONFIG)
+    assert len(losses) == total
+    broken, optimizer, _, steps = start(encoder, dataset, config)
     for done in steps:
         if done.index + 1 == stop:
             checkpoint.save_state(tmp_path, broken, optimizer, {"step": stop})
             break
-    resumed, _, _, steps = start(encoder, dataset, CONFIG, state=tmp_path)
+    resumed, _, _, steps = start(encoder, dataset, config, state=tmp_path)
     assert [done.loss.item() for done in steps] == losses[stop:]
     assert 0 < stop < total
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
@@ -106,8 +115,8 @@ def test_positions_count_through_windows_and_epochs(pairs: int):
     for epoch in range(2):
         for window, size in enumerate([64] * (pairs // 64) + ([pairs % 64] if pairs % 64 else [])):
             walked += [(epoch, window, step) for step in range(len(loop.cut(np.ones(size, int), 15, 1, epoch, window)))]
-    assert [loop.position(step, pairs, CONFIG) for step in range(len(walked))] == walked
-    assert loop.steps_in_epoch(pairs, CONFIG) * 2 == len(walked)
+    assert [loop.position(step, stream.Size(pairs, pairs), CONFIG) for step in range(len(walked))] == walked
+    assert loop.steps_in_epoch(stream.Size(pairs, pairs), CONFIG) * 2 == len(walked)
 
 
 def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
@@ -117,16 +126,17 @@ def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
     assert loop.learning_rate(0, 1, CONFIG) > 0
 
 
-def train_share(rank: int, world: int, port: int, encoder: Path, dataset: str, config: TrainingConfig, out: str) -> None:
-    """One worker of `world`, in a process of its own: saves the losses of all steps and the final weights."""
+def train_share(rank: int, world: int, port: int, encoder: Path, dataset: str, configs: list[TrainingConfig], out: str) -> None:
+    """One worker of `world`, in a process of its own: saves the losses of all steps and the final weights, one file a config."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    model, _, _, steps = start(encoder, dataset, config, rank, world)
-    losses = [done.loss.item() for done in _without_dropout(model, steps)]
-    summed = loop.sum_over_workers(losses, world, torch.device("cpu"))
-    if rank == 0:
-        torch.save({"losses": torch.from_numpy(summed), **model.state_dict()}, out)
+    for number, config in enumerate(configs):
+        model, _, _, steps = start(encoder, dataset, config, rank, world)
+        losses = [done.loss.item() for done in _without_dropout(model, steps)]
+        summed = loop.sum_over_workers(losses, world, torch.device("cpu"))
+        if rank == 0:
+            torch.save({"losses": torch.from_numpy(summed), **model.state_dict()}, f"{out}-{number}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -137,14 +147,31 @@ def _without_dropout(model: Any, steps: Any) -> Any:
     return steps
 
 
+@pytest.mark.parametrize("pairs", [3, 64, 65, 210, 642])
+def test_positions_count_through_windows_of_whole_instructions(pairs: int):
+    config = CONFIG.model_copy(update={"objective": COMPARING})
+    size = stream.Size(pairs, pairs // 3)
+    window = loop.window_size(size, config)
+    walked = []
+    for epoch in range(2):
+        for number, begin in enumerate(range(0, size.instructions, window)):
+            held = min(window, size.instructions - begin)
+            walked += [(epoch, number, step) for step in range(objectives.steps_in(held, 15, 3))]
+    assert [loop.position(step, size, config) for step in range(len(walked))] == walked
+    assert loop.steps_in_epoch(size, config) * 2 == len(walked)
+
+
 @pytest.mark.slow
 def test_two_workers_train_as_one_does(encoder: Path, dataset: str, tmp_path: Path):
     # 210 pairs in windows of 65 and steps of 16: the small steps have 1 and 15 pairs, so one worker gets none at times.
-    config = TrainingConfig(epochs=2, batch_size=16, window=65, learning_rate=1e-3)
+    plain = TrainingConfig(epochs=2, batch_size=16, window=65, learning_rate=1e-3)
+    # 70 instructions in windows of 2 cut into steps of one: every other worker gets none.
+    comparing = plain.model_copy(update={"objective": COMPARING, "batch_size": 4, "window": 6})
     for world in (1, 2):
-        arguments = (world, ports.free(), encoder, dataset, config, str(tmp_path / f"{world}.pt"))
+        arguments = (world, ports.free(), encoder, dataset, [plain, comparing], str(tmp_path / str(world)))
         torch.multiprocessing.spawn(train_share, arguments, nprocs=world)
-    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
-    assert len(one["losses"]) >= 28
-    for name in one:
-        assert (one[name] - two[name]).abs().max() < 1e-5, name
+    for number in range(2):
+        one, two = (torch.load(tmp_path / f"{world}-{number}.pt", weights_only=True) for world in (1, 2))
+        assert len(one["losses"]) >= 28
+        for name in one:
+            assert (one[name] - two[name]).abs().max() < 1e-5, name
