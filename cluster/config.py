@@ -461,6 +461,11 @@ class TrainingConfig(Section):
     """How `cappy train` fits the scorer."""
 
     workers: int = Field(1, ge=1)
+    min_workers: int | None = Field(None, ge=1)
+    """Go on with fewer workers, down to this many, where machines are lost, and with up to `workers` where they come; null waits
+    for all of `workers`."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp` gives each worker the whole model, `fsdp` a part of weights, gradients and optimizer state: less memory, more traffic."""
     gpus_per_worker: int | None = Field(None, ge=0, le=1)
     """Null takes one where the cluster has GPUs for all workers, else none."""
     epochs: int = Field(4, ge=1)
@@ -483,11 +488,17 @@ class TrainingConfig(Section):
     checkpoints_kept: int = Field(2, ge=1)
     max_failures: int = Field(3, ge=0)
     """Worker failures survived by going on from the last checkpoint."""
+    tensorboard: str | None = None
+    """Local folder below which TensorBoard's event files are written, a subfolder a run; needs the extra `watch`."""
+    mlflow: str | None = None
+    """MLflow tracking URI where the run is logged in experiment `cappy`; needs the extra `watch`."""
 
     @model_validator(mode="after")
     def _split_evenly(self) -> TrainingConfig:
-        if self.batch_size % self.workers:
-            raise ValueError(f"batch_size={self.batch_size} does not divide over workers={self.workers}; use a multiple")
+        if self.batch_size < self.workers:
+            raise ValueError(f"batch_size={self.batch_size} leaves some of workers={self.workers} without a pair; use a multiple")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is above workers={self.workers}; lower it")
         if self.window < self.batch_size:
             raise ValueError(f"window={self.window} is below batch_size={self.batch_size}; use several times the batch size")
         return self

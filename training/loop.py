@@ -7,6 +7,7 @@ micro-batch, W workers, N pairs in a step over all workers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class Step:
     """float32 (pairs of the window,): what the logits are trained towards."""
     micro_batches: list[np.ndarray]
     """Rows of the window, this worker's only; empty when the step is too small to give it one."""
+    passes: int
+    """Passes through the model that this worker makes, empty ones included; where the workers share weights, all make as many."""
     last_of_window: bool
 
 
@@ -73,6 +76,12 @@ class Done:
     """float32 (): as `loss`, of the plain mean squared error between logits and labels, whatever is trained towards."""
     size: int
     learning_rate: float
+    tokens: int
+    """Tokens of this worker's pairs."""
+    slots: int
+    """Tokens the model was given on this worker, padding and all."""
+    attended: int
+    """Sum of the squares of the lengths of this worker's pairs: what attention looks at."""
     cut: int
     """Pairs cut to the length limit in the window this step ends; 0 elsewhere."""
 
@@ -141,15 +150,23 @@ def plan(windows: Iterable[Window], config: TrainingConfig, seed: int, rank: int
         for place, rows in enumerate(steps):
             if place < skip:
                 continue
-            if grouped:
-                micro = objectives.micro_batches(objectives.share(rows, groups, rank, world), lengths, groups, MICRO_BATCH_TOKENS)
-            else:
-                mine = rows[rank::world]
-                micro = [mine[batch] for batch in token_batches(lengths[mine], MICRO_BATCH_TOKENS)] if len(mine) else []
+            shares = {rank: _micro_batches(window, rows, rank, world, grouped)}
+            if config.parallel == "fsdp":  # they gather weights in each pass, all at once
+                shares |= {other: _micro_batches(window, rows, other, world, grouped) for other in range(world)}
+            passes = max(1, *map(len, shares.values()))
             step_size = Size(len(rows), len(np.unique(groups[rows])))
-            yield Step(index, window, step_size, targets, micro, place == len(steps) - 1)
+            yield Step(index, window, step_size, targets, shares[rank], passes, place == len(steps) - 1)
             index += 1
         skip = 0
+
+
+def _micro_batches(window: Window, rows: np.ndarray, rank: int, world: int, grouped: bool) -> list[np.ndarray]:
+    """Cut a worker's share of a step's rows into what goes through the model at once."""
+    lengths, groups = window.encoded.lengths, window.groups
+    if grouped:
+        return objectives.micro_batches(objectives.share(rows, groups, rank, world), lengths, groups, MICRO_BATCH_TOKENS)
+    mine = rows[rank::world]
+    return [mine[batch] for batch in token_batches(lengths[mine], MICRO_BATCH_TOKENS)] if len(mine) else []
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
@@ -158,6 +175,16 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * (total - step) / max(total - warmup, 1)
+
+
+def shard(model: nn.Module) -> None:
+    """Share weights, gradients and moments over the workers (FSDP2), layer by layer; comes before `new_optimizer`."""
+    from torch.distributed.fsdp import fully_shard  # here: its import takes a second
+
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block)
+    fully_shard(model)
 
 
 def new_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -189,24 +216,31 @@ def fit(
     workers share it. With several, the process group must be up; the caller's `model` holds the weights throughout.
     """
     device = next(model.parameters()).device
-    parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else None
+    sharded = hasattr(model, "set_requires_gradient_sync")
+    copies = world > 1 and not sharded
+    parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if copies else None
     for step in steps:
         model.train()
         torch.manual_seed(int(np.random.SeedSequence([seed, 3, step.index, rank]).generate_state(1, np.uint64)[0] >> 1))
-        # A worker without a pair still meets the others in the all-reduce: with any pair of the window, at no weight.
-        batches = [(rows, 1.0) for rows in step.micro_batches] or [(np.zeros(1, np.int64), 0.0)]
+        batches = [(rows, 1.0) for rows in step.micro_batches]
+        # A worker with too few pairs still meets the others in what they do together: with any pair of the window, at no weight.
+        batches += [(np.zeros(1, np.int64), 0.0)] * (step.passes - len(batches))
         loss, squared_error = torch.zeros((), device=device), torch.zeros((), device=device)
+        slots = 0
         for place, (rows, weight) in enumerate(batches):
-            waits = parallel.no_sync() if parallel is not None and place < len(batches) - 1 else nullcontext()
-            with waits:
+            last = place == len(batches) - 1
+            if sharded:
+                model.set_requires_gradient_sync(last)
+            with parallel.no_sync() if parallel is not None and not last else nullcontext():
                 inputs = pad(step.window.encoded, rows, pad_id, device)
+                slots += inputs["input_ids"].numel()
                 targets_B = torch.from_numpy(step.targets[rows]).to(device)
                 groups_B = torch.from_numpy(step.window.groups[rows]).to(device)
                 with autocast(dtype, device), _attention(inputs["input_ids"].shape[1], device):
                     logits_B1 = (parallel or model)(**inputs).logits
                 logits_B = logits_B1[:, 0].float()
                 part = weight * objectives.loss(logits_B, targets_B, groups_B, step.size, config.objective)
-                # DDP averages the gradients of the W workers; their sum is meant.
+                # The gradients of the W workers are averaged; their sum is meant.
                 (part * world).backward()
             loss += part.detach()
             labels_B = torch.from_numpy(step.window.labels[rows]).to(device)
@@ -218,14 +252,44 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         encoded = step.window.encoded
-        cut_pairs = encoded.cut_pairs if step.last_of_window else 0
-        yield Done(step.index, step.window.epoch, loss, squared_error, step.size.pairs, rate, cut_pairs)
+        lengths = [len(encoded.input_ids[row]) for rows in step.micro_batches for row in rows]
+        yield Done(
+            index=step.index,
+            epoch=step.window.epoch,
+            loss=loss,
+            squared_error=squared_error,
+            size=step.size.pairs,
+            learning_rate=rate,
+            tokens=sum(lengths),
+            slots=slots,
+            attended=sum(length * length for length in lengths),
+            cut=encoded.cut_pairs if step.last_of_window else 0,
+        )
 
 
 def _attention(length: int, device: torch.device) -> AbstractContextManager[Any]:
     """The faster of torch's attention kernels for training on inputs of `length` tokens."""
     plain = device.type == "cpu" and length <= _PLAIN_ATTENTION_TOKENS
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+class Agreement:
+    """Whether any worker was asked something, known to all of them at the same step. Made and read by all alike."""
+
+    def __init__(self, world: int) -> None:
+        self._asked = threading.Event()
+        # Over the CPU, whatever carries the gradients: waiting for a GPU each step would cost.
+        self._group = torch.distributed.new_group(backend="gloo") if world > 1 else None
+
+    def ask(self) -> None:
+        self._asked.set()
+
+    def reached(self) -> bool:
+        if self._group is None:
+            return self._asked.is_set()
+        asked = torch.tensor([float(self._asked.is_set())])
+        torch.distributed.all_reduce(asked, group=self._group)
+        return bool(asked.item())
 
 
 def sum_over_workers(values: Sequence[float] | np.ndarray, world: int, device: torch.device) -> np.ndarray:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,12 +21,16 @@ CONFIG = TrainingConfig(epochs=2, batch_size=15, window=64, learning_rate=1e-3)
 COMPARING = ObjectiveConfig(pairwise=0.5, listwise=0.5, labels="rank")
 
 
-def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, world: int = 1, state: Path | None = None):
+def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, world: int = 1, state: checkpoint.State | None = None):
     """The model and the generator of its steps, as a worker of the trainer has them."""
     model = new_model(encoder, ScorerConfig(max_length=32), config, seed=3)
     tokenizer = load_tokenizer(encoder, "x", "s")
+    if config.parallel == "fsdp":
+        loop.shard(model)
     optimizer = loop.new_optimizer(model, config)
-    first = checkpoint.load_state(state, model, optimizer)["step"] if state else 0
+    if state:
+        checkpoint.restore(state, model, optimizer)
+    first = state.step if state else 0
     opened = RegressionSet(dataset)
     size = stream.count(opened, "train")
 
@@ -75,9 +79,9 @@ def test_a_run_that_stopped_ends_bit_equal_to_an_unbroken_one(
     broken, optimizer, _, steps = start(encoder, dataset, config)
     for done in steps:
         if done.index + 1 == stop:
-            checkpoint.save_state(tmp_path, broken, optimizer, {"step": stop})
+            checkpoint.write(str(tmp_path), checkpoint.capture(broken, optimizer, stop, {}, []))
             break
-    resumed, _, _, steps = start(encoder, dataset, config, state=tmp_path)
+    resumed, _, _, steps = start(encoder, dataset, config, state=checkpoint.read(str(tmp_path)))
     assert [done.loss.item() for done in steps] == losses[stop:]
     assert 0 < stop < total
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
@@ -126,25 +130,47 @@ def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
     assert loop.learning_rate(0, 1, CONFIG) > 0
 
 
-def train_share(rank: int, world: int, port: int, encoder: Path, dataset: str, configs: list[TrainingConfig], out: str) -> None:
-    """One worker of `world`, in a process of its own: saves the losses of all steps and the final weights, one file a config."""
+# 210 pairs in windows of 65 and steps of 16: the small steps have 1 and 15 pairs, so one worker gets none at times.
+PLAIN = TrainingConfig(epochs=8, batch_size=16, window=65, learning_rate=1e-3)
+SHARED = PLAIN.model_copy(update={"parallel": "fsdp"})
+# 70 instructions in windows of 2 cut into steps of one: every other worker gets none.
+COMPARED = PLAIN.model_copy(update={"objective": COMPARING, "batch_size": 4, "window": 6})
+COMPARED_SHARED = COMPARED.model_copy(update={"parallel": "fsdp"})
+# How many workers train how, up to which step.
+RUNS = {
+    "one": [(1, PLAIN, 100)],
+    "two": [(2, PLAIN, 100)],
+    "changing": [(2, SHARED, 37), (1, PLAIN, 60), (2, SHARED, 100)],
+    "one comparing": [(1, COMPARED, 50)],
+    "two comparing": [(2, COMPARED, 25), (2, COMPARED_SHARED, 50)],
+}
+
+
+def work(rank: int, port: int, encoder: Path, dataset: str, folder: Path) -> None:
+    """One of two processes that do `RUNS` between them, each part from the checkpoint of the one before."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    for number, config in enumerate(configs):
-        model, _, _, steps = start(encoder, dataset, config, rank, world)
-        losses = [done.loss.item() for done in _without_dropout(model, steps)]
-        summed = loop.sum_over_workers(losses, world, torch.device("cpu"))
-        if rank == 0:
-            torch.save({"losses": torch.from_numpy(summed), **model.state_dict()}, f"{out}-{number}.pt")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for name, parts in RUNS.items():
+        for world, config, stop in parts:
+            if rank < world:
+                train_up_to(stop, config, rank, world, encoder, dataset, str(folder / name))
+            torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _without_dropout(model: Any, steps: Any) -> Any:
+def train_up_to(stop: int, config: TrainingConfig, rank: int, world: int, encoder: Path, dataset: str, folder: str) -> None:
+    state = checkpoint.newest(folder, pytest.fail)
+    model, optimizer, _, steps = start(encoder, dataset, config, rank, world, state)
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.Dropout):  # its draws are a worker's own
             module.p = 0.0
-    return steps
+    losses = [done.loss.item() for done in itertools.islice(steps, stop - (state.step if state else 0))]
+    summed = loop.sum_over_workers(losses, world, torch.device("cpu"))
+    books = {"losses": (state.books["losses"] if state else []) + summed.tolist()}
+    taken = checkpoint.capture(model, optimizer, stop, books, [], keep=rank == 0)
+    if taken:
+        checkpoint.write(f"{folder}/{stop:08d}-x", taken)
 
 
 @pytest.mark.parametrize("pairs", [3, 64, 65, 210, 642])
@@ -162,16 +188,12 @@ def test_positions_count_through_windows_of_whole_instructions(pairs: int):
 
 
 @pytest.mark.slow
-def test_two_workers_train_as_one_does(encoder: Path, dataset: str, tmp_path: Path):
-    # 210 pairs in windows of 65 and steps of 16: the small steps have 1 and 15 pairs, so one worker gets none at times.
-    plain = TrainingConfig(epochs=2, batch_size=16, window=65, learning_rate=1e-3)
-    # 70 instructions in windows of 2 cut into steps of one: every other worker gets none.
-    comparing = plain.model_copy(update={"objective": COMPARING, "batch_size": 4, "window": 6})
-    for world in (1, 2):
-        arguments = (world, ports.free(), encoder, dataset, [plain, comparing], str(tmp_path / str(world)))
-        torch.multiprocessing.spawn(train_share, arguments, nprocs=world)
-    for number in range(2):
-        one, two = (torch.load(tmp_path / f"{world}-{number}.pt", weights_only=True) for world in (1, 2))
-        assert len(one["losses"]) >= 28
-        for name in one:
-            assert (one[name] - two[name]).abs().max() < 1e-5, name
+def test_workers_and_ways_to_share_the_model_may_change_and_nothing_else_does(encoder: Path, dataset: str, tmp_path: Path):
+    torch.multiprocessing.spawn(work, (ports.free(), encoder, dataset, tmp_path), nprocs=2)
+    ended = {name: checkpoint.newest(str(tmp_path / name), pytest.fail) for name in RUNS}
+    for name, run in ended.items():
+        one = ended["one comparing" if "comparing" in name else "one"]
+        assert one is not None and run is not None and len(run.books["losses"]) == RUNS[name][-1][-1]
+        assert np.abs(np.subtract(one.books["losses"], run.books["losses"])).max() < 1e-5
+        assert one.weights.keys() == run.weights.keys() and one.moments.keys() == run.moments.keys()
+        assert max((value - run.weights[name]).abs().max() for name, value in one.weights.items()) < 1e-4
