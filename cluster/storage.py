@@ -13,11 +13,13 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -29,6 +31,7 @@ import tenacity
 import urllib3
 
 from cluster.errors import CappyError, UsageError
+from cluster.progress import say
 
 MANIFEST = "_MANIFEST.json"
 T = TypeVar("T")
@@ -117,26 +120,63 @@ def _s3_reason(error: Exception) -> str:
 
 def exists(uri: str) -> bool:
     """Whether a file, or anything below a folder, is there."""
-    return bool(_info(uri).type != pafs.FileType.NotFound)
+    if is_s3(uri):
+        return _is_file(uri) or bool(_patiently(uri, partial(_page, uri, 1))["KeyCount"])
+    return Path(absolute(uri)).exists()
 
 
-def _info(uri: str) -> pafs.FileInfo:
-    fs, path = filesystem(uri)
+def _is_file(uri: str) -> bool:
+    if not is_s3(uri):
+        return Path(absolute(uri)).is_file()
+    bucket, key = _located(uri)
+    if not key:
+        return False
     try:
-        return fs.get_file_info(path)
-    except OSError as error:
-        raise CappyError(f"{uri}: {_s3_reason(error) if is_s3(uri) else error}") from None
+        _patiently(uri, lambda: _boto3().head_object(Bucket=bucket, Key=key))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def list_files(uri: str) -> dict[str, int]:
     """Return the size in bytes of every file below `uri`, by path relative to it, sorted; empty where nothing is."""
-    fs, root = filesystem(uri)
     try:
-        found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True))
+        if is_s3(uri):
+            start = len(_below(uri))
+            # A key that ends in a slash marks a folder.
+            files = {each["Key"][start:]: each["Size"] for each in _objects(uri) if not each["Key"].endswith("/")}
+        else:
+            fs, root = filesystem(uri)
+            found = fs.get_file_info(pafs.FileSelector(root, allow_not_found=True, recursive=True))
+            files = {info.path[len(root) :].lstrip("/"): info.size for info in found if info.type == pafs.FileType.File}
+    except FileNotFoundError:  # no such bucket
+        return {}
     except OSError as error:
-        raise CappyError(f"{uri}: {_s3_reason(error) if is_s3(uri) else error}") from None
-    files = {info.path[len(root) :].lstrip("/"): info.size for info in found if info.type == pafs.FileType.File}
+        raise CappyError(f"{uri}: {error}") from None
     return dict(sorted(files.items()))
+
+
+def _below(uri: str) -> str:
+    """What the keys of all objects below a URI begin with."""
+    key = _located(uri)[1].rstrip("/")
+    return f"{key}/" if key else ""
+
+
+def _page(uri: str, size: int = 1000, token: str | None = None) -> Any:
+    """One page of the listing of an s3:// folder, with all below it."""
+    more = {"ContinuationToken": token} if token else {}
+    return _boto3().list_objects_v2(Bucket=_located(uri)[0], Prefix=_below(uri), MaxKeys=size, **more)
+
+
+def _objects(uri: str) -> Iterator[Any]:
+    """All objects below an s3:// folder, folder markers among them; each page of the listing is worth its own tries."""
+    token = None
+    while True:
+        page = _patiently(uri, partial(_page, uri, token=token))
+        yield from page.get("Contents", ())
+        token = page.get("NextContinuationToken")
+        if not token:
+            return
 
 
 def glob(uri: str) -> list[str]:
@@ -148,7 +188,7 @@ def glob(uri: str) -> list[str]:
     fixed = list(takewhile(lambda part: not any(mark in part for mark in "*?["), parts))
     root = "/".join(fixed)
     if len(fixed) == len(parts):
-        if _info(root).type == pafs.FileType.File:
+        if _is_file(root):
             return [root]
         return [join(root, name) for name in list_files(root)]
     pattern = PurePosixPath("/", *parts[len(fixed) :])
@@ -174,10 +214,20 @@ def _get(uri: str) -> bytes:
     bucket, key = _located(uri)
     answer = _boto3().get_object(Bucket=bucket, Key=key)
     data = bytes(answer["Body"].read())
-    expected = answer["Metadata"].get("sha256")
-    if expected and hashlib.sha256(data).hexdigest() != expected:
-        raise _DamagedError("its bytes do not match the SHA-256 it was written with")
+    _check(answer, hashlib.sha256(data), hashlib.md5(data, usedforsecurity=False))
     return data
+
+
+def _check(answer: Any, sha256: Any, md5: Any) -> None:
+    """Raise `_DamagedError` where an object's bytes are not those that were written, as far as the store can say what they were."""
+    expected = answer["Metadata"].get("sha256")
+    if expected and sha256.hexdigest() != expected:
+        raise _DamagedError("its bytes do not match the SHA-256 it was written with")
+    # What others wrote carries no hash of ours; uploaded in one piece and not encrypted with a key of theirs, its tag is its MD5.
+    tag = answer.get("ETag", "").strip('"')
+    keyed = answer.get("ServerSideEncryption", "AES256") != "AES256" or answer.get("SSECustomerAlgorithm")
+    if not expected and not keyed and re.fullmatch("[0-9a-f]{32}", tag) and md5.hexdigest() != tag:
+        raise _DamagedError("its bytes do not match the store's tag")
 
 
 def read_json(uri: str) -> Any:
@@ -220,6 +270,10 @@ class _DamagedError(Exception):
     """An object arrived with other bytes than were written."""
 
 
+class _RefusedError(Exception):
+    """The store did a part of what it was asked."""
+
+
 def _patiently(uri: str, call: Callable[[], T]) -> T:
     """Return what an S3 call gives, asking again where the store or the wire failed; see `_worth_another_try`.
 
@@ -227,6 +281,7 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
     or keeps failing.
     """
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_worth_another_try),
@@ -245,18 +300,22 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
         raise CappyError(f"{uri}: {_s3_reason(error)} (it answered {code})") from None
     except _DamagedError as error:
         raise Damaged(f"{uri}: {error}, {_ATTEMPTS} times; write it again") from None
-    except (BotoCoreError, urllib3.exceptions.HTTPError) as error:
+    except _RefusedError as error:
+        raise CappyError(f"{uri}: {error}; check what its policy allows") from None
+    except (BotoCoreError, ResponseParserError, urllib3.exceptions.HTTPError) as error:
         raise CappyError(f"{uri}: {_s3_reason(error)} ({type(error).__name__})") from None
 
 
 def _worth_another_try(error: BaseException) -> bool:
     """Whether an S3 call failed on the wire or in the store rather than by what it asked for."""
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.parsers import ResponseParserError
 
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or error.response.get("Error", {}).get("Code") in _DAMAGED_ON_ARRIVAL
-    return isinstance(error, _DamagedError | BotoCoreError | urllib3.exceptions.HTTPError) and not isinstance(error, NoCredentialsError)
+    on_the_wire = _DamagedError | BotoCoreError | ResponseParserError | urllib3.exceptions.HTTPError
+    return isinstance(error, on_the_wire) and not isinstance(error, NoCredentialsError)
 
 
 def write_json(uri: str, value: Any) -> dict[str, Any]:
@@ -323,25 +382,44 @@ def _environment() -> tuple[str, ...]:
 
 def delete(uri: str) -> None:
     """Remove a file or a folder with all below it; nothing there is fine."""
-    fs, path = filesystem(uri)
-    kind = fs.get_file_info(path).type
-    if kind == pafs.FileType.Directory:
-        fs.delete_dir(path)
-    elif kind == pafs.FileType.File:
-        fs.delete_file(path)
-    elif is_s3(uri):
-        # A prefix without a marker object is no directory to pyarrow once its last file is gone: nothing to do.
+    if not is_s3(uri):
+        path = Path(absolute(uri))
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        return
+    bucket, key = _located(uri)
+    try:
+        keys = [each["Key"] for each in _objects(uri)]
+        for start in range(0, len(keys), 1000):
+            _patiently(uri, partial(_delete, bucket, keys[start : start + 1000]))
+        if key:
+            _patiently(uri, lambda: _boto3().delete_object(Bucket=bucket, Key=key))
+    except FileNotFoundError:
         return
 
 
+def _delete(bucket: str, keys: Sequence[str]) -> None:
+    answer = _boto3().delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True})
+    if answer.get("Errors"):
+        raise _RefusedError(f"{answer['Errors'][0].get('Key')} cannot be deleted ({answer['Errors'][0].get('Code')})")
+
+
+def tidy(uri: str) -> None:
+    """Delete what a published folder no longer needs; where that fails it is in nobody's way, and only said."""
+    try:
+        delete(uri)
+    except (CappyError, OSError) as error:
+        say(f"what was made is published, but what the run left at {uri} could not be removed: {error}")
+
+
 def sha256(uri: str) -> str:
-    """Return the SHA-256 of a file in hex, read in pieces of 8 MiB."""
-    fs, path = filesystem(uri)
-    digest = hashlib.sha256()
-    with fs.open_input_stream(path, compression=None) as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    """Return the SHA-256 of a file in hex, read in pieces of 8 MiB. Raises `CappyError` where it keeps arriving damaged."""
+    if is_s3(uri):
+        return _patiently(uri, partial(_download, uri, None))
+    with Path(absolute(uri)).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def upload_folder(folder: Path, uri: str) -> dict[str, dict[str, Any]]:
@@ -391,17 +469,34 @@ def download_file(uri: str, file: Path) -> str:
     return sha256(str(file))
 
 
-def _download(uri: str, file: Path) -> str:
+def _download(uri: str, file: Path | None) -> str:
+    """Read an object whole, into a local file if one is given, and return its SHA-256."""
     bucket, key = _located(uri)
     answer = _boto3().get_object(Bucket=bucket, Key=key)
-    digest = hashlib.sha256()
-    with file.open("wb") as sink:
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with file.open("wb") if file else nullcontext() as sink:
         for chunk in answer["Body"].iter_chunks(_CHUNK):
-            digest.update(chunk)
-            sink.write(chunk)
-    if digest.hexdigest() != answer["Metadata"].get("sha256", digest.hexdigest()):
-        raise _DamagedError("its bytes do not match the SHA-256 it was written with")
-    return digest.hexdigest()
+            sha256.update(chunk)
+            md5.update(chunk)
+            if sink:
+                sink.write(chunk)
+    _check(answer, sha256, md5)
+    return sha256.hexdigest()
+
+
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """A local file with the bytes of `uri`: itself on disk, a checked copy under the same name (until the block ends) of an object.
+
+    Raises `FileNotFoundError` where nothing is, `CappyError` where it keeps arriving damaged.
+    """
+    if not is_s3(uri):
+        yield Path(absolute(uri))
+        return
+    with tempfile.TemporaryDirectory(prefix="cappy-copy-") as folder:
+        copy = Path(folder, uri.rsplit("/", 1)[-1])
+        download_file(uri, copy)
+        yield copy
 
 
 def new_temporary_folder(purpose: str) -> Path:
@@ -486,7 +581,10 @@ def verify(uri: str, manifest: dict[str, Any]) -> list[str]:
             return f"{name} is missing"
         if sizes[name] != expected["bytes"]:
             return f"{name} has {sizes[name]} bytes, the manifest says {expected['bytes']}"
-        return None if sha256(join(uri, name)) == expected["sha256"] else f"{name} does not match its SHA-256"
+        try:
+            return None if sha256(join(uri, name)) == expected["sha256"] else f"{name} does not match its SHA-256"
+        except FileNotFoundError:
+            return f"{name} is missing"
 
     # Threads: it waits on the store, and SHA-256 lets go of the interpreter.
     with ThreadPoolExecutor(8) as pool:

@@ -68,7 +68,7 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
             stages["merging"] = time.monotonic() - start - sum(stages.values())
         held.check()
         summary = _publish(uri, staging, merged, rates, config, stages)
-    storage.delete(storage.join(uri, _LEASE))
+    storage.tidy(storage.join(uri, _LEASE))
     return summary
 
 
@@ -305,7 +305,7 @@ def _publish(
         "files": files,
     }
     storage.publish(uri, card.write(uri, manifest))
-    storage.delete(staging)
+    storage.tidy(staging)
     return summary
 
 

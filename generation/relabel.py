@@ -166,5 +166,5 @@ def _publish(
         "files": files,
     }
     storage.publish(uri, card.write(uri, made))
-    storage.delete(storage.join(uri, "_staging"))
+    storage.tidy(storage.join(uri, "_staging"))
     return summary

@@ -1,7 +1,8 @@
 """Raw rows out of files, streaming: JSONL, Parquet, CSV and JSON, on disk or s3://.
 
 A row comes with its place; one that cannot be parsed is a dead letter there. Lines and record batches are held one chunk at a
-time; only a `.json` file (a task, or a list of rows) is read whole.
+time; only a `.json` file (a task, or a list of rows) is read whole. An object is copied to disk and checked first, so that a bad wire
+to S3 cannot change or shorten it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
@@ -54,11 +57,17 @@ def rows(uri: str) -> Iterator[tuple[str, Any]]:
         raise UsageError(f"source: {uri} cannot be read: {str(error).splitlines()[0]}") from None
 
 
+@contextmanager
+def _opened(uri: str) -> Iterator[pa.NativeFile]:
+    """The bytes of a file; a name ending in .gz is decompressed."""
+    with storage.local_file(uri) as path, pa.input_stream(path) as stream:
+        yield stream
+
+
 def _json_lines(uri: str) -> Iterator[tuple[str, Any]]:
-    fs, path = storage.filesystem(uri)
     rest = b""
     number = 0
-    with fs.open_input_stream(path) as stream:  # a name ending in .gz is decompressed
+    with _opened(uri) as stream:
         while chunk := stream.read(1 << 20):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
@@ -78,8 +87,7 @@ def _parse(text: bytes, where: str) -> tuple[str, Any]:
 
 def _json(uri: str) -> Iterator[tuple[str, Any]]:
     """One task, a list of rows, or (many sets say `.json` for it) JSON lines."""
-    fs, path = storage.filesystem(uri)
-    with fs.open_input_stream(path) as stream:
+    with _opened(uri) as stream:
         head = stream.read(1 << 20)
         first, newline, after = head.partition(b"\n")
         if newline and after.strip() and _is_object(first):
@@ -104,10 +112,9 @@ def _is_object(line: bytes) -> bool:
 
 def _csv(uri: str) -> Iterator[tuple[str, Any]]:
     """Rows as texts by column name, empty cells as null; the place is the line a row ends on."""
-    fs, path = storage.filesystem(uri)
     csv.field_size_limit(_CELL)
     # Bytes that are no text come through as lone surrogates, so that only their row is refused.
-    with fs.open_input_stream(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+    with _opened(uri) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
         reader = csv.DictReader(text)
         try:
             for row in reader:
@@ -121,11 +128,10 @@ def _csv(uri: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(uri: str) -> Iterator[tuple[str, Any]]:
-    fs, path = storage.filesystem(uri)
     number = 0
     try:
-        with fs.open_input_file(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+        with storage.local_file(uri) as path, pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{uri}:{number}", row

@@ -6,6 +6,7 @@ import pytest
 
 from cluster import storage
 from cluster.errors import CappyError
+from generation.sources import files
 from tests.faults import KINDS, FaultyProxy
 
 
@@ -27,6 +28,41 @@ def test_a_file_goes_up_and_down_whole(bucket, monkeypatch, tmp_path):
         entry = storage.upload_file(tmp_path / "file", f"{bucket}/file")
         for _ in range(5):
             assert storage.download_file(f"{bucket}/file", tmp_path / "copy") == entry["sha256"]
+        assert sum(proxy.spoiled.values()) >= 2
+
+
+@pytest.mark.parametrize("kind", ["unavailable", "reset", "lost_answer", "truncated"])
+def test_listing_and_deleting_ask_again(kind, bucket, monkeypatch):
+    names = [f"d/{number:02d}" for number in range(6)]
+    for name in [*names, "d2"]:
+        storage.write_bytes(f"{bucket}/o/{name}", b"x")
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], (kind,), rate=0.4, seed=2) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        for _ in range(4):
+            assert list(storage.list_files(f"{bucket}/o")) == [*names, "d2"]
+            assert storage.exists(f"{bucket}/o/d") and storage.exists(f"{bucket}/o/d2") and not storage.exists(f"{bucket}/o/d/0")
+        storage.delete(f"{bucket}/o/d")
+        assert list(storage.list_files(f"{bucket}/o")) == ["d2"] and not storage.exists(f"{bucket}/o/d")
+        assert proxy.spoiled[kind] >= 3
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "rows.json"])
+def test_a_source_that_others_uploaded_is_read_whole_on_a_bad_wire(name, bucket, monkeypatch, tmp_path):
+    import boto3
+    import pandas
+
+    rows = pandas.DataFrame({"instruction": [f"say {number}" for number in range(200)], "reference": ["x"] * 200})
+    {
+        "rows.jsonl": lambda path: rows.to_json(path, orient="records", lines=True),
+        "rows.json": lambda path: rows.to_json(path, orient="records"),
+        "rows.csv": lambda path: rows.to_csv(path, index=False),
+        "rows.parquet": rows.to_parquet,
+    }[name](tmp_path / name)
+    boto3.client("s3", region_name="us-east-1").upload_file(tmp_path / name, bucket.removeprefix("s3://"), name)
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], ("truncated", "flipped_answer"), rate=0.5, seed=4) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        for _ in range(4):
+            assert [row for _, row in files.rows(f"{bucket}/{name}")] == rows.to_dict("records")
         assert sum(proxy.spoiled.values()) >= 2
 
 
