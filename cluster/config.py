@@ -504,6 +504,79 @@ class TrainingConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters: small matrices beside frozen linear layers (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    """The adapters' output is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapters' input."""
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the linear layers that get adapters, e.g. `[query, value]`; null is every linear layer of the encoder's blocks."""
+
+
+class AdaptConfig(Section):
+    """How `cappy adapt` fits a scorer to each task. What is not here is as `training` says."""
+
+    base: str | None = None
+    """The published scorer to start from: a folder, a hub name or an s3:// folder; null starts from `scorer.encoder`."""
+    by: Literal["dataset", "all"] = "dataset"
+    """What a task is: each dataset of the source, or all of them together."""
+    tasks: tuple[str, ...] | None = Field(None, min_length=1)
+    """The datasets to adapt to; all of the set's when null."""
+    method: Literal["full", "lora"] = "full"
+    """`full` trains and publishes all weights, `lora` adapters to a base that all tasks share."""
+    lora: LoraConfig = LoraConfig()
+    pairs: int = Field(2048, ge=1)
+    """Training pairs of an epoch: a task's distinct pairs, repeated or cut to so many. The paper's is 102,400."""
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(32, ge=1)
+    """Pairs per optimizer step. The paper's is 128."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak of the schedule; null is the paper's 2e-5, for `lora` 5e-4."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the optimizer steps over which the learning rate rises; the paper's."""
+    gate: bool = True
+    """Publish an adapted scorer only where it beats the base on the task's validation rows; else always."""
+    metric: Literal["selection", "pairwise_accuracy"] = "selection"
+    """What the gate compares: the mean label of the scorer's pick (Rouge-L; accuracy where a row has answer choices), or the
+    share of a row's candidates put in the right order."""
+    min_gain: float = Field(0.0, ge=0)
+    """Points (hundredths) by which the adapted scorer must be better; at 0 any gain will do."""
+    gate_fraction: float = Field(0.5, gt=0, le=1)
+    """Share of a task's validation rows, by hash, that the gate decides on; the figures are of the others, so that the choice
+    does not flatter them. At 1 it decides on all, and the figures are of the same rows."""
+    validation_rows: int = Field(1000, ge=1)
+    """Validation rows of a task that are scored at most, by hash."""
+    concurrency: int | None = Field(None, ge=1)
+    """Tasks trained at once; null is as many as fit the machine, or the cluster as it grows."""
+    cpus_per_task: int = Field(1, ge=1)
+    """CPUs, and torch threads, of a task."""
+    gpus_per_task: float | None = Field(None, ge=0, le=1)
+    """GPU of a task; tasks share one below 1. Null is one where the cluster has any, else none."""
+    max_retries: int = Field(2, ge=0)
+    """Times a task is begun again after its process or node was lost."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdaptConfig:
+        if self.method == "lora" and self.base is None:
+            raise ValueError("method=lora needs a base whose weights the tasks share; give adapt.base, a published scorer")
+        return self
+
+    def training(self, training: TrainingConfig) -> TrainingConfig:
+        """Return the settings of a task's training loop: those of `training` with this section's over them, on one worker."""
+        changes = {
+            "workers": 1,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate or (2e-5 if self.method == "full" else 5e-4),
+            "warmup": self.warmup,
+            "window": max(training.window, self.batch_size),
+        }
+        return TrainingConfig.model_validate({**training.model_dump(), **changes})
+
+
 class EvaluationConfig(Section):
     """What `cappy evaluate` measures and shows."""
 
@@ -513,6 +586,8 @@ class EvaluationConfig(Section):
     confidence: float = Field(0.95, gt=0.5, lt=1)
     examples: int = Field(24, ge=0)
     """Instructions shown with all their candidates in the report."""
+    adapted: bool = False
+    """Score a task's rows with the scorer `cappy adapt` published for it, and with `scorer_path` where it published none."""
 
 
 class ServingConfig(Section):
@@ -551,6 +626,8 @@ class Config(Section):
     """The regression set `generate` writes and the others read; null is `{workspace}/dataset`."""
     scorer_path: str | None = None
     """The scorer `train` writes and the others read; null is `{workspace}/scorer`."""
+    adapted_path: str | None = None
+    """Where `adapt` writes a scorer for each task; null is `{workspace}/adapted`."""
     evaluation_path: str | None = None
     """Where `evaluate` writes; null is `{workspace}/evaluation`."""
     seed: int = Field(20261121, ge=0, lt=2**31)
@@ -562,6 +639,7 @@ class Config(Section):
     plan: PlanConfig = PlanConfig()
     scorer: ScorerConfig = ScorerConfig()
     training: TrainingConfig = TrainingConfig()
+    adapt: AdaptConfig = AdaptConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
 
@@ -572,6 +650,10 @@ class Config(Section):
     @property
     def scorer_uri(self) -> str:
         return self.scorer_path or f"{self.workspace.rstrip('/')}/scorer"
+
+    @property
+    def adapted_uri(self) -> str:
+        return self.adapted_path or f"{self.workspace.rstrip('/')}/adapted"
 
     @property
     def evaluation_uri(self) -> str:

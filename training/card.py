@@ -85,3 +85,52 @@ Trained on {summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.s
 {training.batch_size} pairs, AdamW at {training.learning_rate:g} with a linear schedule, mean squared error on the raw logit.
 `config.yaml` holds every setting, `metrics.jsonl` every logged step.
 """
+
+
+def adapted_card(config: Config, result: dict[str, Any]) -> str:
+    """Return the model card of a scorer adapted to one task; `result` is its outcome, see `adapt.adapt`."""
+    figures, base = result["figures"], result["base"]
+    rows = [] if figures is None else [("before", figures["before"]), ("**after**", figures["after"])]
+    rows += [] if figures is None else [(name, figures[name]) for name in ("random", "self", "oracle") if figures[name] is not None]
+    table = "\n".join(f"| {name} | {value:.1f} |" for name, value in rows)
+    measured = (
+        "It had no validation rows, so nothing is known of what it gains."
+        if figures is None
+        else f"""Mean {result["metric"]} of the picks on {figures["rows"]} validation rows ({figures["of"]}), in points:
+
+| picked by | points |
+| --- | --: |
+{table}
+
+`before` is the base's pick, `self` the likeliest answer by mean log-probability, `oracle` the best there is."""
+    )
+    trained = (
+        f"{result['trained_parameters']:,} parameters in low-rank adapters of rank {config.adapt.lora.rank} and the head"
+        if result["method"] == "lora"
+        else "all parameters"
+    )
+    return f"""---
+library_name: {"peft" if result["method"] == "lora" else "transformers"}
+pipeline_tag: text-classification
+base_model: {json.dumps(base["name"])}
+tags: [cappy-ray, scorer, regression]
+---
+
+# A Cappy scorer adapted to {result["task"]}
+
+Reads an instruction and a response and gives one number, about 0 for a wrong and 1 for a right response. Adapted from
+`{base["name"]}` on the task's own instructions.
+
+```python
+from training.scorer import Scorer
+scorer = Scorer.load("{result["uri"]}")
+```
+
+{measured}
+
+![loss](loss.svg)
+
+Trained {trained} on {result["pairs"]:,} pairs ({result["distinct_pairs"]:,} distinct ones, of {result["train_rows"]:,} train rows):
+{result["steps"]:,} steps of {config.adapt.batch_size} pairs, AdamW at {result["learning_rate"]:g}. `config.yaml` holds every setting,
+`results.json` the figures.
+"""

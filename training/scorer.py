@@ -225,13 +225,16 @@ class Scorer:
 
     @classmethod
     def load(cls, name: str, dtype: Dtype = "float32", device: str | torch.device | None = None, setting: str = "scorer_path") -> Scorer:
-        """Load a scorer `cappy train` published, or any one-label Hugging Face model, from a folder, a hub name or an s3:// folder.
+        """Load a scorer `cappy train` or `cappy adapt` published, or any one-label Hugging Face model: a folder, hub name or s3:// folder.
 
+        Where it holds adapters their base is loaded and they are added into its weights.
         `dtype` float32 keeps close candidates apart; bfloat16 is faster and right to about 0.01. `device` null is the GPU
         where there is one. Raises `CappyError` naming `setting` when it is not a finished one-label model.
         """
         refuse_unfinished(name)
-        folder = models.resolve(name, setting)
+        folder = models.resolve(name, setting, adapters=True)
+        if not (folder / "config.json").exists():
+            return cls._load_adapted(folder, name, dtype, device, setting)
         tokenizer = load_tokenizer(folder, name, setting)
         with _quiet():
             try:
@@ -248,6 +251,18 @@ class Scorer:
             raise CappyError(f"{setting}={name}: the weights lack {missing}, so no head was trained; run `cappy train` on it first")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device)
+
+    @classmethod
+    def _load_adapted(cls, folder: Path, name: str, dtype: Dtype, device: str | torch.device | None, setting: str) -> Scorer:
+        """Load the base that a folder of adapters names, checked against the weights they were trained on, and merge them."""
+        from training import lora
+
+        said = lora.base_of(folder)
+        base = models.resolve(said["uri"], f"base of {setting}={name}")
+        if said.get("sha256", "") not in ("", lora.weights_sha256(base)):
+            raise CappyError(f"{setting}={name}: its base {said['uri']} has other weights than it was adapted from; adapt it again")
+        scorer = cls.load(said["uri"], dtype, device, f"base of {setting}={name}")
+        return cls(lora.merge(scorer.model, folder, f"{setting}={name}"), scorer.tokenizer, scorer.max_length, dtype, scorer.device)
 
     def score(self, instructions: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """Return the raw logit of each pair, float32 (pairs,), in the order given.
