@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from cluster import models, storage
@@ -25,13 +26,16 @@ from cluster.config import AdaptConfig, Config, TrainingConfig
 from cluster.errors import CappyError
 from cluster.runtime import code_version
 from generation.dataset import Pairs, RegressionSet, explode
+from generation.schema import DATASET
 from training import card, loop, lora, validation
 from training.scorer import CHECKPOINTS, Scorer, encode_pairs, load_tokenizer, new_model
+from training.stream import Size
 
 RESULTS = "results.json"
-_COLUMNS = ("dataset", "instruction", "answer_choices", "candidates")
+_COLUMNS = ("id", "dataset", "instruction", "candidates")
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
 T = TypeVar("T")
+Metrics = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -78,18 +82,20 @@ def adapt(config: Config, task: Task, base: Base, *, threads: int = 1, gpu: bool
     if not len(pairs):
         raise CappyError(f"no train rows of {task.name} in dataset={dataset.uri}; generate some, or leave it out of adapt.tasks")
     rows = validation_rows(dataset, task.dataset, config.adapt.validation_rows, config.seed)
-    if config.adapt.gate and not rows:
+    if config.adapt.gate and not len(rows):
         raise CappyError(
             f"no validation rows of {task.name} with candidates to pick from in dataset={dataset.uri}, so the gate cannot compare; "
             f"generate some, or publish without by adapt.gate=false"
         )
+    tables = sides(rows, config.adapt.gate_fraction) if len(rows) else ()
     training = config.adapt.training(config.training)
     scorer, wrapped = _trainable(config, training, base, torch.device("cuda" if gpu else "cpu"))
-    before = assess(scorer, rows)
+    before = _measure(scorer, tables, dataset.greedy())
     trained, lines = _fit(scorer, pairs, training, config)
-    after = assess(scorer, rows)
-    judged = judge(rows, before, after, config.adapt)
-    state = "published" if not config.adapt.gate or judged["passed"] else "rejected"
+    after = _measure(scorer, tables, dataset.greedy())
+    judged = judge(before[0], after[0], config.adapt) if tables else None
+    passed = judged is not None and judged["passed"]
+    state = "published" if passed or not config.adapt.gate else "rejected"
     result = {
         "task": task.name,
         "dataset": task.dataset,
@@ -98,11 +104,12 @@ def adapt(config: Config, task: Task, base: Base, *, threads: int = 1, gpu: bool
         "use": task.uri if state == "published" else base.name if base.scorer else None,
         "base": asdict(base),
         "method": config.adapt.method,
-        "metric": _metric(rows, dataset.manifest),
         "train_rows": train_rows,
         "distinct_pairs": len(pairs),
         **trained,
-        **judged,
+        "gate": judged and {**judged, "rows": len(tables[0])},
+        "figures": figures(before[1], after[1]) | {"rows": len(tables[1]), "apart": tables[1] is not rows} if tables else None,
+        "label": dataset.manifest.get("metric", {}).get("name", "rouge_l"),
         "seconds": round(time.monotonic() - start, 1),
         "identity": task.identity,
     }
@@ -149,27 +156,19 @@ def collect(dataset: RegressionSet, only: str | None, size: int, seed: int) -> t
     return Pairs(instructions, [response for _, response, _ in chosen], labels, groups), seen
 
 
-def validation_rows(dataset: RegressionSet, only: str | None, size: int, seed: int) -> list[dict[str, Any]]:
-    """Return a task's validation rows, at most `size` of them, chosen and ordered by hash: `instruction`, `choices` and `pool`.
+def validation_rows(dataset: RegressionSet, only: str | None, size: int, seed: int) -> pa.Table:
+    """Return a task's validation rows that have candidates to pick from, at most `size` of them, chosen and ordered by hash.
 
-    The pool is what is picked from: the LLM's samples, or (`choices`) the answer choices where a row has them. Rows
-    without are left out.
+    These are the LLM's samples, or the answer choices where a row has them.
     """
     found: dict[bytes, dict[str, Any]] = {}
     for table in dataset.batches("validation", columns=_COLUMNS, only=only):
         for row in table.to_pylist():
-            choices = row["answer_choices"] is not None
-            wanted = ("reference", "choice") if choices else ("sampled",)
-            pool = [each for each in row["candidates"] if each["source"] in wanted]
-            if pool:
-                found[_key(seed, row["instruction"], *(each["response"] for each in pool))] = {
-                    "instruction": row["instruction"],
-                    "choices": choices,
-                    "pool": pool,
-                }
+            if any(each["source"] in ("sampled", "choice") for each in row["candidates"]):
+                found[_key(seed, row["id"])] = row
         if len(found) > 2 * size:
             found = _first(found, size)
-    return list(_first(found, size).values())
+    return pa.Table.from_pylist(list(_first(found, size).values()), pa.schema([DATASET.field(name) for name in _COLUMNS]))
 
 
 def _key(seed: int, *texts: str) -> bytes:
@@ -186,80 +185,45 @@ def repeated(distinct: int, count: int, seed: int, epoch: int) -> np.ndarray:
     return np.concatenate([draw.permutation(distinct) for _ in range(-(-count // distinct))])[:count]
 
 
-def assess(scorer: Scorer, rows: Sequence[dict[str, Any]]) -> list[np.ndarray]:
-    """Return the score of every candidate of each row's pool, a float32 array a row."""
-    texts = [(row["instruction"], each["response"]) for row in rows for each in row["pool"]]
-    distinct = list(dict.fromkeys(texts))
-    scores = scorer.score([instruction for instruction, _ in distinct], [response for _, response in distinct])
-    known = dict(zip(distinct, scores.tolist(), strict=True))
-    ends = np.cumsum([len(row["pool"]) for row in rows])[:-1]
-    return np.split(np.array([known[text] for text in texts], np.float32), ends) if rows else []
+def sides(rows: pa.Table, fraction: float) -> tuple[pa.Table, pa.Table]:
+    """Return the rows the gate decides on, the first `fraction` (they stand in the order of a hash), and those the figures are of.
 
-
-def judge(
-    rows: Sequence[dict[str, Any]], before: Sequence[np.ndarray], after: Sequence[np.ndarray], settings: AdaptConfig
-) -> dict[str, Any]:
-    """Compare the scores of the base with those of the adapted scorer: `gate`, `passed`, and `figures`, in points (0 to 100).
-
-    The first `gate_fraction` of the rows (they come in the order of a hash) decide, the figures are of the others, or
-    of the same where none are left. `gate` and `figures` are None, and `passed` False, where there are no rows.
+    The figures are of the same rows where the gate has taken all.
     """
-    if not rows:
-        return {"gate": None, "passed": False, "figures": None}
-    deciding = math.ceil(settings.gate_fraction * len(rows))
-    reported = slice(deciding, None) if deciding < len(rows) else slice(None)
-    gate = _figures(rows[:deciding], before[:deciding], after[:deciding])
-    measured = gate["pairwise_accuracy"] if settings.metric == "pairwise_accuracy" else gate
-    old, new = measured["before"], measured["after"]
-    gain = None if old is None or new is None else new - old  # no row with anything to rank
+    deciding = math.ceil(fraction * len(rows))
+    return rows[:deciding], rows[deciding:] if deciding < len(rows) else rows
+
+
+def judge(before: Metrics, after: Metrics, settings: AdaptConfig) -> dict[str, Any]:
+    """Return what the gate decides on these metrics of its rows: `before`, `after` and `gain` in points (0 to 100), and `passed`.
+
+    Null, and not passed, where the rows have nothing that tells candidates apart.
+    """
+    old, new = _points(before, settings.metric), _points(after, settings.metric)
+    gain = None if old is None or new is None else new - old
+    passed = gain is not None and gain > 0 and gain >= settings.min_gain
+    return {"metric": settings.metric, "before": old, "after": new, "gain": gain, "passed": passed}
+
+
+def figures(before: Metrics, after: Metrics) -> dict[str, Any]:
+    """Return the figures of a table's line, in points: the picks of the base, of the adapted scorer and of those without one."""
+    others = {"random": "random", "self": "self_mean", "oracle": "oracle"}
     return {
-        "gate": {"rows": deciding, "metric": settings.metric, "before": old, "after": new, "gain": gain},
-        "passed": gain is not None and gain > 0 and gain >= settings.min_gain,
-        "figures": {
-            **_figures(rows[reported], before[reported], after[reported]),
-            "of": "rows the gate did not see" if deciding < len(rows) else "the rows the gate decided on",
-        },
+        "before": _points(before, "selection"),
+        "after": _points(after, "selection"),
+        **{name: _points(after, metric) for name, metric in others.items()},
+        "pairwise_accuracy": {"before": _points(before, "pairwise_accuracy"), "after": _points(after, "pairwise_accuracy")},
     }
 
 
-def _figures(rows: Sequence[dict[str, Any]], before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Mean label of the picks by each method, and the pairwise accuracy before and after, in points."""
-    labels = [np.array([each["label"] for each in row["pool"]]) for row in rows]
-    likely = [_mean_logprobs(row["pool"]) for row in rows]
-    measured = [_pairwise(labels, scores) for scores in (before, after)]
-    return {
-        "rows": len(rows),
-        "before": _picked(labels, before),
-        "after": _picked(labels, after),
-        "random": 100 * float(np.mean([label.mean() for label in labels])),
-        "self": None if any(np.isnan(each).any() for each in likely) else _picked(labels, likely),
-        "oracle": _picked(labels, labels),
-        "pairwise_accuracy": {"before": measured[0], "after": measured[1]},
-    }
+def _points(metrics: Metrics, name: str) -> float | None:
+    """A metric in points; of a task with answer choices alone the accuracy stands for the selection."""
+    value = metrics["accuracy"] if name == "selection" and metrics["selection"] is None else metrics[name]
+    return None if value is None else 100 * value
 
 
-def _picked(labels: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> float:
-    return 100 * float(np.mean([label[score.argmax()] for label, score in zip(labels, scores, strict=True)]))
-
-
-def _pairwise(labels: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> float | None:
-    groups = np.repeat(np.arange(len(labels)), [len(label) for label in labels])
-    accuracy = validation.measure(np.concatenate(scores), np.concatenate(labels), groups).metrics()["pairwise_accuracy"]
-    return None if accuracy is None else 100 * accuracy
-
-
-def _mean_logprobs(pool: Sequence[dict[str, Any]]) -> np.ndarray:
-    """The mean log-probability of each candidate's tokens; NaN where it is unknown."""
-    known = [each["logprob"] is not None and each["tokens"] is not None for each in pool]
-    return np.array([each["logprob"] / max(each["tokens"], 1) if here else np.nan for each, here in zip(pool, known, strict=True)])
-
-
-def _metric(rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> str:
-    """What the label of a pick is in this task."""
-    if rows and all(row["choices"] for row in rows):
-        return "accuracy"
-    name = str(manifest.get("metric", {}).get("name", "rouge_l"))
-    return f"{name}, accuracy" if any(row["choices"] for row in rows) else name
+def _measure(scorer: Scorer, tables: Sequence[pa.Table], greedy: str | None) -> list[Metrics]:
+    return [validation.measure(table, scorer.score, greedy).metrics() for table in tables]
 
 
 def _trainable(config: Config, training: TrainingConfig, base: Base, device: torch.device) -> tuple[Scorer, Any]:
@@ -274,9 +238,10 @@ def _trainable(config: Config, training: TrainingConfig, base: Base, device: tor
 
 def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Train the scorer's model; return what was done, and a line for metrics.jsonl every `_LOG_EVERY` steps."""
-    count = config.adapt.pairs
-    steps = loop.plan(_windows(scorer, pairs, count, training, config.seed), training, config.seed, 0, 1, 0, count)
-    total = loop.steps_in_epoch(count, training) * training.epochs
+    size = Size(config.adapt.pairs, len(set(pairs.instructions)))
+    windows = _windows(scorer, pairs, size.pairs, training, config.seed)
+    steps = loop.plan(windows, training, config.seed, rank=0, world=1, first=0, size=size)
+    total = loop.steps_in_epoch(size, training) * training.epochs
     pad_id = scorer.tokenizer.pad_token_id
     lines: list[dict[str, Any]] = []
     losses: list[tuple[float, int]] = []
@@ -284,7 +249,7 @@ def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config)
     start = time.monotonic()
     optimizer = loop.new_optimizer(scorer.model, training)
     for done in loop.fit(scorer.model, steps, optimizer, training, total=total, seed=config.seed, pad_id=pad_id, dtype=scorer.dtype):
-        losses.append((float(done.loss), done.size))
+        losses.append((float(done.squared_error), done.size))
         cut += done.cut if done.epoch == 0 else 0
         if not math.isfinite(losses[-1][0]):
             raise CappyError(
@@ -296,12 +261,12 @@ def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config)
     seconds = time.monotonic() - start
     return {
         "steps": total,
-        "pairs": count * training.epochs,
+        "pairs": size.pairs * training.epochs,
         "cut_pairs": cut,
         "learning_rate": training.learning_rate,
         "train_mse": _mean(losses[-(total // training.epochs) :]),
         "trained_parameters": sum(each.numel() for each in scorer.model.parameters() if each.requires_grad),
-        "pairs_per_second": round(count * training.epochs / max(seconds, 1e-9), 1),
+        "pairs_per_second": round(size.pairs * training.epochs / max(seconds, 1e-9), 1),
     }, lines
 
 
@@ -318,7 +283,7 @@ def _windows(scorer: Scorer, pairs: Pairs, count: int, training: TrainingConfig,
             encoded = encode_pairs(
                 scorer.tokenizer, [pairs.instructions[row] for row in rows], [pairs.responses[row] for row in rows], scorer.max_length
             )
-            yield loop.Window(epoch, number, encoded, pairs.labels[rows])
+            yield loop.Window(epoch, number, encoded, pairs.labels[rows], pairs.groups[rows])
 
 
 def _publish(

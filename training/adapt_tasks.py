@@ -40,6 +40,11 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     `overwrite` is not given, `CappyError` where base or set cannot be used, or another run is at work there.
     """
     start = time.monotonic()
+    if config.training.objective.grouped:
+        raise UsageError(
+            "training.objective compares an instruction's candidates, and a task's pairs are repeated and cut one by one; "
+            "adapt with pairwise=0, listwise=0 and other labels than rank"
+        )
     config = _absolute(config)
     uri = storage.check(config.adapted_uri, "adapted_path")
     base = _base(config)
@@ -228,9 +233,8 @@ def _summarise(uri: str, config: Config, base: Base, outcomes: list[dict[str, An
         for name in ("before", "after", "random", "self", "oracle")
         if measured and all(each[name] is not None for each in measured)
     }
-    used = [
-        figures["after" if outcome["state"] == "published" else "before"] for outcome in outcomes if (figures := outcome.get("figures"))
-    ]
+    used = [outcome["figures"]["after" if outcome["state"] == "published" else "before"] for outcome in outcomes if outcome.get("figures")]
+    used = [points for points in used if points is not None]
     return {
         "uri": uri,
         "dataset": config.dataset_uri,

@@ -90,13 +90,14 @@ Trained on {summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.s
 def adapted_card(config: Config, result: dict[str, Any]) -> str:
     """Return the model card of a scorer adapted to one task; `result` is its outcome, see `adapt.adapt`."""
     figures, base = result["figures"], result["base"]
-    rows = [] if figures is None else [("before", figures["before"]), ("**after**", figures["after"])]
-    rows += [] if figures is None else [(name, figures[name]) for name in ("random", "self", "oracle") if figures[name] is not None]
-    table = "\n".join(f"| {name} | {value:.1f} |" for name, value in rows)
+    shown = ("before", "after", "random", "self", "oracle")
+    table = "\n".join(f"| {name} | {figures[name]:.1f} |" for name in shown if figures and figures[name] is not None)
+    seen = "none of them decided whether it is published" if figures and figures["apart"] else "the same rows decided that it is published"
     measured = (
         "It had no validation rows, so nothing is known of what it gains."
         if figures is None
-        else f"""Mean {result["metric"]} of the picks on {figures["rows"]} validation rows ({figures["of"]}), in points:
+        else f"""Mean {result["label"]} of the picks (accuracy, where there are answer choices), in points, on
+{figures["rows"]} validation rows; {seen}:
 
 | picked by | points |
 | --- | --: |

@@ -111,63 +111,65 @@ def test_an_epoch_takes_all_pairs_equally_often_and_is_cut_to_its_size():
     assert sorted(adapt.repeated(7, 3, seed=1, epoch=0).tolist()) == sorted(set(adapt.repeated(7, 3, seed=1, epoch=0).tolist()))
 
 
-def test_what_is_picked_from_is_samples_or_answer_choices(dataset: str):
+def test_rows_to_pick_from_are_taken_by_hash_and_shared_out_between_gate_and_figures(dataset: str):
     opened = RegressionSet(dataset)
     sampled = adapt.validation_rows(opened, "colors", 1000, seed=1)
-    assert len(sampled) == 30 and {each["source"] for row in sampled for each in row["pool"]} == {"sampled"}
-    choices = adapt.validation_rows(opened, "sides", 5, seed=1)
-    assert len(choices) == 5 and all(row["choices"] and len(row["pool"]) == 3 for row in choices)
-    assert choices == adapt.validation_rows(opened, "sides", 1000, seed=1)[:5]
+    assert len(sampled) == 30
+    few = adapt.validation_rows(opened, "sides", 5, seed=1)
+    assert few.equals(adapt.validation_rows(opened, "sides", 1000, seed=1)[:5])
+    gate, figures = adapt.sides(few, 0.5)
+    assert (len(gate), len(figures)) == (3, 2) and pa.concat_tables([gate, figures]).equals(few)
+    gate, figures = adapt.sides(few, 1.0)
+    assert gate.equals(few) and figures is few
+    assert len(adapt.validation_rows(opened, "nobody", 5, seed=1)) == 0
 
 
-def pool(*labels: float, likely: int | None = 0) -> dict[str, Any]:
-    """A row whose likeliest candidate is at `likely`; None leaves log-probabilities out."""
-    return {
-        "instruction": "x",
-        "choices": False,
-        "pool": [
-            {"label": label, "logprob": None if likely is None else (-1.0 if place == likely else -5.0), "tokens": 2}
-            for place, label in enumerate(labels)
-        ],
-    }
-
-
-def test_the_gate_decides_on_the_first_rows_and_the_figures_are_of_the_others():
-    made = [pool(0.0, 0.4), pool(0.0, 1.0), pool(0.5, 0.0), pool(0.2, 0.6, likely=1)]
-    first, second = np.array([1.0, 0.0], np.float32), np.array([0.0, 1.0], np.float32)
-    judged = adapt.judge(made, [first] * 4, [second] * 4, AdaptConfig(gate_fraction=0.5))
-    assert judged["gate"] == {"rows": 2, "metric": "selection", "before": 0.0, "after": pytest.approx(70), "gain": pytest.approx(70)}
-    assert judged["passed"]
-    figures = judged["figures"]
-    assert {name: figures[name] for name in ("rows", "before", "after", "random", "self", "oracle")} == pytest.approx(
-        {"rows": 2, "before": 35, "after": 30, "random": 32.5, "self": 55, "oracle": 55}
-    )
-    assert figures["of"] == "rows the gate did not see"
-    assert figures["pairwise_accuracy"] == {"before": 50, "after": 50}
-    alone = adapt.judge(made[:1], [first], [second], AdaptConfig(gate_fraction=0.5))
-    assert alone["gate"]["rows"] == alone["figures"]["rows"] == 1 and alone["figures"]["of"] == "the rows the gate decided on"
+def metrics(selection: float | None, pairwise: float | None = None, accuracy: float | None = None) -> dict[str, float | None]:
+    return {"selection": selection, "pairwise_accuracy": pairwise, "accuracy": accuracy, "random": 0.2, "self_mean": None, "oracle": 0.9}
 
 
 def test_the_gate_wants_a_gain_and_as_much_as_asked_for():
-    made = [pool(0.0, 0.4, likely=None)] * 2
-    first, second = np.array([1.0, 0.0], np.float32), np.array([0.0, 1.0], np.float32)
+    def judged(before: dict[str, Any], after: dict[str, Any], **chosen: Any) -> dict[str, Any]:
+        return adapt.judge(before, after, AdaptConfig.model_validate(chosen))
 
-    def passed(before: np.ndarray, after: np.ndarray, **chosen: Any) -> bool:
-        judged = adapt.judge(made, [before] * 2, [after] * 2, AdaptConfig.model_validate({"gate_fraction": 1.0, **chosen}))
-        assert judged["figures"]["self"] is None
-        return bool(judged["passed"])
+    won = judged(metrics(0.25), metrics(0.5))
+    assert won == {"metric": "selection", "before": 25.0, "after": 50.0, "gain": 25.0, "passed": True}
+    assert not judged(metrics(0.5), metrics(0.25))["passed"] and not judged(metrics(0.5), metrics(0.5))["passed"]
+    assert judged(metrics(0.25), metrics(0.5), min_gain=25)["passed"]
+    assert not judged(metrics(0.25), metrics(0.5), min_gain=25.1)["passed"]
+    assert judged(metrics(0.5, 0.25), metrics(0.4, 0.5), metric="pairwise_accuracy")["passed"]
+    level = judged(metrics(0.3), metrics(0.3), metric="pairwise_accuracy")
+    assert level["gain"] is None and not level["passed"]
+    assert judged(metrics(None, accuracy=0.5), metrics(None, accuracy=0.75))["gain"] == 25
 
-    assert passed(first, second) and not passed(second, first) and not passed(second, second)
-    assert passed(first, second, min_gain=39.9) and not passed(first, second, min_gain=40.1)
-    assert passed(first, second, metric="pairwise_accuracy") and not passed(first, first, metric="pairwise_accuracy")
-    level = adapt.judge([pool(0.3, 0.3)], [first], [second], AdaptConfig(metric="pairwise_accuracy"))
-    assert level["gate"]["gain"] is None and not level["passed"]
-    assert adapt.judge([], [], [], AdaptConfig()) == {"gate": None, "passed": False, "figures": None}
+
+def test_figures_are_in_points_and_accuracy_stands_in_for_selection():
+    figures = adapt.figures(metrics(0.25, 0.5), metrics(0.5, 0.75))
+    assert figures == {
+        "before": 25,
+        "after": 50,
+        "random": 20,
+        "self": None,
+        "oracle": 90,
+        "pairwise_accuracy": {"before": 50, "after": 75},
+    }
+    assert adapt.figures(metrics(None, accuracy=0.5), metrics(None, accuracy=1.0))["after"] == 100
 
 
 @pytest.fixture(scope="module")
 def base(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return published_scorer(encoder, str(tmp_path_factory.mktemp("base") / "scorer"))
+
+
+def after(task: Task, config: Config) -> float:
+    """The picks of a published scorer on the rows of the figures, in points, from the rows' own candidates."""
+    scorer = Scorer.load(task.uri)
+    rows = adapt.sides(adapt.validation_rows(RegressionSet(config.dataset_uri), task.dataset, 1000, config.seed), 0.5)[1].to_pylist()
+    return 100 * float(np.mean([row["candidates"][scorer.best(row["instruction"], answers(row)).index]["label"] for row in rows]))
+
+
+def answers(row: dict[str, Any]) -> list[str]:
+    return [each["response"] for each in row["candidates"]]
 
 
 def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str, base: str, encoder: Path, tmp_path: Path):
@@ -176,7 +178,8 @@ def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str
     result = adapt.adapt(config, task, base_of(base))
     assert result["state"] == "published" and result["use"] == result["uri"] == task.uri
     assert result["gate"]["gain"] > 0 and result["figures"]["after"] > result["figures"]["before"]
-    assert (result["metric"], result["steps"], result["pairs"], result["train_rows"]) == ("rouge_l", 150, 2400, 40)
+    assert (result["label"], result["steps"], result["pairs"], result["train_rows"]) == ("rouge_l", 150, 2400, 40)
+    assert (result["gate"]["rows"], result["figures"]["rows"], result["figures"]["apart"]) == (15, 15, True)
     manifest = storage.read_manifest(task.uri, "scorer", "adapt")
     assert (
         {**manifest["summary"], "identity": task.identity}
@@ -186,9 +189,7 @@ def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str
     assert storage.verify(task.uri, manifest) == []
     assert set(storage.list_files(task.uri)) == {*manifest["files"], storage.MANIFEST}
     assert AutoModelForSequenceClassification.from_pretrained(task.uri).config.num_labels == 1
-    made = adapt.validation_rows(RegressionSet(dataset), "colors", 1000, config.seed)
-    scores = adapt.assess(Scorer.load(task.uri), made)
-    assert adapt.judge(made, scores, scores, config.adapt)["figures"]["after"] == pytest.approx(result["figures"]["after"])
+    assert after(task, config) == pytest.approx(result["figures"]["after"])
     assert "Scorer.load" in Path(task.uri, "README.md").read_text()
     assert adapt.adapt(config, task, base_of(base)) == storage.read_json(f"{task.uri}/results.json")  # at once: it is done
 
@@ -197,13 +198,11 @@ def test_lora_publishes_adapters_alone_and_they_load_as_a_scorer(dataset: str, b
     config = settings(tmp_path, encoder, base=base, method="lora", pairs=2400, learning_rate=1e-2).model_copy(update={"dataset": dataset})
     task = task_of(config, "sides")
     result = adapt.adapt(config, task, base_of(base))
-    assert result["state"] == "published" and result["metric"] == "accuracy" and result["figures"]["self"] is None
+    assert result["state"] == "published" and result["figures"]["self"] is None
     assert {"adapter_config.json", "adapter_model.safetensors", "base.json"} <= set(storage.list_files(task.uri))
     assert not storage.exists(f"{task.uri}/model.safetensors")
     assert storage.read_manifest(task.uri, "scorer", "adapt")["base"]["writer"] == base_of(base).writer
-    made = adapt.validation_rows(RegressionSet(dataset), "sides", 1000, config.seed)
-    scores = adapt.assess(Scorer.load(task.uri), made)
-    assert adapt.judge(made, scores, scores, config.adapt)["figures"]["after"] == pytest.approx(result["figures"]["after"])
+    assert after(task, config) == pytest.approx(result["figures"]["after"])
 
 
 def test_a_scorer_that_does_not_gain_is_not_published(dataset: str, base: str, encoder: Path, tmp_path: Path):

@@ -46,6 +46,11 @@ def test_lora_without_a_base_is_refused(tmp_path: Path):
         load(None, ["adapt.method=lora"])
 
 
+def test_an_objective_that_compares_candidates_is_refused():
+    with pytest.raises(UsageError, match=r"training\.objective compares an instruction's candidates"):
+        adapt_tasks.run(load(None, ["training.objective.pairwise=1"]))
+
+
 @pytest.fixture(scope="module")
 def ray() -> Any:
     with pytest.MonkeyPatch.context() as patch:
