@@ -568,6 +568,8 @@ class AdaptConfig(Section):
         """Return the settings of a task's training loop: those of `training` with this section's over them, on one worker."""
         changes = {
             "workers": 1,
+            "min_workers": None,
+            "parallel": "ddp",
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "learning_rate": self.learning_rate or (2e-5 if self.method == "full" else 5e-4),
