@@ -111,6 +111,15 @@ def test_an_epoch_takes_all_pairs_equally_often_and_is_cut_to_its_size():
     assert sorted(adapt.repeated(7, 3, seed=1, epoch=0).tolist()) == sorted(set(adapt.repeated(7, 3, seed=1, epoch=0).tolist()))
 
 
+def test_a_task_is_trained_by_one_worker_with_the_settings_of_adapt_over_those_of_train():
+    shared = TrainingConfig(workers=4, min_workers=2, parallel="fsdp", batch_size=16, window=64, weight_decay=0.05, epochs=9)
+    mine = AdaptConfig(batch_size=128, warmup=0.2).training(shared)
+    assert (mine.workers, mine.min_workers, mine.parallel, mine.epochs, mine.batch_size) == (1, None, "ddp", 1, 128)
+    assert (mine.window, mine.warmup, mine.weight_decay, mine.learning_rate) == (128, 0.2, 0.05, 2e-5)
+    assert AdaptConfig(base="x", method="lora").training(shared).learning_rate == 5e-4
+    assert AdaptConfig(base="x", method="lora", learning_rate=1e-3).training(shared).learning_rate == 1e-3
+
+
 def test_rows_to_pick_from_are_taken_by_hash_and_shared_out_between_gate_and_figures(dataset: str):
     opened = RegressionSet(dataset)
     sampled = adapt.validation_rows(opened, "colors", 1000, seed=1)
