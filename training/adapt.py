@@ -87,7 +87,7 @@ def adapt(config: Config, task: Task, base: Base, *, threads: int = 1, gpu: bool
             f"no validation rows of {task.name} with candidates to pick from in dataset={dataset.uri}, so the gate cannot compare; "
             f"generate some, or publish without by adapt.gate=false"
         )
-    tables = sides(rows, config.adapt.gate_fraction) if len(rows) else ()
+    tables: tuple[pa.Table, ...] = sides(rows, config.adapt.gate_fraction) if len(rows) else ()
     training = config.adapt.training(config.training)
     scorer, wrapped = _trainable(config, training, base, torch.device("cuda" if gpu else "cpu"))
     before = _measure(scorer, tables, dataset.greedy())
