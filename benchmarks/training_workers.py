@@ -80,7 +80,7 @@ def main() -> int:
     rates: dict[int, list[float]] = {1: [], 2: []}
     differences = []
     with tempfile.TemporaryDirectory(prefix="cappy-workers-") as place:
-        # Two thirds of the made-up pairs would do; some windows end with a step of fewer.
+        # Three pairs an instruction are half as many again as the steps take.
         synthetic.publish_set(f"{place}/dataset", options.steps * options.batch_size // 2)
         for _ in range(options.repeats):
             losses = {}

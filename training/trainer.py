@@ -60,9 +60,6 @@ def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[s
     new_model(folder, config.scorer, config.training, config.seed)
     name = fingerprint(identity(config, dataset.manifest))
     watchers = Watchers(config.training, name)
-    size = stream.count(dataset, "train")
-    if not size.pairs:
-        raise CappyError(f"dataset={dataset.uri} has no train pairs; generate it with train rows")
     checkpoints = storage.join(uri, CHECKPOINTS)
     with lease.held(storage.join(checkpoints, _LEASE), f"scorer_path={uri}") as held:
         if overwrite:
@@ -70,6 +67,7 @@ def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[s
             storage.withdraw(checkpoints, keep=_LEASE)
         storage.refuse_published(uri, "scorer_path", "train")
         mine = storage.join(checkpoints, name)
+        size = _count(dataset, storage.join(mine, "size.json"))
         total = config.training.epochs * loop.steps_in_epoch(size, config.training)
         if checkpoint.last_step(mine) < total:
             with ray_session():
@@ -79,7 +77,7 @@ def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[s
             raise CappyError(f"{mine} was damaged while the run ended; the same command trains what is missing")
         held.check()
         summary = _publish(config, dataset, uri, state, start)
-    storage.delete(checkpoints)
+    storage.tidy(checkpoints)
     return summary
 
 
@@ -106,6 +104,18 @@ def _refuse_foreign(uri: str) -> None:
         storage.read_manifest(uri, "scorer", "train")
     elif files and not any(name.startswith(f"{CHECKPOINTS}/") for name in files):
         raise UsageError(f"scorer_path={uri} holds files that no `cappy train` wrote, e.g. {next(iter(files))}; choose an empty folder")
+
+
+def _count(dataset: RegressionSet, place: str) -> stream.Size:
+    """Return the size of the train split, counted by reading it once a run: it is noted at `place` for the run's restarts."""
+    try:
+        return stream.Size(**storage.read_json(place))
+    except (FileNotFoundError, ValueError, TypeError):
+        size = stream.count(dataset, "train")
+    if not size.pairs:
+        raise CappyError(f"dataset={dataset.uri} has no train pairs; generate it with train rows")
+    storage.write_json(place, size._asdict())
+    return size
 
 
 def _train(config: Config, checkpoints: str, successor: str, size: stream.Size, total: int, work: Work, watchers: Watchers) -> None:

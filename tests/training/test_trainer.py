@@ -145,14 +145,14 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
 ):
     publish(str(tmp_path / "dataset"), 80, 10)
     # Small steps, so that what happens finds the run between checkpoints.
-    config = settings(str(tmp_path), encoder, epochs=15, batch_size=4, checkpoint_every=20)
+    config = settings(str(tmp_path), encoder, epochs=8, batch_size=4, checkpoint_every=20)
     process = launch(config, tmp_path)
-    _wait_for_step(process, config, 40)
+    _wait_for_step(process, config, 20)
     _worker_of(process).kill()
-    _wait_for_step(process, config, _last_step(config) + 40)
+    _wait_for_step(process, config, _last_step(config) + 20)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
-    stopped = re.search(r"stopped on SIGTERM after step (\d+) of 900, which is saved", (tmp_path / "log").read_text())
+    stopped = re.search(r"stopped on SIGTERM after step (\d+) of 480, which is saved", (tmp_path / "log").read_text())
     assert stopped and int(stopped[1]) == _last_step(config) and "going on from step" in (tmp_path / "log").read_text()
     process = launch(config, tmp_path)
     _wait_for_step(process, config, _last_step(config) + 20)
