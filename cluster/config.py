@@ -471,8 +471,16 @@ class TrainingConfig(Section):
     epochs: int = Field(4, ge=1)
     batch_size: int = Field(32, ge=1)
     """Pairs per optimizer step, summed over all workers."""
+    batch_by: Literal["pairs", "tokens"] = "pairs"
+    """What the steps of a window have alike: `pairs` gives each `batch_size` pairs; `tokens` gives as many steps about as many tokens
+    each, so that a step of long pairs has fewer of them and takes no longer; every pair weighs the same either way."""
+    micro_batch_tokens: int = Field(8192, ge=1)
+    """Padded tokens a worker runs through the model at once; the rest of its share of a step is accumulated. Lower it where a GPU runs
+    out of memory, raise it where one is idle."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Peak of the linear schedule."""
+    """Peak of the schedule."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """How the learning rate falls to 0 after the warmup, counted in optimizer steps."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the optimizer steps over which the learning rate rises."""
     weight_decay: float = Field(0.01, ge=0)
@@ -481,7 +489,9 @@ class TrainingConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on attention probabilities; 0 lets attention take its fast kernels."""
-    window: int = Field(2048, ge=1)
+    compile: bool = False
+    """Run the model through `torch.compile`: minutes at the start for less time a step."""
+    window: int = Field(4096, ge=1)
     """Pairs shuffled and sorted by length together before they are cut into steps."""
     checkpoint_every: int = Field(200, ge=1)
     """Optimizer steps between checkpoints."""
@@ -499,6 +509,8 @@ class TrainingConfig(Section):
             raise ValueError(f"batch_size={self.batch_size} leaves some of workers={self.workers} without a pair; use a multiple")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is above workers={self.workers}; lower it")
+        if self.batch_by == "tokens" and self.objective.grouped:
+            raise ValueError("batch_by=tokens would part the candidates that the objective compares; use batch_by=pairs")
         if self.window < self.batch_size:
             raise ValueError(f"window={self.window} is below batch_size={self.batch_size}; use several times the batch size")
         return self

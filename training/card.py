@@ -82,7 +82,7 @@ Where a pair has more than {config.scorer.max_length} tokens the instruction is 
 
 Trained on {summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.scorer.max_length} tokens) of `{config.dataset_uri}`
 (written by {dataset.get("code_version", "unknown code")}): {summary["epochs"]} epochs, {summary["steps"]:,} steps of
-{training.batch_size} pairs, AdamW at {training.learning_rate:g} with a linear schedule, mean squared error on the raw logit.
+{training.batch_size} pairs, AdamW at {training.learning_rate:g} with a {training.schedule} schedule, mean squared error on the raw logit.
 `config.yaml` holds every setting, `metrics.jsonl` every logged step.
 """
 

@@ -7,8 +7,9 @@ micro-batch, W workers, N pairs in a step over all workers.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,8 +26,6 @@ from training import objectives
 from training.scorer import Encoded, autocast, pad, token_batches
 from training.stream import Size
 
-# Padded tokens in one forward and backward pass of a worker; a longer share of a step is accumulated over several.
-MICRO_BATCH_TOKENS = 16_384
 # Up to this length the backward pass of plain attention beats the fused kernel's on CPU (x1.4 at 40 tokens, x1.1 at 160,
 # x0.7 at 320; MiniLM, bfloat16); scoring has no backward pass and stays with the fused one.
 _PLAIN_ATTENTION_TOKENS = 192
@@ -55,6 +54,8 @@ class Step:
     window: Window
     size: Size
     """The step over all workers."""
+    weight: float
+    """What the step's loss counts in its gradient: 1 or, where steps are cut by tokens, its pairs over the mean of its window's steps."""
     targets: np.ndarray
     """float32 (pairs of the window,): what the logits are trained towards."""
     micro_batches: list[np.ndarray]
@@ -113,28 +114,41 @@ def position(step: int, size: Size, config: TrainingConfig) -> tuple[int, int, i
     return epoch, *divmod(within, _steps_in_window(window_size(size, config), size, config))
 
 
-def cut(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int) -> list[np.ndarray]:
+def cut(lengths: np.ndarray, config: TrainingConfig, seed: int, epoch: int, window: int) -> list[np.ndarray]:
     """Cut a window into steps of rows alike in length: shuffled, sorted by length, cut, and the steps shuffled.
 
-    `lengths`: int64 (pairs,), in tokens. Each row is in exactly one step; all have `batch_size` rows but one.
+    `lengths`: int64 (pairs,), in tokens. Each row is in exactly one step. Cut by pairs, all have `batch_size` rows but one; cut
+    by tokens, as many steps have about as many tokens each.
     """
     draw = np.random.default_rng([seed, epoch, 2, window])
     shuffled = draw.permutation(len(lengths))
     ordered = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    # The smaller step takes rows from a random place, or it would always hold the longest.
-    short = len(lengths) % batch_size
-    start = int(draw.integers(0, len(lengths) // batch_size + 1)) * batch_size if short else 0
-    steps = [ordered[start : start + short]] if short else []
-    rest = np.concatenate([ordered[:start], ordered[start + short :]])
-    steps += [rest[place : place + batch_size] for place in range(0, len(rest), batch_size)]
-    return [steps[place] for place in draw.permutation(len(steps))]
+    count = -(-len(lengths) // config.batch_size)
+    if config.batch_by == "tokens":
+        ends = _even_ends(np.cumsum(lengths[ordered]), count)
+    else:
+        sizes = np.full(count, config.batch_size)
+        # The smaller step takes rows from a random place, or it would always hold the longest.
+        sizes[draw.integers(0, count)] -= count * config.batch_size - len(lengths)
+        ends = np.cumsum(sizes)
+    steps = np.split(ordered, ends[:-1])
+    return [steps[place] for place in draw.permutation(count)]
+
+
+def _even_ends(sums: np.ndarray, count: int) -> np.ndarray:
+    """Where to cut rows, given the running sum of their lengths, into `count` runs of about the same sum and one row at least."""
+    run = np.arange(1, count + 1)
+    ends = np.searchsorted(sums, sums[-1] * run / count) + 1
+    # Each run ends behind the one before it and leaves a row for each that follows.
+    kept: np.ndarray = np.minimum(np.maximum.accumulate(ends - run), len(sums) - count) + run
+    return kept
 
 
 def plan(windows: Iterable[Window], config: TrainingConfig, seed: int, rank: int, world: int, first: int, size: Size) -> Iterator[Step]:
     """Yield a worker's steps from step `first` of the run on; `windows` starts with the window that step lies in.
 
-    Worker `rank` of `world` takes every `world`-th row of a step: all get as many and equally long pairs. Where the objective
-    compares candidates it takes every `world`-th instruction.
+    The rows of a step, sorted by length, are dealt to the workers to and fro: all get as many pairs and about as many tokens.
+    Where the objective compares candidates, worker `rank` of `world` takes every `world`-th instruction.
     """
     index = first
     skip = position(first, size, config)[2]
@@ -146,35 +160,38 @@ def plan(windows: Iterable[Window], config: TrainingConfig, seed: int, rank: int
             count = _steps_in_window(len(np.unique(groups)), size, config)
             steps = objectives.cut(lengths, groups, count, np.random.default_rng([seed, window.epoch, 2, window.number]))
         else:
-            steps = cut(lengths, config.batch_size, seed, window.epoch, window.number)
+            steps = cut(lengths, config, seed, window.epoch, window.number)
         for place, rows in enumerate(steps):
             if place < skip:
                 continue
-            shares = {rank: _micro_batches(window, rows, rank, world, grouped)}
+            shares = {rank: _micro_batches(window, rows, rank, world, config)}
             if config.parallel == "fsdp":  # they gather weights in each pass, all at once
-                shares |= {other: _micro_batches(window, rows, other, world, grouped) for other in range(world)}
+                shares |= {other: _micro_batches(window, rows, other, world, config) for other in range(world)}
             passes = max(1, *map(len, shares.values()))
             step_size = Size(len(rows), len(np.unique(groups[rows])))
-            yield Step(index, window, step_size, targets, shares[rank], passes, place == len(steps) - 1)
+            weight = len(rows) * len(steps) / len(lengths) if config.batch_by == "tokens" else 1.0
+            yield Step(index, window, step_size, weight, targets, shares[rank], passes, place == len(steps) - 1)
             index += 1
         skip = 0
 
 
-def _micro_batches(window: Window, rows: np.ndarray, rank: int, world: int, grouped: bool) -> list[np.ndarray]:
+def _micro_batches(window: Window, rows: np.ndarray, rank: int, world: int, config: TrainingConfig) -> list[np.ndarray]:
     """Cut a worker's share of a step's rows into what goes through the model at once."""
     lengths, groups = window.encoded.lengths, window.groups
-    if grouped:
-        return objectives.micro_batches(objectives.share(rows, groups, rank, world), lengths, groups, MICRO_BATCH_TOKENS)
-    mine = rows[rank::world]
-    return [mine[batch] for batch in token_batches(lengths[mine], MICRO_BATCH_TOKENS)] if len(mine) else []
+    if config.objective.grouped:
+        return objectives.micro_batches(objectives.share(rows, groups, rank, world), lengths, groups, config.micro_batch_tokens)
+    turn, seat = np.divmod(np.arange(len(rows)), world)
+    mine = rows[np.where(turn % 2, world - 1 - seat, seat) == rank]
+    return [mine[batch] for batch in token_batches(lengths[mine], config.micro_batch_tokens)] if len(mine) else []
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
-    """Return the rate of optimizer step `step` of `total`: a linear rise over the warmup, then a linear fall to 0."""
+    """Return the rate of optimizer step `step` of `total`: a linear rise over the warmup, then a fall to 0 along `schedule`."""
     warmup = int(total * config.warmup)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * (total - step) / max(total - warmup, 1)
+    left = (total - step) / max(total - warmup, 1)
+    return config.learning_rate * (left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 def shard(model: nn.Module) -> None:
@@ -219,6 +236,9 @@ def fit(
     sharded = hasattr(model, "set_requires_gradient_sync")
     copies = world > 1 and not sharded
     parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if copies else None
+    forward: Callable[..., Any] = parallel or model
+    if config.compile:
+        forward = torch.compile(forward, dynamic=True)
     for step in steps:
         model.train()
         torch.manual_seed(int(np.random.SeedSequence([seed, 3, step.index, rank]).generate_state(1, np.uint64)[0] >> 1))
@@ -237,11 +257,11 @@ def fit(
                 targets_B = torch.from_numpy(step.targets[rows]).to(device)
                 groups_B = torch.from_numpy(step.window.groups[rows]).to(device)
                 with autocast(dtype, device), _attention(inputs["input_ids"].shape[1], device):
-                    logits_B1 = (parallel or model)(**inputs).logits
+                    logits_B1 = forward(**inputs).logits
                 logits_B = logits_B1[:, 0].float()
                 part = weight * objectives.loss(logits_B, targets_B, groups_B, step.size, config.objective)
                 # The gradients of the W workers are averaged; their sum is meant.
-                (part * world).backward()
+                (part * step.weight * world).backward()
             loss += part.detach()
             labels_B = torch.from_numpy(step.window.labels[rows]).to(device)
             squared_error += weight * (logits_B.detach() - labels_B).square().sum() / step.size.pairs
@@ -252,7 +272,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         encoded = step.window.encoded
-        lengths = [len(encoded.input_ids[row]) for rows in step.micro_batches for row in rows]
+        lengths = encoded.lengths[np.concatenate([np.zeros(0, np.int64), *step.micro_batches])]
         yield Done(
             index=step.index,
             epoch=step.window.epoch,
@@ -260,9 +280,9 @@ def fit(
             squared_error=squared_error,
             size=step.size.pairs,
             learning_rate=rate,
-            tokens=sum(lengths),
+            tokens=int(lengths.sum()),
             slots=slots,
-            attended=sum(length * length for length in lengths),
+            attended=int(np.square(lengths).sum()),
             cut=encoded.cut_pairs if step.last_of_window else 0,
         )
 

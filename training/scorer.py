@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,23 +38,26 @@ _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised pairs with their special tokens, not padded."""
+    """Tokenised pairs with their special tokens, not padded: all tokens end to end, three arrays however many pairs."""
 
-    input_ids: list[list[int]]
-    token_type_ids: list[list[int]] | None
-    """0 over the instruction, 1 over the response; None for models that do not read them."""
+    tokens: np.ndarray
+    """int32 (tokens of all pairs,)."""
+    types: np.ndarray | None
+    """int8, as long: 0 over the instruction, 1 over the response; None for models that do not read them."""
+    starts: np.ndarray
+    """int64 (pairs + 1,): pair `row` is `tokens[starts[row] : starts[row + 1]]`."""
     cut_pairs: int
     """Pairs that were too long and lost the middle of their instruction."""
     cut_responses: int
     """Those of them whose response alone was too long: the instruction is gone and the response lost its tail."""
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.starts) - 1
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 (pairs,): tokens of each pair."""
-        return np.fromiter(map(len, self.input_ids), np.int64, len(self))
+        return np.diff(self.starts)
 
 
 def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequence[str], max_length: int) -> Encoded:
@@ -66,7 +70,7 @@ def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequenc
         raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
     typed = "token_type_ids" in tokenizer.model_input_names
     if not instructions:
-        return Encoded([], [] if typed else None, 0, 0)
+        return _end_to_end([], [] if typed else None, 0, 0)
     batch = tokenizer(
         list(instructions), list(responses), return_token_type_ids=typed, return_attention_mask=False, truncation=False, verbose=False
     )
@@ -88,23 +92,31 @@ def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequenc
         ids[row] = [tokens[place] for place in kept]
         if types:
             types[row] = [types[row][place] for place in kept]
-    return Encoded(ids, types, cut_pairs, cut_responses)
+    return _end_to_end(ids, types, cut_pairs, cut_responses)
+
+
+def _end_to_end(ids: list[list[int]], types: list[list[int]] | None, cut_pairs: int, cut_responses: int) -> Encoded:
+    starts = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)), out=starts[1:])
+    tokens = np.fromiter(chain.from_iterable(ids), np.int32, starts[-1])
+    sides = None if types is None else np.fromiter(chain.from_iterable(types), np.int8, starts[-1])
+    return Encoded(tokens, sides, starts, cut_pairs, cut_responses)
 
 
 def pad(encoded: Encoded, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Return the model's inputs for some of the pairs: `input_ids`, `attention_mask` and, if read, `token_type_ids`, each int64 (B, T)."""
-    length = max(len(encoded.input_ids[row]) for row in rows)
-    ids_BT = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    mask_BT = torch.zeros((len(rows), length), dtype=torch.long)
-    types_BT = torch.zeros((len(rows), length), dtype=torch.long) if encoded.token_type_ids is not None else None
-    for place, row in enumerate(rows):
-        tokens = encoded.input_ids[row]
-        ids_BT[place, : len(tokens)] = torch.tensor(tokens)
-        mask_BT[place, : len(tokens)] = 1
-        if types_BT is not None and encoded.token_type_ids is not None:
-            types_BT[place, : len(tokens)] = torch.tensor(encoded.token_type_ids[row])
-    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT} | ({} if types_BT is None else {"token_type_ids": types_BT})
-    return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+    chosen = np.asarray(rows, np.int64)
+    starts_B1 = encoded.starts[chosen, None]
+    lengths_B1 = encoded.starts[chosen + 1, None] - starts_B1
+    columns_T = np.arange(lengths_B1.max())
+    mask_BT = columns_T < lengths_B1
+    places = (starts_B1 + columns_T)[mask_BT]
+    inputs = {"input_ids": np.full(mask_BT.shape, pad_id, np.int64), "attention_mask": mask_BT.astype(np.int64)}
+    inputs["input_ids"][mask_BT] = encoded.tokens[places]
+    if encoded.types is not None:
+        inputs["token_type_ids"] = np.zeros(mask_BT.shape, np.int64)
+        inputs["token_type_ids"][mask_BT] = encoded.types[places]
+    return {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in inputs.items()}
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:

@@ -96,7 +96,7 @@ def test_each_step_is_the_plain_mean_squared_error_of_its_pairs(encoder: Path, d
     opened = RegressionSet(dataset)
     first = next(stream.windows(opened, "train", CONFIG.window, 3, 0))
     encoded = encode_pairs(tokenizer, first.instructions, first.responses, 32)
-    rows = loop.cut(encoded.lengths, CONFIG.batch_size, 3, 0, 0)[0]
+    rows = loop.cut(encoded.lengths, CONFIG, 3, 0, 0)[0]
     inputs = tokenizer([first.instructions[row] for row in rows], [first.responses[row] for row in rows], return_tensors="pt", padding=True)
     expected = torch.nn.functional.mse_loss(model(**inputs).logits[:, 0], torch.from_numpy(first.labels[rows])).item()
     assert next(steps).loss.item() == pytest.approx(expected, abs=1e-6)
@@ -104,13 +104,42 @@ def test_each_step_is_the_plain_mean_squared_error_of_its_pairs(encoder: Path, d
 
 def test_a_window_is_cut_into_steps_of_like_lengths_each_row_once():
     lengths = np.random.default_rng(0).integers(5, 200, 1000)
-    steps = loop.cut(lengths, 32, 1, 0, 0)
+    config = TrainingConfig(batch_size=32)
+    steps = loop.cut(lengths, config, 1, 0, 0)
     assert sorted(np.concatenate(steps).tolist()) == list(range(1000))
     assert sorted(map(len, steps)) == [8] + [32] * 31
     padded = sum(len(step) * lengths[step].max() for step in steps)
     assert padded < 1.08 * lengths.sum()
-    assert [step.tolist() for step in loop.cut(lengths, 32, 1, 0, 0)] == [step.tolist() for step in steps]
-    assert [step.tolist() for step in loop.cut(lengths, 32, 1, 1, 0)] != [step.tolist() for step in steps]
+    assert [step.tolist() for step in loop.cut(lengths, config, 1, 0, 0)] == [step.tolist() for step in steps]
+    assert [step.tolist() for step in loop.cut(lengths, config, 1, 1, 0)] != [step.tolist() for step in steps]
+
+
+@pytest.mark.parametrize(("pairs", "batch_size"), [(1000, 32), (1000, 1), (33, 32), (5, 32)])
+def test_cut_by_tokens_as_many_steps_have_about_as_many_tokens(pairs: int, batch_size: int):
+    lengths = np.random.default_rng(0).integers(5, 500, pairs)
+    config = TrainingConfig(batch_size=batch_size, batch_by="tokens")
+    steps = loop.cut(lengths, config, 1, 0, 0)
+    assert len(steps) == len(loop.cut(lengths, TrainingConfig(batch_size=batch_size), 1, 0, 0))
+    assert sorted(np.concatenate(steps).tolist()) == list(range(pairs))
+    if batch_size < pairs and batch_size > 1:
+        assert max(lengths[step].sum() for step in steps) - min(lengths[step].sum() for step in steps) <= 3 * lengths.max()
+
+
+@pytest.mark.parametrize("batch_by", ["pairs", "tokens"])
+def test_every_pair_weighs_the_same_and_workers_get_as_many_tokens(batch_by: str, encoder: Path):
+    draw = np.random.default_rng(0)
+    texts = [" ".join(["red"] * words) for words in draw.integers(1, 29, 512)]
+    encoded = encode_pairs(load_tokenizer(encoder, "x", "s"), texts, ["a"] * 512, 32)
+    config = TrainingConfig(batch_size=64, window=512, batch_by=batch_by)
+    window = loop.Window(0, 0, encoded, np.zeros(512, np.float32), np.arange(512))
+    plans = [list(loop.plan([window], config, 1, rank, 2, 0, stream.Size(512, 512))) for rank in (0, 1)]
+    weights = np.array([step.weight / step.size.pairs for step in plans[0]])
+    assert np.allclose(weights, 1 / 64)
+    for pair in zip(*plans, strict=True):
+        rows = [np.concatenate(step.micro_batches) for step in pair]
+        assert set(rows[0]).isdisjoint(rows[1]) and len(rows[0]) + len(rows[1]) == pair[0].size.pairs
+        left, right = (encoded.lengths[mine].sum() for mine in rows)
+        assert abs(left - right) <= encoded.lengths.max()
 
 
 @pytest.mark.parametrize("pairs", [1, 64, 65, 200, 640])
@@ -118,7 +147,7 @@ def test_positions_count_through_windows_and_epochs(pairs: int):
     walked = []
     for epoch in range(2):
         for window, size in enumerate([64] * (pairs // 64) + ([pairs % 64] if pairs % 64 else [])):
-            walked += [(epoch, window, step) for step in range(len(loop.cut(np.ones(size, int), 15, 1, epoch, window)))]
+            walked += [(epoch, window, step) for step in range(len(loop.cut(np.ones(size, int), CONFIG, 1, epoch, window)))]
     assert [loop.position(step, stream.Size(pairs, pairs), CONFIG) for step in range(len(walked))] == walked
     assert loop.steps_in_epoch(stream.Size(pairs, pairs), CONFIG) * 2 == len(walked)
 
@@ -128,6 +157,8 @@ def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
     assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
     assert rates[55] == pytest.approx(5e-4) and 0 < rates[99] < 2e-5
     assert loop.learning_rate(0, 1, CONFIG) > 0
+    cosine = [loop.learning_rate(step, 100, CONFIG.model_copy(update={"schedule": "cosine"})) for step in range(100)]
+    assert cosine[:11] == rates[:11] and cosine[55] == pytest.approx(5e-4) and cosine[30] > rates[30] and 0 < cosine[99] < rates[99]
 
 
 # 210 pairs in windows of 65 and steps of 16: the small steps have 1 and 15 pairs, so one worker gets none at times.
