@@ -1,12 +1,19 @@
-"""An LLM that needs no weights, for benchmarks of what is ours: it answers at once, from the seed."""
+"""For benchmarks of what is ours: an LLM without weights that answers at once, and an encoder and a set that train in seconds."""
 
 from __future__ import annotations
 
 import asyncio
+import random
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import models, storage
 from cluster.config import DecodingConfig
 from generation.engines import Candidate
+from generation.schema import DATASET
 
 WORDS = (
     *("the", "a", "red", "blue", "small", "old", "fox", "dog", "house", "river"),
@@ -42,3 +49,36 @@ class SyntheticLLM:
             Candidate(response=text(seed + draw), decoding=decoding.name, tokens=9, finish_reason="stop", logprob=-1.0)
             for draw in range(decoding.n)
         ]
+
+
+def write_encoder(folder: Path) -> None:
+    """A random two-layer BERT of 32 units beside MiniLM's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(models.resolve("minilm-l6", "scorer.encoder"))
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def publish_set(uri: str, instructions: int) -> None:
+    """A published set of made-up rows, each with a right, a half right and a wrong response."""
+    draw = random.Random(1)
+    counts, names = {}, []
+    for split, count in (("train", instructions), ("validation", 8)):
+        rows = []
+        for number in range(count):
+            said = draw.choices(WORDS, k=draw.randint(2, 20))
+            texts = {" ".join(said): 1.0, " ".join([*said[: len(said) // 2], "wrong"]): 0.5, "something else": 0.0}
+            blank = {"source": "reference", "model": None, "decoding": None, "tokens": None, "finish_reason": None, "logprob": None}
+            candidates = [{"response": text, "label": label, **blank} for text, label in texts.items()]
+            row = {"id": f"{split}{number}", "dataset": "echo", "template": None, "instruction": f"say {' '.join(said)}"}
+            rows.append(row | {"references": [" ".join(said)], "answer_choices": None, "candidates": candidates})
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, DATASET), sink, write_page_checksum=True)
+        names.append(f"data/{split}/part-00000.parquet")
+        storage.write_bytes(storage.join(uri, names[-1]), sink.getvalue().to_pybytes())
+        counts[split] = {"instructions": count, "pairs": 3 * count}
+    storage.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "files": storage.checksums(uri, names)})

@@ -29,7 +29,8 @@ app = typer.Typer(
     help="""Lift an LLM with a small scorer that picks the best of its answers (Cappy), on Ray.
 
 The road: [bold]plan[/bold] what it will cost, [bold]generate[/bold] a regression set, [bold]train[/bold] the scorer,
-[bold]evaluate[/bold] it, [bold]serve[/bold] boosted answers. All verbs read one config; each finds the others' output below its workspace.
+[bold]evaluate[/bold] it, [bold]adapt[/bold] it to tasks, [bold]serve[/bold] boosted answers.
+All verbs read one config; each finds the others' output below its workspace.
 """,
     epilog="Start with: cappy doctor; then cappy generate demo, cappy train demo, cappy evaluate demo, cappy serve demo.",
 )
@@ -118,6 +119,26 @@ def train(
     from the last checkpoint.
     """
     _show("train", _run("train", config, set_, address, overwrite), as_json)
+
+
+@app.command(epilog="Example: cappy adapt adapt --set adapt.base=runs/demo/scorer --set adapt.method=lora")
+def adapt(
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fit a published scorer to each task of the source, many at once; publish those that beat it on the task's validation rows.
+
+    Samples with the frozen LLM first where no set is there yet. Interrupted, the same command goes on with the tasks that are
+    not done.
+    """
+    result = _run("adapt", config, set_, address, overwrite)
+    _show("adapt", result, as_json)
+    if result["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: cappy evaluate demo --json | tail -1 | jq .gain")
@@ -228,6 +249,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
         raise typer.Exit
 
 
+# What each verb makes.
+_KINDS = {"generate": "dataset", "annotate": "dataset", "train": "scorer", "adapt": "adapted", "evaluate": "evaluation"}
+
+
 def _run(verb: str, config: str | None, overrides: list[str] | None, address: str | None, overwrite: bool) -> dict[str, Any]:
     loaded = configuration.load(config, overrides or ())
     return jobs.submit(verb, loaded, overwrite=overwrite, address=address)
@@ -239,7 +264,9 @@ def _show(verb: str, result: dict[str, Any], as_json: bool) -> None:
         from evaluation import inspection
 
         inspection.show_summary(
-            {"generate": "dataset", "annotate": "dataset", "train": "scorer", "evaluate": "evaluation"}[verb], result, out
+            {"generate": "dataset", "annotate": "dataset", "train": "scorer", "adapt": "adapted", "evaluate": "evaluation"}[verb],
+            result,
+            out,
         )
     _finish(result, as_json)
 

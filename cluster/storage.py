@@ -204,7 +204,7 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return a whole file. Raises `FileNotFoundError` where nothing is, `CappyError` where it keeps arriving damaged."""
+    """Return a whole file. Raises `FileNotFoundError` where nothing is, `Damaged` where it keeps arriving damaged."""
     if is_s3(uri):
         return _patiently(uri, partial(_get, uri))
     return Path(absolute(uri)).read_bytes()
@@ -262,6 +262,10 @@ def _located(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
+class Damaged(CappyError):
+    """What is there is not what was written."""
+
+
 class _DamagedError(Exception):
     """An object arrived with other bytes than were written."""
 
@@ -273,7 +277,8 @@ class _RefusedError(Exception):
 def _patiently(uri: str, call: Callable[[], T]) -> T:
     """Return what an S3 call gives, asking again where the store or the wire failed; see `_worth_another_try`.
 
-    Raises `FileNotFoundError` where nothing is, `CappyError` where the store refuses or keeps failing.
+    Raises `FileNotFoundError` where nothing is, `Damaged` where it keeps arriving damaged, `CappyError` where the store refuses
+    or keeps failing.
     """
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
@@ -294,7 +299,7 @@ def _patiently(uri: str, call: Callable[[], T]) -> T:
             raise
         raise CappyError(f"{uri}: {_s3_reason(error)} (it answered {code})") from None
     except _DamagedError as error:
-        raise CappyError(f"{uri}: {error}, {_ATTEMPTS} times; write it again") from None
+        raise Damaged(f"{uri}: {error}, {_ATTEMPTS} times; write it again") from None
     except _RefusedError as error:
         raise CappyError(f"{uri}: {error}; check what its policy allows") from None
     except (BotoCoreError, ResponseParserError, urllib3.exceptions.HTTPError) as error:

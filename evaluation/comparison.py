@@ -16,6 +16,7 @@ from cluster.config import EvaluationConfig
 from cluster.errors import CappyError
 from evaluation import metrics
 from evaluation.metrics import Booleans, Floats, Integers
+from training.validation import rank_agreement
 
 BASELINES = ("greedy", "sample", "self_sum", "self_mean")
 """Ways to answer without a scorer: the greedy candidate, one sample, the likeliest by sum or by mean log-probability."""
@@ -184,11 +185,13 @@ def _distinct(row: Row) -> list[dict[str, Any]]:
 
 
 def _quality(row: Row) -> tuple[float, float, float]:
-    """Spearman, pairwise accuracy and mean squared error of the scores of a row's distinct candidates."""
+    """Spearman, pairwise accuracy and mean squared error of the scores of a row's distinct candidates; NaN where nothing is to rank."""
     distinct = _distinct(row)
     scores = np.asarray([each["score"] for each in distinct], np.float64)
     labels = np.asarray([each["label"] for each in distinct], np.float64)
-    return (*metrics.rank_agreement(scores, labels), float(((scores - labels) ** 2).mean()))
+    spearman, pairs, right = rank_agreement(scores, labels)
+    ranked = (spearman, right / pairs) if pairs else (float("nan"), float("nan"))
+    return (*ranked, float(((scores - labels) ** 2).mean()))
 
 
 def _means(quality_R: Floats) -> Floats:

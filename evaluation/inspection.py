@@ -127,6 +127,10 @@ def show_summary(kind: str, summary: dict[str, Any], console: Console) -> None:
         from evaluation.table import print_table
 
         print_table(summary, console)
+    elif kind == "adapted":
+        from evaluation.table import print_adapted
+
+        print_adapted(summary, console)
     else:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for key, value in _flat(summary):

@@ -108,23 +108,6 @@ def _pick_probabilities(count: int, size: int) -> Floats:
     return size / count * np.concatenate([[1.0], np.cumprod(ratio)])
 
 
-def rank_agreement(scores_C: Floats, values_C: Floats) -> tuple[float, float]:
-    """Return Spearman's rank correlation in [-1, 1] and the pairwise accuracy in [0, 1] of the scores of one row.
-
-    Equal values share their average rank. The accuracy is over pairs of candidates with different values; equal scores count
-    one half. Constant scores have correlation 0 and accuracy 0.5; both are NaN when all values are equal: nothing to rank.
-    """
-    above_scores, above_values = (np.sign(each[:, None] - each[None, :]) for each in (scores_C, values_C))
-    differ = above_values != 0
-    if not differ.any():
-        return float("nan"), float("nan")
-    accuracy = float(((1 + above_scores * above_values) / 2)[differ].mean())
-    # The sum of signs over the others is twice the average rank, centred at zero.
-    ranks_scores, ranks_values = above_scores.sum(axis=1), above_values.sum(axis=1)
-    norm = float(np.sqrt((ranks_scores**2).sum() * (ranks_values**2).sum()))
-    return (float(ranks_scores @ ranks_values) / norm if norm else 0.0), accuracy
-
-
 def calibration(scores: Floats, values: Floats, bins: int) -> list[dict[str, float]]:
     """Return mean score and mean value of `bins` groups of equal size by score, lowest first: `score`, `value`, `count`.
 

@@ -72,13 +72,14 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
     base = baselines(rows, dataset.manifest["config"]["sampler"]["decodings"])
     for name, reason in base.left_out.items():
         say(f"evaluate: {name} is left out: {reason}")
-    scored = score_rows(load(config), base.rows)
+    adapted = adapted_scorers(config) if config.evaluation.adapted else {}
+    scored = score_by_task(base.rows, adapted, config, load) if config.evaluation.adapted else score_rows(load(config), base.rows)
     compared = compare(scored, base.picks, config.evaluation, config.seed)
     results = {
         **compared.results,
         "left_out": base.left_out,
         "skipped": {"without_samples": without, "incomplete": base.incomplete},
-        "made": _provenance(config, dataset, uri),
+        "made": {**_provenance(config, dataset, uri), "adapted": sorted(adapted.values())},
     }
     table = to_table(scored, compared)
     page = report.render(results, table, config.evaluation.examples)
@@ -168,6 +169,32 @@ def score_rows(scorer: Scoring, rows: Sequence[Row]) -> list[Row]:
         {**row, "candidates": [{**each, "score": scores[row["instruction"], each["response"]]} for each in row["candidates"]]}
         for row in rows
     ]
+
+
+def adapted_scorers(config: Config) -> dict[str | None, str]:
+    """Return the URI of the scorer that `cappy adapt` published for each dataset; null is for all, with `adapt.by=all`.
+
+    Raises `CappyError` where it has not run.
+    """
+    place = storage.join(config.adapted_uri, "results.json")
+    try:
+        tasks = storage.read_json(place)["tasks"]
+    except FileNotFoundError:
+        raise CappyError(f"evaluation.adapted=true: there is no {place}; run `cappy adapt` first, or set it false") from None
+    return {task["dataset"]: storage.join(config.adapted_uri, task["uri"].rsplit("/", 1)[-1]) for task in tasks if task["uri"]}
+
+
+def score_by_task(
+    rows: Sequence[Row], adapted: Mapping[str | None, str], config: Config, load: Callable[[Config], Scoring] = load_scorer
+) -> list[Row]:
+    """Return what `score_rows` does, each task's rows scored by its own scorer (`adapted`: URIs), the others by the common one."""
+    uris = [adapted.get(row["dataset"], adapted.get(None, config.scorer_uri)) for row in rows]
+    scored: dict[int, Row] = {}
+    for uri in dict.fromkeys(uris):
+        places = [place for place, mine in enumerate(uris) if mine == uri]
+        scorer = load(config.model_copy(update={"scorer_path": uri}))
+        scored |= zip(places, score_rows(scorer, [rows[place] for place in places]), strict=True)
+    return [scored[place] for place in range(len(rows))]
 
 
 def to_table(rows: Sequence[Row], compared: Comparison) -> pa.Table:

@@ -1,4 +1,4 @@
-"""The result of `cappy evaluate` as a table on the terminal."""
+"""The results of `cappy evaluate` and `cappy adapt` as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -46,6 +46,42 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     console.print(table, soft_wrap=False)
     for line in headline(summary):
         console.print(line, soft_wrap=False)
+
+
+def print_adapted(summary: dict[str, Any], console: Console) -> None:
+    """Print what `cappy adapt` found for each task, the averages, and where the scorers are; 80 columns suffice."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    for name in ("rows", "random", "self", "before", "after", "oracle"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("gate", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for outcome in summary["tasks"]:
+        figures, gate = outcome.get("figures"), outcome.get("gate")
+        shown = [""] * 6 if figures is None else [f"{figures['rows']:,}", *_points(figures)]
+        gain = "" if gate is None or gate["gain"] is None else f"{gate['gain']:+.1f}"
+        style = {"published": "green", "rejected": "yellow", "failed": "red"}[outcome["state"]]
+        table.add_row(outcome["task"], *shown, gain, Text(outcome["state"], style=style))
+    if summary["averages"]:
+        table.add_section()
+        table.add_row("average", "", *_points(summary["averages"]), style="bold")
+    console.print(table, soft_wrap=False)
+    if "after the gate" in summary["averages"]:
+        console.print(f"with the scorer the gate chose for each task: {summary['averages']['after the gate']:.1f} points on average")
+    for outcome in summary["tasks"]:
+        if outcome["state"] == "failed":
+            console.print(Text(f"{outcome['task']}: {outcome['error']}", style="red"), soft_wrap=True)
+    rejected = [outcome for outcome in summary["tasks"] if outcome["state"] == "rejected"]
+    if rejected:
+        use = rejected[0]["use"]
+        names = ", ".join(outcome["task"] for outcome in rejected)
+        console.print(Text(f"not better than the base, not published; use {use or 'another scorer'}: {names}"), soft_wrap=True)
+    console.print(f"{summary['published']} of {len(summary['tasks'])} tasks published: {summary['uri']} in {summary['seconds']:,.0f} s")
+
+
+def _points(figures: dict[str, Any]) -> list[str]:
+    values = [figures.get(name) for name in ("random", "self", "before", "after", "oracle")]
+    return ["" if value is None else f"{value:.1f}" for value in values]
 
 
 def headline(summary: dict[str, Any]) -> list[Text]:

@@ -57,9 +57,15 @@ class RegressionSet:
     def rows(self, split: str) -> int:
         return int(self.manifest["counts"].get(split, {}).get("instructions", 0))
 
-    def batches(self, split: str, rows: int = 1024, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    def greedy(self) -> str | None:
+        """Return the name of the decoding without chance, None where the set was sampled without one."""
+        decodings = self.manifest.get("config", {}).get("sampler", {}).get("decodings", [])
+        return next((each["name"] for each in decodings if each["temperature"] == 0), None)
+
+    def batches(self, split: str, rows: int = 1024, columns: Sequence[str] | None = None, only: str | None = None) -> Iterator[pa.Table]:
         """Yield a split's rows in order as tables of at most `rows` rows, holding one of them in memory.
 
+        With `only` the rows of that dataset alone (`columns` must have `dataset`); what surely holds none of them is not read.
         Raises `CappyError` when a shard is damaged (its pages carry checksums) or shorter than the manifest says.
         """
         seen = 0
@@ -68,9 +74,16 @@ class RegressionSet:
             try:
                 with fs.open_input_file(path) as file:
                     parquet = pq.ParquetFile(file, page_checksum_verification=True)
-                    for batch in parquet.iter_batches(batch_size=rows, columns=list(columns) if columns else None):
+                    groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+                    wanted = [number for number, group in enumerate(groups) if only is None or _may_hold(group, only)]
+                    seen += sum(group.num_rows for number, group in enumerate(groups) if number not in wanted)
+                    for batch in parquet.iter_batches(batch_size=rows, row_groups=wanted, columns=list(columns) if columns else None):
                         seen += batch.num_rows
-                        yield pa.Table.from_batches([batch])
+                        table = pa.Table.from_batches([batch])
+                        if only is not None:
+                            table = table.filter(pc.equal(table["dataset"], only))
+                        if table.num_rows:
+                            yield table
             except (OSError, pa.ArrowInvalid) as error:
                 raise CappyError(f"{uri} is damaged or missing ({str(error).splitlines()[0]}); copy or generate the set again") from None
         if seen != self.rows(split):
@@ -101,6 +114,13 @@ class RegressionSet:
         if not located:
             raise CappyError(f"{self.uri} has no split {split!r}; it has {', '.join(self.manifest['counts'])}")
         return ray.data.read_parquet([path for _, path in located], filesystem=located[0][0])
+
+
+def _may_hold(group: pq.RowGroupMetaData, dataset: str) -> bool:
+    """Whether a row group can have rows of a dataset, by the least and the greatest name that its statistics give."""
+    column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "dataset")
+    names = column.statistics
+    return names is None or not names.has_min_max or names.min <= dataset <= names.max
 
 
 def explode(table: pa.Table, offset: int = 0) -> Pairs:

@@ -14,12 +14,9 @@ second run away. On SIGTERM the units in flight end, and nothing else starts.
 from __future__ import annotations
 
 import logging
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from cluster.config import Config, differences, fingerprint
 from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Lease
 from cluster.progress import Bar, say
-from cluster.runtime import code_version, ray_session
+from cluster.runtime import code_version, on_sigterm, ray_session
 from generation import annotate, card, dataset, engines, instructions, metrics, shards, units
 from generation.instructions import DeadLetter
 from generation.metrics import Metrics
@@ -183,7 +180,8 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     gate = ray.remote(num_cpus=0, scheduling_strategy=here)(units.Gate).remote(ceiling, spent)
     failed = 0
-    with _closing(gate) as told, Bar("sampling", total, "instructions", done=done) as bar:
+    closing = on_sigterm("finishing the units in flight; the same command goes on afterwards", gate.close.remote)
+    with closing as told, Bar("sampling", total, "instructions", done=done) as bar:
         for result in plan(staging, pending, config, load, gate).iter_rows():
             held.check()
             failed += result["dead_letters"]
@@ -221,31 +219,6 @@ def plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate
         compute=ray.data.ActorPoolStrategy(size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
         **engines.resources(config.sampler, ray.cluster_resources().get("GPU", 0)),
     )
-
-
-@contextmanager
-def _closing(gate: Any) -> Iterator[threading.Event]:
-    """Close the gate on SIGTERM inside the block; the event says whether one came."""
-    told, over = threading.Event(), threading.Event()
-
-    def close() -> None:
-        # Not in the handler: that may have interrupted Ray itself.
-        told.wait()
-        if not over.is_set():
-            say("SIGTERM: finishing the units in flight; the same command goes on afterwards")
-            gate.close.remote()
-
-    threading.Thread(target=close, name="cappy-stop", daemon=True).start()
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set()) if main else None
-    try:
-        yield told
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
-        if not told.is_set():
-            over.set()
-            told.set()
 
 
 def _stop_above_error_rate(letters: int, rows: int, config: Config) -> None:

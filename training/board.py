@@ -5,48 +5,60 @@ Ray Train's controller and the board's actor import this module, and need neithe
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from cluster.errors import CappyError
 
 
 class Board:
-    """What the first worker tells the driver: progress, and the error that ended it. A Ray actor."""
+    """What the driver and its workers tell each other: progress, the error that ended the run, the order to stop. A Ray actor."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._failure: CappyError | None = None
+        self._stop = asyncio.Event()
 
-    def post(self, event: dict[str, Any]) -> None:
+    async def post(self, event: dict[str, Any]) -> None:
         self._events.append(event)
 
-    def take(self) -> list[dict[str, Any]]:
+    async def take(self) -> list[dict[str, Any]]:
         """Return the events since the last call."""
         events, self._events = self._events, []
         return events
 
-    def fail(self, error: CappyError) -> None:
+    async def fail(self, error: CappyError) -> None:
         self._failure = self._failure or error
 
-    def failure(self) -> CappyError | None:
+    async def failure(self) -> CappyError | None:
         return self._failure
+
+    async def stop(self) -> None:
+        """Tell the workers to end after the step they are at."""
+        self._stop.set()
+
+    async def stopped(self) -> None:
+        """Return once they are told to."""
+        await self._stop.wait()
 
 
 def work(job: dict[str, Any]) -> None:
     """Train on one worker.
 
-    `job`: `config` as a plain tree, `pairs` of the train split, `board` (the actor), `threads` of torch (null is a fair share).
+    `job`: `config` as a plain tree, `size` of the train split (`stream.Size`), `checkpoints` (the run's folder), `successor` (see
+    `Lease.successor`), `board` (the actor), `threads` of torch (null is a fair share). What the operator must mend is left on the
+    board, not raised: Ray Train would start again.
     """
     import ray
+    import ray.train
 
-    # An error the operator must mend comes again at every restart, so the restarts Ray Train still grants end at once.
-    failure = ray.get(job["board"].failure.remote())
-    if failure:
-        raise failure
+    if ray.get(job["board"].failure.remote()):
+        return
     from training.worker import train
 
     try:
         train(job)
     except CappyError as error:
         ray.get(job["board"].fail.remote(error))
-        raise
+        if ray.train.get_context().get_world_size() > 1:
+            raise  # or the others would wait for this one; started again, they all return above

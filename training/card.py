@@ -82,6 +82,56 @@ Where a pair has more than {config.scorer.max_length} tokens the instruction is 
 
 Trained on {summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.scorer.max_length} tokens) of `{config.dataset_uri}`
 (written by {dataset.get("code_version", "unknown code")}): {summary["epochs"]} epochs, {summary["steps"]:,} steps of
-{training.batch_size} pairs, AdamW at {training.learning_rate:g} with a linear schedule, mean squared error on the raw logit.
+{training.batch_size} pairs, AdamW at {training.learning_rate:g} with a {training.schedule} schedule, mean squared error on the raw logit.
 `config.yaml` holds every setting, `metrics.jsonl` every logged step.
+"""
+
+
+def adapted_card(config: Config, result: dict[str, Any]) -> str:
+    """Return the model card of a scorer adapted to one task; `result` is its outcome, see `adapt.adapt`."""
+    figures, base = result["figures"], result["base"]
+    shown = ("before", "after", "random", "self", "oracle")
+    table = "\n".join(f"| {name} | {figures[name]:.1f} |" for name in shown if figures and figures[name] is not None)
+    seen = "none of them decided whether it is published" if figures and figures["apart"] else "the same rows decided that it is published"
+    measured = (
+        "It had no validation rows, so nothing is known of what it gains."
+        if figures is None
+        else f"""Mean {result["label"]} of the picks (accuracy, where there are answer choices), in points, on
+{figures["rows"]} validation rows; {seen}:
+
+| picked by | points |
+| --- | --: |
+{table}
+
+`before` is the base's pick, `self` the likeliest answer by mean log-probability, `oracle` the best there is."""
+    )
+    trained = (
+        f"{result['trained_parameters']:,} parameters in low-rank adapters of rank {config.adapt.lora.rank} and the head"
+        if result["method"] == "lora"
+        else "all parameters"
+    )
+    return f"""---
+library_name: {"peft" if result["method"] == "lora" else "transformers"}
+pipeline_tag: text-classification
+base_model: {json.dumps(base["name"])}
+tags: [cappy-ray, scorer, regression]
+---
+
+# A Cappy scorer adapted to {result["task"]}
+
+Reads an instruction and a response and gives one number, about 0 for a wrong and 1 for a right response. Adapted from
+`{base["name"]}` on the task's own instructions.
+
+```python
+from training.scorer import Scorer
+scorer = Scorer.load("{result["uri"]}")
+```
+
+{measured}
+
+![loss](loss.svg)
+
+Trained {trained} on {result["pairs"]:,} pairs ({result["distinct_pairs"]:,} distinct ones, of {result["train_rows"]:,} train rows):
+{result["steps"]:,} steps of {config.adapt.batch_size} pairs, AdamW at {result["learning_rate"]:g}. `config.yaml` holds every setting,
+`results.json` the figures.
 """

@@ -1,4 +1,4 @@
-"""The training loop, in torch alone: no Ray, no data files; only `save_state` and `load_state` touch the disk.
+"""The training loop, in torch alone: no Ray, no files.
 
 Order, batches and dropout are functions of (seed, epoch, window, step, worker), never of what ran before, so a run that
 stops at any step and goes on from its saved state ends with the weights of an unbroken one. Shapes: B pairs in a
@@ -7,26 +7,25 @@ micro-batch, W workers, N pairs in a step over all workers.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.config import TrainingConfig
+from training import objectives
 from training.scorer import Encoded, autocast, pad, token_batches
+from training.stream import Size
 
-# Padded tokens in one forward and backward pass of a worker; a longer share of a step is accumulated over several.
-MICRO_BATCH_TOKENS = 16_384
 # Up to this length the backward pass of plain attention beats the fused kernel's on CPU (x1.4 at 40 tokens, x1.1 at 160,
 # x0.7 at 320; MiniLM, bfloat16); scoring has no backward pass and stays with the fused one.
 _PLAIN_ATTENTION_TOKENS = 192
@@ -42,6 +41,8 @@ class Window:
     encoded: Encoded
     labels: np.ndarray
     """float32 (pairs,), in [0, 1]."""
+    groups: np.ndarray
+    """int64 (pairs,): equal for the candidates of one instruction, different for others of the window."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,16 @@ class Step:
     index: int
     """Position in the whole run, from 0."""
     window: Window
-    size: int
-    """Pairs of the step over all workers."""
+    size: Size
+    """The step over all workers."""
+    weight: float
+    """What the step's loss counts in its gradient: 1 or, where steps are cut by tokens, its pairs over the mean of its window's steps."""
+    targets: np.ndarray
+    """float32 (pairs of the window,): what the logits are trained towards."""
     micro_batches: list[np.ndarray]
     """Rows of the window, this worker's only; empty when the step is too small to give it one."""
+    passes: int
+    """Passes through the model that this worker makes, empty ones included; where the workers share weights, all make as many."""
     last_of_window: bool
 
 
@@ -65,67 +72,136 @@ class Done:
     index: int
     epoch: int
     loss: Tensor
-    """float32 (): this worker's part of the step's mean squared error; the sum over workers is the step's loss."""
+    """float32 (): this worker's part of the step's loss; the sum over workers is the step's."""
+    squared_error: Tensor
+    """float32 (): as `loss`, of the plain mean squared error between logits and labels, whatever is trained towards."""
     size: int
     learning_rate: float
+    tokens: int
+    """Tokens of this worker's pairs."""
+    slots: int
+    """Tokens the model was given on this worker, padding and all."""
+    attended: int
+    """Sum of the squares of the lengths of this worker's pairs: what attention looks at."""
     cut: int
     """Pairs cut to the length limit in the window this step ends; 0 elsewhere."""
 
 
-def steps_in_epoch(pairs: int, config: TrainingConfig) -> int:
-    """Return the optimizer steps an epoch of `pairs` takes: every window ends with a step of what is left over."""
-    full, rest = divmod(pairs, config.window)
-    return full * -(-config.window // config.batch_size) + -(-rest // config.batch_size)
+def window_size(size: Size, config: TrainingConfig) -> int:
+    """Return how many pairs a window holds; where the objective compares candidates, how many instructions (about as many pairs)."""
+    if not config.objective.grouped:
+        return config.window
+    return max(round(config.window * size.instructions / size.pairs), 1)
 
 
-def position(step: int, pairs: int, config: TrainingConfig) -> tuple[int, int, int]:
+def _steps_in_window(held: int, size: Size, config: TrainingConfig) -> int:
+    """Return the steps of a window that holds so many pairs or, where the objective compares candidates, instructions."""
+    if not config.objective.grouped:
+        return -(-held // config.batch_size)
+    return objectives.steps_in(held, config.batch_size, size.pairs / size.instructions)
+
+
+def steps_in_epoch(size: Size, config: TrainingConfig) -> int:
+    """Return the optimizer steps an epoch of a split of this size takes: each window is cut into steps of its own."""
+    window = window_size(size, config)
+    full, rest = divmod(size.instructions if config.objective.grouped else size.pairs, window)
+    return full * _steps_in_window(window, size, config) + (_steps_in_window(rest, size, config) if rest else 0)
+
+
+def position(step: int, size: Size, config: TrainingConfig) -> tuple[int, int, int]:
     """Return (epoch, window, step within the window) of a step of the run."""
-    epoch, within = divmod(step, steps_in_epoch(pairs, config))
-    return epoch, *divmod(within, -(-config.window // config.batch_size))
+    epoch, within = divmod(step, steps_in_epoch(size, config))
+    return epoch, *divmod(within, _steps_in_window(window_size(size, config), size, config))
 
 
-def cut(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int) -> list[np.ndarray]:
+def cut(lengths: np.ndarray, config: TrainingConfig, seed: int, epoch: int, window: int) -> list[np.ndarray]:
     """Cut a window into steps of rows alike in length: shuffled, sorted by length, cut, and the steps shuffled.
 
-    `lengths`: int64 (pairs,), in tokens. Each row is in exactly one step; all have `batch_size` rows but one.
+    `lengths`: int64 (pairs,), in tokens. Each row is in exactly one step. Cut by pairs, all have `batch_size` rows but one; cut
+    by tokens, as many steps have about as many tokens each.
     """
     draw = np.random.default_rng([seed, epoch, 2, window])
     shuffled = draw.permutation(len(lengths))
     ordered = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    # The smaller step takes rows from a random place, or it would always hold the longest.
-    short = len(lengths) % batch_size
-    start = int(draw.integers(0, len(lengths) // batch_size + 1)) * batch_size if short else 0
-    steps = [ordered[start : start + short]] if short else []
-    rest = np.concatenate([ordered[:start], ordered[start + short :]])
-    steps += [rest[place : place + batch_size] for place in range(0, len(rest), batch_size)]
-    return [steps[place] for place in draw.permutation(len(steps))]
+    count = -(-len(lengths) // config.batch_size)
+    if config.batch_by == "tokens":
+        ends = _even_ends(np.cumsum(lengths[ordered]), count)
+    else:
+        sizes = np.full(count, config.batch_size)
+        # The smaller step takes rows from a random place, or it would always hold the longest.
+        sizes[draw.integers(0, count)] -= count * config.batch_size - len(lengths)
+        ends = np.cumsum(sizes)
+    steps = np.split(ordered, ends[:-1])
+    return [steps[place] for place in draw.permutation(count)]
 
 
-def plan(windows: Iterable[Window], config: TrainingConfig, seed: int, rank: int, world: int, first: int, pairs: int) -> Iterator[Step]:
+def _even_ends(sums: np.ndarray, count: int) -> np.ndarray:
+    """Where to cut rows, given the running sum of their lengths, into `count` runs of about the same sum and one row at least."""
+    run = np.arange(1, count + 1)
+    ends = np.searchsorted(sums, sums[-1] * run / count) + 1
+    # Each run ends behind the one before it and leaves a row for each that follows.
+    kept: np.ndarray = np.minimum(np.maximum.accumulate(ends - run), len(sums) - count) + run
+    return kept
+
+
+def plan(windows: Iterable[Window], config: TrainingConfig, seed: int, rank: int, world: int, first: int, size: Size) -> Iterator[Step]:
     """Yield a worker's steps from step `first` of the run on; `windows` starts with the window that step lies in.
 
-    Worker `rank` of `world` takes every `world`-th row of a step: all get as many and equally long pairs.
+    The rows of a step, sorted by length, are dealt to the workers to and fro: all get as many pairs and about as many tokens.
+    Where the objective compares candidates, worker `rank` of `world` takes every `world`-th instruction.
     """
     index = first
-    skip = position(first, pairs, config)[2]
+    skip = position(first, size, config)[2]
+    grouped = config.objective.grouped
     for window in windows:
-        steps = cut(window.encoded.lengths, config.batch_size, seed, window.epoch, window.number)
+        lengths, groups = window.encoded.lengths, window.groups
+        targets = objectives.targets(window.labels, groups, config.objective)
+        if grouped:
+            count = _steps_in_window(len(np.unique(groups)), size, config)
+            steps = objectives.cut(lengths, groups, count, np.random.default_rng([seed, window.epoch, 2, window.number]))
+        else:
+            steps = cut(lengths, config, seed, window.epoch, window.number)
         for place, rows in enumerate(steps):
             if place < skip:
                 continue
-            mine = rows[rank::world]
-            micro = [mine[batch] for batch in token_batches(window.encoded.lengths[mine], MICRO_BATCH_TOKENS)] if len(mine) else []
-            yield Step(index, window, len(rows), micro, place == len(steps) - 1)
+            shares = {rank: _micro_batches(window, rows, rank, world, config)}
+            if config.parallel == "fsdp":  # they gather weights in each pass, all at once
+                shares |= {other: _micro_batches(window, rows, other, world, config) for other in range(world)}
+            passes = max(1, *map(len, shares.values()))
+            step_size = Size(len(rows), len(np.unique(groups[rows])))
+            weight = len(rows) * len(steps) / len(lengths) if config.batch_by == "tokens" else 1.0
+            yield Step(index, window, step_size, weight, targets, shares[rank], passes, place == len(steps) - 1)
             index += 1
         skip = 0
 
 
+def _micro_batches(window: Window, rows: np.ndarray, rank: int, world: int, config: TrainingConfig) -> list[np.ndarray]:
+    """Cut a worker's share of a step's rows into what goes through the model at once."""
+    lengths, groups = window.encoded.lengths, window.groups
+    if config.objective.grouped:
+        return objectives.micro_batches(objectives.share(rows, groups, rank, world), lengths, groups, config.micro_batch_tokens)
+    turn, seat = np.divmod(np.arange(len(rows)), world)
+    mine = rows[np.where(turn % 2, world - 1 - seat, seat) == rank]
+    return [mine[batch] for batch in token_batches(lengths[mine], config.micro_batch_tokens)] if len(mine) else []
+
+
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
-    """Return the rate of optimizer step `step` of `total`: a linear rise over the warmup, then a linear fall to 0."""
+    """Return the rate of optimizer step `step` of `total`: a linear rise over the warmup, then a fall to 0 along `schedule`."""
     warmup = int(total * config.warmup)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * (total - step) / max(total - warmup, 1)
+    left = (total - step) / max(total - warmup, 1)
+    return config.learning_rate * (left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+
+
+def shard(model: nn.Module) -> None:
+    """Share weights, gradients and moments over the workers (FSDP2), layer by layer; comes before `new_optimizer`."""
+    from torch.distributed.fsdp import fully_shard  # here: its import takes a second
+
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block)
+    fully_shard(model)
 
 
 def new_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -153,28 +229,42 @@ def fit(
 ) -> Iterator[Done]:
     """Take the optimizer steps and yield after each; `total` is the length of the whole run, for the schedule.
 
-    The loss is the mean over a step's N pairs of all workers of (logit - label)^2, so the gradient does not depend on how
-    many workers share it. With several, the process group must be up; the caller's `model` holds the weights throughout.
+    The loss is that of `config.objective` over a step's N pairs of all workers, so the gradient does not depend on how many
+    workers share it. With several, the process group must be up; the caller's `model` holds the weights throughout.
     """
     device = next(model.parameters()).device
-    parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else None
+    sharded = hasattr(model, "set_requires_gradient_sync")
+    copies = world > 1 and not sharded
+    parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if copies else None
+    forward: Callable[..., Any] = parallel or model
+    if config.compile:
+        forward = torch.compile(forward, dynamic=True)
     for step in steps:
         model.train()
         torch.manual_seed(int(np.random.SeedSequence([seed, 3, step.index, rank]).generate_state(1, np.uint64)[0] >> 1))
-        # A worker without a pair still meets the others in the all-reduce: with any pair of the window, at no weight.
-        batches = [(rows, 1.0) for rows in step.micro_batches] or [(np.zeros(1, np.int64), 0.0)]
-        loss = torch.zeros((), device=device)
+        batches = [(rows, 1.0) for rows in step.micro_batches]
+        # A worker with too few pairs still meets the others in what they do together: with any pair of the window, at no weight.
+        batches += [(np.zeros(1, np.int64), 0.0)] * (step.passes - len(batches))
+        loss, squared_error = torch.zeros((), device=device), torch.zeros((), device=device)
+        slots = 0
         for place, (rows, weight) in enumerate(batches):
-            waits = parallel.no_sync() if parallel is not None and place < len(batches) - 1 else nullcontext()
-            with waits:
+            last = place == len(batches) - 1
+            if sharded:
+                model.set_requires_gradient_sync(last)
+            with parallel.no_sync() if parallel is not None and not last else nullcontext():
                 inputs = pad(step.window.encoded, rows, pad_id, device)
-                labels_B = torch.from_numpy(step.window.labels[rows]).to(device)
+                slots += inputs["input_ids"].numel()
+                targets_B = torch.from_numpy(step.targets[rows]).to(device)
+                groups_B = torch.from_numpy(step.window.groups[rows]).to(device)
                 with autocast(dtype, device), _attention(inputs["input_ids"].shape[1], device):
-                    logits_B1 = (parallel or model)(**inputs).logits
-                part = weight * (logits_B1[:, 0].float() - labels_B).square().sum() / step.size
-                # DDP averages the gradients of the W workers; their sum is meant.
-                (part * world).backward()
+                    logits_B1 = forward(**inputs).logits
+                logits_B = logits_B1[:, 0].float()
+                part = weight * objectives.loss(logits_B, targets_B, groups_B, step.size, config.objective)
+                # The gradients of the W workers are averaged; their sum is meant.
+                (part * step.weight * world).backward()
             loss += part.detach()
+            labels_B = torch.from_numpy(step.window.labels[rows]).to(device)
+            squared_error += weight * (logits_B.detach() - labels_B).square().sum() / step.size.pairs
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         rate = learning_rate(step.index, total, config)
         for group in optimizer.param_groups:
@@ -182,8 +272,19 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         encoded = step.window.encoded
-        cut_pairs = encoded.cut_pairs if step.last_of_window else 0
-        yield Done(step.index, step.window.epoch, loss, step.size, rate, cut_pairs)
+        lengths = encoded.lengths[np.concatenate([np.zeros(0, np.int64), *step.micro_batches])]
+        yield Done(
+            index=step.index,
+            epoch=step.window.epoch,
+            loss=loss,
+            squared_error=squared_error,
+            size=step.size.pairs,
+            learning_rate=rate,
+            tokens=int(lengths.sum()),
+            slots=slots,
+            attended=int(np.square(lengths).sum()),
+            cut=encoded.cut_pairs if step.last_of_window else 0,
+        )
 
 
 def _attention(length: int, device: torch.device) -> AbstractContextManager[Any]:
@@ -192,85 +293,23 @@ def _attention(length: int, device: torch.device) -> AbstractContextManager[Any]
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Write weights, optimizer moments and `progress` (anything JSON holds) as safetensors and JSON into a folder."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in _weights(model).items()}, folder / "weights.safetensors")
-    moments = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{key}/{name}"] = value.detach().cpu().contiguous()
-    save_file(moments, folder / "optimizer.safetensors")
-    (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+class Agreement:
+    """Whether any worker was asked something, known to all of them at the same step. Made and read by all alike."""
 
+    def __init__(self, world: int) -> None:
+        self._asked = threading.Event()
+        # Over the CPU, whatever carries the gradients: waiting for a GPU each step would cost.
+        self._group = torch.distributed.new_group(backend="gloo") if world > 1 else None
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save_state` wrote and return its `progress`."""
-    model.load_state_dict(load_file(folder / "weights.safetensors"), strict=False)
-    moments = load_file(folder / "optimizer.safetensors")
-    parameters = dict(model.named_parameters())
-    for key, value in moments.items():
-        kind, name = key.split("/", 1)
-        parameter = parameters[name]
-        # The step counter is read as a plain float32 scalar on the parameter's device by the fused kernel.
-        optimizer.state[parameter][kind] = value.to(parameter.device)
-    return dict(json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    def ask(self) -> None:
+        self._asked.set()
 
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model, each tensor that several names share once (safetensors holds no aliases)."""
-    unique: dict[tuple[int, int], str] = {}
-    state = model.state_dict()
-    for name, value in state.items():
-        unique.setdefault((value.data_ptr(), value.numel()), name)
-    return {name: state[name] for name in unique.values()}
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How well scores fit labels, as sums that add up over batches and workers."""
-
-    sums: np.ndarray
-    """float64 (6,): pairs, squared errors, instructions ranked, their Spearman sum, ordered pairs of candidates, those right."""
-
-    def __add__(self, other: Fit) -> Fit:
-        return Fit(self.sums + other.sums)
-
-    def metrics(self) -> dict[str, float | None]:
-        """`mse`; `spearman` (within instruction, mean, in [-1, 1]); `pairwise_accuracy` (in [0, 1], ties in score half right)."""
-        pairs, errors, ranked, spearman, ordered, right = self.sums.tolist()
-        return {
-            "pairs": int(pairs),
-            "mse": errors / pairs if pairs else None,
-            "spearman": spearman / ranked if ranked else None,
-            "pairwise_accuracy": right / ordered if ordered else None,
-        }
-
-
-NOTHING = Fit(np.zeros(6))
-
-
-def measure(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> Fit:
-    """Compare scores with labels; rank only within an instruction (`groups`), and only where its labels differ.
-
-    Ranks of ties are shared. All three arrays are (pairs,).
-    """
-    from scipy.stats import rankdata  # here: its import takes a second
-
-    errors = float(np.square(scores.astype(np.float64) - labels).sum())
-    ranked = spearman = ordered = right = 0.0
-    order = np.argsort(groups, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
-        label, score = labels[rows], scores[rows]
-        if not len(rows) or label.min() == label.max():
-            continue
-        ranked += 1
-        if score.min() != score.max():
-            spearman += float(np.corrcoef(rankdata(label), rankdata(score))[0, 1])
-        above = label[:, None] > label[None, :]
-        difference = (score[:, None] - score[None, :])[above]
-        ordered += len(difference)
-        right += float((difference > 0).sum() + (difference == 0).sum() / 2)
-    return Fit(np.array([len(scores), errors, ranked, spearman, ordered, right]))
+    def reached(self) -> bool:
+        if self._group is None:
+            return self._asked.is_set()
+        asked = torch.tensor([float(self._asked.is_set())])
+        torch.distributed.all_reduce(asked, group=self._group)
+        return bool(asked.item())
 
 
 def sum_over_workers(values: Sequence[float] | np.ndarray, world: int, device: torch.device) -> np.ndarray:

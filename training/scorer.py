@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,23 +38,26 @@ _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised pairs with their special tokens, not padded."""
+    """Tokenised pairs with their special tokens, not padded: all tokens end to end, three arrays however many pairs."""
 
-    input_ids: list[list[int]]
-    token_type_ids: list[list[int]] | None
-    """0 over the instruction, 1 over the response; None for models that do not read them."""
+    tokens: np.ndarray
+    """int32 (tokens of all pairs,)."""
+    types: np.ndarray | None
+    """int8, as long: 0 over the instruction, 1 over the response; None for models that do not read them."""
+    starts: np.ndarray
+    """int64 (pairs + 1,): pair `row` is `tokens[starts[row] : starts[row + 1]]`."""
     cut_pairs: int
     """Pairs that were too long and lost the middle of their instruction."""
     cut_responses: int
     """Those of them whose response alone was too long: the instruction is gone and the response lost its tail."""
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.starts) - 1
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 (pairs,): tokens of each pair."""
-        return np.fromiter(map(len, self.input_ids), np.int64, len(self))
+        return np.diff(self.starts)
 
 
 def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequence[str], max_length: int) -> Encoded:
@@ -66,7 +70,7 @@ def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequenc
         raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
     typed = "token_type_ids" in tokenizer.model_input_names
     if not instructions:
-        return Encoded([], [] if typed else None, 0, 0)
+        return _end_to_end([], [] if typed else None, 0, 0)
     batch = tokenizer(
         list(instructions), list(responses), return_token_type_ids=typed, return_attention_mask=False, truncation=False, verbose=False
     )
@@ -88,23 +92,31 @@ def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequenc
         ids[row] = [tokens[place] for place in kept]
         if types:
             types[row] = [types[row][place] for place in kept]
-    return Encoded(ids, types, cut_pairs, cut_responses)
+    return _end_to_end(ids, types, cut_pairs, cut_responses)
+
+
+def _end_to_end(ids: list[list[int]], types: list[list[int]] | None, cut_pairs: int, cut_responses: int) -> Encoded:
+    starts = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)), out=starts[1:])
+    tokens = np.fromiter(chain.from_iterable(ids), np.int32, starts[-1])
+    sides = None if types is None else np.fromiter(chain.from_iterable(types), np.int8, starts[-1])
+    return Encoded(tokens, sides, starts, cut_pairs, cut_responses)
 
 
 def pad(encoded: Encoded, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Return the model's inputs for some of the pairs: `input_ids`, `attention_mask` and, if read, `token_type_ids`, each int64 (B, T)."""
-    length = max(len(encoded.input_ids[row]) for row in rows)
-    ids_BT = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    mask_BT = torch.zeros((len(rows), length), dtype=torch.long)
-    types_BT = torch.zeros((len(rows), length), dtype=torch.long) if encoded.token_type_ids is not None else None
-    for place, row in enumerate(rows):
-        tokens = encoded.input_ids[row]
-        ids_BT[place, : len(tokens)] = torch.tensor(tokens)
-        mask_BT[place, : len(tokens)] = 1
-        if types_BT is not None and encoded.token_type_ids is not None:
-            types_BT[place, : len(tokens)] = torch.tensor(encoded.token_type_ids[row])
-    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT} | ({} if types_BT is None else {"token_type_ids": types_BT})
-    return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
+    chosen = np.asarray(rows, np.int64)
+    starts_B1 = encoded.starts[chosen, None]
+    lengths_B1 = encoded.starts[chosen + 1, None] - starts_B1
+    columns_T = np.arange(lengths_B1.max())
+    mask_BT = columns_T < lengths_B1
+    places = (starts_B1 + columns_T)[mask_BT]
+    inputs = {"input_ids": np.full(mask_BT.shape, pad_id, np.int64), "attention_mask": mask_BT.astype(np.int64)}
+    inputs["input_ids"][mask_BT] = encoded.tokens[places]
+    if encoded.types is not None:
+        inputs["token_type_ids"] = np.zeros(mask_BT.shape, np.int64)
+        inputs["token_type_ids"][mask_BT] = encoded.types[places]
+    return {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in inputs.items()}
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -225,13 +237,16 @@ class Scorer:
 
     @classmethod
     def load(cls, name: str, dtype: Dtype = "float32", device: str | torch.device | None = None, setting: str = "scorer_path") -> Scorer:
-        """Load a scorer `cappy train` published, or any one-label Hugging Face model, from a folder, a hub name or an s3:// folder.
+        """Load a scorer `cappy train` or `cappy adapt` published, or any one-label Hugging Face model: a folder, hub name or s3:// folder.
 
+        Where it holds adapters their base is loaded and they are added into its weights.
         `dtype` float32 keeps close candidates apart; bfloat16 is faster and right to about 0.01. `device` null is the GPU
         where there is one. Raises `CappyError` naming `setting` when it is not a finished one-label model.
         """
         refuse_unfinished(name)
-        folder = models.resolve(name, setting)
+        folder = models.resolve(name, setting, adapters=True)
+        if not (folder / "config.json").exists():
+            return cls._load_adapted(folder, name, dtype, device, setting)
         tokenizer = load_tokenizer(folder, name, setting)
         with _quiet():
             try:
@@ -248,6 +263,18 @@ class Scorer:
             raise CappyError(f"{setting}={name}: the weights lack {missing}, so no head was trained; run `cappy train` on it first")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device)
+
+    @classmethod
+    def _load_adapted(cls, folder: Path, name: str, dtype: Dtype, device: str | torch.device | None, setting: str) -> Scorer:
+        """Load the base that a folder of adapters names, checked against the weights they were trained on, and merge them."""
+        from training import lora
+
+        said = lora.base_of(folder)
+        base = models.resolve(said["uri"], f"base of {setting}={name}")
+        if said.get("sha256", "") not in ("", lora.weights_sha256(base)):
+            raise CappyError(f"{setting}={name}: its base {said['uri']} has other weights than it was adapted from; adapt it again")
+        scorer = cls.load(said["uri"], dtype, device, f"base of {setting}={name}")
+        return cls(lora.merge(scorer.model, folder, f"{setting}={name}"), scorer.tokenizer, scorer.max_length, dtype, scorer.device)
 
     def score(self, instructions: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """Return the raw logit of each pair, float32 (pairs,), in the order given.

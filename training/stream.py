@@ -9,6 +9,7 @@ exactly the pairs an earlier reader got there.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,29 +25,40 @@ _BLOCK_ROWS = 8192
 _COLUMNS = ["instruction", "candidates"]
 
 
-def count_pairs(dataset: RegressionSet, split: str) -> int:
-    """Return how many pairs a split has once exact repeats are left out, by reading it once.
+class Size(NamedTuple):
+    """How much there is in a split or in a step."""
 
-    Raises `CappyError` when a shard is damaged.
-    """
-    return sum(len(pairs) for pairs in dataset.pairs(split))
+    pairs: int
+    instructions: int
+    """Those with a pair."""
 
 
-def windows(dataset: RegressionSet, split: str, size: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Pairs]:
+def count(dataset: RegressionSet, split: str) -> Size:
+    """Return the size of a split once exact repeats are left out, by reading it once. Raises `CappyError` when a shard is damaged."""
+    pairs = instructions = 0
+    for read in dataset.pairs(split):
+        pairs += len(read)
+        instructions += len(np.unique(read.groups))
+    return Size(pairs, instructions)
+
+
+def windows(dataset: RegressionSet, split: str, size: int, seed: int, epoch: int, skip: int = 0, whole: bool = False) -> Iterator[Pairs]:
     """Yield one epoch of a split as windows of `size` pairs (the last may be smaller), without the first `skip` of them.
 
-    Holds a block of rows and a window of pairs in memory. Raises `CappyError` when a shard is damaged or rows are missing.
+    With `whole` they are windows of `size` instructions, each with all its pairs. Holds a block of rows and a window of pairs in
+    memory. Raises `CappyError` when a shard is damaged or rows are missing.
     """
     waiting: list[Pairs] = []
     held = 0
     number = 0
     for pairs in _shuffled(dataset, split, seed, epoch):
         waiting.append(pairs)
-        held += len(pairs)
+        held += len(np.unique(pairs.groups)) if whole else len(pairs)
         while held >= size:
             joined = _join(waiting)
-            window, rest = _slice(joined, 0, size), _slice(joined, size, held)
-            waiting, held = [rest], len(rest)
+            end = int(_starts(joined)[size]) if whole else size
+            window, rest = _slice(joined, 0, end), _slice(joined, end, len(joined))
+            waiting, held = [rest], held - size
             if number >= skip:
                 yield window
             number += 1
@@ -55,12 +67,14 @@ def windows(dataset: RegressionSet, split: str, size: int, seed: int, epoch: int
 
 
 def _shuffled(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[Pairs]:
-    """Yield the pairs of an epoch in its order, some rows at a time."""
+    """Yield the pairs of an epoch in its order, some rows at a time; `groups` are positions in that order."""
+    seen = 0
     for number, block in enumerate(_blocks(_pieces(dataset, split, seed, epoch))):
         order = np.random.default_rng([seed, epoch, 1, number]).permutation(len(block))
         shuffled = block.take(pa.array(order, pa.int64()))
         for start in range(0, len(shuffled), _PIECE_ROWS):
-            yield explode(shuffled.slice(start, _PIECE_ROWS))
+            yield explode(shuffled.slice(start, _PIECE_ROWS), seen)
+            seen += min(_PIECE_ROWS, len(shuffled) - start)
 
 
 def _blocks(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -119,6 +133,11 @@ def _read_group(uri: str, group: int) -> Iterator[pa.Table]:
 
 def _damaged(uri: str, error: Exception) -> CappyError:
     return CappyError(f"{uri} is damaged or missing ({str(error).splitlines()[0]}); copy or generate the set again")
+
+
+def _starts(pairs: Pairs) -> np.ndarray:
+    """Where each instruction's pairs begin, and where the last one's end."""
+    return np.concatenate([[0], np.flatnonzero(np.diff(pairs.groups)) + 1, [len(pairs)]])
 
 
 def _join(parts: list[Pairs]) -> Pairs:

@@ -1,8 +1,8 @@
 """`cappy train`: the Ray Train edge. From a published set to a published scorer, going on after any interruption.
 
-Below `{scorer}/_checkpoints/{fingerprint}` Ray Train keeps the last checkpoints; the fingerprint covers all that decides the
-weights. Started again with the same settings, the run goes on from the last of them. The model files and the manifest, last,
-are written at the end; the checkpoints go only then.
+Below `{scorer}/_checkpoints/{fingerprint}` the workers keep the last checkpoints; the fingerprint covers all that decides the
+weights. Started again with the same settings, the run goes on from the newest sound one. The model files and the manifest,
+last, are written at the end; the checkpoints go only then. `_checkpoints/_lease` keeps a second run away.
 """
 
 from __future__ import annotations
@@ -14,51 +14,77 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from cluster import models, storage
+from cluster import lease, models, storage
 from cluster.config import Config, fingerprint
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError, Stopped, UsageError
 from cluster.progress import Bar, say
-from cluster.runtime import clean_error, code_version, ray_session
+from cluster.runtime import clean_error, code_version, on_sigterm, ray_session
 from generation.dataset import RegressionSet
-from training import card, loop, stream
+from training import card, checkpoint, loop, stream
 from training.board import Board, work
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
+from training.watch import Watchers
+
+Work = Callable[[dict[str, Any]], None]
+
+_LEASE = "_lease"
+# Settings that decide how a scorer is trained and not what comes out, but for rounding.
+_HOW = (
+    *("workers", "min_workers", "parallel", "gpus_per_worker", "checkpoint_every", "checkpoints_kept", "max_failures"),
+    *("tensorboard", "mlflow"),
+)
 
 
-def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
-    """Train a scorer on the published set and publish it; return its summary.
+def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[str, Any]:
+    """Train a scorer on the published set and publish it; return its summary. `work` is what each worker runs.
 
     Raises `UsageError` when the destination holds a finished scorer and `overwrite` is not given, `CappyError` when the set is not
-    finished or has no train pairs, the encoder does not load, or the loss is no longer a number.
+    finished or has no train pairs, the encoder does not load, the loss is no longer a number, or another run is at work there,
+    `Stopped` on SIGTERM.
     """
     start = time.monotonic()
     config = _absolute(config)
     uri = storage.check(config.scorer_uri, "scorer_path")
     if overwrite:
-        _withdraw(uri)
-    storage.refuse_published(uri, "scorer_path", "train")
+        _refuse_foreign(uri)
+    else:
+        storage.refuse_published(uri, "scorer_path", "train")
     dataset = RegressionSet(config.dataset_uri)
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
     new_model(folder, config.scorer, config.training, config.seed)
-    pairs = stream.count_pairs(dataset, "train")
-    if not pairs:
-        raise CappyError(f"dataset={dataset.uri} has no train pairs; generate it with train rows")
-    with ray_session():
-        checkpoint = _train(config, dataset, uri, pairs)
-        return _publish(config, dataset, uri, checkpoint, start)
+    name = fingerprint(identity(config, dataset.manifest))
+    watchers = Watchers(config.training, name)
+    checkpoints = storage.join(uri, CHECKPOINTS)
+    with lease.held(storage.join(checkpoints, _LEASE), f"scorer_path={uri}") as held:
+        if overwrite:
+            storage.withdraw(uri, keep=CHECKPOINTS)
+            storage.withdraw(checkpoints, keep=_LEASE)
+        storage.refuse_published(uri, "scorer_path", "train")
+        mine = storage.join(checkpoints, name)
+        size = _count(dataset, storage.join(mine, "size.json"))
+        total = config.training.epochs * loop.steps_in_epoch(size, config.training)
+        if checkpoint.last_step(mine) < total:
+            with ray_session():
+                _train(config, mine, held.successor, size, total, work, watchers)
+        state = checkpoint.newest(mine, say)
+        if state is None or state.step < total:
+            raise CappyError(f"{mine} was damaged while the run ended; the same command trains what is missing")
+        held.check()
+        summary = _publish(config, dataset, uri, state, start)
+    storage.tidy(checkpoints)
+    return summary
 
 
 def identity(config: Config, dataset: dict[str, Any]) -> dict[str, Any]:
-    """What decides the weights, as a plain tree; worker counts and checkpointing may change on resume. `dataset` is its manifest."""
+    """What decides the weights, as a plain tree; the settings of `_HOW` may change on resume. `dataset` is its manifest."""
     training = config.training.model_dump(mode="json")
-    for key in ("workers", "gpus_per_worker", "checkpoint_every", "checkpoints_kept", "max_failures"):
+    for key in _HOW:
         del training[key]
     scorer = config.scorer.model_dump(mode="json")
     return {"seed": config.seed, "scorer": scorer, "training": training, "dataset": dataset.get("writer"), "files": dataset["files"]}
@@ -71,88 +97,95 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update={**paths, "scorer": config.scorer.model_copy(update={"encoder": encoder})})
 
 
-def _withdraw(uri: str) -> None:
-    """Clear the destination for `--overwrite`, but only of what `cappy train` wrote."""
+def _refuse_foreign(uri: str) -> None:
+    """Refuse an `--overwrite` of anything that `cappy train` did not write."""
     files = storage.list_files(uri)
     if storage.MANIFEST in files:
         storage.read_manifest(uri, "scorer", "train")
     elif files and not any(name.startswith(f"{CHECKPOINTS}/") for name in files):
         raise UsageError(f"scorer_path={uri} holds files that no `cappy train` wrote, e.g. {next(iter(files))}; choose an empty folder")
-    storage.withdraw(uri)
 
 
-def _train(config: Config, dataset: RegressionSet, uri: str, pairs: int) -> Any:
-    """Run the workers to the end and return the last checkpoint (`ray.train.Checkpoint`)."""
+def _count(dataset: RegressionSet, place: str) -> stream.Size:
+    """Return the size of the train split, counted by reading it once a run: it is noted at `place` for the run's restarts."""
+    try:
+        return stream.Size(**storage.read_json(place))
+    except (FileNotFoundError, ValueError, TypeError):
+        size = stream.count(dataset, "train")
+    if not size.pairs:
+        raise CappyError(f"dataset={dataset.uri} has no train pairs; generate it with train rows")
+    storage.write_json(place, size._asdict())
+    return size
+
+
+def _train(config: Config, checkpoints: str, successor: str, size: stream.Size, total: int, work: Work, watchers: Watchers) -> None:
+    """Run the workers to the end; what they made is their last checkpoint. Raises `Stopped` where SIGTERM came before that."""
     # Ray Train's controller looks at its workers this often, and a finished run waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if config.training.min_workers:  # it waits this long for the workers of a lost node before it tries with fewer
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     training = config.training
-    name = fingerprint(identity(config, dataset.manifest))
-    checkpoints = storage.join(uri, CHECKPOINTS)
-    _mend(storage.join(checkpoints, name))
     gpus = training.gpus_per_worker
     if gpus is None:
-        gpus = int(ray.cluster_resources().get("GPU", 0) >= training.workers)
-    board = ray.remote(num_cpus=0)(Board).remote()
-    fs, path = storage.filesystem(checkpoints)
+        gpus = int(ray.cluster_resources().get("GPU", 0) >= (training.min_workers or training.workers))
+    # Beside the driver: on a worker node it would be lost with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    # Ray Train wants a folder for checkpoints reported to it; ours are written without it, so this one stays empty.
+    unused = storage.new_temporary_folder("ray-train")
     trainer = TorchTrainer(
         work,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "pairs": pairs,
+            "size": size,
+            "checkpoints": checkpoints,
+            "successor": successor,
             "board": board,
             # Ray sets it to 1 in its workers, so what the operator set is carried there.
             "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
         },
         scaling_config=ScalingConfig(
-            num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1} | ({"GPU": gpus} if gpus else {})
+            num_workers=training.workers if training.min_workers is None else (training.min_workers, training.workers),
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": 1} | ({"GPU": gpus} if gpus else {}),
         ),
         run_config=RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=fs,
+            name="train",
+            storage_path=str(unused),
             failure_config=FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=training.checkpoints_kept),
             logging_config=LoggingConfig(log_level="ERROR"),
             # Threads that spin at every barrier bring training to a halt on a machine with other work (10 times slower at load 5).
             worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}},
         ),
     )
-    say(f"starting {training.workers} worker(s) on {'GPU' if gpus else 'CPU'}: {pairs:,} pairs, {training.epochs} epochs")
+    say(f"starting {training.workers} worker(s) on {'GPU' if gpus else 'CPU'}: {size.pairs:,} pairs, {training.epochs} epochs")
+    closing = on_sigterm("finishing the step and writing a checkpoint; the same command goes on afterwards", board.stop.remote)
+    error: Exception | None = None
     try:
-        with _following(board, training.epochs * loop.steps_in_epoch(pairs, training)), _signals_kept():
-            result = trainer.fit()
-    except Exception as error:
-        failure = ray.get(board.failure.remote()) or clean_error(error)
-        if storage.exists(storage.join(uri, storage.MANIFEST)):
-            raise CappyError(f"{uri} was published by another run meanwhile; its result stands, this one ends") from None
-        if failure is None:
-            raise
+        with closing as told, _following(board, total, watchers), _signals_kept():
+            trainer.fit()
+    except Exception as raised:
+        error = raised
+    finally:
+        shutil.rmtree(unused, ignore_errors=True)
+    failure = ray.get(board.failure.remote()) or (clean_error(error) if error else None)
+    if failure:
         raise failure from None
-    return result.checkpoint
-
-
-def _mend(folder: str) -> None:
-    """Remove Ray Train's list of checkpoints if a kill left half of it, or one that names a lost checkpoint: it would refuse to start."""
-    place = storage.join(folder, "checkpoint_manager_snapshot.json")
-    if not storage.exists(place):
-        return
-    try:
-        kept = [each["checkpoint_dir_name"] for each in storage.read_json(place)["checkpoint_results"]]
-        if all(storage.exists(storage.join(folder, name)) for name in kept):
-            return
-    except (ValueError, KeyError, TypeError):
-        pass
-    say(f"{place} is damaged; training starts afresh")
-    storage.delete(folder)
+    if error:
+        raise error
+    reached = checkpoint.last_step(checkpoints)
+    if told.is_set() and reached < total:
+        raise Stopped(f"stopped on SIGTERM after step {reached} of {total}, which is saved; the same command goes on")
 
 
 @contextmanager
-def _following(board: Any, total: int) -> Iterator[None]:
+def _following(board: Any, total: int, watchers: Watchers) -> Iterator[None]:
     """Show what the board says while the block runs."""
     import ray
 
@@ -173,11 +206,13 @@ def _following(board: Any, total: int) -> Iterator[None]:
             for event in events:
                 if "say" in event:
                     say(event["say"])
-                elif bar is None:
+                elif "line" in event:
+                    watchers.write(event["line"])
+                elif bar is None:  # the first says where the run begins
                     bar = Bar("training", total, "steps", done=event["step"]).__enter__()
                 else:
                     # Fewer steps than before: the workers were started again from a checkpoint.
-                    bar.advance(event["step"] - bar.done, note=event["note"], pairs=event["pairs"])
+                    bar.advance(event.pop("step") - bar.done, **event)
             if last:
                 break
         if bar:
@@ -205,16 +240,16 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _publish(config: Config, dataset: RegressionSet, uri: str, checkpoint: Any, start: float) -> dict[str, Any]:
-    """Write model, card, metrics and config, then the manifest, then drop the checkpoints."""
+def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint.State, start: float) -> dict[str, Any]:
+    """Write model, card, metrics and config, then the manifest."""
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     model = new_model(folder, config.scorer, config.training, config.seed)
+    checkpoint.restore(state, model)
     tokenizer = load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
+    progress = state.books["progress"]
     target = storage.new_temporary_folder("scorer")
     try:
-        with checkpoint.as_directory() as saved:
-            progress = loop.load_state(Path(saved), model, loop.new_optimizer(model, config.training))
-            shutil.copyfile(Path(saved, "metrics.jsonl"), target / "metrics.jsonl")
+        (target / "metrics.jsonl").write_text("".join(f"{line}\n" for line in state.lines), encoding="utf-8")
         summary = {
             "uri": uri,
             "steps": progress["step"],
@@ -227,13 +262,9 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, checkpoint: Any, 
             "cut_pairs": progress["cut_pairs"],
         }
         Scorer(model, tokenizer, config.scorer.max_length).save(target)
-        lines = [json.loads(line) for line in (target / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        (target / "loss.svg").write_bytes(card.loss_plot(lines))
+        (target / "loss.svg").write_bytes(card.loss_plot([json.loads(line) for line in state.lines]))
         (target / "README.md").write_text(card.model_card(config, summary, dataset.manifest), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        # Another run may have finished here meanwhile: its files must not be written over.
-        if storage.exists(storage.join(uri, storage.MANIFEST)):
-            raise CappyError(f"{uri} was published by another run meanwhile; its result stands, this one is not published")
         files = storage.upload_folder(target, uri)
         storage.publish(
             uri,
@@ -251,5 +282,4 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, checkpoint: Any, 
         )
     finally:
         shutil.rmtree(target)
-    storage.tidy(storage.join(uri, CHECKPOINTS))
     return summary

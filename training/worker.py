@@ -1,17 +1,16 @@
-"""A worker of `cappy train`, as Ray Train starts it: streams its pairs, runs the loop, keeps the books, reports checkpoints.
+"""A worker of `cappy train`, as Ray Train starts it: streams its pairs, runs the loop, keeps the books, writes checkpoints.
 
-A checkpoint is the loop's state (weights, optimizer moments, books; see `loop.save_state`) and `metrics.jsonl` so far. The
-position in the data is the number of the step, since all order is a function of it.
+The position in the data and the random draws are functions of the number of the step, so a checkpoint holds no more of them.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ from cluster import models
 from cluster.config import Config
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
-from training import loop, stream
+from training import checkpoint, loop, stream, validation, watch
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
+from training.stream import Size
 
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl and moves of the progress bar
 _VALIDATION_ROWS = 64  # instructions a worker validates at once
@@ -30,63 +30,65 @@ _VALIDATION_ROWS = 64  # instructions a worker validates at once
 
 def train(job: dict[str, Any]) -> None:
     """Train on this worker; `job` as `board.work` has it. Raises `CappyError` for what the operator must mend."""
-    _Worker(Config.model_validate(job["config"]), job["pairs"], job["board"], job["threads"]).train()
+    _Worker(Config.model_validate(job["config"]), job).train()
 
 
 class _Worker:
     """One worker's model, place in the run and books."""
 
-    def __init__(self, config: Config, pairs: int, board: Any, threads: int | None) -> None:
+    def __init__(self, config: Config, job: dict[str, Any]) -> None:
         import ray.train
         import ray.train.torch
 
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-        self.config, self.pairs, self.board = config, pairs, board
+        torch.set_num_threads(job["threads"] or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+        self.config, self.size, self.board = config, Size(*job["size"]), job["board"]
         self.device: torch.device = ray.train.torch.get_device()
         self.dtype = pick_dtype(config.scorer.dtype, self.device)
         self.dataset = RegressionSet(config.dataset_uri)
         folder = models.resolve(config.scorer.encoder, "scorer.encoder")
         self.model = new_model(folder, config.scorer, config.training, config.seed).to(self.device)
         self.tokenizer = load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
-        self.scorer = Scorer(self.model, self.tokenizer, config.scorer.max_length, self.dtype, self.device)
+        self.sharded = config.training.parallel == "fsdp" and self.world > 1
+        # A pass through shared weights takes all workers at once, so what scores is then a whole copy.
+        whole = copy.deepcopy(self.model) if self.sharded else self.model
+        self.scorer = Scorer(whole, self.tokenizer, config.scorer.max_length, self.dtype, self.device)
+        self.flops, self.peak = watch.Flops(self.model), watch.peak_of(self.device)
+        if self.sharded:
+            loop.shard(self.model)
         self.optimizer = loop.new_optimizer(self.model, config.training)
-        self.per_epoch = loop.steps_in_epoch(pairs, config.training)
+        self.per_epoch = loop.steps_in_epoch(self.size, config.training)
         self.total = self.per_epoch * config.training.epochs
+        self.checkpoints: str = job["checkpoints"]
+        self.writer = checkpoint.Writer(self.checkpoints, config.training.checkpoints_kept, job["successor"])
+        self.stop = loop.Agreement(self.world)
+        threading.Thread(target=self._listen, name="cappy-stop", daemon=True).start()
         self.metrics: list[str] = []
         self.progress: dict[str, Any] = {
             "step": 0,
-            "pairs": pairs,
+            "pairs": self.size.pairs,
             "trained": 0,
             "seconds": 0.0,
             "cut_pairs": 0,
-            "epoch_loss": 0.0,
+            "epoch_errors": 0.0,
             "epoch_pairs": 0,
             "train_mse": None,
             "validation": {},
         }
 
     def train(self) -> None:
-        """Go on from the last checkpoint to the end of the last epoch."""
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint:
-            with checkpoint.as_directory() as folder:
-                self.progress = loop.load_state(Path(folder), self.model, self.optimizer)
-                self.metrics = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            if self.progress["step"]:
-                self._post(say=f"going on from step {self.progress['step']} of {self.total}")
-        else:
+        """Go on from the newest sound checkpoint to the end of the last epoch, or until told to stop."""
+        if not self._resume():
             # Both now rather than after an epoch: what cannot work should fail before anything is spent.
             self._validate(only_first=True)
             self._save()
-        self._post(step=self.progress["step"], note="", pairs=0)
+            self.writer.finish()
+        self._post(step=self.progress["step"])
         training = self.config.training
         waiting: list[loop.Done] = []
         since = time.monotonic()
-        steps = loop.plan(self._windows(), training, self.config.seed, self.rank, self.world, self.progress["step"], self.pairs)
+        steps = loop.plan(self._windows(), training, self.config.seed, self.rank, self.world, self.progress["step"], self.size)
         fitting = loop.fit(
             self.model,
             steps,
@@ -99,91 +101,143 @@ class _Worker:
             rank=self.rank,
             world=self.world,
         )
+        stopping = False
         for done in fitting:
             waiting.append(done)
+            stopping = self.stop.reached()
             ended = (done.index + 1) % self.per_epoch == 0
-            due = (done.index + 1) % training.checkpoint_every == 0
+            due = stopping or (done.index + 1) % training.checkpoint_every == 0
             if ended or due or (done.index + 1) % _LOG_EVERY == 0:
-                self.progress["seconds"] += time.monotonic() - since
-                self._log(waiting)
+                self._log(waiting, time.monotonic() - since)
                 if ended:
                     self._end_epoch(done.epoch)
                 if ended or due:
                     self._save()
                 waiting, since = [], time.monotonic()
-        if self.progress["step"] != self.total:
+            if stopping:
+                break
+        self.writer.finish()
+        if self.progress["step"] != self.total and not stopping:
             raise CappyError(
                 f"{self.dataset.uri} gave {self.progress['step']} steps of {self.total}: it changed while it was read; train again"
             )
 
+    def _resume(self) -> bool:
+        """Take over the newest sound checkpoint; whether there was one."""
+        state = checkpoint.newest(self.checkpoints, lambda news: self._post(say=news))
+        step = state.step if state else -1
+        if loop.sum_over_workers([step], self.world, self.device)[0] != step * self.world:
+            raise RuntimeError("the workers found different checkpoints")  # Ray Train starts them again
+        if state is None:
+            return False
+        if state.books["position"] != self._position(step):
+            raise CappyError(
+                f"{self.checkpoints} was begun by a version that orders the data otherwise; finish it with that one, or start afresh "
+                f"with --overwrite"
+            )
+        checkpoint.restore(state, self.model, self.optimizer)
+        self.progress, self.metrics = state.books["progress"], state.lines
+        if step:
+            self._post(say=f"going on from step {step} of {self.total}")
+        return True
+
+    def _position(self, step: int) -> dict[str, int]:
+        """Where in the data, and in the schedule, step `step` begins."""
+        epoch, window, within = loop.position(step, self.size, self.config.training)
+        return {"epoch": epoch, "window": window, "step_in_window": within, "total": self.total}
+
+    def _listen(self) -> None:
+        import ray
+
+        ray.get(self.board.stopped.remote())
+        self.stop.ask()
+
     def _windows(self) -> Iterator[loop.Window]:
         """Tokenised windows from that of the next step on, epoch after epoch."""
         training, scorer = self.config.training, self.config.scorer
-        first, skip, _ = loop.position(self.progress["step"], self.pairs, training)
+        window_size = loop.window_size(self.size, training)
+        first, skip, _ = loop.position(self.progress["step"], self.size, training)
         for epoch in range(first, training.epochs):
-            for number, pairs in enumerate(stream.windows(self.dataset, "train", training.window, self.config.seed, epoch, skip), skip):
+            windows = stream.windows(self.dataset, "train", window_size, self.config.seed, epoch, skip, whole=training.objective.grouped)
+            for number, pairs in enumerate(windows, skip):
                 encoded = encode_pairs(self.tokenizer, pairs.instructions, pairs.responses, scorer.max_length)
-                yield loop.Window(epoch, number, encoded, pairs.labels)
+                yield loop.Window(epoch, number, encoded, pairs.labels, pairs.groups)
             skip = 0
 
-    def _log(self, waiting: list[loop.Done]) -> None:
-        """Enter the steps since the last line into the books; every worker calls it at the same steps."""
-        losses = loop.sum_over_workers(torch.stack([done.loss for done in waiting]).cpu().numpy(), self.world, self.device)
-        sizes = np.array([done.size for done in waiting])
+    def _log(self, waiting: list[loop.Done], seconds: float) -> None:
+        """Enter the steps since the last line, which took `seconds`, into the books; every worker calls it at the same steps."""
+        mine = [torch.stack([torch.stack([done.loss, done.squared_error]) for done in waiting]).cpu().numpy().ravel()]
+        mine.append(np.sum([[done.tokens, done.slots, done.attended] for done in waiting], axis=0))
+        summed = loop.sum_over_workers(np.concatenate(mine), self.world, self.device)
+        losses, errors = summed[:-3].reshape(-1, 2).T.tolist()
+        tokens, slots, attended = summed[-3:].tolist()
         last, progress = waiting[-1], self.progress
         if not np.isfinite(losses).all():
             raise CappyError(
-                f"the loss is {losses[~np.isfinite(losses)][0]} near step {last.index}; lower training.learning_rate "
-                f"(now {self.config.training.learning_rate:g})"
+                f"the loss is {next(loss for loss in losses if not np.isfinite(loss))} near step {last.index}; lower "
+                f"training.learning_rate (now {self.config.training.learning_rate:g})"
             )
+        pairs = sum(done.size for done in waiting)
         progress["step"] = last.index + 1
-        progress["trained"] += int(sizes.sum())
-        progress["epoch_loss"] += float((losses * sizes).sum())
-        progress["epoch_pairs"] += int(sizes.sum())
+        progress["trained"] += pairs
+        progress["seconds"] += seconds
+        for error, done in zip(errors, waiting, strict=True):  # one by one: the sum must not depend on where a run was stopped
+            progress["epoch_errors"] += error * done.size
+        progress["epoch_pairs"] += pairs
         if last.epoch == 0:
             progress["cut_pairs"] += sum(done.cut for done in waiting)
-        loss = float((losses * sizes).sum() / sizes.sum())
-        rate = progress["trained"] / max(progress["seconds"], 1e-9)
-        self._write(step=last.index + 1, epoch=last.epoch, loss=loss, learning_rate=last.learning_rate, pairs_per_second=round(rate, 1))
-        self._post(step=last.index + 1, note=f"loss {loss:.4f}", pairs=int(sizes.sum()))
+        line = {
+            "step": last.index + 1,
+            "epoch": last.epoch,
+            "loss": sum(loss * done.size for loss, done in zip(losses, waiting, strict=True)) / pairs,
+            "learning_rate": last.learning_rate,
+            "pairs_per_second": round(pairs / seconds, 1),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "padding_share": round(1 - tokens / slots, 4),
+        }
+        if self.peak:
+            line["mfu"] = round(self.flops(tokens, attended) / seconds / self.peak / self.world, 4)
+        self._write(**line)
+        note = [f"loss {line['loss']:.4f}", f"padding {line['padding_share']:.1%}", *([f"MFU {line['mfu']:.1%}"] if self.peak else [])]
+        self._post(step=last.index + 1, note="  ".join(note), pairs=pairs, tokens=int(tokens))
 
     def _end_epoch(self, epoch: int) -> None:
         progress = self.progress
-        progress["train_mse"] = progress["epoch_loss"] / progress["epoch_pairs"]
-        progress["epoch_loss"], progress["epoch_pairs"] = 0.0, 0
-        validation = progress["validation"] = self._validate()
-        self._write(step=progress["step"], epoch=epoch, validation=validation)
-        measured = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in validation.items() if name != "pairs" and value is not None]
+        progress["train_mse"] = progress["epoch_errors"] / progress["epoch_pairs"]
+        progress["epoch_errors"], progress["epoch_pairs"] = 0.0, 0
+        measured = progress["validation"] = self._validate()
+        self._write(step=progress["step"], epoch=epoch, validation=measured)
+        shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items() if name != "pairs" and value is not None]
         news = f"epoch {epoch + 1} of {self.config.training.epochs}: train mse {progress['train_mse']:.4f}"
-        self._post(say=f"{news}; validation {', '.join(measured)}" if measured else news)
+        self._post(say=f"{news}; validation {', '.join(shown)}" if shown else news)
 
     def _validate(self, only_first: bool = False) -> dict[str, float | None]:
         """Measure the model on the validation split, the workers sharing its instructions; `{}` where there are none."""
         if not self.dataset.rows("validation"):
             return {}
-        self.model.eval()
-        fit = loop.NOTHING
-        for number, pairs in enumerate(self.dataset.pairs("validation", 2 if only_first else _VALIDATION_ROWS)):
+        if self.sharded:
+            self.scorer.model.load_state_dict(checkpoint.weights(self.model), strict=False)
+        self.scorer.model.eval()
+        fit = validation.NOTHING
+        greedy = self.dataset.greedy()
+        rows = 2 if only_first else _VALIDATION_ROWS
+        for number, table in enumerate(self.dataset.batches("validation", rows, ["instruction", "candidates"])):
             if number % self.world == self.rank or only_first:
-                fit += loop.measure(self.scorer.score(pairs.instructions, pairs.responses), pairs.labels, pairs.groups)
+                fit += validation.measure(table, self.scorer.score, greedy)
             if only_first:
                 break
-        return loop.Fit(loop.sum_over_workers(fit.sums, self.world, self.device)).metrics()
+        return validation.Fit(loop.sum_over_workers(fit.sums, self.world, self.device)).metrics()
 
     def _save(self) -> None:
-        """Report a checkpoint; the first worker writes it, all of them wait for each other."""
-        import ray.train
-
-        if self.rank:
-            ray.train.report({"step": self.progress["step"]})
-            return
-        with tempfile.TemporaryDirectory(prefix="cappy-checkpoint-") as folder:
-            loop.save_state(Path(folder), self.model, self.optimizer, self.progress)
-            Path(folder, "metrics.jsonl").write_text("".join(f"{line}\n" for line in self.metrics), encoding="utf-8")
-            ray.train.report({"step": self.progress["step"]}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        """Copy the state and begin to write it, on the first worker; the others only lend their shards."""
+        books = {"progress": self.progress, "position": self._position(self.progress["step"])}
+        state = checkpoint.capture(self.model, self.optimizer, self.progress["step"], books, self.metrics, keep=self.rank == 0)
+        if state:
+            self.writer.save(state)
 
     def _write(self, **line: Any) -> None:
         self.metrics.append(json.dumps(line))
+        self._post(line=line)
 
     def _post(self, **event: Any) -> None:
         if self.rank == 0:

@@ -21,7 +21,7 @@ def error_line(result, code):
 def test_help_teaches_the_road_and_lists_only_verbs_that_work():
     text = re.sub(r"\x1b\[[0-9;]*m", "", cappy("--help", COLUMNS="120").stdout)
     verbs = set(re.findall(r"^│ (\w+) ", text, re.M)) - {"─"}
-    assert {"plan", "generate", "annotate", "train", "evaluate", "serve", "inspect", "push", "pull", "doctor"} == verbs
+    assert {"plan", "generate", "annotate", "train", "adapt", "evaluate", "serve", "inspect", "push", "pull", "doctor"} == verbs
     for verb in verbs:
         help_ = cappy(verb, "--help", COLUMNS="120")
         assert help_.returncode == 0 and "Usage:" in help_.stdout
@@ -31,7 +31,7 @@ def test_help_teaches_the_road_and_lists_only_verbs_that_work():
     ("arguments", "code", "message"),
     [
         (["generate", "--set", "sampler.replica=2"], 2, "unknown key sampler.replica; did you mean 'replicas'?"),
-        (["generate", "no-such.yaml"], 2, "config file no-such.yaml does not exist; give a path or one of: demo"),
+        (["generate", "no-such.yaml"], 2, "config file no-such.yaml does not exist; give a path or one of: adapt, demo, t0"),
         (
             ["generate", "--set", "source={kind: files, path: /none/*.jsonl}"],
             2,

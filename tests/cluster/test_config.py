@@ -30,7 +30,7 @@ def test_an_override_reaches_into_a_list_of_the_file(tmp_path):
         (["source={kind: files, path: x, pth: y}"], "unknown key source.pth; did you mean 'path'?"),
         (["sampler.decodings=[{name: a, temprature: 1}]"], "unknown key sampler.decodings.0.temprature; did you mean 'temperature'?"),
         (["training.epochs=many"], "training.epochs='many': Input should be a valid integer"),
-        (["training.batch_size=30", "training.workers=4"], "batch_size=30 does not divide over workers=4; use a multiple"),
+        (["training.batch_size=3", "training.workers=4"], "batch_size=3 leaves some of workers=4 without a pair; use a multiple"),
         (["sampler.decodings=[{name: a, n: 3, temperature: 0}]"], "n=3 with temperature=0 draws the same candidate 3 times"),
         (["sampler.decodings=[{name: a}, {name: a}]"], "decoding names must differ"),
         (["training"], "write it as section.key=value"),

@@ -121,21 +121,6 @@ def test_the_share_of_the_gap_closed_is_undefined_without_a_gap():
     assert np.isnan(share[3])
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(COARSE, COARSE), min_size=2, max_size=9))
-def test_rank_agreement_is_scipys_spearman_and_counts_pairs(pairs):
-    scores, values = (np.array(each) for each in zip(*pairs, strict=True))
-    spearman, accuracy = metrics.rank_agreement(scores, values)
-    unequal = [(a, b) for a, b in combinations(range(len(pairs)), 2) if values[a] != values[b]]
-    if not unequal:
-        assert np.isnan([spearman, accuracy]).all()
-        return
-    right = [0.5 if scores[a] == scores[b] else float((scores[a] > scores[b]) == (values[a] > values[b])) for a, b in unequal]
-    assert accuracy == pytest.approx(np.mean(right))
-    constant = len(set(scores)) == 1
-    assert spearman == pytest.approx(0.0 if constant else scipy.stats.spearmanr(scores, values).statistic)
-
-
 def test_calibration_groups_are_of_equal_size_and_ordered_by_score():
     scores = np.array([0.9, 0.1, 0.5, 0.7, 0.3, 0.2])
     groups = metrics.calibration(scores, scores**2, 3)

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,33 +11,42 @@ import torch.distributed
 import torch.multiprocessing
 
 from cluster import ports
-from cluster.config import ScorerConfig, TrainingConfig
+from cluster.config import ObjectiveConfig, ScorerConfig, TrainingConfig
 from generation.dataset import RegressionSet
 from tests.training.conftest import publish
-from training import loop, stream
+from training import checkpoint, loop, objectives, stream
 from training.scorer import encode_pairs, load_tokenizer, new_model
 
 CONFIG = TrainingConfig(epochs=2, batch_size=15, window=64, learning_rate=1e-3)
+COMPARING = ObjectiveConfig(pairwise=0.5, listwise=0.5, labels="rank")
 
 
-def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, world: int = 1, state: Path | None = None):
+def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, world: int = 1, state: checkpoint.State | None = None):
     """The model and the generator of its steps, as a worker of the trainer has them."""
     model = new_model(encoder, ScorerConfig(max_length=32), config, seed=3)
     tokenizer = load_tokenizer(encoder, "x", "s")
+    if config.parallel == "fsdp":
+        loop.shard(model)
     optimizer = loop.new_optimizer(model, config)
-    first = loop.load_state(state, model, optimizer)["step"] if state else 0
+    if state:
+        checkpoint.restore(state, model, optimizer)
+    first = state.step if state else 0
     opened = RegressionSet(dataset)
-    pairs = stream.count_pairs(opened, "train")
+    size = stream.count(opened, "train")
 
     def windows():
-        begin, skip, _ = loop.position(first, pairs, config)
+        begin, skip, _ = loop.position(first, size, config)
         for epoch in range(begin, config.epochs):
-            for number, window in enumerate(stream.windows(opened, "train", config.window, 3, epoch, skip), skip):
-                yield loop.Window(epoch, number, encode_pairs(tokenizer, window.instructions, window.responses, 32), window.labels)
+            for number, window in enumerate(
+                stream.windows(opened, "train", loop.window_size(size, config), 3, epoch, skip, config.objective.grouped), skip
+            ):
+                yield loop.Window(
+                    epoch, number, encode_pairs(tokenizer, window.instructions, window.responses, 32), window.labels, window.groups
+                )
             skip = 0
 
-    steps = loop.plan(windows(), config, 3, rank, world, first, pairs)
-    total = loop.steps_in_epoch(pairs, config) * config.epochs
+    steps = loop.plan(windows(), config, 3, rank, world, first, size)
+    total = loop.steps_in_epoch(size, config) * config.epochs
     return (
         model,
         optimizer,
@@ -59,16 +68,20 @@ def test_training_learns_and_ends_after_the_steps_foreseen(encoder: Path, datase
     assert np.mean([loss for _, loss in losses[-10:]]) < 0.6 * np.mean([loss for _, loss in losses[:10]])
 
 
-@pytest.mark.parametrize("stop", [1, 7, 14, 15])
-def test_a_run_that_stopped_ends_bit_equal_to_an_unbroken_one(stop: int, encoder: Path, dataset: str, tmp_path: Path):
-    whole, _, total, steps = start(encoder, dataset, CONFIG)
+@pytest.mark.parametrize(("stop", "objective"), [(1, ObjectiveConfig()), (7, COMPARING), (14, ObjectiveConfig()), (15, COMPARING)])
+def test_a_run_that_stopped_ends_bit_equal_to_an_unbroken_one(
+    stop: int, objective: ObjectiveConfig, encoder: Path, dataset: str, tmp_path: Path
+):
+    config = CONFIG.model_copy(update={"objective": objective})
+    whole, _, total, steps = start(encoder, dataset, config)
     losses = [done.loss.item() for done in steps]
-    broken, optimizer, _, steps = start(encoder, dataset, CONFIG)
+    assert len(losses) == total
+    broken, optimizer, _, steps = start(encoder, dataset, config)
     for done in steps:
         if done.index + 1 == stop:
-            loop.save_state(tmp_path, broken, optimizer, {"step": stop})
+            checkpoint.write(str(tmp_path), checkpoint.capture(broken, optimizer, stop, {}, []))
             break
-    resumed, _, _, steps = start(encoder, dataset, CONFIG, state=tmp_path)
+    resumed, _, _, steps = start(encoder, dataset, config, state=checkpoint.read(str(tmp_path)))
     assert [done.loss.item() for done in steps] == losses[stop:]
     assert 0 < stop < total
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
@@ -83,7 +96,7 @@ def test_each_step_is_the_plain_mean_squared_error_of_its_pairs(encoder: Path, d
     opened = RegressionSet(dataset)
     first = next(stream.windows(opened, "train", CONFIG.window, 3, 0))
     encoded = encode_pairs(tokenizer, first.instructions, first.responses, 32)
-    rows = loop.cut(encoded.lengths, CONFIG.batch_size, 3, 0, 0)[0]
+    rows = loop.cut(encoded.lengths, CONFIG, 3, 0, 0)[0]
     inputs = tokenizer([first.instructions[row] for row in rows], [first.responses[row] for row in rows], return_tensors="pt", padding=True)
     expected = torch.nn.functional.mse_loss(model(**inputs).logits[:, 0], torch.from_numpy(first.labels[rows])).item()
     assert next(steps).loss.item() == pytest.approx(expected, abs=1e-6)
@@ -91,13 +104,42 @@ def test_each_step_is_the_plain_mean_squared_error_of_its_pairs(encoder: Path, d
 
 def test_a_window_is_cut_into_steps_of_like_lengths_each_row_once():
     lengths = np.random.default_rng(0).integers(5, 200, 1000)
-    steps = loop.cut(lengths, 32, 1, 0, 0)
+    config = TrainingConfig(batch_size=32)
+    steps = loop.cut(lengths, config, 1, 0, 0)
     assert sorted(np.concatenate(steps).tolist()) == list(range(1000))
     assert sorted(map(len, steps)) == [8] + [32] * 31
     padded = sum(len(step) * lengths[step].max() for step in steps)
     assert padded < 1.08 * lengths.sum()
-    assert [step.tolist() for step in loop.cut(lengths, 32, 1, 0, 0)] == [step.tolist() for step in steps]
-    assert [step.tolist() for step in loop.cut(lengths, 32, 1, 1, 0)] != [step.tolist() for step in steps]
+    assert [step.tolist() for step in loop.cut(lengths, config, 1, 0, 0)] == [step.tolist() for step in steps]
+    assert [step.tolist() for step in loop.cut(lengths, config, 1, 1, 0)] != [step.tolist() for step in steps]
+
+
+@pytest.mark.parametrize(("pairs", "batch_size"), [(1000, 32), (1000, 1), (33, 32), (5, 32)])
+def test_cut_by_tokens_as_many_steps_have_about_as_many_tokens(pairs: int, batch_size: int):
+    lengths = np.random.default_rng(0).integers(5, 500, pairs)
+    config = TrainingConfig(batch_size=batch_size, batch_by="tokens")
+    steps = loop.cut(lengths, config, 1, 0, 0)
+    assert len(steps) == len(loop.cut(lengths, TrainingConfig(batch_size=batch_size), 1, 0, 0))
+    assert sorted(np.concatenate(steps).tolist()) == list(range(pairs))
+    if batch_size < pairs and batch_size > 1:
+        assert max(lengths[step].sum() for step in steps) - min(lengths[step].sum() for step in steps) <= 3 * lengths.max()
+
+
+@pytest.mark.parametrize("batch_by", ["pairs", "tokens"])
+def test_every_pair_weighs_the_same_and_workers_get_as_many_tokens(batch_by: str, encoder: Path):
+    draw = np.random.default_rng(0)
+    texts = [" ".join(["red"] * words) for words in draw.integers(1, 29, 512)]
+    encoded = encode_pairs(load_tokenizer(encoder, "x", "s"), texts, ["a"] * 512, 32)
+    config = TrainingConfig(batch_size=64, window=512, batch_by=batch_by)
+    window = loop.Window(0, 0, encoded, np.zeros(512, np.float32), np.arange(512))
+    plans = [list(loop.plan([window], config, 1, rank, 2, 0, stream.Size(512, 512))) for rank in (0, 1)]
+    weights = np.array([step.weight / step.size.pairs for step in plans[0]])
+    assert np.allclose(weights, 1 / 64)
+    for pair in zip(*plans, strict=True):
+        rows = [np.concatenate(step.micro_batches) for step in pair]
+        assert set(rows[0]).isdisjoint(rows[1]) and len(rows[0]) + len(rows[1]) == pair[0].size.pairs
+        left, right = (encoded.lengths[mine].sum() for mine in rows)
+        assert abs(left - right) <= encoded.lengths.max()
 
 
 @pytest.mark.parametrize("pairs", [1, 64, 65, 200, 640])
@@ -105,9 +147,9 @@ def test_positions_count_through_windows_and_epochs(pairs: int):
     walked = []
     for epoch in range(2):
         for window, size in enumerate([64] * (pairs // 64) + ([pairs % 64] if pairs % 64 else [])):
-            walked += [(epoch, window, step) for step in range(len(loop.cut(np.ones(size, int), 15, 1, epoch, window)))]
-    assert [loop.position(step, pairs, CONFIG) for step in range(len(walked))] == walked
-    assert loop.steps_in_epoch(pairs, CONFIG) * 2 == len(walked)
+            walked += [(epoch, window, step) for step in range(len(loop.cut(np.ones(size, int), CONFIG, 1, epoch, window)))]
+    assert [loop.position(step, stream.Size(pairs, pairs), CONFIG) for step in range(len(walked))] == walked
+    assert loop.steps_in_epoch(stream.Size(pairs, pairs), CONFIG) * 2 == len(walked)
 
 
 def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
@@ -115,49 +157,74 @@ def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
     assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
     assert rates[55] == pytest.approx(5e-4) and 0 < rates[99] < 2e-5
     assert loop.learning_rate(0, 1, CONFIG) > 0
+    cosine = [loop.learning_rate(step, 100, CONFIG.model_copy(update={"schedule": "cosine"})) for step in range(100)]
+    assert cosine[:11] == rates[:11] and cosine[55] == pytest.approx(5e-4) and cosine[30] > rates[30] and 0 < cosine[99] < rates[99]
 
 
-def test_measure_ranks_within_instructions_only():
-    labels = np.array([1.0, 0.5, 0.0, 1.0, 1.0, 0.0], np.float32)
-    scores = np.array([0.9, 0.4, 0.1, 0.2, 0.3, 0.3], np.float32)
-    groups = np.array([0, 0, 0, 1, 1, 1])
-    metrics = loop.measure(scores, labels, groups).metrics()
-    assert metrics["mse"] == pytest.approx(np.mean((scores - labels) ** 2))
-    assert metrics["spearman"] == pytest.approx((1 - 0.5) / 2)
-    assert metrics["pairwise_accuracy"] == pytest.approx((3 + 0 + 0.5) / 5)
-    halves = loop.measure(scores[:3], labels[:3], groups[:3]) + loop.measure(scores[3:], labels[3:], groups[3:])
-    assert halves.metrics() == pytest.approx(metrics)
-    assert loop.NOTHING.metrics()["mse"] is None
+# 210 pairs in windows of 65 and steps of 16: the small steps have 1 and 15 pairs, so one worker gets none at times.
+PLAIN = TrainingConfig(epochs=8, batch_size=16, window=65, learning_rate=1e-3)
+SHARED = PLAIN.model_copy(update={"parallel": "fsdp"})
+# 70 instructions in windows of 2 cut into steps of one: every other worker gets none.
+COMPARED = PLAIN.model_copy(update={"objective": COMPARING, "batch_size": 4, "window": 6})
+COMPARED_SHARED = COMPARED.model_copy(update={"parallel": "fsdp"})
+# How many workers train how, up to which step.
+RUNS = {
+    "one": [(1, PLAIN, 100)],
+    "two": [(2, PLAIN, 100)],
+    "changing": [(2, SHARED, 37), (1, PLAIN, 60), (2, SHARED, 100)],
+    "one comparing": [(1, COMPARED, 50)],
+    "two comparing": [(2, COMPARED, 25), (2, COMPARED_SHARED, 50)],
+}
 
 
-def train_share(rank: int, world: int, port: int, encoder: Path, dataset: str, config: TrainingConfig, out: str) -> None:
-    """One worker of `world`, in a process of its own: saves the losses of all steps and the final weights."""
+def work(rank: int, port: int, encoder: Path, dataset: str, folder: Path) -> None:
+    """One of two processes that do `RUNS` between them, each part from the checkpoint of the one before."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    model, _, _, steps = start(encoder, dataset, config, rank, world)
-    losses = [done.loss.item() for done in _without_dropout(model, steps)]
-    summed = loop.sum_over_workers(losses, world, torch.device("cpu"))
-    if rank == 0:
-        torch.save({"losses": torch.from_numpy(summed), **model.state_dict()}, out)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for name, parts in RUNS.items():
+        for world, config, stop in parts:
+            if rank < world:
+                train_up_to(stop, config, rank, world, encoder, dataset, str(folder / name))
+            torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _without_dropout(model: Any, steps: Any) -> Any:
+def train_up_to(stop: int, config: TrainingConfig, rank: int, world: int, encoder: Path, dataset: str, folder: str) -> None:
+    state = checkpoint.newest(folder, pytest.fail)
+    model, optimizer, _, steps = start(encoder, dataset, config, rank, world, state)
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, torch.nn.Dropout):  # its draws are a worker's own
             module.p = 0.0
-    return steps
+    losses = [done.loss.item() for done in itertools.islice(steps, stop - (state.step if state else 0))]
+    summed = loop.sum_over_workers(losses, world, torch.device("cpu"))
+    books = {"losses": (state.books["losses"] if state else []) + summed.tolist()}
+    taken = checkpoint.capture(model, optimizer, stop, books, [], keep=rank == 0)
+    if taken:
+        checkpoint.write(f"{folder}/{stop:08d}-x", taken)
+
+
+@pytest.mark.parametrize("pairs", [3, 64, 65, 210, 642])
+def test_positions_count_through_windows_of_whole_instructions(pairs: int):
+    config = CONFIG.model_copy(update={"objective": COMPARING})
+    size = stream.Size(pairs, pairs // 3)
+    window = loop.window_size(size, config)
+    walked = []
+    for epoch in range(2):
+        for number, begin in enumerate(range(0, size.instructions, window)):
+            held = min(window, size.instructions - begin)
+            walked += [(epoch, number, step) for step in range(objectives.steps_in(held, 15, 3))]
+    assert [loop.position(step, size, config) for step in range(len(walked))] == walked
+    assert loop.steps_in_epoch(size, config) * 2 == len(walked)
 
 
 @pytest.mark.slow
-def test_two_workers_train_as_one_does(encoder: Path, dataset: str, tmp_path: Path):
-    # 210 pairs in windows of 65 and steps of 16: the small steps have 1 and 15 pairs, so one worker gets none at times.
-    config = TrainingConfig(epochs=2, batch_size=16, window=65, learning_rate=1e-3)
-    for world in (1, 2):
-        arguments = (world, ports.free(), encoder, dataset, config, str(tmp_path / f"{world}.pt"))
-        torch.multiprocessing.spawn(train_share, arguments, nprocs=world)
-    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
-    assert len(one["losses"]) >= 28
-    for name in one:
-        assert (one[name] - two[name]).abs().max() < 1e-5, name
+def test_workers_and_ways_to_share_the_model_may_change_and_nothing_else_does(encoder: Path, dataset: str, tmp_path: Path):
+    torch.multiprocessing.spawn(work, (ports.free(), encoder, dataset, tmp_path), nprocs=2)
+    ended = {name: checkpoint.newest(str(tmp_path / name), pytest.fail) for name in RUNS}
+    for name, run in ended.items():
+        one = ended["one comparing" if "comparing" in name else "one"]
+        assert one is not None and run is not None and len(run.books["losses"]) == RUNS[name][-1][-1]
+        assert np.abs(np.subtract(one.books["losses"], run.books["losses"])).max() < 1e-5
+        assert one.weights.keys() == run.weights.keys() and one.moments.keys() == run.moments.keys()
+        assert max((value - run.weights[name]).abs().max() for name, value in one.weights.items()) < 1e-4

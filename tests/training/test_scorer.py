@@ -59,8 +59,9 @@ def test_a_pair_that_fits_has_the_tokenizers_own_ids(encoder: Path):
     tokenizer = load_tokenizer(encoder, "x", "s")
     encoded = encode_pairs(tokenizer, INSTRUCTIONS, RESPONSES, 64)
     plain = tokenizer(INSTRUCTIONS, RESPONSES)
-    assert encoded.input_ids == plain["input_ids"]
-    assert encoded.token_type_ids == plain["token_type_ids"]
+    assert [row.tolist() for row in np.split(encoded.tokens, encoded.starts[1:-1])] == plain["input_ids"]
+    assert encoded.types is not None
+    assert [row.tolist() for row in np.split(encoded.types, encoded.starts[1:-1])] == plain["token_type_ids"]
     assert (encoded.cut_pairs, encoded.cut_responses) == (0, 0)
 
 
@@ -80,10 +81,10 @@ def test_the_instruction_is_cut_before_the_response_ever_is(
 ):
     tokenizer = load_tokenizer(encoder, "x", "s")
     encoded = encode_pairs(tokenizer, [instruction], [response], max_length=8)
-    assert tokenizer.decode(encoded.input_ids[0]) == left
+    assert tokenizer.decode(encoded.tokens.tolist()) == left
     assert (encoded.cut_pairs, encoded.cut_responses) == (cut, cut_responses)
-    assert encoded.token_type_ids is not None
-    assert sum(encoded.token_type_ids[0]) == len(left.split("[SEP]")[1].split()) + 1
+    assert encoded.types is not None
+    assert encoded.types.sum() == len(left.split("[SEP]")[1].split()) + 1
 
 
 def test_best_is_the_highest_score_and_the_first_of_equals(scorer: Scorer):

@@ -21,7 +21,17 @@ def test_an_epoch_holds_every_pair_once(dataset: RegressionSet):
     made = list(stream.windows(dataset, "train", 128, seed=5, epoch=0))
     assert sorted((i, r) for pairs in made for i, r in zip(pairs.instructions, pairs.responses, strict=True)) == plain
     assert {len(pairs) for pairs in made[:-1]} == {128}
-    assert stream.count_pairs(dataset, "train") == len(plain) == sum(map(len, made))
+    assert stream.count(dataset, "train").pairs == len(plain) == sum(map(len, made))
+
+
+def test_windows_of_whole_instructions_have_all_their_pairs(dataset: RegressionSet):
+    made = list(stream.windows(dataset, "train", 40, seed=5, epoch=0, whole=True))
+    assert [len(set(window.groups)) for window in made] == [40] * 7 + [20]
+    seen = [group for window in made for group in set(window.groups)]
+    assert len(seen) == len(set(seen)) == stream.count(dataset, "train").instructions
+    assert sum(map(len, made)) == stream.count(dataset, "train").pairs
+    rest = list(stream.windows(dataset, "train", 40, seed=5, epoch=0, skip=6, whole=True))
+    assert [window.responses for window in rest] == [window.responses for window in made[6:]]
 
 
 def test_skipping_gives_the_same_windows(dataset: RegressionSet):

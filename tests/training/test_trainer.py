@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
@@ -19,7 +22,7 @@ from cluster.config import Config, load
 from cluster.errors import CappyError, UsageError
 from cluster.runtime import ray_session
 from tests.training.conftest import publish, rows, settings
-from training import trainer
+from training import checkpoint, trainer
 from training.scorer import CHECKPOINTS, Scorer
 
 pytestmark = pytest.mark.slow
@@ -30,9 +33,14 @@ import json
 import sys
 
 from cluster.config import load
+from cluster.errors import Stopped
 from training import trainer
 if __name__ == "__main__":
-    print(json.dumps(trainer.run(load(sys.argv[1]))))
+    try:
+        print(json.dumps(trainer.run(load(sys.argv[1]))))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
 """
 
 
@@ -132,20 +140,31 @@ def test_two_workers_train_from_and_to_object_storage(encoder: Path, bucket: str
     assert Scorer.load(config.scorer_uri).score(["say after me red fox"], ["a red fox"])[0] > 0.4
 
 
-def test_a_run_killed_with_sigkill_goes_on_and_ends_bit_equal(encoder: Path, tmp_path: Path, ray: Any, capfd: pytest.CaptureFixture[str]):
+def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
+    encoder: Path, tmp_path: Path, ray: Any, capfd: pytest.CaptureFixture[str]
+):
     publish(str(tmp_path / "dataset"), 80, 10)
-    # Small steps, so that the kill finds the run between checkpoints.
-    config = settings(str(tmp_path), encoder, epochs=3, batch_size=4, checkpoint_every=20)
+    # Small steps, so that what happens finds the run between checkpoints.
+    config = settings(str(tmp_path), encoder, epochs=8, batch_size=4, checkpoint_every=20)
     process = launch(config, tmp_path)
-    deadline = time.monotonic() + 240
-    while _last_step(tmp_path / "scorer") < 40:
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not storage.exists(storage.join(config.scorer_uri, storage.MANIFEST))
+    _wait_for_step(process, config, 20)
+    _worker_of(process).kill()
+    _wait_for_step(process, config, _last_step(config) + 20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    stopped = re.search(r"stopped on SIGTERM after step (\d+) of 480, which is saved", (tmp_path / "log").read_text())
+    assert stopped and int(stopped[1]) == _last_step(config) and "going on from step" in (tmp_path / "log").read_text()
+    process = launch(config, tmp_path)
+    _wait_for_step(process, config, _last_step(config) + 20)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in reversed(family):  # the driver first: Ray would go on for some seconds without it
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(family, 30)
+    newest = max(Path(config.scorer_uri, CHECKPOINTS).glob(f"*/{_last_step(config):08d}-*"))
+    (newest / "state.json").write_text("{}")
     resumed = trainer.run(config)
-    assert "going on from step" in capfd.readouterr().err
+    assert f"{newest}: state.json does not match its SHA-256" in capfd.readouterr().err
     whole = trainer.run(config.model_copy(update={"scorer_path": str(tmp_path / "whole")}))
     assert whole["train_mse"] == resumed["train_mse"]
     left, right = weights(str(tmp_path / "whole")), weights(config.scorer_uri)
@@ -165,11 +184,23 @@ def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def _last_step(scorer: Path) -> int:
-    """The step of the newest checkpoint Ray Train has registered, 0 before there is one."""
-    for snapshot in (scorer / CHECKPOINTS).glob("*/checkpoint_manager_snapshot.json"):
-        try:
-            return int(json.loads(snapshot.read_text())["checkpoint_results"][-1]["metrics"]["step"])
-        except (ValueError, IndexError):
-            return 0
-    return 0
+def _run_folder(config: Config) -> str:
+    names = {name.split("/")[0] for name in storage.list_files(storage.join(config.scorer_uri, CHECKPOINTS))} - {"_lease"}
+    return storage.join(config.scorer_uri, CHECKPOINTS, min(names, default="none"))
+
+
+def _last_step(config: Config) -> int:
+    return checkpoint.last_step(_run_folder(config))
+
+
+def _wait_for_step(process: subprocess.Popen[str], config: Config, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while _last_step(config) < step:
+        assert process.poll() is None and time.monotonic() < deadline, Path(config.workspace, "log").read_text()
+        time.sleep(0.05)
+
+
+def _worker_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The process Ray Train runs a driver's only worker in."""
+    (found,) = [each for each in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())]
+    return found

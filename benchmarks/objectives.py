@@ -1,0 +1,159 @@
+"""Objectives and what the scorer is made from, compared at equal compute on one published set.
+
+Each variant trains the same encoder on the set's train rows with the same seed, steps and optimizer, in this process, and is
+measured once on the validation rows. `without LLM samples` has only references, choices and mismatched references to train on, and
+sees each more often, so that its steps are as many; `without pretrained encoder` starts from random weights.
+
+    python -m benchmarks.objectives --data runs/demo/dataset --json -
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from cluster import models
+from cluster.config import ObjectiveConfig, ScorerConfig, TrainingConfig
+from cluster.progress import say
+from generation.dataset import RegressionSet, explode
+from training import blend, loop, validation
+from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
+from training.stream import Size
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "mse (paper)": {},
+    "mse, label ** 0.5": {"labels": "power", "power": 0.5},
+    "mse, rank of label": {"labels": "rank"},
+    "mse + pairwise": {"pairwise": 0.1},
+    "pairwise": {"mse": 0, "pairwise": 1},
+    "mse + listwise": {"listwise": 0.1},
+    "listwise": {"mse": 0, "listwise": 1},
+}
+WITHOUT = ("without LLM samples", "without pretrained encoder")
+COLUMNS = ["instruction", "candidates"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a published set with sampled candidates")
+    parser.add_argument("--encoder", default="minilm-l6")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each variant, averaged")
+    parser.add_argument("--split", choices=("train", "validation"), default="validation", help="train holds out a fifth of the train rows")
+    parser.add_argument("--only", nargs="*", choices=(*OBJECTIVES, *WITHOUT))
+    parser.add_argument("--json", help="where the result goes; - is standard output")
+    options = parser.parse_args()
+    train, held_out, greedy = read(options.data, options.split)
+    result: dict[str, Any] = {name: getattr(options, name) for name in ("data", "encoder", "epochs", "split", "seeds")} | {"variants": {}}
+    for name in options.only or (*OBJECTIVES, *WITHOUT):
+        runs = [run(name, train, held_out, greedy, options, seed) for seed in range(options.seeds)]
+        result["variants"][name] = {key: _mean([each[key] for each in runs]) for key in runs[0]}
+        say(f"{name}: {json.dumps(result['variants'][name])}")
+    text = json.dumps(result)
+    if options.json and options.json != "-":
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def read(uri: str, split: str) -> tuple[pa.Table, pa.Table, str | None]:
+    """Return the rows to train on, those to measure on and the greedy decoding's name."""
+    dataset = RegressionSet(uri)
+    train = pa.concat_tables(dataset.batches("train", columns=COLUMNS)).combine_chunks()
+    if split == "validation":
+        return train, pa.concat_tables(dataset.batches("validation", columns=COLUMNS)).combine_chunks(), dataset.greedy()
+    held = np.random.default_rng(0).permutation(len(train)) < len(train) // 5
+    return train.filter(pa.array(~held)), train.filter(pa.array(held)), dataset.greedy()
+
+
+def run(name: str, train: pa.Table, held_out: pa.Table, greedy: str | None, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Train one variant and return its figures on the rows held out."""
+    objective = ObjectiveConfig.model_validate(OBJECTIVES.get(name, {}))
+    training = TrainingConfig(epochs=options.epochs, objective=objective)
+    scorer_config = ScorerConfig(encoder=options.encoder, max_length=options.max_length)
+    folder = models.resolve(options.encoder, "--encoder")
+    model = new_model(folder, scorer_config, training, seed)
+    if name == "without pretrained encoder":
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = Scorer(model, load_tokenizer(folder, options.encoder, "--encoder"), options.max_length, "auto", device)
+    total = loop.steps_in_epoch(size_of(train), training) * options.epochs
+    rows = without_samples(train) if name == "without LLM samples" else train
+    size = size_of(rows)
+    start = time.monotonic()
+    trained = 0
+    fitting = loop.fit(
+        model,
+        loop.plan(windows(rows, scorer, training, seed, total), training, seed, 0, 1, 0, size),
+        loop.new_optimizer(model, training),
+        training,
+        total=total,
+        seed=seed,
+        pad_id=scorer.tokenizer.pad_token_id,
+        dtype=pick_dtype("auto", device),
+    )
+    for done in fitting:
+        trained += done.size
+        if done.index + 1 == total:
+            break
+    seconds = time.monotonic() - start
+    model.eval()
+    weight = blend.fit(blend.tally(train, scorer.score))
+    figures = validation.measure(held_out, scorer.score, greedy).metrics()
+    return {
+        **figures,
+        "blend": blend.selection(blend.tally(held_out, scorer.score), weight),
+        "blend_weight": weight,
+        "steps": total,
+        "trained": trained,
+        "seconds": round(seconds, 1),
+    }
+
+
+def size_of(rows: pa.Table) -> Size:
+    pairs = explode(rows)
+    return Size(len(pairs), len(np.unique(pairs.groups)))
+
+
+def without_samples(rows: pa.Table) -> pa.Table:
+    """The rows with the candidates that no LLM wrote."""
+    kept = [[each for each in row if each["source"] != "sampled"] for row in rows["candidates"].to_pylist()]
+    candidates = pa.array(kept, rows.schema.field("candidates").type)
+    changed = rows.set_column(rows.schema.get_field_index("candidates"), "candidates", candidates)
+    return changed.filter(pc.greater(pc.list_value_length(changed["candidates"]), 0))
+
+
+def windows(rows: pa.Table, scorer: Scorer, training: TrainingConfig, seed: int, total: int) -> Iterator[loop.Window]:
+    """Yield windows, epoch after epoch, until there are `total` steps of them."""
+    size = size_of(rows)
+    held = loop.window_size(size, training)
+    for epoch in range(-(-total // loop.steps_in_epoch(size, training))):
+        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        pairs = explode(rows.take(pa.array(order)))
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(pairs.groups)) + 1, [len(pairs)]])
+        ends = starts[::held] if training.objective.grouped else np.arange(0, len(pairs), held)
+        for number, start in enumerate(ends):
+            if start == len(pairs):
+                break
+            end = ends[number + 1] if number + 1 < len(ends) else len(pairs)
+            encoded = encode_pairs(scorer.tokenizer, pairs.instructions[start:end], pairs.responses[start:end], scorer.max_length)
+            yield loop.Window(epoch, number, encoded, pairs.labels[start:end], pairs.groups[start:end])
+
+
+def _mean(values: list[Any]) -> Any:
+    return None if None in values else round(float(np.mean(values)), 5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Kill `cappy train` ten times at random steps and count what was done again; its weights must be those of a run nobody disturbed.
+
+`python -m benchmarks.training_kills --kills 10 --json -`. One run of a tiny random encoder on CPU with one worker: in turn the
+worker's process gets SIGKILL (Ray Train starts another), and the driver with all it started (the same command is run again); with
+`--victims node` the worker's node does, of a cluster of two and a head. A step was done again when it stands in the workers' log
+twice. Weights and the loss of every step must agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import synthetic
+from cluster.config import Config, load
+from cluster.progress import Bar, say
+from training import trainer
+
+_ALL_S = 300.0
+_STEP_S = 0.02  # so that a kill hits the step it was drawn for, and not one some way behind
+
+
+def logged_work(job: dict[str, Any], log: str) -> None:
+    """A worker that writes down each step it has taken, when, and in which process."""
+    from training import board, loop
+
+    fit = loop.fit
+
+    def logged(*arguments: Any, **options: Any) -> Any:
+        for done in fit(*arguments, **options):
+            time.sleep(_STEP_S)
+            with Path(log).open("a") as lines:
+                lines.write(f"{done.index} {time.time()} {os.getpid()}\n")
+            yield done
+
+    loop.fit = logged
+    board.work(job)
+
+
+def drive(config: str, log: str) -> None:
+    """One run of `cappy train`, in a process of its own."""
+    trainer.run(load(config), work=functools.partial(logged_work, log=log))
+
+
+def launch(config: Config, folder: Path, nodes: Nodes | None = None) -> subprocess.Popen[bytes]:
+    (folder / "run.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-m", "benchmarks.training_kills", "--drive", str(folder / "run.yaml"), str(folder / "steps.log")]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **({"RAY_ADDRESS": nodes.address} if nodes else {})}
+    with (folder / "stderr").open("a") as told:
+        return subprocess.Popen(command, env=environment, start_new_session=True, stderr=told)
+
+
+def taken(folder: Path) -> list[tuple[int, float, int]]:
+    """What the workers wrote down: step, time, process."""
+    log = folder / "steps.log"
+    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    return [(int(step), float(when), int(process)) for step, when, process in lines]
+
+
+def kill(driver: subprocess.Popen[bytes]) -> None:
+    """Kill a driver and all it started, Ray included."""
+    family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+    for each in family:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    driver.wait()
+    psutil.wait_procs(family, timeout=30)
+
+
+class Nodes:
+    """A cluster of a head without work and two worker nodes."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        self._workers = [self._cluster.add_node(num_cpus=1) for _ in range(2)]
+        self.address = str(self._cluster.address)
+
+    def kill(self, process: int) -> None:
+        """Kill the node that `process` runs on, with all on it, and add another."""
+        family = {each.pid for each in psutil.Process(process).parents()}
+        (node,) = [each for each in self._workers if each.all_processes["raylet"][0].process.pid in family]
+        self._workers.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+        self._workers.append(self._cluster.add_node(num_cpus=1))
+
+    def end(self) -> None:
+        self._cluster.shutdown()
+
+
+def broken(config: Config, folder: Path, moments: list[int], victims: list[str]) -> list[dict[str, Any]]:
+    """Run to the end with a kill at each of `moments`, steps in rising order, of the `victims` in turn; return what each cost."""
+    costs: list[dict[str, Any]] = []
+    nodes = Nodes() if "node" in victims else None
+    driver = launch(config, folder, nodes)
+    with Bar("killing", len(moments), "kills") as bar:
+        for number, moment in enumerate(moments):
+            victim = victims[number % len(victims)]
+            deadline = time.monotonic() + _ALL_S
+            before: list[tuple[int, float, int]] = []
+            # A killed run takes some of its steps again before it comes to the next moment.
+            while not before or before[-1][0] < moment:
+                assert driver.poll() is None and time.monotonic() < deadline, (folder / "stderr").read_text()[-2000:]
+                time.sleep(_STEP_S / 2)
+                before = taken(folder)
+            if victim == "worker":
+                psutil.Process(before[-1][2]).kill()
+            elif victim == "driver":
+                kill(driver)
+            elif nodes:
+                nodes.kill(before[-1][2])
+            killed, before = time.time(), taken(folder)
+            if victim == "driver":
+                driver = launch(config, folder, nodes)
+            while len(taken(folder)) == len(before):
+                assert driver.poll() is None and time.monotonic() < deadline, (folder / "stderr").read_text()[-2000:]
+                time.sleep(0.05)
+            first = taken(folder)[len(before)]
+            redone = before[-1][0] + 1 - first[0]
+            costs.append({"victim": victim, "at_step": before[-1][0], "redone": redone, "seconds": first[1] - killed})
+            bar.advance(note=f"{victim} at step {before[-1][0]}: {redone} steps again")
+    assert driver.wait(_ALL_S) == 0, (folder / "stderr").read_text()[-2000:]
+    if nodes:
+        nodes.end()
+    return costs
+
+
+def outcome(config: Config) -> tuple[bytes, list[Any]]:
+    """The published weights, and the loss by step."""
+    lines = map(json.loads, Path(config.scorer_uri, "metrics.jsonl").read_text().splitlines())
+    curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return Path(config.scorer_uri, "model.safetensors").read_bytes(), curve
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--instructions", type=int, default=1200)
+    parser.add_argument("--checkpoint-every", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--victims", nargs="+", choices=("worker", "driver", "node"), default=["worker", "driver"])
+    parser.add_argument("--drive", nargs=2, metavar=("CONFIG", "LOG"), help=argparse.SUPPRESS)
+    parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
+    options = parser.parse_args()
+    if options.drive:
+        drive(*options.drive)
+        return 0
+    every = options.checkpoint_every
+    with tempfile.TemporaryDirectory(prefix="cappy-training-kills-") as name:
+        folder = Path(name)
+        synthetic.write_encoder(folder / "encoder")
+        synthetic.publish_set(str(folder / "dataset"), options.instructions)
+        training = {"epochs": 2, "batch_size": 16, "window": 512, "checkpoint_every": every, "max_failures": options.kills}
+        scorer = {"encoder": str(folder / "encoder"), "max_length": 64, "dtype": "float32"}
+        tree = {"dataset": str(folder / "dataset"), "scorer": scorer, "training": training}
+        configs = {}
+        for run in ("whole", "killed"):
+            (folder / run).mkdir()
+            configs[run] = Config.model_validate({**tree, "workspace": str(folder / run)})
+        assert launch(configs["whole"], folder / "whole").wait(_ALL_S) == 0, (folder / "whole/stderr").read_text()[-2000:]
+        steps = len(taken(folder / "whole"))
+        say(f"unbroken: {steps} steps")
+        moments = sorted(random.Random(options.seed).sample(range(1, steps - 1), options.kills))
+        costs = broken(configs["killed"], folder / "killed", moments, options.victims)
+        whole, killed = outcome(configs["whole"]), outcome(configs["killed"])
+        log = [step for step, _, _ in taken(folder / "killed")]
+    redone = len(log) - len(set(log))
+    result = {
+        "kills": len(costs),
+        "equal_weights": whole[0] == killed[0],
+        "equal_losses": whole[1] == killed[1],
+        "steps": steps,
+        "checkpoint_every": every,
+        "steps_redone": redone,
+        "steps_redone_per_kill": round(redone / max(len(costs), 1), 1),
+        "restart_s": {
+            victim: round(statistics.median(cost["seconds"] for cost in costs if cost["victim"] == victim), 1)
+            for victim in sorted({cost["victim"] for cost in costs})
+        },
+    }
+    print(
+        f"{result['kills']} kills in {steps} steps: weights {'equal' if result['equal_weights'] else 'DIFFERENT'}, losses "
+        f"{'equal' if result['equal_losses'] else 'DIFFERENT'}, {redone} steps done again ({result['steps_redone_per_kill']} a kill)"
+    )
+    if options.json:
+        print(json.dumps(result))
+    return 0 if result["equal_weights"] and result["equal_losses"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

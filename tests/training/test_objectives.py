@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import rankdata
+
+from cluster.config import ObjectiveConfig, load
+from cluster.errors import UsageError
+from training import objectives
+from training.stream import Size
+
+LABELS = np.array([1.0, 0.5, 0.5, 0.0, 0.3, 0.3, 1.0, 0.2], np.float32)
+GROUPS = np.array([7, 7, 7, 7, 2, 2, 9, 9])
+LOGITS = np.array([0.4, 0.1, -0.2, 0.7, 0.0, 1.0, 0.3, 0.9], np.float32)
+
+
+def parts(rows: list[list[int]], config: ObjectiveConfig) -> tuple[float, np.ndarray]:
+    """The step's loss and gradient when its rows are shared out like this."""
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    wanted = torch.from_numpy(objectives.targets(LABELS, GROUPS, config))
+    total = torch.zeros(())
+    for part in rows:
+        total = total + objectives.loss(logits[part], wanted[part], torch.from_numpy(GROUPS[part]), Size(8, 3), config)
+    total.backward()
+    assert logits.grad is not None
+    return total.item(), logits.grad.numpy()
+
+
+def by_hand(config: ObjectiveConfig) -> float:
+    wanted = objectives.targets(LABELS, GROUPS, config).astype(float)
+    pairwise = listwise = 0.0
+    for group in set(GROUPS):
+        rows = np.flatnonzero(group == GROUPS)
+        gaps = [(wanted[a] - wanted[b], LOGITS[a] - LOGITS[b]) for a in rows for b in rows if wanted[a] > wanted[b]]
+        if gaps:
+            pairwise += sum(gap * np.log1p(np.exp(-d / config.temperature)) for gap, d in gaps) / sum(gap for gap, _ in gaps)
+        p, q = (np.exp(each[rows] / config.temperature) for each in (wanted, LOGITS.astype(float)))
+        p, q = p / p.sum(), q / q.sum()
+        listwise += float((p * np.log(p / q)).sum())
+    return config.mse * float(((LOGITS - wanted) ** 2).mean()) + (config.pairwise * pairwise + config.listwise * listwise) / 3
+
+
+ALL = ObjectiveConfig(mse=0.5, pairwise=0.7, listwise=1.3, temperature=0.3)
+
+
+@pytest.mark.parametrize("config", [ObjectiveConfig(), ALL, ALL.model_copy(update={"labels": "rank"}), ALL.model_copy(update={"mse": 0})])
+def test_the_loss_is_its_formula_however_instructions_are_shared_out(config: ObjectiveConfig):
+    whole, gradient = parts([[*range(8)]], config)
+    assert whole == pytest.approx(by_hand(config), rel=1e-5)
+    for sharing in ([[0, 1, 2, 3], [4, 5], [6, 7]], [[6, 7, 3, 2, 1, 0], [5, 4]]):
+        assert parts(sharing, config)[0] == pytest.approx(whole, rel=1e-5)
+        assert np.abs(parts(sharing, config)[1] - gradient).max() < 1e-6
+
+
+def test_terms_within_an_instruction_do_not_see_others_and_are_least_where_scores_are_labels():
+    config = ObjectiveConfig(mse=0, listwise=1, temperature=0.3)
+    logits = torch.tensor(LABELS + 0.4 * GROUPS, dtype=torch.float32, requires_grad=True)
+    value = objectives.loss(logits, torch.from_numpy(LABELS), torch.from_numpy(GROUPS), Size(8, 3), config)
+    value.backward()
+    assert abs(value.item()) < 1e-6 and logits.grad is not None and logits.grad.abs().max() < 1e-6
+    config = ObjectiveConfig(mse=0, pairwise=1)
+    _, gradient = parts([[*range(8)]], config)
+    assert gradient[0] < 0 < gradient[3]  # the best is raised and the worst lowered
+    assert gradient[4] == gradient[5] == 0  # labels are equal: nothing to compare
+
+
+def test_label_transforms():
+    power = objectives.targets(LABELS, GROUPS, ObjectiveConfig(labels="power", power=0.5))
+    assert power == pytest.approx(np.sqrt(LABELS))
+    rank = objectives.targets(LABELS, GROUPS, ObjectiveConfig(labels="rank"))
+    assert rank[:4] == pytest.approx((rankdata(LABELS[:4]) - 1) / 3)
+    assert rank[4:].tolist() == pytest.approx([0.3, 0.3, 1, 0])
+    assert rank.dtype == power.dtype == np.float32
+
+
+def window(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(1, 20, 60)
+    groups = np.repeat(draw.permutation(1000)[:60], sizes)
+    return np.repeat(draw.integers(5, 200, 60), sizes) + draw.integers(0, 10, len(groups)), groups
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_instructions_stay_whole_and_each_pair_comes_once(world: int):
+    lengths, groups = window(world)
+    count = objectives.steps_in(60, 32, len(groups) / 60)
+    steps = objectives.cut(lengths, groups, count, np.random.default_rng(1))
+    assert len(steps) == count and max(map(len, steps)) < 32 + 20
+    seen: list[int] = []
+    for rows in steps:
+        for rank in range(world):
+            mine = objectives.share(rows, groups, rank, world)
+            for batch in objectives.micro_batches(mine, lengths, groups, 2000):
+                alone = len(set(groups[batch])) == 1
+                assert alone or len(batch) * lengths[batch].max() <= 2000
+                assert all((groups == group).sum() == (groups[batch] == group).sum() for group in set(groups[batch]))
+                seen += batch.tolist()
+    assert sorted(seen) == list(range(len(groups)))
+    padded = sum(len(rows) * lengths[rows].max() for rows in steps)
+    assert padded < 1.25 * lengths.sum()
+
+
+def test_a_worker_without_an_instruction_gets_no_rows_and_a_step_is_never_empty():
+    lengths, groups = np.array([5, 6]), np.array([1, 1])
+    assert [each.tolist() for each in objectives.cut(lengths, groups, objectives.steps_in(1, 1, 2), np.random.default_rng(0))] == [[0, 1]]
+    assert objectives.micro_batches(objectives.share(np.array([0, 1]), groups, 1, 2), lengths, groups, 100) == []
+    skewed = np.repeat([0, 1, 2], [50, 1, 1])
+    assert all(len(step) for step in objectives.cut(np.ones(52, int), skewed, 3, np.random.default_rng(0)))
+
+
+def test_an_objective_without_a_term_is_refused():
+    with pytest.raises(UsageError, match="mse, pairwise and listwise are all 0"):
+        load(None, ["training.objective.mse=0"])

@@ -1,0 +1,249 @@
+"""`cappy adapt`: many tasks at once, each a Ray task, from one regression set to a scorer for every task that gains by it.
+
+Below `{workspace}/adapted` each task has its folder: a published scorer where the gate let it pass, else `results.json` alone,
+which says so; `results.json` beside them has all tasks. A task that came to an end is not done again; one whose process was
+lost begins afresh, and one that fails leaves the others alone. `_lease` keeps a second run away.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from cluster import lease, models, storage
+from cluster.config import Config, differences
+from cluster.errors import UsageError
+from cluster.progress import Bar, say
+from cluster.runtime import clean_error, ray_session
+from generation import pipeline
+from generation.dataset import RegressionSet
+from training import adapt, lora, trainer
+from training.adapt import RESULTS, Base, Task
+from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
+
+_LEASE = "_lease"
+# What may change when a run goes on.
+_OPERATIONAL = ("tasks", "concurrency", "cpus_per_task", "gpus_per_task", "max_retries")
+
+
+def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
+    """Adapt to the tasks of the set (generated first where it is not there yet) and return the table of all outcomes.
+
+    A task that fails is in the table with its `error`. Raises `UsageError` where a task was adapted with other settings and
+    `overwrite` is not given, `CappyError` where base or set cannot be used, or another run is at work there.
+    """
+    start = time.monotonic()
+    if config.training.objective.grouped:
+        raise UsageError(
+            "training.objective compares an instruction's candidates, and a task's pairs are repeated and cut one by one; "
+            "adapt with pairwise=0, listwise=0 and other labels than rank"
+        )
+    config = _absolute(config)
+    uri = storage.check(config.adapted_uri, "adapted_path")
+    base = _base(config)
+    with lease.held(storage.join(uri, _LEASE), f"adapted_path={uri}"), ray_session():
+        if not storage.exists(storage.join(config.dataset_uri, storage.MANIFEST)):
+            pipeline.run(config)
+        dataset = RegressionSet(config.dataset_uri)
+        _say_where_it_differs(config, dataset)
+        tasks = _tasks(config, dataset, base, uri)
+        outcomes = {} if overwrite else _finished(tasks)
+        if outcomes:
+            say(f"{len(outcomes)} of {len(tasks)} tasks are done already; going on")
+        pending = [task for task in tasks if task.name not in outcomes]
+        for task in pending:
+            _clear(task)
+        with Bar("adapting", len(tasks), "tasks", done=len(outcomes)) as bar:
+            for task, outcome in _adapt(config, base, pending):
+                outcomes[task.name] = outcome
+                bar.advance()
+                say(describe(outcome))
+        result = _summarise(uri, config, base, [outcomes[task.name] for task in tasks], time.monotonic() - start)
+        storage.write_json(storage.join(uri, RESULTS), result)
+    storage.delete(storage.join(uri, _LEASE))
+    return result
+
+
+def describe(outcome: dict[str, Any]) -> str:
+    """Return what became of a task in one line."""
+    name, gate = outcome["task"], outcome.get("gate")
+    if outcome["state"] == "failed":
+        return f"{name}: {outcome['error']}"
+    gain = "not measured" if gate is None or gate["gain"] is None else f"{gate['before']:.1f} -> {gate['after']:.1f} on the gate's rows"
+    return f"{name}: {gain}, {outcome['state']}"
+
+
+def folder_name(task: str) -> str:
+    """Return a task's name as a folder's: what a path cannot hold is `_`, with a hash so that no two tasks share one."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", task)[:100]
+    if plain == task and not plain.startswith((".", "_")) and plain != RESULTS:
+        return plain
+    return f"task-{plain}-{hashlib.blake2b(task.encode(), digest_size=4).hexdigest()}"
+
+
+def _absolute(config: Config) -> Config:
+    """Make local paths absolute: Ray's workers run in another folder."""
+    base = config.adapt.base and models.absolute(config.adapt.base)
+    return config.model_copy(
+        update={
+            "dataset": storage.check(config.dataset_uri, "dataset"),
+            "adapted_path": storage.absolute(config.adapted_uri),
+            "scorer": config.scorer.model_copy(update={"encoder": models.absolute(config.scorer.encoder)}),
+            "adapt": config.adapt.model_copy(update={"base": base}),
+        }
+    )
+
+
+def _base(config: Config) -> Base:
+    """Load what all tasks start from once, so that what cannot work fails before anything is spent."""
+    name = config.adapt.base
+    if name is None:
+        folder = models.resolve(config.scorer.encoder, "scorer.encoder")
+        load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
+        new_model(folder, config.scorer, config.adapt.training(config.training), config.seed)
+        return Base(config.scorer.encoder, False, lora.weights_sha256(folder), None, config.scorer.max_length)
+    folder = models.resolve(name, "adapt.base")
+    scorer = Scorer.load(name, device="cpu", setting="adapt.base")
+    if config.adapt.method == "lora":
+        lora.wrap(scorer.model, config.adapt.lora, config.seed)
+    manifest = folder / storage.MANIFEST
+    writer = storage.read_json(str(manifest)).get("writer") if manifest.exists() else None
+    return Base(name, True, lora.weights_sha256(folder), writer, scorer.max_length)
+
+
+def _say_where_it_differs(config: Config, dataset: RegressionSet) -> None:
+    """Tell the operator where a set that was there already is not what this config would generate."""
+    made = dataset.manifest.get("lineage")
+    changes = [change.split(":")[0] for change in differences(made, pipeline.identity(config))] if made else []
+    if changes:
+        say(f"dataset={dataset.uri} is used as it is; it was generated with another {', '.join(changes)} than this config has")
+
+
+def _tasks(config: Config, dataset: RegressionSet, base: Base, uri: str) -> list[Task]:
+    """Return the tasks of the set that are wanted, in the order of their names."""
+    if config.adapt.by == "all":
+        names: dict[str, str | None] = {"all": None}
+        if config.adapt.tasks:
+            raise UsageError(f"adapt.tasks={list(config.adapt.tasks)} with adapt.by=all: all rows are one task; leave adapt.tasks out")
+    else:
+        names = {name: name for name in sorted(_datasets(dataset))}
+        for wanted in config.adapt.tasks or ():
+            if wanted not in names:
+                close = difflib.get_close_matches(wanted, names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(list(names)[:10])}"
+                raise UsageError(f"adapt.tasks: dataset={dataset.uri} has no {wanted!r}; {hint}")
+        names = {name: name for name in names if not config.adapt.tasks or name in config.adapt.tasks}
+    settings = config.adapt.model_dump(mode="json", exclude=set(_OPERATIONAL))
+    shared = trainer.identity(config.model_copy(update={"training": config.adapt.training(config.training)}), dataset.manifest)
+    shared = {key: value for key, value in shared.items() if key != "files"} | {"adapt": settings, "base": asdict(base)}
+    return [Task(name, only, storage.join(uri, folder_name(name)), {**shared, "task": name}) for name, only in names.items()]
+
+
+def _datasets(dataset: RegressionSet) -> Counter[str]:
+    """The instructions of each dataset of a set."""
+    counts: Counter[str] = Counter()
+    for split in dataset.manifest["counts"]:
+        for table in dataset.batches(split, rows=65536, columns=["dataset"]):
+            counts.update({each["values"]: each["counts"] for each in table["dataset"].value_counts().to_pylist()})
+    return counts
+
+
+def _finished(tasks: list[Task]) -> dict[str, dict[str, Any]]:
+    """Return the outcomes of the tasks that came to an end with the same settings.
+
+    One that was rejected with others is done again; one that was published with others is a `UsageError`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        outcome = adapt.outcome(task)
+        if outcome is None:
+            continue
+        if outcome["identity"] == task.identity:
+            found[task.name] = outcome
+        elif outcome["state"] == "published":
+            changes = "; ".join(differences(outcome["identity"], task.identity))
+            raise UsageError(
+                f"adapted_path: {task.uri} was adapted with other settings ({changes}); set them back to go on, "
+                f"choose another adapted_path, or start afresh with --overwrite"
+            )
+    return found
+
+
+def _clear(task: Task) -> None:
+    """Empty a task's place, but only of what `cappy adapt` wrote: an earlier outcome, or what a lost run left."""
+    files = storage.list_files(task.uri)
+    ours = adapt.outcome(task) is not None or any(name.startswith(f"{CHECKPOINTS}/") for name in files)
+    if files and not ours:
+        raise UsageError(f"adapted_path: {task.uri} holds files that no `cappy adapt` wrote, e.g. {next(iter(files))}; choose another")
+    storage.withdraw(task.uri)
+
+
+def _adapt(config: Config, base: Base, tasks: list[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Run tasks over the cluster and yield the outcome of each as it ends; one that fails has state `failed` and its `error`."""
+    import ray
+
+    settings = config.adapt
+    gpus = settings.gpus_per_task
+    if gpus is None:
+        gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
+    remote = ray.remote(num_cpus=settings.cpus_per_task, num_gpus=gpus, max_retries=settings.max_retries)(adapt.adapt)
+    at_once = settings.concurrency or _room(settings.cpus_per_task, len(tasks))
+    waiting = list(reversed(tasks))
+    running: dict[Any, Task] = {}
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            task = waiting.pop()
+            running[remote.remote(config, task, base, threads=settings.cpus_per_task, gpu=gpus > 0)] = task
+        ready, _ = ray.wait(list(running))
+        for reference in ready:
+            task = running.pop(reference)
+            try:
+                yield task, ray.get(reference)
+            except Exception as error:  # whatever it was, the others go on
+                # Ray's own is an instance of what it wraps, but its text is the whole traceback.
+                clean = clean_error(getattr(error, "cause", None) or error)
+                reason = str(clean) if clean else f"{type(error).__name__}: {_last_line(error)}"
+                yield task, {"task": task.name, "state": "failed", "error": reason, "uri": None, "use": base.name if base.scorer else None}
+
+
+def _room(cpus: int, tasks: int) -> int:
+    """How many tasks to hand out at once: on this machine as many as it has cores for, on a cluster all, as it may grow."""
+    if os.environ.get("RAY_ADDRESS"):
+        return max(tasks, 1)
+    return max((os.cpu_count() or 1) // cpus, 1)  # an embedded Ray counts more CPUs than there are
+
+
+def _last_line(error: BaseException) -> str:
+    return next(reversed(str(error).strip().splitlines()), "")[:300]
+
+
+def _summarise(uri: str, config: Config, base: Base, outcomes: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Return the table of a run: the outcome of each task, and averages of the figures over the tasks that have some."""
+    states = Counter(outcome["state"] for outcome in outcomes)
+    measured = [outcome["figures"] for outcome in outcomes if outcome.get("figures")]
+    means = {
+        name: sum(each[name] for each in measured) / len(measured)
+        for name in ("before", "after", "random", "self", "oracle")
+        if measured and all(each[name] is not None for each in measured)
+    }
+    used = [outcome["figures"]["after" if outcome["state"] == "published" else "before"] for outcome in outcomes if outcome.get("figures")]
+    used = [points for points in used if points is not None]
+    return {
+        "uri": uri,
+        "dataset": config.dataset_uri,
+        "base": base.name,
+        "method": config.adapt.method,
+        "tasks": [{key: value for key, value in outcome.items() if key != "identity"} for outcome in outcomes],
+        "published": states["published"],
+        "rejected": states["rejected"],
+        "failed": states["failed"],
+        "averages": means | ({"after the gate": sum(used) / len(used)} if used else {}),
+        "seconds": round(seconds, 1),
+    }
