@@ -94,13 +94,15 @@ def code_version() -> str:
 def clean_error(error: BaseException) -> CappyError | None:
     """Return the `CappyError` behind an exception Ray wrapped, or None where there is none.
 
-    Ray keeps a task's exception as `cause`; of an actor that failed to start it keeps the text alone.
+    Ray keeps a task's exception as `cause`, in an error of its own that is a `CappyError` too but says the worker's whole
+    traceback; of an actor that failed to start it keeps the text alone.
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, CappyError):
+        cause = getattr(seen, "cause", None)
+        if isinstance(seen, CappyError) and cause is None:
             return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
+        seen = cause or seen.__cause__
     found = re.findall(r"(CappyError|UsageError): (.+)", str(error))
     if not found:
         return None

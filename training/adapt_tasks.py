@@ -208,7 +208,7 @@ def _adapt(config: Config, base: Base, tasks: list[Task]) -> Iterator[tuple[Task
                 yield task, ray.get(reference)
             except Exception as error:  # whatever it was, the others go on
                 # Ray's own is an instance of what it wraps, but its text is the whole traceback.
-                clean = clean_error(getattr(error, "cause", None) or error)
+                clean = clean_error(error)
                 reason = str(clean) if clean else f"{type(error).__name__}: {_last_line(error)}"
                 yield task, {"task": task.name, "state": "failed", "error": reason, "uri": None, "use": base.name if base.scorer else None}
 
