@@ -117,13 +117,13 @@ def compare(
     labels_RC, present_RC = padded(rows, "label")
     scores_RC, _ = padded(rows, "score")
     means_RC = padded(rows, "logprob")[0] / np.maximum(padded(rows, "tokens")[0], 1)
-    blends = logprob_weight is not None and not np.isnan(means_RC[present_RC]).any()
     picks = {
         **baseline_picks,
         "scorer": metrics.best_first(scores_RC, present_RC),
-        **({"blend": metrics.best_first(blended(scores_RC, means_RC, logprob_weight), present_RC)} if blends else {}),
-        "oracle": metrics.best_first(labels_RC, present_RC),
     }
+    if logprob_weight is not None and not np.isnan(means_RC[present_RC]).any():
+        picks["blend"] = metrics.best_first(np.asarray(blended(scores_RC, means_RC, logprob_weight), np.float64), present_RC)
+    picks["oracle"] = metrics.best_first(labels_RC, present_RC)
     methods = list(picks)
     values_RM = np.stack([labels_RC[np.arange(len(rows)), picks[method]] for method in methods], axis=1)
     names, tasks_R = np.unique([row["dataset"] for row in rows], return_inverse=True)
