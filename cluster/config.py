@@ -493,6 +493,15 @@ class TrainingConfig(Section):
     """Run the model through `torch.compile`: minutes at the start for less time a step."""
     window: int = Field(4096, ge=1)
     """Pairs shuffled and sorted by length together before they are cut into steps."""
+    validate_every: int | None = Field(None, ge=1)
+    """Optimizer steps between validations; null is once an epoch. The end of the run has one too."""
+    best_by: Literal["selection", "mse", "spearman", "pairwise_accuracy", "accuracy", "last"] | None = None
+    """The figure by which one of the validated states is published; `last` is the last state. Null is `selection`, the mean label of
+    the best-scored sampled candidate, where the validation rows have sampled candidates, else `mse`."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many validations in a row without a better one; null trains to the end."""
+    blend_rows: int = Field(500, ge=0)
+    """Train instructions on which the weight of the LLM's log-probability in the choice is fitted; 0 fits none."""
     checkpoint_every: int = Field(200, ge=1)
     """Optimizer steps between checkpoints."""
     checkpoints_kept: int = Field(2, ge=1)
@@ -511,6 +520,8 @@ class TrainingConfig(Section):
             raise ValueError(f"min_workers={self.min_workers} is above workers={self.workers}; lower it")
         if self.batch_by == "tokens" and self.objective.grouped:
             raise ValueError("batch_by=tokens would part the candidates that the objective compares; use batch_by=pairs")
+        if self.best_by == "last" and self.patience is not None:
+            raise ValueError(f"patience={self.patience} needs a figure to get better, and best_by=last names none; set best_by")
         if self.window < self.batch_size:
             raise ValueError(f"window={self.window} is below batch_size={self.batch_size}; use several times the batch size")
         return self
@@ -615,6 +626,9 @@ class ServingConfig(Section):
     """Candidates sampled for a request that does not say how many."""
     max_candidates: int = Field(64, ge=1, le=256)
     """Largest number of candidates a request may ask for."""
+    selection: Literal["blend", "scorer"] = "blend"
+    """`blend` chooses by score and the LLM's mean log-probability at the weight fitted with the scorer, and by the score alone where
+    there is no weight or no log-probability; `scorer` always by the score alone."""
     llm_replicas: int = Field(1, ge=1)
     scorer_replicas: int = Field(1, ge=1)
     max_concurrency: int = Field(32, ge=1)

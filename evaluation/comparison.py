@@ -16,12 +16,13 @@ from cluster.config import EvaluationConfig
 from cluster.errors import CappyError
 from evaluation import metrics
 from evaluation.metrics import Booleans, Floats, Integers
+from training.blend import blended
 from training.validation import rank_agreement
 
 BASELINES = ("greedy", "sample", "self_sum", "self_mean")
 """Ways to answer without a scorer: the greedy candidate, one sample, the likeliest by sum or by mean log-probability."""
-METHODS = (*BASELINES, "scorer", "oracle")
-"""All that are compared, in the order shown."""
+METHODS = (*BASELINES, "scorer", "blend", "oracle")
+"""All that are compared, in the order shown; `blend` is the scorer with the LLM's log-probability (`training.blend`)."""
 _CURVE_POINTS = 32
 _CALIBRATION_BINS = 10
 
@@ -101,8 +102,12 @@ def padded(rows: Sequence[Row], field: str) -> tuple[Floats, Booleans]:
     return values_RC, present_RC
 
 
-def compare(rows: Sequence[Row], baseline_picks: Mapping[str, Integers], settings: EvaluationConfig, seed: int) -> Comparison:
+def compare(
+    rows: Sequence[Row], baseline_picks: Mapping[str, Integers], settings: EvaluationConfig, seed: int, logprob_weight: float | None = None
+) -> Comparison:
     """Compare the picks by `score` with the baselines' and the oracle's on scored rows.
+
+    With `logprob_weight`, and log-probabilities and token counts for all candidates, `blend` is compared too.
 
     `results` has, in points of Rouge-L (0 to 100) with bootstrap intervals: `averages` over tasks by method; `per_task`;
     `best_baseline`, the one with the highest average; `gain`, scorer minus that baseline, paired; `gap_closed`, the share of
@@ -111,11 +116,14 @@ def compare(rows: Sequence[Row], baseline_picks: Mapping[str, Integers], setting
     """
     labels_RC, present_RC = padded(rows, "label")
     scores_RC, _ = padded(rows, "score")
+    means_RC = padded(rows, "logprob")[0] / np.maximum(padded(rows, "tokens")[0], 1)
     picks = {
         **baseline_picks,
         "scorer": metrics.best_first(scores_RC, present_RC),
-        "oracle": metrics.best_first(labels_RC, present_RC),
     }
+    if logprob_weight is not None and not np.isnan(means_RC[present_RC]).any():
+        picks["blend"] = metrics.best_first(np.asarray(blended(scores_RC, means_RC, logprob_weight), np.float64), present_RC)
+    picks["oracle"] = metrics.best_first(labels_RC, present_RC)
     methods = list(picks)
     values_RM = np.stack([labels_RC[np.arange(len(rows)), picks[method]] for method in methods], axis=1)
     names, tasks_R = np.unique([row["dataset"] for row in rows], return_inverse=True)

@@ -25,6 +25,7 @@ NAMES = {
     "self_sum": "Self-score, sum",
     "self_mean": "Self-score, mean",
     "scorer": "Scorer",
+    "blend": "Scorer + log-probability",
     "oracle": "Oracle",
     "random": "Random pick",
 }

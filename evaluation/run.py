@@ -44,7 +44,7 @@ _CANDIDATE = pa.struct(
 
 
 class Scoring(Protocol):
-    """Anything that scores pairs: our scorer, or a rival in its place."""
+    """Anything that scores pairs: our scorer, or a rival in its place. A `logprob_weight` it has makes the blend a method too."""
 
     def score(self, instructions: list[str], responses: list[str]) -> NDArray[np.floating[Any]]:
         """Return one number a pair, higher is better."""
@@ -73,10 +73,15 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
     for name, reason in base.left_out.items():
         say(f"evaluate: {name} is left out: {reason}")
     adapted = adapted_scorers(config) if config.evaluation.adapted else {}
-    scored = score_by_task(base.rows, adapted, config, load) if config.evaluation.adapted else score_rows(load(config), base.rows)
-    compared = compare(scored, base.picks, config.evaluation, config.seed)
+    if config.evaluation.adapted:
+        scored, weight = score_by_task(base.rows, adapted, config, load), None  # each scorer would have a weight of its own
+    else:
+        scorer = load(config)
+        scored, weight = score_rows(scorer, base.rows), getattr(scorer, "logprob_weight", None)
+    compared = compare(scored, base.picks, config.evaluation, config.seed, weight)
     results = {
         **compared.results,
+        "logprob_weight": weight,
         "left_out": base.left_out,
         "skipped": {"without_samples": without, "incomplete": base.incomplete},
         "made": {**_provenance(config, dataset, uri), "adapted": sorted(adapted.values())},

@@ -15,6 +15,7 @@ HEADERS = {
     "self_sum": "self-sum",
     "self_mean": "self-mean",
     "scorer": "scorer",
+    "blend": "blend",
     "oracle": "oracle",
 }
 

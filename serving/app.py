@@ -45,6 +45,7 @@ class Backend:
 
     def __init__(self, llm: Any, scorer: Any) -> None:
         self.llm, self.scorer = llm, scorer
+        self._weight: asyncio.Task[float | None] | None = None
 
     async def sample(self, turns: Sequence[Message], decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
         sampled: Sampled = await answer(self.llm.sample.remote(turns, decodings, seeds), "the LLM")
@@ -53,6 +54,12 @@ class Backend:
     async def score(self, instruction: str, responses: Sequence[str]) -> list[float]:
         scores: list[float] = await answer(self.scorer.score.remote((instruction, list(responses))), "the scorer")
         return scores
+
+    async def logprob_weight(self) -> float | None:
+        # Asked once: a scorer that is replaced is the same one. A failed answer is not kept.
+        if self._weight is None or (self._weight.done() and (self._weight.cancelled() or self._weight.exception())):
+            self._weight = asyncio.ensure_future(answer(self.scorer.logprob_weight.remote(), "the scorer"))
+        return await asyncio.shield(self._weight)
 
     async def ready(self) -> dict[str, bool]:
         return {"llm": await _ready(self.llm), "scorer": await _ready(self.scorer)}

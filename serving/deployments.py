@@ -109,6 +109,10 @@ class Scorer:
             starts.append(starts[-1] + len(responses))
         return [scores[start:end] for start, end in itertools.pairwise(starts)]
 
+    async def logprob_weight(self) -> float | None:
+        """The weight of the LLM's mean log-probability that was fitted with the scorer, None where there is none."""
+        return self.model.logprob_weight
+
     async def ready(self) -> bool:
         """Whether the scorer can answer."""
         return True

@@ -38,6 +38,9 @@ class Backend(Protocol):
     def score(self, instruction: str, responses: Sequence[str]) -> Awaitable[list[float]]:
         """Return one raw logit for each response."""
 
+    def logprob_weight(self) -> Awaitable[float | None]:
+        """Return the blend's weight that was fitted with the scorer, None where there is none."""
+
     def ready(self) -> Awaitable[dict[str, bool]]:
         """Return whether each model can answer, by its name."""
 
@@ -122,11 +125,14 @@ async def _complete(
     drawn = time.monotonic()
     responses = protocol.distinct(candidates)
     score_of = dict(zip(responses, await backend.score(request.instruction, responses), strict=True))
+    scores = [score_of[candidate["response"]] for candidate in candidates]
+    weight = await backend.logprob_weight() if config.serving.selection == "blend" else None
     scored = time.monotonic()
     return protocol.completion(
         request,
         candidates,
-        [score_of[candidate["response"]] for candidate in candidates],
+        scores,
+        protocol.preferences(candidates, scores, weight),
         prompt_tokens=sampled["prompt_tokens"],
         scorer=config.scorer_uri,
         latency=protocol.Latency(sampling_s=round(drawn - start, 4), scoring_s=round(scored - drawn, 4)),

@@ -12,12 +12,14 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.config import Config, DecodingConfig
 from cluster.errors import CappyError
 from generation.engines import Candidate
 from generation.prompts import Message
+from training.blend import blended
 
 
 class ApiError(CappyError):
@@ -339,10 +341,23 @@ def select(candidates: Sequence[Candidate], scores: Sequence[float], n: int) -> 
     return [*first_of.values(), *(position for position in ranked if position not in firsts)][:n]
 
 
+def preferences(candidates: Sequence[Candidate], scores: Sequence[float], weight: float | None) -> list[float]:
+    """Return what candidates are ranked by: their scores, or with `weight` the blend with the LLM's mean log-probability.
+
+    The scores alone where one of the candidates has no log-probability: its rank would be chance.
+    """
+    means = [None if each["logprob"] is None else each["logprob"] / max(each["tokens"], 1) for each in candidates]
+    known = [mean for mean in means if mean is not None]
+    if weight is None or len(known) < len(means):
+        return list(scores)
+    return [float(value) for value in blended(np.array(scores), np.array(known), weight)]
+
+
 def completion(
     request: ChatRequest,
     candidates: Sequence[Candidate],
     scores: Sequence[float],
+    preferences: Sequence[float],
     *,
     prompt_tokens: int,
     scorer: str,
@@ -350,8 +365,8 @@ def completion(
     identity: str,
     created: int,
 ) -> ChatCompletion:
-    """Return the answer: the best `request.n` candidates as choices, and all of them under `cappy` when asked."""
-    chosen = select(candidates, scores, request.n)
+    """Return the answer: the `request.n` most preferred candidates as choices, and all of them under `cappy` when asked."""
+    chosen = select(candidates, preferences, request.n)
     completion_tokens = sum(candidates[position]["tokens"] for position in chosen)
     answer = ChatCompletion(
         id=identity,
@@ -375,7 +390,7 @@ def completion(
                     score=scores[position] if math.isfinite(scores[position]) else None,
                     chosen=position in chosen,
                 )
-                for position in rank(candidates, scores)
+                for position in rank(candidates, preferences)
             ],
             scorer=scorer,
             sampled_tokens=sum(candidate["tokens"] for candidate in candidates),

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.config import Config
+from cluster.config import Config, ObjectiveConfig
 
 
 def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes:
@@ -33,7 +33,7 @@ def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes:
     axes.plot(
         [line["step"] for line in validated], [line["validation"]["mse"] for line in validated], "o", color="#c8552d", label="validation"
     )
-    axes.set(xlabel="optimizer step", ylabel="mean squared error")
+    axes.set(xlabel="optimizer step", ylabel="loss; validation: mean squared error")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -42,17 +42,73 @@ def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes:
     return sink.getvalue()
 
 
+def calibration_plot(groups: Sequence[dict[str, float]]) -> bytes:
+    """Return an SVG of mean label against mean score of groups of validation pairs, with counts; `groups` are `Fit.calibration`'s."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    scores, labels = [group["score"] for group in groups], [group["label"] for group in groups]
+    axes.plot([0, 1], [0, 1], color="#b9c6d8", linewidth=0.8)
+    axes.plot(scores, labels, "o-", color="#1f5fa8")
+    axes.set(ylabel="mean label", ylim=(-0.03, 1.03))
+    counts.bar(scores, [group["count"] for group in groups], width=0.06, color="#b9c6d8")
+    for group in groups:
+        counts.annotate(f"{group['count']:,.0f}", (group["score"], group["count"]), ha="center", va="bottom", fontsize=7)
+    counts.set(xlabel="score, mean of the group", ylabel="pairs")
+    counts.margins(y=0.25)
+    for each in (axes, counts):
+        each.spines[["top", "right"]].set_visible(False)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None})
+    return sink.getvalue()
+
+
+_FIGURES = (
+    ("mse", "MSE, validation"),
+    ("spearman", "Spearman within instruction, validation"),
+    ("pairwise_accuracy", "Pairwise accuracy within instruction, validation"),
+    ("selection", "Mean label of the best-scored sampled candidate"),
+    ("random", "... of a random one"),
+    ("greedy", "... of the greedy one"),
+    ("self_sum", "... of the likeliest by sum of log-probabilities"),
+    ("self_mean", "... of the likeliest by mean log-probability"),
+    ("oracle", "... of the best one"),
+    ("accuracy", "Accuracy of the best-scored choice"),
+)
+
+
 def model_card(config: Config, summary: dict[str, Any], dataset: dict[str, Any]) -> str:
     """Return the model card as Markdown; `dataset` is the manifest of the set it was trained on."""
     validation = summary["validation"]
     rows = [
         ("MSE, train (last epoch)", summary["train_mse"]),
-        ("MSE, validation", validation.get("mse")),
-        ("Spearman within instruction, validation", validation.get("spearman")),
-        ("Pairwise accuracy within instruction, validation", validation.get("pairwise_accuracy")),
+        *((title, validation.get(name)) for name, title in _FIGURES),
     ]
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in rows if value is not None)
     training = config.training
+    best, blend = summary["best"], summary["blend"]
+    chosen = f"the best of the validated states by {best['metric']}, step {best['step']:,}" if best["metric"] else "the last state"
+    calibration = (
+        """Validation pairs in groups by score: an answer with a score on the grey line is as good as its score says.
+
+![calibration](calibration.svg)
+
+"""
+        if summary["calibration"]
+        else ""
+    )
+    blended = (
+        f"""Where the LLM gives log-probabilities, candidates can be chosen by score + {blend["logprob_weight"]:g} x mean log-probability
+per token. The weight was fitted on {blend["rows"]:,} train rows: mean label {blend["selection_train"]:.4f} by the score alone,
+{blend["selection_train_blend"]:.4f} so.
+
+"""
+        if blend
+        else ""
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
@@ -80,9 +136,11 @@ Where a pair has more than {config.scorer.max_length} tokens the instruction is 
 
 ![loss](loss.svg)
 
-Trained on {summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.scorer.max_length} tokens) of `{config.dataset_uri}`
+{calibration}{blended}Trained on
+{summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.scorer.max_length} tokens) of `{config.dataset_uri}`
 (written by {dataset.get("code_version", "unknown code")}): {summary["epochs"]} epochs, {summary["steps"]:,} steps of
-{training.batch_size} pairs, AdamW at {training.learning_rate:g} with a {training.schedule} schedule, mean squared error on the raw logit.
+{training.batch_size} pairs, AdamW at {training.learning_rate:g} with a {training.schedule} schedule. Loss: {objective(training.objective)}.
+Published is {chosen}.
 `config.yaml` holds every setting, `metrics.jsonl` every logged step.
 """
 
@@ -135,3 +193,12 @@ Trained {trained} on {result["pairs"]:,} pairs ({result["distinct_pairs"]:,} dis
 {result["steps"]:,} steps of {config.adapt.batch_size} pairs, AdamW at {result["learning_rate"]:g}. `config.yaml` holds every setting,
 `results.json` the figures.
 """
+
+
+def objective(config: ObjectiveConfig) -> str:
+    """The objective in words."""
+    terms = (("mean squared error on the raw logit", config.mse), ("pairwise", config.pairwise), ("listwise", config.listwise))
+    weighted = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in terms if weight]
+    towards = {"plain": "labels", "power": f"labels to the power of {config.power:g}", "rank": "ranks of labels within the instruction"}
+    temperature = f" (temperature {config.temperature:g})" if config.pairwise or config.listwise else ""
+    return f"{' + '.join(weighted)}{temperature}, towards {towards[config.labels]}"

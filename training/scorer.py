@@ -207,6 +207,7 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
         raise UsageError(
             f"scorer.max_length={scorer.max_length} is above the {longest_input(model)} tokens {scorer.encoder} can read; lower it"
         )
+    model.config.cappy = None  # a blend's weight was fitted with the weights that are about to change
     # sentence-transformers and vLLM put a sigmoid on a single label unless the config says otherwise.
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
     return model
@@ -274,7 +275,21 @@ class Scorer:
         if said.get("sha256", "") not in ("", lora.weights_sha256(base)):
             raise CappyError(f"{setting}={name}: its base {said['uri']} has other weights than it was adapted from; adapt it again")
         scorer = cls.load(said["uri"], dtype, device, f"base of {setting}={name}")
+        scorer.model.config.cappy = None  # the blend's weight was fitted with the base alone
         return cls(lora.merge(scorer.model, folder, f"{setting}={name}"), scorer.tokenizer, scorer.max_length, dtype, scorer.device)
+
+    @property
+    def logprob_weight(self) -> float | None:
+        """The blend's weight of the LLM's mean log-probability, in score per nat (`training.blend`); None where none was fitted.
+
+        Raises `CappyError` where the config has something else in its place.
+        """
+        ours = getattr(self.model.config, "cappy", None) or {}
+        try:
+            weight = (ours.get("blend") or {}).get("logprob_weight")
+            return None if weight is None else float(weight)
+        except (AttributeError, TypeError, ValueError):
+            raise CappyError(f"config.json has cappy={ours!r}, which no `cappy train` wrote; mend it or take `cappy` out") from None
 
     def score(self, instructions: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """Return the raw logit of each pair, float32 (pairs,), in the order given.

@@ -55,6 +55,7 @@ def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[s
     else:
         storage.refuse_published(uri, "scorer_path", "train")
     dataset = RegressionSet(config.dataset_uri)
+    _refuse_unmeasured(config, dataset)
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
     new_model(folder, config.scorer, config.training, config.seed)
@@ -79,6 +80,14 @@ def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[s
         summary = _publish(config, dataset, uri, state, start)
     storage.tidy(checkpoints)
     return summary
+
+
+def _refuse_unmeasured(config: Config, dataset: RegressionSet) -> None:
+    """Refuse settings that need validation rows where there are none."""
+    training = config.training
+    for name, value in (("best_by", training.best_by if training.best_by != "last" else None), ("patience", training.patience)):
+        if value is not None and not dataset.rows("validation"):
+            raise UsageError(f"training.{name}={value} needs validation rows, and dataset={dataset.uri} has none; set it to null")
 
 
 def identity(config: Config, dataset: dict[str, Any]) -> dict[str, Any]:
@@ -259,10 +268,16 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint
             "pairs_per_second": round(progress["trained"] / max(progress["seconds"], 1e-9), 1),
             "train_mse": progress["train_mse"],
             "validation": progress["validation"],
+            "calibration": progress["calibration"],
+            "best": {key: progress["best"][key] for key in ("metric", "value", "step")},
+            "blend": progress["blend"],
             "cut_pairs": progress["cut_pairs"],
         }
+        model.config.cappy = {"blend": progress["blend"]}
         Scorer(model, tokenizer, config.scorer.max_length).save(target)
         (target / "loss.svg").write_bytes(card.loss_plot([json.loads(line) for line in state.lines]))
+        if progress["calibration"]:
+            (target / "calibration.svg").write_bytes(card.calibration_plot(progress["calibration"]))
         (target / "README.md").write_text(card.model_card(config, summary, dataset.manifest), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         files = storage.upload_folder(target, uri)

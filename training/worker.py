@@ -20,7 +20,8 @@ from cluster import models
 from cluster.config import Config
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
-from training import checkpoint, loop, stream, validation, watch
+from training import blend, checkpoint, loop, stream, validation, watch
+from training.best import Best
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
 from training.stream import Size
 
@@ -64,6 +65,7 @@ class _Worker:
         self.writer = checkpoint.Writer(self.checkpoints, config.training.checkpoints_kept, job["successor"])
         self.stop = loop.Agreement(self.world)
         threading.Thread(target=self._listen, name="cappy-stop", daemon=True).start()
+        self.best = Best(self.checkpoints, config.training, writes=self.rank == 0)
         self.metrics: list[str] = []
         self.progress: dict[str, Any] = {
             "step": 0,
@@ -75,6 +77,10 @@ class _Worker:
             "epoch_pairs": 0,
             "train_mse": None,
             "validation": {},
+            "calibration": [],
+            "best": self.best.books,
+            "blend": None,
+            "finished": False,
         }
 
     def train(self) -> None:
@@ -84,6 +90,8 @@ class _Worker:
             self._validate(only_first=True)
             self._save()
             self.writer.finish()
+        if self.progress["finished"]:
+            return
         self._post(step=self.progress["step"])
         training = self.config.training
         waiting: list[loop.Done] = []
@@ -101,23 +109,29 @@ class _Worker:
             rank=self.rank,
             world=self.world,
         )
-        stopping = False
+        stopping = enough = False
         for done in fitting:
             waiting.append(done)
             stopping = self.stop.reached()
             ended = (done.index + 1) % self.per_epoch == 0
             due = stopping or (done.index + 1) % training.checkpoint_every == 0
-            if ended or due or (done.index + 1) % _LOG_EVERY == 0:
+            last = done.index + 1 == self.total
+            validates = last or (ended if training.validate_every is None else (done.index + 1) % training.validate_every == 0)
+            if ended or due or validates or (done.index + 1) % _LOG_EVERY == 0:
                 self._log(waiting, time.monotonic() - since)
                 if ended:
                     self._end_epoch(done.epoch)
-                if ended or due:
+                if validates:
+                    enough = self._enter_validation(done.epoch)
+                if last or enough:
+                    self._finish()
+                if ended or due or validates:
                     self._save()
                 waiting, since = [], time.monotonic()
-            if stopping:
+            if stopping or enough:
                 break
         self.writer.finish()
-        if self.progress["step"] != self.total and not stopping:
+        if not self.progress["finished"] and not stopping:
             raise CappyError(
                 f"{self.dataset.uri} gave {self.progress['step']} steps of {self.total}: it changed while it was read; train again"
             )
@@ -137,6 +151,7 @@ class _Worker:
             )
         checkpoint.restore(state, self.model, self.optimizer)
         self.progress, self.metrics = state.books["progress"], state.lines
+        self.best.books = self.progress["best"]
         if step:
             self._post(say=f"going on from step {step} of {self.total}")
         return True
@@ -205,19 +220,64 @@ class _Worker:
         progress = self.progress
         progress["train_mse"] = progress["epoch_errors"] / progress["epoch_pairs"]
         progress["epoch_errors"], progress["epoch_pairs"] = 0.0, 0
-        measured = progress["validation"] = self._validate()
-        self._write(step=progress["step"], epoch=epoch, validation=measured)
-        shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items() if name != "pairs" and value is not None]
-        news = f"epoch {epoch + 1} of {self.config.training.epochs}: train mse {progress['train_mse']:.4f}"
-        self._post(say=f"{news}; validation {', '.join(shown)}" if shown else news)
+        self._post(say=f"epoch {epoch + 1} of {self.config.training.epochs}: train mse {progress['train_mse']:.4f}")
 
-    def _validate(self, only_first: bool = False) -> dict[str, float | None]:
-        """Measure the model on the validation split, the workers sharing its instructions; `{}` where there are none."""
-        if not self.dataset.rows("validation"):
-            return {}
+    def _enter_validation(self, epoch: int) -> bool:
+        """Validate and keep what is the best so far; return whether to stop for want of better."""
+        fit = self._validate()
+        if fit is None:
+            return False
+        progress, step, measured = self.progress, self.progress["step"], fit.metrics()
+        is_best = self.best.enter(measured, step, checkpoint.weights(self.model))
+        if is_best or self.best.books["step"] is None:
+            progress["validation"], progress["calibration"] = measured, fit.calibration()
+        progress["best"] = self.best.books
+        self._write(step=step, epoch=epoch, validation=measured)
+        shown = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items() if name != "pairs" and value is not None]
+        self._post(say=f"step {step} of {self.total}: validation {', '.join(shown)}")
+        if step == self.total or not self.best.out_of_patience():
+            return False
+        self._post(say=f"stopping early: {self.best.books['metric']} was best after step {self.best.books['step']}")
+        return True
+
+    def _finish(self) -> None:
+        """Take the weights that are published, and fit the blend's weight with them; the last checkpoint holds both."""
+        loop.sum_over_workers([0.0], self.world, self.device)  # until the first worker has written its file
+        weights = self.best.weights()
+        if weights is not None:
+            checkpoint.restore(checkpoint.State(self.best.books["step"], weights, {}, {}, []), self.model)
+        self.progress["blend"] = self._fit_blend()
+        self.progress["finished"] = True
+
+    def _fit_blend(self) -> dict[str, Any] | None:
+        """Fit the blend's weight on train rows spread over the split; null where they have no log-probabilities."""
+        wanted = self.config.training.blend_rows
+        if not wanted:
+            return None
+        self._ready_to_score()
+        stride = max(self.dataset.rows("train") // wanted, 1)
+        tally, seen = blend.NOTHING, 0
+        for number, table in enumerate(self.dataset.batches("train", _VALIDATION_ROWS, ["instruction", "candidates"])):
+            if number % self.world == self.rank:
+                tally = tally + blend.tally(table.take(np.arange(-seen % stride, len(table), stride)), self.scorer.score)
+            seen += len(table)
+        tally = loop.sum_over_workers(tally, self.world, self.device)
+        weight = blend.fit(tally)
+        if weight is None:
+            return None
+        scorer, blended = (blend.selection(tally, each) for each in (0.0, weight))
+        return {"logprob_weight": weight, "rows": int(tally[0]), "selection_train": scorer, "selection_train_blend": blended}
+
+    def _ready_to_score(self) -> None:
         if self.sharded:
             self.scorer.model.load_state_dict(checkpoint.weights(self.model), strict=False)
         self.scorer.model.eval()
+
+    def _validate(self, only_first: bool = False) -> validation.Fit | None:
+        """Measure the model on the validation split, the workers sharing its instructions; None where there are none."""
+        if not self.dataset.rows("validation"):
+            return None
+        self._ready_to_score()
         fit = validation.NOTHING
         greedy = self.dataset.greedy()
         rows = 2 if only_first else _VALIDATION_ROWS
@@ -226,12 +286,14 @@ class _Worker:
                 fit += validation.measure(table, self.scorer.score, greedy)
             if only_first:
                 break
-        return validation.Fit(loop.sum_over_workers(fit.sums, self.world, self.device)).metrics()
+        return validation.Fit(loop.sum_over_workers(fit.sums, self.world, self.device))
 
     def _save(self) -> None:
         """Copy the state and begin to write it, on the first worker; the others only lend their shards."""
-        books = {"progress": self.progress, "position": self._position(self.progress["step"])}
-        state = checkpoint.capture(self.model, self.optimizer, self.progress["step"], books, self.metrics, keep=self.rank == 0)
+        # A run that stopped early is at its end: nothing is left to do for who goes on from here.
+        step = self.total if self.progress["finished"] else self.progress["step"]
+        books = {"progress": self.progress, "position": self._position(step)}
+        state = checkpoint.capture(self.model, self.optimizer, step, books, self.metrics, keep=self.rank == 0)
         if state:
             self.writer.save(state)
 

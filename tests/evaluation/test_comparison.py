@@ -87,6 +87,18 @@ def test_results_of_two_tasks_by_hand():
     assert results["per_task"]["other"]["methods"]["scorer"]["mean"] == pytest.approx(10)
 
 
+def test_the_blend_adds_the_mean_log_probability_at_its_weight():
+    # Mean log-probabilities are -1/4, -2/4 and -3/4: at weight 2 the first leads by 0.5 and by 1.
+    rows = [scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)), scored((0.4, 0.5), (0.0, 0.9), (0.8, 0.2))]
+    base = baselines(rows, DECODINGS).picks
+    blend = compare(rows, base, EvaluationConfig(resamples=100), 0, logprob_weight=2.0)
+    assert blend.picks["blend"].tolist() == [1, 0]
+    assert blend.results["methods"] == ["greedy", "sample", "self_sum", "self_mean", "scorer", "blend", "oracle"]
+    assert compare(rows, base, EvaluationConfig(resamples=100), 0, logprob_weight=0.0).picks["blend"].tolist() == [1, 1]
+    rows[0]["candidates"][0]["logprob"] = None
+    assert "blend" not in compare(rows, {"greedy": base["greedy"]}, EvaluationConfig(resamples=100), 0, logprob_weight=2.0).picks
+
+
 def test_curves_end_at_the_averages_and_start_at_the_random_pick():
     results = compared([scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)), scored((0.4, 0.9), (0.0, 0.2), (0.8, 0.3), dataset="other")]).results
     curves = results["curves"]

@@ -14,8 +14,8 @@ BODY = {"model": "cappy", "messages": [{"role": "user", "content": "hi"}]}
 class Echo:
     """A backend whose candidates are numbered texts and whose score is their length; `error` and `wait` make it misbehave."""
 
-    def __init__(self, error=None, wait=0.0, up=True):
-        self.error, self.wait, self.up = error, wait, up
+    def __init__(self, error=None, wait=0.0, up=True, weight=None):
+        self.error, self.wait, self.up, self.weight = error, wait, up, weight
         self.read, self.cancelled = [], 0
 
     async def sample(self, turns, decodings, seeds):
@@ -36,6 +36,9 @@ class Echo:
         self.read.append((instruction, list(responses)))
         return [float(len(response)) for response in responses]
 
+    async def logprob_weight(self):
+        return self.weight
+
     async def ready(self):
         return {"llm": self.up, "scorer": True}
 
@@ -52,6 +55,22 @@ async def test_the_best_candidate_answers_and_each_response_is_scored_once():
     assert answer["choices"][0]["message"]["content"] == "xxx"
     assert "cappy" not in answer
     assert backend.read == [("hi", ["", "x", "xx", "xxx"])]
+
+
+@pytest.mark.parametrize(("selection", "best"), [("blend", "xx"), ("scorer", "xxx")])
+async def test_a_fitted_weight_blends_in_the_log_probability_unless_the_server_is_told_not_to(selection, best):
+    class Surer(Echo):
+        async def sample(self, turns, decodings, seeds):
+            sampled = await super().sample(turns, decodings, seeds)
+            for each in sampled["candidates"]:
+                each |= {"tokens": 2, "logprob": -4.0 if each["response"] == "xxx" else -1.0}
+            return sampled
+
+    async with client(Surer(weight=1.0), selection=selection) as http:
+        body = {**BODY, "cappy": {"return_candidates": True}}
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+    assert answer["choices"][0]["message"]["content"] == best
+    assert {each["response"]: each["score"] for each in answer["cappy"]["candidates"]} == {"": 0, "x": 1, "xx": 2, "xxx": 3}
 
 
 @pytest.mark.parametrize(

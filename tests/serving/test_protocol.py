@@ -154,11 +154,20 @@ def test_empty_and_scoreless_responses_rank_last():
     assert select(candidates, [0.9, float("nan"), 0.2], 1) == [2]
 
 
+def test_the_blend_adds_the_mean_log_probability_and_is_left_where_one_is_unknown():
+    candidates = [{**candidate("a", 4), "logprob": -8.0}, {**candidate("b", 2), "logprob": -1.0}, {**candidate("", 0), "logprob": 0.0}]
+    assert protocol.preferences(candidates, [0.9, 0.5, 0.1], 0.5) == pytest.approx([-0.1, 0.25, 0.1])
+    assert protocol.preferences(candidates, [0.9, 0.5, 0.1], None) == [0.9, 0.5, 0.1]
+    unknown = [*candidates, {**candidate("c"), "logprob": None}]
+    assert protocol.preferences(unknown, [0.9, 0.5, 0.1, 0.2], 0.5) == [0.9, 0.5, 0.1, 0.2]
+
+
 def test_usage_counts_the_returned_choices_and_cappy_all_candidates():
     candidates = [candidate("a", 5), candidate("b", 7), candidate("", 1)]
     answer = protocol.completion(
         request(n=2, cappy={"return_candidates": True}),
         candidates,
+        [0.1, 0.2, float("nan")],
         [0.1, 0.2, float("nan")],
         prompt_tokens=10,
         scorer="s",

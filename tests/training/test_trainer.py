@@ -73,7 +73,16 @@ def test_a_run_publishes_a_scorer_that_learned(trained: tuple[Config, dict[str, 
     assert summary["pairs"] == 210 and summary["epochs"] == EPOCHS and summary["steps"] == EPOCHS * 14
     assert summary["train_mse"] < 0.12 and summary["validation"]["mse"] < 0.12
     assert summary["validation"]["spearman"] > 0.5
-    files = {"config.json", "model.safetensors", "tokenizer.json", "config.yaml", "metrics.jsonl", "README.md", "loss.svg"}
+    files = {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "README.md",
+        "loss.svg",
+        "calibration.svg",
+    }
     assert files <= set(manifest["files"])
     assert not storage.exists(storage.join(config.scorer_uri, CHECKPOINTS))
     assert load(Path(config.scorer_uri, "config.yaml")).scorer == config.scorer
@@ -88,6 +97,34 @@ def test_the_published_scorer_loads_and_its_scores_give_the_validation_mse(train
     pairs = [(row["instruction"], each["response"], each["label"]) for row in rows(20, seed=2) for each in row["candidates"]]
     scores = scorer.score([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     assert np.mean((scores - [pair[2] for pair in pairs]) ** 2) == pytest.approx(summary["validation"]["mse"], abs=1e-5)
+
+
+def test_the_best_of_the_validated_states_is_published_with_its_figures(trained: tuple[Config, dict[str, Any]]):
+    config, summary = trained
+    lines = [json.loads(line) for line in Path(config.scorer_uri, "metrics.jsonl").read_text().splitlines()]
+    selection = {line["step"]: line["validation"]["selection"] for line in lines if "validation" in line}
+    assert summary["best"]["metric"] == "selection"
+    assert summary["best"]["step"] == max(selection, key=lambda step: (selection[step], -step))
+    assert summary["validation"]["selection"] == summary["best"]["value"] == max(selection.values())
+    assert summary["validation"]["random"] < summary["validation"]["selection"] <= summary["validation"]["oracle"]
+    assert sum(group["count"] for group in summary["calibration"]) == summary["validation"]["pairs"]
+    # Every candidate of the made set has the same log-probability, so it adds nothing to the score.
+    assert summary["blend"]["logprob_weight"] == Scorer.load(config.scorer_uri).logprob_weight == 0.0
+    assert f"step {summary['best']['step']}" in Path(config.scorer_uri, "README.md").read_text()
+
+
+def test_a_run_that_gets_no_better_stops_early(encoder: Path, tmp_path: Path, ray: Any):
+    publish(str(tmp_path / "dataset"), 70, 20)
+    slow = {"learning_rate": 1e-12, "validate_every": 2, "patience": 2, "best_by": "selection", "blend_rows": 0}
+    summary = trainer.run(settings(str(tmp_path), encoder, epochs=EPOCHS, **slow))
+    assert summary["steps"] == 6 and summary["best"]["step"] == 2 and summary["blend"] is None
+    assert Scorer.load(str(tmp_path / "scorer")).logprob_weight is None
+
+
+def test_what_needs_validation_rows_is_refused_without_them(encoder: Path, tmp_path: Path):
+    publish(str(tmp_path / "dataset"), 4, 0)
+    with pytest.raises(UsageError, match=r"training\.patience=2 needs validation rows"):
+        trainer.run(settings(str(tmp_path), encoder, patience=2))
 
 
 def test_the_log_holds_every_pair_once(trained: tuple[Config, dict[str, Any]]):
@@ -145,7 +182,7 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
 ):
     publish(str(tmp_path / "dataset"), 80, 10)
     # Small steps, so that what happens finds the run between checkpoints.
-    config = settings(str(tmp_path), encoder, epochs=8, batch_size=4, checkpoint_every=20)
+    config = settings(str(tmp_path), encoder, epochs=8, batch_size=4, checkpoint_every=20, validate_every=90)
     process = launch(config, tmp_path)
     _wait_for_step(process, config, 20)
     _worker_of(process).kill()

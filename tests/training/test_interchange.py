@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from benchmarks import interchange
+from cluster.config import Config, ScorerConfig, TrainingConfig
+from serving.app import check_scorer
+from training.scorer import Scorer, load_tokenizer, new_model
+
+INSTRUCTIONS = ["say after me red fox", "please say a dog", "now", "say after me then once again the blue bee", "cow"]
+RESPONSES = ["a red fox", "dog", "the owl again please", "blue", "now then"]
+
+
+def test_the_exported_folder_scores_alike_elsewhere(encoder: Path, tmp_path: Path):
+    model = new_model(encoder, ScorerConfig(max_length=64), TrainingConfig(), seed=3)
+    model.config.cappy = {"blend": {"logprob_weight": 0.05}}
+    Scorer(model, load_tokenizer(encoder, "x", "s"), 64).save(tmp_path)
+    pytest.importorskip("sentence_transformers")
+    found = interchange.compare(tmp_path, INSTRUCTIONS, RESPONSES, without=["vllm"])
+    assert found["pairs"] == 5 and found["score_std"] > 0
+    assert found["transformers_max_diff"] < 1e-6 and found["crossencoder_max_diff"] < 1e-6
+    assert AutoConfig.from_pretrained(tmp_path).cappy == {"blend": {"logprob_weight": 0.05}}
+    assert Scorer.load(str(tmp_path)).logprob_weight == 0.05
+
+
+def test_the_published_layout_loads_scores_and_may_be_served_and_trained(tmp_path: Path):
+    interchange.write_published_layout(tmp_path, interchange.SHAPES["roberta-tiny"], INSTRUCTIONS + RESPONSES)
+    found = interchange.compare(tmp_path, INSTRUCTIONS, RESPONSES, without=["crossencoder", "vllm"])
+    assert found["pairs"] == 5 and found["score_std"] > 0 and found["transformers_max_diff"] < 1e-6
+    scorer = Scorer.load(str(tmp_path))
+    assert scorer.max_length == 512 and scorer.logprob_weight is None
+    check_scorer(Config.model_validate({"scorer_path": str(tmp_path)}))
+    new_model(tmp_path, ScorerConfig(encoder=str(tmp_path)), TrainingConfig(), seed=0)
