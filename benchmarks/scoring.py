@@ -4,9 +4,8 @@
 
 Real T0 pairs (instruction and a reference) through a MiniLM scorer with a head drawn from a seed, cut at 512 tokens by all sides.
 `CrossEncoder.predict` runs as it comes (float32, batches of 32) and with its weights in the dtype ours runs in; the pipeline as it
-comes, a pair at a time, because a list of pairs is what it does by default. The pairs are cut into parts; each side scores each part,
-sides by turns, and a side's rate is the median over the parts of a ratio's numerator and denominator taken together: ratios are
-medians of ratios on equal parts. Differences are against plain float32 scores of pairs that nobody cuts (cutting differs by design:
+comes, which is a pair at a time. The pairs are cut into parts that all sides score by turns; a ratio is the median over the parts.
+Needs `pip install 'cappy-ray[bench]'`. Differences are against plain float32 scores of pairs that nobody cuts (cutting differs by design:
 ours takes the middle of the instruction).
 """
 

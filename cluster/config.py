@@ -489,15 +489,13 @@ class TrainingConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on attention probabilities; 0 lets attention take its fast kernels."""
-    compile: bool = False
-    """Run the model through `torch.compile`: minutes at the start for less time a step."""
     window: int = Field(4096, ge=1)
     """Pairs shuffled and sorted by length together before they are cut into steps."""
     validate_every: int | None = Field(None, ge=1)
     """Optimizer steps between validations; null is once an epoch. The end of the run has one too."""
-    best_by: Literal["selection", "mse", "spearman", "pairwise_accuracy", "accuracy", "last"] | None = None
-    """The figure by which one of the validated states is published; `last` is the last state. Null is `selection`, the mean label of
-    the best-scored sampled candidate, where the validation rows have sampled candidates, else `mse`."""
+    best_by: Literal["last", "selection", "mse", "spearman", "pairwise_accuracy", "accuracy"] = "last"
+    """The figure by which one of the validated states is published, e.g. `selection`, the mean label of the best-scored sampled
+    candidate. `last` publishes the last state: the validation rows have chosen nothing, so `cappy evaluate` may report on them."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many validations in a row without a better one; null trains to the end."""
     blend_rows: int = Field(500, ge=0)
@@ -626,9 +624,9 @@ class ServingConfig(Section):
     """Candidates sampled for a request that does not say how many."""
     max_candidates: int = Field(64, ge=1, le=256)
     """Largest number of candidates a request may ask for."""
-    selection: Literal["blend", "scorer"] = "blend"
-    """`blend` chooses by score and the LLM's mean log-probability at the weight fitted with the scorer, and by the score alone where
-    there is no weight or no log-probability; `scorer` always by the score alone."""
+    selection: Literal["scorer", "blend"] = "scorer"
+    """`scorer` chooses by the score alone, `blend` by score and the LLM's mean log-probability at the weight fitted with the scorer
+    (by the score alone where there is no weight or no log-probability)."""
     llm_replicas: int = Field(1, ge=1)
     scorer_replicas: int = Field(1, ge=1)
     max_concurrency: int = Field(32, ge=1)

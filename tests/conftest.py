@@ -26,9 +26,9 @@ CAPPY = [sys.executable, "-m", "cluster.cli"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files with slow tests first, the whole road before all: what is short then fills the gaps at the end."""
+    """Put the files with slow tests first, the two longest before all: what is short then fills the gaps at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name != "test_end_to_end.py", item.path not in slow))
+    items.sort(key=lambda item: (item.path.name not in ("test_end_to_end.py", "test_trainer.py"), item.path not in slow))
 
 
 def cappy(*arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -151,7 +151,7 @@ def test_the_evaluation_compares_all_methods_on_every_validation_row(road):
     summary = results["evaluate"]
     assert summary["instructions"] == 32 and summary["tasks"] == 2
     averages = {method: figures["mean"] for method, figures in summary["averages"].items()}
-    assert set(averages) == {"greedy", "sample", "self_sum", "self_mean", "scorer", "oracle"}
+    assert set(averages) == {"greedy", "sample", "self_sum", "self_mean", "scorer", "blend", "oracle"}
     assert averages["oracle"] >= max(averages.values()) and averages["oracle"] > averages["sample"]
     assert set(storage.list_files(f"{workspace}/evaluation")) >= {"report.html", "results.json", "rows.parquet", "config.yaml"}
 

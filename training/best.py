@@ -35,12 +35,12 @@ class Best:
 
         Raises `CappyError` where the validation rows do not give the figure wanted.
         """
-        metric = self.training.best_by or ("selection" if metrics.get("selection") is not None else "mse")
+        metric = self.training.best_by
         if metric == "last" or not metrics:
             return False
         if metrics[metric] is None:
             known = ", ".join(name for name, value in metrics.items() if value is not None and name != "pairs")
-            raise CappyError(f"training.best_by={metric}: the validation rows do not give it; choose last, null or one of {known}")
+            raise CappyError(f"training.best_by={metric}: the validation rows do not give it; choose last or one of {known}")
         if not better(metric, metrics[metric], self.books["value"]):
             self.books = {**self.books, "stale": self.books["stale"] + 1}
             return False

@@ -237,8 +237,6 @@ def fit(
     copies = world > 1 and not sharded
     parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if copies else None
     forward: Callable[..., Any] = parallel or model
-    if config.compile:
-        forward = torch.compile(forward, dynamic=True)
     for step in steps:
         model.train()
         torch.manual_seed(int(np.random.SeedSequence([seed, 3, step.index, rank]).generate_state(1, np.uint64)[0] >> 1))

@@ -141,7 +141,7 @@ def saved_ids(place):
 
 
 @pytest.mark.slow
-@both
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_killed_midway_it_publishes_nothing_and_goes_on_without_sampling_finished_units_again(rows, place, tmp_path, unbroken):
     overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=5"]
     log = tmp_path / "sampled.log"

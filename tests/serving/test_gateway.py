@@ -58,7 +58,7 @@ async def test_the_best_candidate_answers_and_each_response_is_scored_once():
 
 
 @pytest.mark.parametrize(("selection", "best"), [("blend", "xx"), ("scorer", "xxx")])
-async def test_a_fitted_weight_blends_in_the_log_probability_unless_the_server_is_told_not_to(selection, best):
+async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is_told_to(selection, best):
     class Surer(Echo):
         async def sample(self, turns, decodings, seeds):
             sampled = await super().sample(turns, decodings, seeds)

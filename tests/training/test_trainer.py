@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from cluster import storage
 from cluster.config import Config, load
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError, Stopped, UsageError
 from cluster.runtime import ray_session
 from tests.training.conftest import publish, rows, settings
 from training import checkpoint, trainer
@@ -57,7 +57,7 @@ def trained(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray: Any) -
     """A finished run and its summary."""
     workspace = tmp_path_factory.mktemp("run")
     publish(str(workspace / "dataset"), 70, 20)
-    config = settings(str(workspace), encoder, epochs=EPOCHS, learning_rate=5e-3)
+    config = settings(str(workspace), encoder, epochs=EPOCHS, learning_rate=5e-3, best_by="selection")
     return config, trainer.run(config)
 
 
@@ -123,8 +123,8 @@ def test_a_run_that_gets_no_better_stops_early(encoder: Path, tmp_path: Path, ra
 
 def test_what_needs_validation_rows_is_refused_without_them(encoder: Path, tmp_path: Path):
     publish(str(tmp_path / "dataset"), 4, 0)
-    with pytest.raises(UsageError, match=r"training\.patience=2 needs validation rows"):
-        trainer.run(settings(str(tmp_path), encoder, patience=2))
+    with pytest.raises(UsageError, match=r"training\.best_by=mse needs validation rows"):
+        trainer.run(settings(str(tmp_path), encoder, best_by="mse", patience=2))
 
 
 def test_the_log_holds_every_pair_once(trained: tuple[Config, dict[str, Any]]):
@@ -187,12 +187,7 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
     _wait_for_step(process, config, 20)
     _worker_of(process).kill()
     _wait_for_step(process, config, _last_step(config) + 20)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    stopped = re.search(r"stopped on SIGTERM after step (\d+) of 480, which is saved", (tmp_path / "log").read_text())
-    assert stopped and int(stopped[1]) == _last_step(config) and "going on from step" in (tmp_path / "log").read_text()
-    process = launch(config, tmp_path)
-    _wait_for_step(process, config, _last_step(config) + 20)
+    assert "going on from step" in (tmp_path / "log").read_text()
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for each in reversed(family):  # the driver first: Ray would go on for some seconds without it
         with suppress(psutil.NoSuchProcess):
@@ -200,8 +195,14 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
     psutil.wait_procs(family, 30)
     newest = max(Path(config.scorer_uri, CHECKPOINTS).glob(f"*/{_last_step(config):08d}-*"))
     (newest / "state.json").write_text("{}")
-    resumed = trainer.run(config)
+    assert threading.current_thread() is threading.main_thread()  # where signals are handled
+    at = _last_step(config)
+    threading.Thread(target=_terminate_me_after, args=(config, at + 20)).start()
+    with pytest.raises(Stopped) as stopped:
+        trainer.run(config)
     assert f"{newest}: state.json does not match its SHA-256" in capfd.readouterr().err
+    assert f"stopped on SIGTERM after step {_last_step(config)} of 480, which is saved" in str(stopped.value)
+    resumed = trainer.run(config)
     whole = trainer.run(config.model_copy(update={"scorer_path": str(tmp_path / "whole")}))
     assert whole["train_mse"] == resumed["train_mse"]
     left, right = weights(str(tmp_path / "whole")), weights(config.scorer_uri)
@@ -235,6 +236,14 @@ def _wait_for_step(process: subprocess.Popen[str], config: Config, step: int) ->
     while _last_step(config) < step:
         assert process.poll() is None and time.monotonic() < deadline, Path(config.workspace, "log").read_text()
         time.sleep(0.05)
+
+
+def _terminate_me_after(config: Config, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while _last_step(config) < step and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if _last_step(config) >= step:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _worker_of(process: subprocess.Popen[str]) -> psutil.Process:

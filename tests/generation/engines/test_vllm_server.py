@@ -67,6 +67,10 @@ def _healthy(url):
         return False
 
 
+def same(left, right):
+    return sum(one["response"] == two["response"] for one, two in zip(left, right, strict=True))
+
+
 @pytest.mark.slow
 def test_vllms_own_server(vllm_server, monkeypatch):
     monkeypatch.setenv("LOCAL_KEY", "very-secret")
@@ -82,7 +86,8 @@ def test_vllms_own_server(vllm_server, monkeypatch):
             llm, form, (sure, GREEDY, 1), (TURNS, WARM, 1), (TURNS, WARM, 1), (TURNS, WARM, 2), (sure, TOP_K, 1), (long, GREEDY, 1)
         )
         assert len(greedy) == 1 and "Paris" in greedy[0]["response"]
-        assert [each["response"] for each in warm] == [each["response"] for each in again] != [each["response"] for each in other]
+        # Up to ties in bfloat16: what else is in the server's batch changes its roundings.
+        assert same(warm, again) >= 2 > same(warm, other)
         assert len({each["response"] for each in warm}) == 3
         # The server took top_k=1 (the candidates are greedy ones, up to ties in bfloat16) and min_tokens.
         assert all("Paris" in each["response"] and each["tokens"] == 12 for each in ranked)
