@@ -128,9 +128,9 @@ def launch(overrides, log):
 
 
 def wait_for_units(place, driver, count=3):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(storage.list_files(f"{place}/_staging/units")) < count:
-        assert driver.poll() is None
+    deadline = time.monotonic() + 300
+    while len(storage.list_files(f"{place}/_staging/units")) < count:
+        assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
 
 

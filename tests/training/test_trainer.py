@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -186,8 +187,8 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
     process = launch(config, tmp_path)
     _wait_for_step(process, config, 20)
     _worker_of(process).kill()
+    _wait_for(process, config, lambda: "going on from step" in (tmp_path / "log").read_text())
     _wait_for_step(process, config, _last_step(config) + 20)
-    assert "going on from step" in (tmp_path / "log").read_text()
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for each in reversed(family):  # the driver first: Ray would go on for some seconds without it
         with suppress(psutil.NoSuchProcess):
@@ -232,8 +233,12 @@ def _last_step(config: Config) -> int:
 
 
 def _wait_for_step(process: subprocess.Popen[str], config: Config, step: int) -> None:
+    _wait_for(process, config, lambda: _last_step(config) >= step)
+
+
+def _wait_for(process: subprocess.Popen[str], config: Config, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
-    while _last_step(config) < step:
+    while not reached():
         assert process.poll() is None and time.monotonic() < deadline, Path(config.workspace, "log").read_text()
         time.sleep(0.05)
 
