@@ -331,5 +331,5 @@ def _publish(
         )
     finally:
         shutil.rmtree(target)
-    storage.delete(storage.join(task.uri, CHECKPOINTS))
+    storage.tidy(storage.join(task.uri, CHECKPOINTS))
     return result

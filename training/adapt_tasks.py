@@ -67,7 +67,7 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
                 say(describe(outcome))
         result = _summarise(uri, config, base, [outcomes[task.name] for task in tasks], time.monotonic() - start)
         storage.write_json(storage.join(uri, RESULTS), result)
-    storage.delete(storage.join(uri, _LEASE))
+    storage.tidy(storage.join(uri, _LEASE))
     return result
 
 
@@ -207,7 +207,6 @@ def _adapt(config: Config, base: Base, tasks: list[Task]) -> Iterator[tuple[Task
             try:
                 yield task, ray.get(reference)
             except Exception as error:  # whatever it was, the others go on
-                # Ray's own is an instance of what it wraps, but its text is the whole traceback.
                 clean = clean_error(error)
                 reason = str(clean) if clean else f"{type(error).__name__}: {_last_line(error)}"
                 yield task, {"task": task.name, "state": "failed", "error": reason, "uri": None, "use": base.name if base.scorer else None}
