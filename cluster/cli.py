@@ -263,11 +263,7 @@ def _show(verb: str, result: dict[str, Any], as_json: bool) -> None:
     if not as_json and verb != "serve":
         from evaluation import inspection
 
-        inspection.show_summary(
-            {"generate": "dataset", "annotate": "dataset", "train": "scorer", "adapt": "adapted", "evaluate": "evaluation"}[verb],
-            result,
-            out,
-        )
+        inspection.show_summary(_KINDS[verb], result, out)
     _finish(result, as_json)
 
 

@@ -72,8 +72,9 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
     base = baselines(rows, dataset.manifest["config"]["sampler"]["decodings"])
     for name, reason in base.left_out.items():
         say(f"evaluate: {name} is left out: {reason}")
-    adapted = adapted_scorers(config) if config.evaluation.adapted else {}
+    adapted: dict[str | None, str] = {}
     if config.evaluation.adapted:
+        adapted = adapted_scorers(config)
         scored, weight = score_by_task(base.rows, adapted, config, load), None  # each scorer would have a weight of its own
     else:
         scorer = load(config)

@@ -7,7 +7,7 @@ checkpoints keep, say which file and its SHA-256. So a run that goes on from any
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from safetensors.torch import load, save
@@ -30,8 +30,8 @@ class Best:
         self.books: dict[str, Any] = {"metric": None, "value": None, "step": None, "sha256": None, "stale": 0}
         """`stale` is the number of validations since the best; all null before the first, and where the last weights are wanted."""
 
-    def enter(self, metrics: Mapping[str, float | None], step: int, weights: Mapping[str, Tensor]) -> bool:
-        """Take note of a validation after `step`; keep the weights where it is the best. Return whether it was.
+    def enter(self, metrics: Mapping[str, float | None], step: int, weights: Callable[[], Mapping[str, Tensor]]) -> bool:
+        """Take note of a validation after `step`; keep the weights, asked for only then, where it is the best. Return whether it was.
 
         Raises `CappyError` where the validation rows do not give the figure wanted.
         """
@@ -44,7 +44,7 @@ class Best:
         if not better(metric, metrics[metric], self.books["value"]):
             self.books = {**self.books, "stale": self.books["stale"] + 1}
             return False
-        data = save(dict(weights))
+        data = save(dict(weights()))
         self.books = {"metric": metric, "value": metrics[metric], "step": step, "sha256": hashlib.sha256(data).hexdigest(), "stale": 0}
         if self.writes:
             storage.write_bytes(self._place(step), data)

@@ -19,6 +19,7 @@ from cluster.config import LoraConfig
 from cluster.errors import CappyError, UsageError
 
 BASE = "base.json"
+_WEIGHTS = "adapter_model.safetensors"
 
 
 def wrap(model: Any, settings: LoraConfig, seed: int) -> Any:
@@ -78,6 +79,8 @@ def merge(model: Any, folder: Path, setting: str) -> Any:
     """
     import peft
 
+    if not (folder / _WEIGHTS).exists():  # peft would look for a pickle next
+        raise CappyError(f"{setting}: the folder of adapters has no {_WEIGHTS}; save it as safetensors")
     try:
         return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (ValueError, RuntimeError, KeyError, OSError) as error:

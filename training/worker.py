@@ -228,7 +228,7 @@ class _Worker:
         if fit is None:
             return False
         progress, step, measured = self.progress, self.progress["step"], fit.metrics()
-        is_best = self.best.enter(measured, step, checkpoint.weights(self.model))
+        is_best = self.best.enter(measured, step, lambda: checkpoint.weights(self.model))
         if is_best or self.best.books["step"] is None:
             progress["validation"], progress["calibration"] = measured, fit.calibration()
         progress["best"] = self.best.books

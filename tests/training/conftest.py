@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cluster import storage
 from cluster.config import Config
+from cluster.runtime import ray_session
 from generation.schema import DATASET
 
 # Two threads on a busy machine wait for each other most of the time; these models are too small to need them.
@@ -23,6 +25,15 @@ torch.set_num_threads(1)
 COLORS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
 ANIMALS = ["fox", "cat", "dog", "hen", "cow", "owl", "bee", "ant"]
 WORDS = [*COLORS, *ANIMALS, "say", "after", "me", "a", "the", "please", "now", "then", "once", "again"]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One embedded Ray for a module, its workers on one thread each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with ray_session():
+            yield
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -12,7 +12,6 @@ from rich.console import Console
 from cluster import storage
 from cluster.config import Config, load
 from cluster.errors import CappyError, UsageError
-from cluster.runtime import ray_session
 from evaluation.run import adapted_scorers, score_by_task
 from evaluation.table import print_adapted
 from tests.training.test_adapt import publish_tasks, published_scorer, settings, task_rows
@@ -49,14 +48,6 @@ def test_lora_without_a_base_is_refused(tmp_path: Path):
 def test_an_objective_that_compares_candidates_is_refused():
     with pytest.raises(UsageError, match=r"training\.objective compares an instruction's candidates"):
         adapt_tasks.run(load(None, ["training.objective.pairwise=1"]))
-
-
-@pytest.fixture(scope="module")
-def ray() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with ray_session():
-            yield
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from cluster.errors import CappyError, UsageError
 from training.best import Best
 
 
-def weights(value: float) -> dict[str, torch.Tensor]:
-    return {"w": torch.full((2,), value)}
+def weights(value: float) -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: {"w": torch.full((2,), value)}
 
 
 def best(folder: Path, **training: object) -> Best:

@@ -90,6 +90,11 @@ def test_adapters_are_refused_without_the_base_they_were_trained_on(encoder: Pat
     adapted(base, tmp_path / "adapter")
     with pytest.raises(CappyError, match=r"adapt\.base=.* holds adapters to a model, not a model"):
         models.resolve(str(tmp_path / "adapter"), "adapt.base")
+    (tmp_path / "pickled").mkdir()
+    for name, content in (("adapter_config.json", None), ("base.json", None), ("adapter_model.bin", b"a pickle"), ("x.safetensors", b"")):
+        (tmp_path / "pickled" / name).write_bytes((tmp_path / "adapter" / name).read_bytes() if content is None else content)
+    with pytest.raises(CappyError, match=r"has no adapter_model\.safetensors"):
+        Scorer.load(str(tmp_path / "pickled"))
     weights = Path(base, "model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\1\1\1")
     with pytest.raises(CappyError, match="has other weights than it was adapted from"):

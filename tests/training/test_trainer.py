@@ -21,7 +21,6 @@ from transformers import AutoModelForSequenceClassification
 from cluster import storage
 from cluster.config import Config, load
 from cluster.errors import CappyError, Stopped, UsageError
-from cluster.runtime import ray_session
 from tests.training.conftest import publish, rows, settings
 from training import checkpoint, trainer
 from training.scorer import CHECKPOINTS, Scorer
@@ -34,23 +33,10 @@ import json
 import sys
 
 from cluster.config import load
-from cluster.errors import Stopped
 from training import trainer
 if __name__ == "__main__":
-    try:
-        print(json.dumps(trainer.run(load(sys.argv[1]))))
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
+    print(json.dumps(trainer.run(load(sys.argv[1]))))
 """
-
-
-@pytest.fixture(scope="module")
-def ray() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with ray_session():
-            yield
 
 
 @pytest.fixture(scope="module")
