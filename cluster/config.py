@@ -375,6 +375,9 @@ class GenerateConfig(Section):
     """References of other instructions of the same dataset added with label 0.0, for each reference."""
     hard_mismatched: int = Field(0, ge=0, le=16)
     """The same, of other instructions of the same dataset and template."""
+    max_per_bin: int | None = Field(None, ge=1)
+    """Balances the labels: of a train instruction's samples at most this many different ones in each tenth of the label stay in the
+    set, drawn by seed; null keeps all. Validation instructions keep theirs, or nothing could be compared on them."""
     unit_rows: int = Field(32, ge=1)
     """Instructions in a unit of work: what one sampling call takes, what is saved at once and never sampled again."""
     shard_mib: int = Field(128, ge=1)

@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.config import LabelConfig
+from cluster.config import LabelConfig, fingerprint
+from generation.dataset import LABEL_BINS
 from generation.words import Mode, compiled, vocabulary
 
 TEXTS = pa.list_(pa.string())
@@ -117,6 +118,24 @@ def assemble(rows: Sequence[Mapping[str, Any]], config: LabelConfig, model: str)
         [*_given(row), *({**candidate, "label": next(values), "source": "sampled", "model": model} for candidate in row["sampled"])]
         for row in rows
     ]
+
+
+def balanced(candidates: Sequence[dict[str, Any]], most: int, seed: int, row_id: str) -> list[dict[str, Any]]:
+    """Return an instruction's candidates, in order, with at most `most` different samples in each of `LABEL_BINS` bins of the label.
+
+    Which of a bin's samples stay is a function of (seed, row id); of samples alike the first stays. References, choices and
+    mismatched ones all do. Raises `KeyError` for candidates without a label.
+    """
+    bins: dict[int, dict[str, int]] = {}
+    for place, each in enumerate(candidates):
+        if each["source"] == "sampled":
+            bins.setdefault(min(int(each["label"] * LABEL_BINS), LABEL_BINS - 1), {}).setdefault(each["response"], place)
+    kept = {
+        place
+        for places in bins.values()
+        for _, place in sorted(places.items(), key=lambda found: fingerprint(seed, row_id, found[0]))[:most]
+    }
+    return [each for place, each in enumerate(candidates) if each["source"] != "sampled" or place in kept]
 
 
 def _given(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def identity(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
     engine = {key: tree["sampler"]["engine"][key] for key in config.sampler.engine.decides}
-    generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "unit_rows")}
+    generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "max_per_bin", "unit_rows")}
     generate["label"] = annotate.describe(config.generate.label)
     source = {key: tree[key] for key in ("source", "decontaminate")}
     return {"seed": config.seed, **source, "sampler": {**sampler, "engine": engine}, "generate": generate}

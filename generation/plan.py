@@ -76,6 +76,10 @@ def estimate(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_f
         ("bytes of a published pair", _round(rates.bytes_per_pair), rates.origin["bytes_per_pair"]),
         ("mismatched responses", "all found", "fewer in datasets too small or uniform to borrow from"),
     ]
+    if config.generate.max_per_bin is not None:
+        assumptions.append(
+            ("sampled pairs", "all", f"generate.max_per_bin={config.generate.max_per_bin} leaves fewer, by what the labels are")
+        )
     shots = sampler.prompt.shots
     if shots:
         assumptions.append(("tokens of a shot", "an instruction and a reference", f"{shots} of mean length stand before each instruction"))

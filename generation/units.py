@@ -166,7 +166,10 @@ def metadata(table: pa.Table) -> dict[str, Any]:
 def save(staging: str, unit: str, sampled: pa.Table, config: Config) -> dict[str, Any]:
     """Label a sampled unit, save it as one object and return its counts."""
     rows, letters = label(sampled.to_pylist(), config)
-    drawn = [candidate for row in rows for candidate in row["candidates"] if candidate["source"] == "sampled"]
+    if config.generate.max_per_bin is not None and unit.startswith("train-"):
+        most = config.generate.max_per_bin
+        rows = [{**row, "candidates": annotate.balanced(row["candidates"], most, config.seed, row["id"])} for row in rows]
+    drawn = [candidate for pool in sampled["sampled"].to_pylist() for candidate in pool]
     counts = {
         "unit": unit,
         "rows": len(sampled),

@@ -11,7 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from benchmarks.rouge import compare, real_pairs
 from cluster.config import LabelConfig
-from generation.annotate import METRICS, TEXTS, assemble, describe, labels, rouge_l, rouge_l_batch
+from generation.annotate import METRICS, TEXTS, assemble, balanced, describe, labels, rouge_l, rouge_l_batch
 from tests.conftest import SHARED_DATA
 
 ROUGE_SCORE = RougeScorer(["rougeL"], use_stemmer=True)
@@ -253,3 +253,20 @@ def test_the_wrong_choices_of_a_classification_row_are_zero():
         ("No", 0.0, "choice"),
         ("Maybe", 0.0, "choice"),
     ]
+
+
+def test_a_balanced_pool_has_at_most_so_many_different_samples_in_each_tenth_of_the_label():
+    def sample(response, label):
+        return {"response": response, "label": label, "source": "sampled"}
+
+    given = [{"response": "r", "label": 1.0, "source": "reference"}, {"response": "w", "label": 0.0, "source": "mismatched"}]
+    bad, good = [sample(f"bad {n}", 0.05) for n in range(9)], [sample("good", 0.97), sample("best", 1.0), sample("fine", 0.9)]
+    pool = [*given, *bad[:5], *good, *bad[5:], bad[0], sample("middling", 0.5)]
+    kept = balanced(pool, 2, seed=1, row_id="a")
+    assert [each for each in kept if each["source"] != "sampled"] == given
+    assert sum(each["label"] < 0.1 for each in kept[2:]) == 2 and sum(each["label"] >= 0.9 for each in kept[2:]) == 2
+    assert sample("middling", 0.5) in kept and kept == [each for each in [*pool[:-2], pool[-1]] if each in kept]
+    assert balanced(pool, 2, seed=1, row_id="a") == kept
+    assert len({str(balanced(pool, 2, seed=1, row_id=row)) for row in "abcdefgh"}) > 1
+    # Only repeats go where there is room for all.
+    assert balanced(pool, 9, seed=1, row_id="a") == [*pool[:-2], pool[-1]]

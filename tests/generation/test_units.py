@@ -84,3 +84,22 @@ def test_money_spent_on_a_unit_lost_under_way_is_remembered(place):
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(work("train-000001"))
     assert units.spent(place, ["train-000000"]) == pytest.approx(0.1 + 0.3)
+
+
+def test_only_train_instructions_are_balanced_and_all_that_was_sampled_is_counted(tmp_path):
+    config = load(None, ["generate.max_per_bin=1", "sampler.prompt.form=raw"])
+    row = {"id": "a", "instruction": "say", "references": ["number 1 0"], "dataset": "d", "shots": [], "mismatched": []}
+    kept = {}
+    for unit in ("train-000000", "validation-000000"):
+        units.write(units.place(str(tmp_path), "prepared", unit), pa.Table.from_pylist([row], PREPARED))
+        worker = units.UnitWorker(str(tmp_path), config, FixedLLM, in_process(Gate()))
+
+        async def work(worker=worker, unit=unit):
+            return [each async for each in worker(pa.table({"unit": [unit]}))]
+
+        (done,) = asyncio.run(work())[0].to_pylist()
+        assert done["candidates"] == 17 and done["tokens"] == 17 * 3
+        (candidates,) = units.read(units.place(str(tmp_path), "units", unit))["candidates"].to_pylist()
+        kept[unit] = [min(int(each["label"] * 10), 9) for each in candidates if each["source"] == "sampled"]
+    assert len(kept["validation-000000"]) == 17
+    assert sorted(kept["train-000000"]) == sorted(set(kept["validation-000000"]))
