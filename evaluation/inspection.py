@@ -134,6 +134,8 @@ def show_summary(kind: str, summary: dict[str, Any], console: Console) -> None:
     else:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for key, value in _flat(summary):
+            if value is None or isinstance(value, list):  # not measured, or what the card shows as a plot
+                continue
             table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
         console.print(table)
 

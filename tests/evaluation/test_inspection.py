@@ -63,3 +63,10 @@ def test_every_damaged_file_is_named_in_order(tmp_path):
     assert "4 DAMAGED" in shown(result)
     with pytest.raises(CappyError, match=r"is damaged \(.+\); copy or make it again"):
         inspection.run(str(tmp_path), verify=False)
+
+
+def test_a_training_summary_shows_what_was_measured_and_leaves_plots_to_the_card():
+    console = Console(width=160, record=True, file=io.StringIO())
+    summary = {"steps": 3, "validation": {"mse": 0.25, "accuracy": None}, "calibration": [{"count": 9, "score": 0.1, "label": 0.2}]}
+    inspection.show_summary("scorer", summary, console)
+    assert [line.split() for line in console.export_text().splitlines()] == [["steps", "3"], ["validation.mse", "0.25"]]
