@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,30 @@ def _wait_for_s3(environment: dict[str, str], server: subprocess.Popen[bytes], l
         except (BotoCoreError, ClientError):
             time.sleep(0.5)
     raise RuntimeError(f"the S3 server did not come up: {log.read_text()[-2000:]}")
+
+
+_ray = ExitStack()
+atexit.register(_ray.close)
+
+
+@pytest.fixture(scope="module")
+def ray_here(s3_server: dict[str, str]) -> None:
+    """An embedded Ray whose workers reach the S3 server and have one thread each; left running for the next module that asks."""
+    import ray
+
+    from cluster.runtime import ray_session
+
+    if not ray.is_initialized():
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**s3_server, "OMP_NUM_THREADS": "1"}.items():
+                patch.setenv(name, value)
+            _ray.enter_context(ray_session())
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """No Ray in this process: a test starts its own."""
+    _ray.close()
 
 
 @pytest.fixture

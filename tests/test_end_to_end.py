@@ -1,4 +1,7 @@
-"""The whole road with the real small models, through the command line, against a real S3 server."""
+"""The road to a scorer with the real small models, through the command line, against a real S3 server.
+
+Its last stretch, `cappy serve` with a scorer from there, is in `tests/serving/test_app.py`.
+"""
 
 import json
 import os
@@ -7,11 +10,10 @@ import signal
 import subprocess
 import time
 
-import httpx
 import numpy as np
 import pytest
 
-from cluster import ports, storage
+from cluster import storage
 from generation.annotate import rouge_l
 from generation.dataset import RegressionSet
 from tests.conftest import CAPPY, cappy
@@ -113,15 +115,12 @@ def test_inspect_finds_a_damaged_shard(road):
     assert damaged.returncode == 1 and f"{name} does not match its SHA-256" in damaged.stderr
 
 
-def test_the_set_opens_as_ray_hugging_face_and_pandas(road):
+def test_the_set_opens_as_ray_hugging_face_and_pandas(road, ray_here):
     _, workspace, _ = road
     opened = RegressionSet(f"{workspace}/dataset")
     pandas, hugging_face = opened.to_pandas("train"), opened.to_huggingface("train")
     assert list(pandas["id"]) == hugging_face["id"] and len(pandas) == 32
-    from cluster.runtime import ray_session
-
-    with ray_session():
-        assert sorted(row["id"] for row in opened.to_ray("train").take_all()) == sorted(pandas["id"])
+    assert sorted(row["id"] for row in opened.to_ray("train").take_all()) == sorted(pandas["id"])
 
 
 def test_plain_transformers_gives_the_exported_scorer_the_same_scores(road, tmp_path):
@@ -154,39 +153,3 @@ def test_the_evaluation_compares_all_methods_on_every_validation_row(road):
     assert set(averages) == {"greedy", "sample", "self_sum", "self_mean", "scorer", "blend", "oracle"}
     assert averages["oracle"] >= max(averages.values()) and averages["oracle"] > averages["sample"]
     assert set(storage.list_files(f"{workspace}/evaluation")) >= {"report.html", "results.json", "rows.parquet", "config.yaml"}
-
-
-def test_the_server_boosts_with_the_scorer_from_s3_and_answers_the_openai_client(road):
-    import openai
-
-    from training.scorer import Scorer
-
-    config, workspace, _ = road
-    port = ports.free()
-    command = [*CAPPY, "serve", config, "--set", f"serving.port={port}"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
-    try:
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline:
-            assert server.poll() is None, server.stderr.read()
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(1)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        question = "Q: I walked home. Change tense to FUTURE:\nA:"
-        answer = client.chat.completions.create(
-            model="cappy",
-            messages=[{"role": "user", "content": question}],
-            extra_body={"cappy": {"candidates": 4, "return_candidates": True}},
-        )
-        candidates = answer.model_extra["cappy"]["candidates"]
-        best = max(candidates, key=lambda each: -9.0 if each["score"] is None else each["score"])
-        assert answer.choices[0].message.content == best["response"] and len(candidates) == 4
-        scored = [each for each in candidates if each["score"] is not None]
-        ours = Scorer.load(f"{workspace}/scorer").score([question] * len(scored), [each["response"] for each in scored])
-        assert np.abs(ours - [each["score"] for each in scored]).max() < 1e-4
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0

@@ -15,7 +15,7 @@ def test_of_a_task_that_failed_the_one_line_is_shown_and_not_its_traceback(kind)
 
 
 @pytest.mark.slow
-def test_an_embedded_ray_is_its_own_though_another_cluster_runs_on_the_machine(monkeypatch):
+def test_an_embedded_ray_is_its_own_though_another_cluster_runs_on_the_machine(monkeypatch, no_ray):
     import ray
     from ray.cluster_utils import Cluster
 

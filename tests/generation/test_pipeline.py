@@ -17,20 +17,9 @@ from generation.annotate import rouge_l
 from generation.dataset import RegressionSet
 from tests.generation.fixed_llm import FixedLLM
 
+pytestmark = pytest.mark.usefixtures("ray_here")
 ROWS = 60
 both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_here(s3_server):
-    """One embedded Ray for the module; its workers get the S3 server's environment, as those of `cappy` do."""
-    from cluster.runtime import ray_session
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.items():
-            patch.setenv(name, value)
-        with ray_session():
-            yield
 
 
 def write_rows(path):

@@ -8,12 +8,11 @@ import pytest
 from cluster import storage
 from cluster.config import load
 from cluster.errors import CappyError
-from cluster.runtime import ray_session
 from generation import pipeline
 from generation.dataset import RegressionSet
 from tests.generation.engines.openai_server import OpenAIServer, error, good
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
 
 ROWS, CENT_A_TOKEN = 40, 10_000
 
@@ -36,17 +35,14 @@ def test_the_ceiling_stops_the_run_a_429_cools_it_down_and_a_higher_ceiling_comp
         return load(None, [*settings, decodings, "sampler.model=fox", "generate.unit_rows=4"])
 
     try:
-        with ray_session():
-            with pytest.raises(
-                CappyError, match=r"sampler.engine.max_cost=2: .* with a higher max_cost the same command goes on"
-            ) as stopped:
-                pipeline.run(config(2))
-            spent, asked = server.billed[1] / 100, len(server.bodies)
-            pauses = [later - sooner for sooner, later in zip(server.times, server.times[1:], strict=False)]
-            assert 0 < spent <= 2 and not storage.exists(f"{place}/{storage.MANIFEST}")
-            # Requests under way when the 429 came may still arrive; then there is silence.
-            assert max(pauses) >= 1.9
-            summary = pipeline.run(config(5))
+        with pytest.raises(CappyError, match=r"sampler.engine.max_cost=2: .* with a higher max_cost the same command goes on") as stopped:
+            pipeline.run(config(2))
+        spent, asked = server.billed[1] / 100, len(server.bodies)
+        pauses = [later - sooner for sooner, later in zip(server.times, server.times[1:], strict=False)]
+        assert 0 < spent <= 2 and not storage.exists(f"{place}/{storage.MANIFEST}")
+        # Requests under way when the 429 came may still arrive; then there is silence.
+        assert max(pauses) >= 1.9
+        summary = pipeline.run(config(5))
         answered = Counter(each["x-request-id"] for number, each in enumerate(server.headers) if number != 8)
     finally:
         server.close()

@@ -4,34 +4,25 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from cluster import jobs, storage
+from cluster.cli import app
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
 from generation import pipeline, relabel
 from generation.annotate import TEXTS, labels, rouge_l
 from generation.dataset import RegressionSet, statistics
-from tests.conftest import cappy
 from tests.generation.fixed_llm import FixedLLM
 
+pytestmark = pytest.mark.usefixtures("ray_here")
 ROWS = 30
 CHRF = load(None, ["generate.label.metric=chrf"])
 both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_here(s3_server):
-    from cluster.runtime import ray_session
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.items():
-            patch.setenv(name, value)
-        with ray_session():
-            yield
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(ray_here, tmp_path_factory):
     """A published set on disk, with references, choices, mismatched and sampled candidates."""
     folder = tmp_path_factory.mktemp("made")
     rows = [{"instruction": f"say {n}", "references": [f"number {n}", f"№ {n}"], "dataset": "ab"[n % 2]} for n in range(ROWS)]
@@ -141,10 +132,11 @@ def test_a_destination_begun_with_another_metric_is_refused(made, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_relabels_and_prints_its_summary(made, tmp_path):
-    result = cappy("annotate", made, str(tmp_path / "new"), "--set", "generate.label.metric=exact_match", "--json", RAY_ADDRESS="")
-    assert result.returncode == 0, result.stderr
+    command = ["annotate", made, str(tmp_path / "new"), "--set", "generate.label.metric=exact_match", "--json"]
+    result = CliRunner().invoke(app, command)  # in this process, which has a Ray
+    assert result.exit_code == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["uri"] == str(tmp_path / "new") and summary["pairs"] == sum(summary["labels"])
     assert "labelling" in result.stderr
-    shown = cappy("inspect", str(tmp_path / "new"), COLUMNS="150")
+    shown = CliRunner(env={"COLUMNS": "150"}).invoke(app, ["inspect", str(tmp_path / "new")])
     assert "labels exact_match (version 1)" in shown.stdout

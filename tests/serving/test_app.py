@@ -1,4 +1,4 @@
-"""The real graph: vLLM with SmolLM2, a MiniLM scorer with an untrained head, Serve, asked over HTTP."""
+"""The real graph: `cappy serve` with SmolLM2 on vLLM and a MiniLM scorer (its head untrained) from S3, asked over HTTP."""
 
 import asyncio
 import json
@@ -6,32 +6,27 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
+import boto3
 import httpx
 import numpy as np
 import openai
 import psutil
 import pytest
 
-from cluster import models, ports
+from cluster import models, ports, storage
 from cluster.config import Config, EndpointConfig, ServingConfig
 from cluster.errors import CappyError, UsageError
 from generation.engines import PromptTooLong, RowError
 from generation.engines.endpoint import Endpoint
 from generation.prompts import messages
 from serving import app, client
+from tests.conftest import CAPPY
 from tests.generation.engines.test_vllm_server import GREEDY, TOP_K, TURNS, WARM, ask
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-SERVE = """
-import json, sys
-from cluster import config
-from serving import app
-print(json.dumps(app.run(config.load(None, sys.argv[1:]))))
-"""
 
 
 def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_path):
@@ -60,7 +55,8 @@ def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def scorer(tmp_path_factory) -> Path:
+def scorer(tmp_path_factory, s3_server) -> Iterator[str]:
+    """A scorer folder in object storage, which this process can reach."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -69,7 +65,13 @@ def scorer(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1, problem_type="regression").save_pretrained(folder)
     AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.items():
+            patch.setenv(name, value)
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="served")
+        for name in storage.list_files(str(folder)):
+            storage.write_bytes(f"s3://served/scorer/{name}", storage.read_bytes(f"{folder}/{name}"))
+        yield "s3://served/scorer"
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +79,10 @@ def server(scorer, tmp_path_factory):
     """The URL of a running server and its process."""
     port = ports.free()
     settings = [f"serving.port={port}", f"scorer_path={scorer}", "sampler.engine.max_model_len=1024"]
+    command = [*CAPPY, "serve", *(word for each in settings for word in ("--set", each)), "--json"]
     log = tmp_path_factory.mktemp("log") / "stderr"
     with log.open("w") as stderr:
-        process = subprocess.Popen([sys.executable, "-c", SERVE, *settings], stdout=subprocess.PIPE, stderr=stderr, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 300
@@ -114,7 +117,7 @@ def test_openais_client_gets_the_candidates_the_scorer_likes_best(ai, scorer):
     best = list(dict.fromkeys(candidate["response"] for candidate in candidates))[:2]
     assert [choice.message.content for choice in answer.choices] == best
     responses = [candidate["response"] for candidate in candidates]
-    own = Scorer.load(str(scorer)).score([QUESTION[0]["content"]] * 6, responses)
+    own = Scorer.load(scorer).score([QUESTION[0]["content"]] * 6, responses)
     np.testing.assert_allclose(scores, own, atol=1e-4)
     assert cappy["sampled_tokens"] == sum(candidate["tokens"] for candidate in candidates)
     assert answer.usage.completion_tokens == sum(candidate["tokens"] for candidate in candidates if candidate["chosen"])
@@ -204,8 +207,7 @@ def test_only_loopback_is_bound_and_sigterm_ends_server_and_engine(server):
     os.kill(process.pid, signal.SIGTERM)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert json.loads(stdout)["uri"] == url
-    assert stdout.count("\n") == 1
+    assert json.loads(stdout.splitlines()[-1])["uri"] == url
     _, left = psutil.wait_procs(family, timeout=10)
     assert left == []
     assert "Traceback" not in log.read_text()

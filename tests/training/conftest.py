@@ -16,7 +16,6 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from cluster import storage
 from cluster.config import Config
-from cluster.runtime import ray_session
 from generation.schema import DATASET
 
 # Two threads on a busy machine wait for each other most of the time; these models are too small to need them.
@@ -27,13 +26,12 @@ ANIMALS = ["fox", "cat", "dog", "hen", "cow", "owl", "bee", "ant"]
 WORDS = [*COLORS, *ANIMALS, "say", "after", "me", "a", "the", "please", "now", "then", "once", "again"]
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    """One embedded Ray for a module, its workers on one thread each."""
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Runs told to have one thread a worker, here and in processes started from here, so that they are equal to the bit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        with ray_session():
-            yield
+        yield
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -51,7 +51,7 @@ def test_an_objective_that_compares_candidates_is_refused():
 
 
 @pytest.fixture(scope="module")
-def adapted(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray: Any) -> tuple[Config, dict[str, Any]]:
+def adapted(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> tuple[Config, dict[str, Any]]:
     """Three tasks adapted in one run, one of which has no validation rows."""
     workspace = tmp_path_factory.mktemp("run")
     train = [*task_rows("colors/old", 40, 1), *task_rows("lonely", 5, 2), *task_rows("sides", 30, 3, choices=True)]

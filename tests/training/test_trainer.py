@@ -27,7 +27,7 @@ from training.scorer import CHECKPOINTS, Scorer
 
 pytestmark = pytest.mark.slow
 
-EPOCHS = 6
+EPOCHS, STEPS = 6, 53  # of 4 pairs: small, so that what happens to a run finds it between checkpoints
 RUN = """
 import json
 import sys
@@ -40,11 +40,12 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def trained(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray: Any) -> tuple[Config, dict[str, Any]]:
-    """A finished run and its summary."""
+def trained(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> tuple[Config, dict[str, Any]]:
+    """A finished run that nothing happened to, and its summary."""
     workspace = tmp_path_factory.mktemp("run")
     publish(str(workspace / "dataset"), 70, 20)
-    config = settings(str(workspace), encoder, epochs=EPOCHS, learning_rate=5e-3, best_by="selection")
+    steps = {"batch_size": 4, "checkpoint_every": 20}
+    config = settings(str(workspace), encoder, epochs=EPOCHS, learning_rate=2e-3, best_by="selection", **steps)
     return config, trainer.run(config)
 
 
@@ -57,7 +58,7 @@ def test_a_run_publishes_a_scorer_that_learned(trained: tuple[Config, dict[str, 
     manifest = storage.read_manifest(config.scorer_uri, "scorer", "train")
     assert manifest["summary"] == summary == json.loads(json.dumps(summary))
     assert storage.verify(config.scorer_uri, manifest) == []
-    assert summary["pairs"] == 210 and summary["epochs"] == EPOCHS and summary["steps"] == EPOCHS * 14
+    assert summary["pairs"] == 210 and summary["epochs"] == EPOCHS and summary["steps"] == EPOCHS * STEPS
     assert summary["train_mse"] < 0.12 and summary["validation"]["mse"] < 0.12
     assert summary["validation"]["spearman"] > 0.5
     files = {
@@ -100,7 +101,7 @@ def test_the_best_of_the_validated_states_is_published_with_its_figures(trained:
     assert f"step {summary['best']['step']}" in Path(config.scorer_uri, "README.md").read_text()
 
 
-def test_a_run_that_gets_no_better_stops_early(encoder: Path, tmp_path: Path, ray: Any):
+def test_a_run_that_gets_no_better_stops_early(encoder: Path, tmp_path: Path, ray_here: None):
     publish(str(tmp_path / "dataset"), 70, 20)
     slow = {"learning_rate": 1e-12, "validate_every": 2, "patience": 2, "best_by": "selection", "blend_rows": 0}
     summary = trainer.run(settings(str(tmp_path), encoder, epochs=EPOCHS, **slow))
@@ -143,7 +144,7 @@ def test_an_unfinished_set_and_an_unknown_encoder_are_refused_at_once(encoder: P
         trainer.run(settings(str(tmp_path), encoder))
 
 
-def test_an_error_in_a_worker_reaches_the_operator_as_one_line(encoder: Path, tmp_path: Path, ray: Any):
+def test_an_error_in_a_worker_reaches_the_operator_as_one_line(encoder: Path, tmp_path: Path, ray_here: None):
     publish(str(tmp_path / "dataset"), 70, 20)
     with pytest.raises(CappyError, match=r"^the loss is (nan|inf) near step \d+; lower training.learning_rate \(now 1e\+30\)$"):
         trainer.run(settings(str(tmp_path), encoder, learning_rate=1e30, clip_norm=1e30))
@@ -165,11 +166,10 @@ def test_two_workers_train_from_and_to_object_storage(encoder: Path, bucket: str
 
 
 def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
-    encoder: Path, tmp_path: Path, ray: Any, capfd: pytest.CaptureFixture[str]
+    trained: tuple[Config, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    publish(str(tmp_path / "dataset"), 80, 10)
-    # Small steps, so that what happens finds the run between checkpoints.
-    config = settings(str(tmp_path), encoder, epochs=8, batch_size=4, checkpoint_every=20, validate_every=90)
+    untouched, whole = trained
+    config = untouched.model_copy(update={"scorer_path": str(tmp_path / "scorer")})
     process = launch(config, tmp_path)
     _wait_for_step(process, config, 20)
     _worker_of(process).kill()
@@ -188,11 +188,10 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
     with pytest.raises(Stopped) as stopped:
         trainer.run(config)
     assert f"{newest}: state.json does not match its SHA-256" in capfd.readouterr().err
-    assert f"stopped on SIGTERM after step {_last_step(config)} of 480, which is saved" in str(stopped.value)
+    assert f"stopped on SIGTERM after step {_last_step(config)} of {whole['steps']}, which is saved" in str(stopped.value)
     resumed = trainer.run(config)
-    whole = trainer.run(config.model_copy(update={"scorer_path": str(tmp_path / "whole")}))
     assert whole["train_mse"] == resumed["train_mse"]
-    left, right = weights(str(tmp_path / "whole")), weights(config.scorer_uri)
+    left, right = weights(untouched.scorer_uri), weights(config.scorer_uri)
     assert all(np.array_equal(left[name], right[name]) for name in left)
 
 
@@ -202,7 +201,7 @@ def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
     (folder / "run.yaml").write_text(config.to_yaml())
     return subprocess.Popen(
         [sys.executable, str(folder / "run.py"), str(folder / "run.yaml")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.PIPE,
         stderr=(folder / "log").open("a"),
         text=True,
@@ -225,7 +224,7 @@ def _wait_for_step(process: subprocess.Popen[str], config: Config, step: int) ->
 def _wait_for(process: subprocess.Popen[str], config: Config, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
     while not reached():
-        assert process.poll() is None and time.monotonic() < deadline, Path(config.workspace, "log").read_text()
+        assert process.poll() is None and time.monotonic() < deadline, Path(config.scorer_uri).with_name("log").read_text()
         time.sleep(0.05)
 
 
