@@ -54,7 +54,7 @@ format: setup  ## format the code and mend what the linter can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 bench: setup  ## every benchmark, each against its baseline
-	@for name in rouge prompts generation kills scale training_kills training_workers; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	@for name in rouge prompts generation kills scale training training_memory training_kills training_workers; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lock: setup  ## pin every dependency again into requirements/cpu.lock
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --overrides requirements/overrides.txt --python-version 3.11 \

@@ -1,8 +1,8 @@
 """Candidates per second of the whole generate pipeline against the same vLLM engine driven directly with all prompts at once.
 
 `python -m benchmarks.generation --json -`. Both run in a Ray actor of their own on the demo's train rows, prompts and
-decodings; loading the engine is not counted. The pipeline's clock runs from its first unit's start until its last unit is labelled and
-saved. They take turns, and the ratio is that of the medians.
+decodings; loading and ending the engine are not counted. The pipeline's clock runs from its first unit's start until its last unit is
+labelled and saved. They take turns, and the ratio is that of the medians.
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ from generation.schema import PREPARED
 
 
 class Clock(units.Gate):
-    """A gate that knows when its first unit entered."""
+    """A gate that knows when its first unit entered and its last one, saved by then, left."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._start: float | None = None
+        self._start, self._end = 0.0, 0.0
 
     def enter(self, unit: str, most: float) -> bool | None:
         self._start = self._start or time.time()
         return super().enter(unit, most)
 
-    def start(self) -> float | None:
-        return self._start
+    def leave(self, unit: str, cost: float) -> None:
+        self._end = time.time()
+        super().leave(unit, cost)
+
+    def seconds(self) -> float:
+        return self._end - self._start
 
 
 class Direct(Sampler):
@@ -65,10 +69,9 @@ def through_pipeline(config: Config, rows: list[dict[str, Any]], folder: Path) -
         units.write(units.place(str(folder), "prepared", names[-1]), table)
     gate = ray.remote(num_cpus=0)(Clock).remote()
     results = list(pipeline.plan(str(folder), names, config, engines.load, gate).iter_rows())
-    end = time.time()
     pairs = sum(len(row) for name in names for row in units.read(units.place(str(folder), "units", name))["candidates"].to_pylist())
     totals = {key: sum(result[key] for result in results) for key in ("candidates", "tokens")}
-    return {"seconds": end - ray.get(gate.start.remote()), "pairs": pairs, **totals}
+    return {"seconds": ray.get(gate.seconds.remote()), "pairs": pairs, **totals}
 
 
 def directly(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:

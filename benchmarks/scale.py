@@ -16,15 +16,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.memory import MIB, Peaks, report
 from benchmarks.synthetic import WORDS, SyntheticLLM, text
 from cluster import ports, storage
 from cluster.config import load
@@ -33,8 +33,6 @@ from generation import pipeline
 from generation.dataset import RegressionSet
 
 ROWS = (10_000, 100_000, 1_000_000)
-_LOOK_S = 0.25
-_MIB = 1 << 20
 
 
 def write_source(path: Path, rows: int) -> None:
@@ -46,43 +44,22 @@ def write_source(path: Path, rows: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-class Watch:
-    """The peak private memory of a process and of its descendants, by what they are, in bytes, and the progress it tells at `port`."""
+class Watch(Peaks):
+    """The peaks of memory of a run, and the progress it tells at `port`."""
 
     def __init__(self, pid: int, port: int) -> None:
-        self.peaks: dict[str, int] = {}
         self.done: list[tuple[float, float]] = []
         """Seconds on a clock and instructions done, each time they had grown."""
         self._metrics = f"http://127.0.0.1:{port}/metrics"
-        self._root, self._over = psutil.Process(pid), threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
+        super().__init__(pid, {"UnitWorker": "actor", "": "worker"})
 
-    def _look(self) -> None:
-        while not self._over.wait(_LOOK_S):
-            try:
-                self._count("driver", self._root)
-                for process in self._root.children(recursive=True):
-                    title = process.cmdline()[:1]
-                    if title and title[0].startswith("ray::"):
-                        self._count("actor" if "UnitWorker" in title[0] else "worker", process)
-                self._ask()
-            except (psutil.Error, httpx.HTTPError):  # it ended while we looked, or is not sampling
-                continue
-
-    def _count(self, role: str, process: psutil.Process) -> None:
-        memory = process.memory_info()
-        self.peaks[role] = max(self.peaks.get(role, 0), memory.rss - memory.shared)
-
-    def _ask(self) -> None:
-        families = text_string_to_metric_families(httpx.get(self._metrics).text)
-        done = next(each.samples[0].value for each in families if each.name == "cappy_generate_instructions_done")
-        if not self.done or done > self.done[-1][1]:
-            self.done.append((time.monotonic(), done))
-
-    def end(self) -> None:
-        self._over.set()
-        self._thread.join()
+    def look(self) -> None:
+        super().look()
+        with suppress(httpx.HTTPError):  # it is not sampling
+            families = text_string_to_metric_families(httpx.get(self._metrics).text)
+            done = next(each.samples[0].value for each in families if each.name == "cappy_generate_instructions_done")
+            if not self.done or done > self.done[-1][1]:
+                self.done.append((time.monotonic(), done))
 
     def sampled_per_second(self, rows: int) -> float:
         """Instructions/s from a tenth of the rows on."""
@@ -122,7 +99,7 @@ def measure(rows: int, folder: Path, workspace: str, settings: list[str]) -> dic
         "rows_per_second": round(rows / sum(seconds.values()), 1),
         "pairs_per_second": round(opened.manifest["summary"]["pairs"] / sum(seconds.values()), 1),
         **{f"{stage}_rows_per_second": round(rows / max(each, 1e-6), 1) for stage, each in seconds.items()},
-        **{f"{role}_mib": round(peak / _MIB) for role, peak in sorted(watch.peaks.items())},
+        **{f"{role}_mib": round(peak / MIB) for role, peak in sorted(watch.peaks.items())},
     }
 
 
@@ -142,14 +119,7 @@ def main() -> int:
         for rows in options.rows:
             results.append(measure(rows, Path(name), (options.workspace or f"{name}/sets").rstrip("/"), options.settings))
             say(json.dumps(results[-1]))
-    spread = {
-        key: round(max(values) / min(values), 3)
-        for key in ("rows_per_second", "sampling_rows_per_second", "driver_mib", "actor_mib", "worker_mib")
-        if (values := [each[key] for each in results])
-    }
-    print("  ".join(f"{key}: largest / smallest {value}" for key, value in spread.items()))
-    if options.json:
-        print(json.dumps({"sizes": results, "spread": spread}))
+    report(results, ("rows_per_second", "sampling_rows_per_second", "driver_mib", "actor_mib", "worker_mib"), bool(options.json))
     return 0
 
 

@@ -20,6 +20,8 @@ WORDS = (
     *("runs", "sleeps", "sees", "under", "over", "near", "quickly", "never", "often", "today"),
 )
 
+_SHARD_ROWS = 1 << 14
+
 
 def text(seed: int) -> str:
     """Return eight words; seeds that differ by less than the vocabulary's size give different ones."""
@@ -68,17 +70,20 @@ def publish_set(uri: str, instructions: int) -> None:
     draw = random.Random(1)
     counts, names = {}, []
     for split, count in (("train", instructions), ("validation", 8)):
-        rows = []
-        for number in range(count):
-            said = draw.choices(WORDS, k=draw.randint(2, 20))
-            texts = {" ".join(said): 1.0, " ".join([*said[: len(said) // 2], "wrong"]): 0.5, "something else": 0.0}
-            blank = {"source": "reference", "model": None, "decoding": None, "tokens": None, "finish_reason": None, "logprob": None}
-            candidates = [{"response": text, "label": label, **blank} for text, label in texts.items()]
-            row = {"id": f"{split}{number}", "dataset": "echo", "template": None, "instruction": f"say {' '.join(said)}"}
-            rows.append(row | {"references": [" ".join(said)], "answer_choices": None, "candidates": candidates})
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, DATASET), sink, write_page_checksum=True)
-        names.append(f"data/{split}/part-00000.parquet")
-        storage.write_bytes(storage.join(uri, names[-1]), sink.getvalue().to_pybytes())
+        for part, start in enumerate(range(0, count, _SHARD_ROWS)):
+            rows = [_row(f"{split}{number}", draw) for number in range(start, min(start + _SHARD_ROWS, count))]
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.Table.from_pylist(rows, DATASET), sink, write_page_checksum=True, row_group_size=_SHARD_ROWS // 8)
+            names.append(f"data/{split}/part-{part:05d}.parquet")
+            storage.write_bytes(storage.join(uri, names[-1]), sink.getvalue().to_pybytes())
         counts[split] = {"instructions": count, "pairs": 3 * count}
     storage.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "files": storage.checksums(uri, names)})
+
+
+def _row(name: str, draw: random.Random) -> dict[str, Any]:
+    said = draw.choices(WORDS, k=draw.randint(2, 20))
+    texts = {" ".join(said): 1.0, " ".join([*said[: len(said) // 2], "wrong"]): 0.5, "something else": 0.0}
+    blank = {"source": "reference", "model": None, "decoding": None, "tokens": None, "finish_reason": None, "logprob": None}
+    candidates = [{"response": text, "label": label, **blank} for text, label in texts.items()]
+    row = {"id": name, "dataset": "echo", "template": None, "instruction": f"say {' '.join(said)}"}
+    return row | {"references": [" ".join(said)], "answer_choices": None, "candidates": candidates}

@@ -263,7 +263,7 @@ class Scorer:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise CappyError(f"{setting}={name}: the weights lack {missing}, so no head was trained; run `cappy train` on it first")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device)
+        return cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device)._to_its_dtype()
 
     @classmethod
     def _load_adapted(cls, folder: Path, name: str, dtype: Dtype, device: str | torch.device | None, setting: str) -> Scorer:
@@ -274,9 +274,16 @@ class Scorer:
         base = models.resolve(said["uri"], f"base of {setting}={name}")
         if said.get("sha256", "") not in ("", lora.weights_sha256(base)):
             raise CappyError(f"{setting}={name}: its base {said['uri']} has other weights than it was adapted from; adapt it again")
-        scorer = cls.load(said["uri"], dtype, device, f"base of {setting}={name}")
+        scorer = cls.load(said["uri"], "float32", device, f"base of {setting}={name}")
         scorer.model.config.cappy = None  # the blend's weight was fitted with the base alone
-        return cls(lora.merge(scorer.model, folder, f"{setting}={name}"), scorer.tokenizer, scorer.max_length, dtype, scorer.device)
+        merged = lora.merge(scorer.model, folder, f"{setting}={name}")
+        return cls(merged, scorer.tokenizer, scorer.max_length, dtype, scorer.device)._to_its_dtype()
+
+    def _to_its_dtype(self) -> Scorer:
+        """Keep the weights in the dtype of the products: what is not trained needs no others, and casting them takes time."""
+        if self.dtype == "bfloat16":
+            self.model.to(torch.bfloat16)
+        return self
 
     @property
     def logprob_weight(self) -> float | None:
@@ -312,7 +319,8 @@ class Scorer:
         """Return the raw logit of each tokenised pair, float32 (pairs,), in the order given."""
         scores = np.zeros(len(encoded), np.float32)
         budget = _SCORING_TOKENS[self.device.type]
-        with torch.inference_mode(), autocast(self.dtype, self.device):
+        arithmetic = nullcontext() if self.model.dtype == torch.bfloat16 else autocast(self.dtype, self.device)
+        with torch.inference_mode(), arithmetic:
             for rows in token_batches(encoded.lengths, budget):
                 inputs = pad(encoded, rows, self.tokenizer.pad_token_id, self.device)
                 logits_B1 = self.model(**inputs).logits

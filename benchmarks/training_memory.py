@@ -1,0 +1,74 @@
+"""Memory and pace of `cappy train` at growing numbers of pairs: both should stay as they are.
+
+`python -m benchmarks.training_memory --json -` trains a tiny random encoder, so that what is measured is the reading, shuffling,
+tokenising and bookkeeping, for one epoch of 10,000, 100,000 and 1,000,000 made-up pairs. Memory is private (RSS less shared pages), its
+peak over the run, looked at four times a second, of the driver and of the training worker. Pace is the trainer's own: pairs over the
+seconds between its steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import synthetic
+from benchmarks.memory import MIB, Peaks, report
+from cluster import storage
+from cluster.config import Config, load
+from cluster.progress import say
+from training import trainer
+
+PAIRS = (10_000, 100_000, 1_000_000)
+
+
+def measure(pairs: int, folder: Path) -> dict[str, Any]:
+    """Train on `pairs` pairs; return the pace (pairs/s) and the peaks (MiB)."""
+    workspace = folder / str(pairs)
+    synthetic.publish_set(f"{workspace}/dataset", pairs // 3)
+    config = Config.model_validate(
+        {
+            "workspace": str(workspace),
+            "scorer": {"encoder": str(folder / "encoder"), "max_length": 64, "dtype": "float32"},
+            "training": {"epochs": 1, "batch_size": 256, "checkpoint_every": 200, "blend_rows": 0},
+        }
+    )
+    (workspace / "run.yaml").write_text(config.to_yaml())
+    driver = subprocess.Popen([sys.executable, "-m", "benchmarks.training_memory", "--drive", str(workspace / "run.yaml")])
+    peaks = Peaks(driver.pid, {"RayTrainWorker": "worker"})
+    code = driver.wait()
+    peaks.end()
+    if code:
+        raise SystemExit(f"{pairs} pairs: exit code {code}")
+    summary = storage.read_manifest(config.scorer_uri, "scorer", "train")["summary"]
+    if summary["pairs"] != pairs // 3 * 3:
+        raise SystemExit(f"{pairs} pairs: {summary['pairs']} were trained")
+    pace = round(summary["pairs_per_second"], 1)
+    return {"pairs": pairs, "pairs_per_second": pace, **{f"{role}_mib": round(peak / MIB) for role, peak in sorted(peaks.peaks.items())}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--pairs", type=int, nargs="+", default=PAIRS)
+    parser.add_argument("--drive", help=argparse.SUPPRESS)
+    parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
+    options = parser.parse_args()
+    if options.drive:
+        trainer.run(load(options.drive))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="cappy-training-memory-") as name:
+        synthetic.write_encoder(Path(name, "encoder"))
+        results = []
+        for pairs in options.pairs:
+            results.append(measure(pairs, Path(name)))
+            say(json.dumps(results[-1]))
+    report(results, ("pairs_per_second", "driver_mib", "worker_mib"), bool(options.json))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
