@@ -9,7 +9,8 @@ exactly the pairs an earlier reader got there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,8 @@ _LANES = 8
 _PIECE_ROWS = 256
 _BLOCK_ROWS = 8192
 _COLUMNS = ["instruction", "candidates"]
+
+Item = TypeVar("Item")
 
 
 class Size(NamedTuple):
@@ -64,6 +67,16 @@ def windows(dataset: RegressionSet, split: str, size: int, seed: int, epoch: int
             number += 1
     if held and number >= skip:
         yield _join(waiting)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield the items, each made in a thread while what came before it is worked on; an error comes where its item would have."""
+    end = object()
+    with ThreadPoolExecutor(1, "cappy-ahead") as pool:
+        following = pool.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
 
 
 def _shuffled(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[Pairs]:

@@ -96,7 +96,9 @@ class _Worker:
         training = self.config.training
         waiting: list[loop.Done] = []
         since = time.monotonic()
-        steps = loop.plan(self._windows(), training, self.config.seed, self.rank, self.world, self.progress["step"], self.size)
+        steps = loop.plan(
+            stream.ahead(self._windows()), training, self.config.seed, self.rank, self.world, self.progress["step"], self.size
+        )
         fitting = loop.fit(
             self.model,
             steps,
@@ -170,12 +172,13 @@ class _Worker:
     def _windows(self) -> Iterator[loop.Window]:
         """Tokenised windows from that of the next step on, epoch after epoch."""
         training, scorer = self.config.training, self.config.scorer
+        tokenizer = copy.deepcopy(self.tokenizer)  # they are made in a thread, and a tokenizer serves one at a time
         window_size = loop.window_size(self.size, training)
         first, skip, _ = loop.position(self.progress["step"], self.size, training)
         for epoch in range(first, training.epochs):
             windows = stream.windows(self.dataset, "train", window_size, self.config.seed, epoch, skip, whole=training.objective.grouped)
             for number, pairs in enumerate(windows, skip):
-                encoded = encode_pairs(self.tokenizer, pairs.instructions, pairs.responses, scorer.max_length)
+                encoded = encode_pairs(tokenizer, pairs.instructions, pairs.responses, scorer.max_length)
                 yield loop.Window(epoch, number, encoded, pairs.labels, pairs.groups)
             skip = 0
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,28 @@ def test_a_damaged_shard_is_named(dataset: RegressionSet):
     storage.write_bytes(uri, bytes(data))
     with pytest.raises(CappyError, match=r"part-00000.parquet is damaged"):
         list(stream.windows(dataset, "train", 128, seed=5, epoch=0))
+
+
+def test_the_next_item_is_made_while_one_is_worked_on_and_an_error_comes_in_its_turn():
+    made: list[int] = []
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            yield number
+        raise CappyError("a shard is damaged")
+
+    reader = stream.ahead(items())
+    assert next(reader) == 0
+    wait_until(lambda: made == [0, 1])
+    assert next(reader) == 1 and next(reader) == 2
+    with pytest.raises(CappyError, match="a shard is damaged"):
+        next(reader)
+    assert list(stream.ahead(iter("abc"))) == ["a", "b", "c"]
+
+
+def wait_until(reached, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
