@@ -33,8 +33,6 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Embedded workers inherit it: with busy waiting, OpenMP threads slow down several times once a core is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Likewise: by default glibc keeps freed memory apart for each thread, and workers with many threads grow by it.
-    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
 
