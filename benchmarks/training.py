@@ -133,7 +133,7 @@ class Bench:
         torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     def trainer(self, rounds: int, dropout: float, grouped: bool) -> Iterator[Round]:
         torch.manual_seed(self.seed)
