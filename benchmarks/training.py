@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.pairs import DATA, t0_pairs
@@ -136,6 +136,7 @@ class Bench:
         return float(loss.detach())
 
     def trainer(self, rounds: int, dropout: float, grouped: bool) -> Iterator[Round]:
+        """Hugging Face's Trainer with dynamic padding over the steps of each round; model and optimizer stay."""
         torch.manual_seed(self.seed)
         lengths = self.lengths.tolist()
         draw = np.random.default_rng(self.seed).permutation(len(lengths))
@@ -160,14 +161,16 @@ class Bench:
                     disable_tqdm=True,
                 )
                 clock = _Clock()
-                _InOrder(
+                trainer = _InOrder(
                     model=model,
                     args=arguments,
                     train_dataset=[self.row(row) for row in rows],
                     data_collator=DataCollatorWithPadding(self.tokenizer),
                     optimizers=(optimizer, None),
                     callbacks=[clock],
-                ).train()
+                )
+                trainer.remove_callback(PrinterCallback)
+                trainer.train()
             yield len(rows), clock.seconds
 
     def row(self, row: int) -> dict[str, Any]:

@@ -14,7 +14,9 @@ KINDS = ("unavailable", "reset", "lost_answer", "truncated", "flipped_answer", "
 
 
 class FaultyProxy:
-    """Forwards to `url`; each request suffers one of `kinds` with probability `rate`. `url` of the proxy, `spoiled` counts by kind.
+    """Forwards to `url`; each request suffers one of `kinds` with probability `rate`, both of which may change while it runs.
+
+    `url` of the proxy, `spoiled` counts by kind.
 
     - unavailable: 503 without forwarding; reset: the connection is cut before forwarding;
     - lost_answer: forwarded, then cut; truncated: half of the answer's body;
@@ -23,7 +25,8 @@ class FaultyProxy:
 
     def __init__(self, url: str, kinds: tuple[str, ...], rate: float, seed: int = 0) -> None:
         target = urlsplit(url)
-        draw, lock = random.Random(seed), threading.Lock()
+        draw, lock, proxy = random.Random(seed), threading.Lock(), self
+        self.kinds, self.rate = kinds, rate
         spoiled: Counter[str] = Counter()
 
         class Handler(BaseHTTPRequestHandler):
@@ -31,7 +34,7 @@ class FaultyProxy:
 
             def handle_request(self) -> None:
                 with lock:
-                    kind = draw.choice(kinds) if draw.random() < rate else None
+                    kind = draw.choice(proxy.kinds) if draw.random() < proxy.rate else None
                     place = draw.random()
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if kind == "flipped_request" and body:

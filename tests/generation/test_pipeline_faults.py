@@ -33,21 +33,29 @@ def content(uri):
 
 def test_on_a_bad_wire_to_s3_the_set_is_the_same_or_is_not_published(source, bucket, tmp_path, monkeypatch):
     sound = os.environ["AWS_ENDPOINT_URL"]
-    place = load(None, [source, f"dataset={bucket}/set", "generate.unit_rows=5"])
     with FaultyProxy(sound, KINDS, rate=0.25) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         with ray_session():
-            for _ in range(10):  # the same command again, as the error says
-                try:
-                    pipeline.run(place, load=FixedLLM)
-                    break
-                except Exception as error:
-                    print(clean_error(error))
-                    assert clean_error(error)  # what `cappy` shows: one line, not a traceback
-                    monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
-                    assert not storage.exists(f"{bucket}/set/{storage.MANIFEST}")
-                    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            made_on(proxy, sound, f"{bucket}/all", source, monkeypatch)
+            proxy.kinds, proxy.rate = ("unavailable",), 0.3
+            made_on(proxy, sound, f"{bucket}/storm", source, monkeypatch)
             pipeline.run(load(None, [source, f"dataset={tmp_path}/unbroken"]), load=FixedLLM)
-        assert sum(proxy.spoiled.values()) > 10
     monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
-    assert content(f"{bucket}/set") == content(f"{tmp_path}/unbroken")
+    assert content(f"{bucket}/all") == content(f"{bucket}/storm") == content(f"{tmp_path}/unbroken")
+
+
+def made_on(proxy, sound, place, source, monkeypatch):
+    """Make a set over a bad wire, with the same command again as often as its error says so; nothing is published before."""
+    before = proxy.spoiled.total()
+    config = load(None, [source, f"dataset={place}", "generate.unit_rows=5"])
+    for _ in range(10):
+        try:
+            pipeline.run(config, load=FixedLLM)
+            break
+        except Exception as error:
+            print(clean_error(error))
+            assert clean_error(error)  # what `cappy` shows: one line, not a traceback
+            monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
+            assert not storage.exists(f"{place}/{storage.MANIFEST}")
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    assert proxy.spoiled.total() - before > 10

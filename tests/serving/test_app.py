@@ -207,7 +207,8 @@ def test_only_loopback_is_bound_and_sigterm_ends_server_and_engine(server):
     os.kill(process.pid, signal.SIGTERM)
     stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert json.loads(stdout.splitlines()[-1])["uri"] == url
+    assert json.loads(stdout)["uri"] == url
+    assert stdout.count("\n") == 1
     _, left = psutil.wait_procs(family, timeout=10)
     assert left == []
     assert "Traceback" not in log.read_text()

@@ -59,6 +59,8 @@ def test_a_folder_of_adapters_loads_as_the_scorer_it_was_trained_to(kind: str, e
     loaded = Scorer.load(str(tmp_path / "adapter"))
     assert np.abs(scores - before.score(INSTRUCTIONS, RESPONSES)).max() > 0.1
     assert np.abs(loaded.score(INSTRUCTIONS, RESPONSES) - scores).max() < 1e-5
+    half = Scorer.load(str(tmp_path / "adapter"), "bfloat16")
+    assert half.model.dtype == torch.bfloat16 and np.abs(half.score(INSTRUCTIONS, RESPONSES) - scores).max() < 0.05
     assert loaded.max_length == before.max_length == 48
     assert type(loaded.model) is type(before.model) and not any("lora" in name for name, _ in loaded.model.named_parameters())
     size = sum(file.stat().st_size for file in (tmp_path / "adapter").glob("*.safetensors"))

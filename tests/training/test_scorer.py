@@ -141,7 +141,12 @@ def test_each_encoder_family_becomes_a_one_logit_regression_model(kind: str, set
     assert longest_input(model) == longest
     tokenizer = load_tokenizer(tmp_path, "x", "s")
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    assert Scorer(model, tokenizer, 16).score(["say red"], ["red"]).shape == (1,)
+    whole = Scorer(model, tokenizer, 16)
+    whole.save(tmp_path / "scorer")
+    half = Scorer.load(str(tmp_path / "scorer"), "bfloat16")
+    assert half.model.dtype == torch.bfloat16 and whole.model.dtype == torch.float32
+    scores = whole.score(INSTRUCTIONS, RESPONSES)
+    assert scores.std() > 0 and np.abs(half.score(INSTRUCTIONS, RESPONSES) - scores).max() < 0.02
 
 
 def test_a_length_the_encoder_cannot_read_is_refused(encoder: Path):
