@@ -41,8 +41,7 @@ demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (15
 	@$(BIN)/python -m serving.demo
 
 test: setup  ## all tests, with real small models and a real S3 server
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
-	@$(BIN)/python -m pytest -m alone
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: setup  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m 'not slow'

@@ -22,6 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # Ray's workers give way to everything else by default: on a busy machine, to the other tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# vLLM's engine on CPU computes in one process more, which imports vLLM once more; on one GPU it has none either.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CAPPY = [sys.executable, "-m", "cluster.cli"]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,8 +32,10 @@ def test_every_verb_resolves_to_something_to_call():
 def head(tmp_path_factory, s3_server):
     """A head node of its own; the store's credentials are in its environment, as a role's would be on a cluster."""
     port, dashboard = ports.free(), ports.free()
+    # Not below pytest's folders: a socket's path may have 107 characters, and Ray adds 70.
+    folder = tempfile.mkdtemp(prefix="ray-")
     command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={tmp_path_factory.mktemp('ray')}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
     with (tmp_path_factory.mktemp("log") / "head.log").open("w") as log:
         node = subprocess.Popen(
             command,
@@ -52,6 +56,7 @@ def head(tmp_path_factory, s3_server):
         with suppress(psutil.NoSuchProcess):
             each.kill()
     psutil.wait_procs(family, 10)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _answers(url):
@@ -62,7 +67,6 @@ def _answers(url):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, bucket, tmp_path):
     # Classification rows need no LLM: the endpoint is never asked, and the job stays short.
     rows = [{"instruction": f"is {n} even?", "references": ["yes"], "answer_choices": ["yes", "no"], "dataset": "even"} for n in range(12)]

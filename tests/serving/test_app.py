@@ -82,7 +82,9 @@ def server(scorer, tmp_path_factory):
     command = [*CAPPY, "serve", *(word for each in settings for word in ("--set", each)), "--json"]
     log = tmp_path_factory.mktemp("log") / "stderr"
     with log.open("w") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        # With the engine's processes as a user has them.
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 300
