@@ -101,6 +101,12 @@ def labels(responses: pa.ListArray, references: pa.ListArray, config: LabelConfi
     return metric.labels(responses, references, config.mode) if metric.by_words else metric.labels(responses, references)
 
 
+def warm_up(config: LabelConfig) -> None:
+    """Load the code a metric is compiled to, which takes a second, before its first labels are wanted."""
+    text = pa.array([["a"]], TEXTS)
+    labels(text, text, config)
+
+
 def assemble(rows: Sequence[Mapping[str, Any]], config: LabelConfig, model: str) -> list[list[dict[str, Any]]]:
     """Return the labelled candidates of each instruction (paper, section 3.1), ordered: references, wrong ones, samples.
 

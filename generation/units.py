@@ -90,7 +90,10 @@ class UnitWorker:
     def __init__(self, staging: str, config: Config, load: LoadLLM, gate: Any) -> None:
         self.staging, self.config, self.gate = staging, config, gate
         self.limited = engines.ceiling(config.sampler) is not None
-        self.sampler = Sampler(config.sampler, config.seed, load)
+        with ThreadPoolExecutor(1) as beside:  # while the engine loads
+            warm = beside.submit(annotate.warm_up, config.generate.label)
+            self.sampler = Sampler(config.sampler, config.seed, load)
+            warm.result()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         for unit in batch["unit"].to_pylist():

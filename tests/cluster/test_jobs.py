@@ -31,11 +31,13 @@ def test_every_verb_resolves_to_something_to_call():
 @pytest.fixture(scope="module")
 def head(tmp_path_factory, s3_server):
     """A head node of its own; the store's credentials are in its environment, as a role's would be on a cluster."""
-    port, dashboard = ports.free(), ports.free()
+    port, dashboard, agent = ports.free(), ports.free(), ports.free()
     # Not below pytest's folders: a socket's path may have 107 characters, and Ray adds 70.
     folder = tempfile.mkdtemp(prefix="ray-")
     command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+    # The agent that takes jobs goes on without a port where another Ray on this machine has it.
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
+    command.append(f"--temp-dir={folder}")
     with (tmp_path_factory.mktemp("log") / "head.log").open("w") as log:
         node = subprocess.Popen(
             command,
