@@ -623,10 +623,14 @@ class ServingConfig(Section):
     port: int = Field(8000, ge=1, le=65535)
     model_name: str = "cappy"
     """The name clients put in `model`."""
+    scorer_name: str = "cappy-scorer"
+    """The name of the scorer alone, for the routes that score, rank and classify; they take `model_name` too."""
     candidates: int = Field(8, ge=1, le=256)
     """Candidates sampled for a request that does not say how many."""
     max_candidates: int = Field(64, ge=1, le=256)
     """Largest number of candidates a request may ask for."""
+    max_pairs: int = Field(1000, ge=1)
+    """Largest number of pairs a request may have scored, ranked or classified."""
     selection: Literal["scorer", "blend"] = "scorer"
     """`scorer` chooses by the score alone, `blend` by score and the LLM's mean log-probability at the weight fitted with the scorer
     (by the score alone where there is no weight or no log-probability)."""

@@ -27,7 +27,7 @@ from generation.prompts import Message
 from serving.client import curl_command
 from serving.deployments import LLM, Scorer, answer
 from serving.gateway import build_api
-from serving.protocol import ApiError, Sampled
+from serving.protocol import ApiError, Sampled, Scored
 
 APPLICATION = "cappy"
 # What `training.scorer.CHECKPOINTS` names, without loading torch here.
@@ -51,9 +51,9 @@ class Backend:
         sampled: Sampled = await answer(self.llm.sample.remote(turns, decodings, seeds), "the LLM")
         return sampled
 
-    async def score(self, instruction: str, responses: Sequence[str]) -> list[float]:
-        scores: list[float] = await answer(self.scorer.score.remote((instruction, list(responses))), "the scorer")
-        return scores
+    async def score(self, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
+        scored: Scored = await answer(self.scorer.score.remote((list(instructions), list(responses))), "the scorer")
+        return scored
 
     async def logprob_weight(self) -> float | None:
         # Asked once: a scorer that is replaced is the same one. A failed answer is not kept.

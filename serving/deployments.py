@@ -22,7 +22,7 @@ from cluster.errors import CappyError
 from generation.engines import PromptTooLong
 from generation.engines.vllm import Engine
 from generation.prompts import Message
-from serving.protocol import ApiError, Sampled
+from serving.protocol import ApiError, Sampled, Scored
 
 logger = logging.getLogger("ray.serve")
 
@@ -98,16 +98,14 @@ class Scorer:
         self.model = Model.load(name, dtype="float32", setting=setting)
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)  # type: ignore[untyped-decorator]
-    async def score(self, requests: list[tuple[str, list[str]]]) -> list[list[float]]:
-        """Return the raw logits of each request's responses; a request is an instruction and its responses."""
-        instructions = [instruction for instruction, responses in requests for _ in responses]
-        texts = [response for _, responses in requests for response in responses]
+    async def score(self, requests: list[tuple[list[str], list[str]]]) -> list[Scored]:
+        """Return the raw logits of each request's pairs; a request is its instructions and their responses."""
+        instructions = [instruction for each, _ in requests for instruction in each]
+        texts = [response for _, each in requests for response in each]
         # In a thread, so that the replica's event loop goes on collecting the next batch and answering health checks.
-        scores = (await asyncio.to_thread(self.model.score, instructions, texts)).tolist()
-        starts = [0]
-        for _, responses in requests:
-            starts.append(starts[-1] + len(responses))
-        return [scores[start:end] for start, end in itertools.pairwise(starts)]
+        scores, tokens = await asyncio.to_thread(self.model.score_and_count, instructions, texts)
+        starts = [0, *itertools.accumulate(len(responses) for _, responses in requests)]
+        return [Scored(scores=scores[start:end].tolist(), tokens=tokens[start:end].tolist()) for start, end in itertools.pairwise(starts)]
 
     async def logprob_weight(self) -> float | None:
         """The weight of the LLM's mean log-probability that was fitted with the scorer, None where there is none."""

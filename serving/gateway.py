@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's routes over two functions, one that samples and one that scores. Knows no Ray.
+"""The HTTP side: OpenAI's routes, and those of rerankers, over two functions, one that samples and one that scores. Knows no Ray.
 
 Every answer that is an error has OpenAI's shape. At most `serving.max_concurrency` requests are worked on and
 `serving.max_queue` wait; the next is told to come back instead of waiting for its timeout.
@@ -11,8 +11,8 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -21,12 +21,16 @@ from starlette.exceptions import HTTPException
 from cluster.config import Config, DecodingConfig
 from generation.engines import request_seed
 from generation.prompts import Message
-from serving import protocol
-from serving.protocol import ApiError, Sampled
+from serving import protocol, scoring
+from serving.protocol import ApiError, Sampled, Scored
 
 logger = logging.getLogger("ray.serve")
 MAX_BODY = 1 << 20
 """Largest request body, in bytes."""
+_PAIRS_AT_ONCE = 64
+"""Pairs a call of the scorer takes: a long list is spread over its replicas, and others' requests are scored between."""
+_SCORING = "/v1/score, /v1/rerank, /v2/rerank, /v1/classify"
+T = TypeVar("T")
 
 
 class Backend(Protocol):
@@ -35,8 +39,8 @@ class Backend(Protocol):
     def sample(self, turns: Sequence[Message], decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Awaitable[Sampled]:
         """Return the candidates of a prompt."""
 
-    def score(self, instruction: str, responses: Sequence[str]) -> Awaitable[list[float]]:
-        """Return one raw logit for each response."""
+    def score(self, instructions: Sequence[str], responses: Sequence[str]) -> Awaitable[Scored]:
+        """Return the raw logit of each pair; the lists are of equal length."""
 
     def logprob_weight(self) -> Awaitable[float | None]:
         """Return the blend's weight that was fitted with the scorer, None where there is none."""
@@ -73,8 +77,18 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
     api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None)
     started = int(time.time())
     name = config.serving.model_name
-    model = {"id": name, "object": "model", "created": started, "owned_by": "cappy-ray"}
+    names = (name, config.serving.scorer_name)
+    served = {each: {"id": each, "object": "model", "created": started, "owned_by": "cappy-ray"} for each in names}
     door = Doorman(config.serving.max_concurrency, config.serving.max_queue)
+
+    async def working(work: Callable[[], Awaitable[T]]) -> T:
+        try:
+            async with asyncio.timeout(config.serving.timeout_s), door:
+                return await work()
+        except TimeoutError:
+            raise ApiError(
+                f"no answer within serving.timeout_s={config.serving.timeout_s:g}; ask for less in one request", 504, code="timeout"
+            ) from None
 
     @api.post("/v1/chat/completions", response_model=protocol.ChatCompletion)
     async def chat(http: Request) -> JSONResponse:
@@ -82,25 +96,53 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         request = protocol.parse(await _read(http))
         _known(request.model, name)
         decodings = protocol.decodings_for(request, config)
-        try:
-            async with asyncio.timeout(config.serving.timeout_s), door:
-                answer = await _complete(request, decodings, config, backend)
-        except TimeoutError:
-            raise ApiError(
-                f"no answer within serving.timeout_s={config.serving.timeout_s:g}; ask for fewer candidates or tokens", 504, code="timeout"
-            ) from None
+        answer = await working(lambda: _complete(request, decodings, config, backend))
         return JSONResponse(answer.model_dump(exclude={"cappy"} if answer.cappy is None else None))
+
+    @api.post("/v1/score", response_model=scoring.ScoreAnswer)
+    @api.post("/score", response_model=scoring.ScoreAnswer, include_in_schema=False)
+    async def score(http: Request) -> scoring.ScoreAnswer:
+        """Score pairs of an instruction and a response (vLLM's route)."""
+        request = scoring.parse(scoring.ScoreRequest, await _read(http), config.serving.max_pairs)
+        _known(request.model, *names)
+        scored = await working(lambda: _score(backend, *request.pairs()))
+        return scoring.score_answer(request, scored, uuid.uuid4().hex, int(time.time()))
+
+    async def ranked(http: Request, version: Literal[1, 2]) -> JSONResponse:
+        request = scoring.parse(scoring.RerankRequest, await _read(http), config.serving.max_pairs)
+        _known(request.model, *names)
+        scored = await working(lambda: _score(backend, *request.pairs()))
+        return JSONResponse(scoring.rerank_answer(request, scored, uuid.uuid4().hex, version=version).model_dump(exclude_none=True))
+
+    @api.post("/v1/rerank", response_model=scoring.RerankAnswer)
+    @api.post("/rerank", response_model=scoring.RerankAnswer, include_in_schema=False)
+    async def rerank(http: Request) -> JSONResponse:
+        """Rank documents as responses to a query (Jina's and vLLM's route)."""
+        return await ranked(http, 1)
+
+    @api.post("/v2/rerank", response_model=scoring.RerankAnswer)
+    async def rerank_2(http: Request) -> JSONResponse:
+        """Rank documents as responses to a query (Cohere's route)."""
+        return await ranked(http, 2)
+
+    @api.post("/v1/classify", response_model=scoring.Classification)
+    async def classify(http: Request) -> scoring.Classification:
+        """Choose among answers to an instruction: the scorer alone (paper, section 3.2)."""
+        request = scoring.parse(scoring.ClassifyRequest, await _read(http), config.serving.max_pairs)
+        _known(request.model, *names)
+        scored = await working(lambda: _score(backend, *request.pairs()))
+        return scoring.classification(request, scored, uuid.uuid4().hex, int(time.time()))
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List what `model` may be."""
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": list(served.values())}
 
     @api.get("/v1/models/{asked:path}")
     async def one_model(asked: str) -> dict[str, Any]:
         """Describe one model."""
-        _known(asked, name)
-        return model
+        _known(asked, *names)
+        return served[asked]
 
     @api.get("/health")
     async def health() -> JSONResponse:
@@ -124,10 +166,11 @@ async def _complete(
     candidates = sampled["candidates"]
     drawn = time.monotonic()
     responses = protocol.distinct(candidates)
-    score_of = dict(zip(responses, await backend.score(request.instruction, responses), strict=True))
+    scored = await _score(backend, [request.instruction] * len(responses), responses)
+    score_of = dict(zip(responses, scored["scores"], strict=True))
     scores = [score_of[candidate["response"]] for candidate in candidates]
     weight = await backend.logprob_weight() if config.serving.selection == "blend" else None
-    scored = time.monotonic()
+    done = time.monotonic()
     return protocol.completion(
         request,
         candidates,
@@ -135,10 +178,17 @@ async def _complete(
         protocol.preferences(candidates, scores, weight),
         prompt_tokens=sampled["prompt_tokens"],
         scorer=config.scorer_uri,
-        latency=protocol.Latency(sampling_s=round(drawn - start, 4), scoring_s=round(scored - drawn, 4)),
+        latency=protocol.Latency(sampling_s=round(drawn - start, 4), scoring_s=round(done - drawn, 4)),
         identity=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
     )
+
+
+async def _score(backend: Backend, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
+    """Score pairs, some of them in each call."""
+    cuts = [slice(start, start + _PAIRS_AT_ONCE) for start in range(0, len(responses), _PAIRS_AT_ONCE)]
+    parts = await asyncio.gather(*(backend.score(instructions[cut], responses[cut]) for cut in cuts))
+    return Scored(scores=[each for part in parts for each in part["scores"]], tokens=[each for part in parts for each in part["tokens"]])
 
 
 def _seeds(seed: int | None, decodings: Sequence[DecodingConfig]) -> list[int]:
@@ -148,9 +198,9 @@ def _seeds(seed: int | None, decodings: Sequence[DecodingConfig]) -> list[int]:
     return [request_seed(seed, "", decoding.name) for decoding in decodings]
 
 
-def _known(name: str, known: str) -> None:
-    if name != known:
-        raise ApiError(f"model={name!r} is not served here; known: {known}", 404, param="model", code="model_not_found")
+def _known(name: str, *known: str) -> None:
+    if name not in known:
+        raise ApiError(f"model={name!r} is not served here; known: {', '.join(known)}", 404, param="model", code="model_not_found")
 
 
 async def _read(http: Request) -> bytes:
@@ -172,7 +222,7 @@ async def _http_error(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == 404:
-        message = f"{http.url.path} is not here; known: POST /v1/chat/completions, GET /v1/models, GET /health"
+        message = f"{http.url.path} is not here; known: POST /v1/chat/completions, {_SCORING}, GET /v1/models, GET /health"
     if error.status_code == 405:
         message = f"{http.method} is not what {http.url.path} takes"
     return await _api_error(http, ApiError(message, error.status_code, code="not_found" if error.status_code == 404 else None))

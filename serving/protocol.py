@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn, TypedDict, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +20,8 @@ from cluster.errors import CappyError
 from generation.engines import Candidate
 from generation.prompts import Message
 from training.blend import blended
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class ApiError(CappyError):
@@ -40,6 +42,15 @@ class Sampled(TypedDict):
 
     candidates: list[Candidate]
     prompt_tokens: int
+
+
+class Scored(TypedDict):
+    """What the scorer gives back for some pairs, in their order."""
+
+    scores: list[float]
+    """Raw logits."""
+    tokens: list[int]
+    """Tokens the scorer read of each pair."""
 
 
 # What OpenAI's API or vLLM's server would act on and we do not: any value but the harmless ones is refused, because an answer
@@ -132,7 +143,7 @@ class ChatRequest(BaseModel):
         if last.role != "user":
             raise ValueError(f"messages must end with the user's turn, the instruction; they end with role={last.role!r}")
         if not last.content.strip():
-            raise ValueError("the last message is empty; give the instruction to answer")
+            raise ValueError("messages end with an empty text; give the instruction to answer")
         return self
 
     @property
@@ -212,6 +223,14 @@ class ChatCompletion(BaseModel):
 
 def parse(body: bytes) -> ChatRequest:
     """Return the request in `body`. Raises `ApiError` (400) naming the field, its value and what would be right."""
+    return parse_as(ChatRequest, body, _UNSUPPORTED)
+
+
+def parse_as(kind: type[M], body: bytes, unsupported: Mapping[str, tuple[Any, ...]]) -> M:
+    """Return the request of a kind in `body`; `unsupported` has the fields that would change the answer, each with its harmless values.
+
+    Raises `ApiError` (400) naming the field, its value and what would be right.
+    """
     try:
         tree = json.loads(body, parse_constant=_refuse_constant)
         json.dumps(tree, ensure_ascii=False).encode()
@@ -221,12 +240,13 @@ def parse(body: bytes) -> ChatRequest:
             reason = "an escape such as \\ud800 is half of a surrogate pair and no character"
         raise ApiError(f"the body is not JSON: {reason}", code="invalid_json") from None
     if not isinstance(tree, dict):
-        raise ApiError(f"the body is a JSON {type(tree).__name__}; send an object with `model` and `messages`", code="invalid_json")
-    for name, harmless in _UNSUPPORTED.items():
+        wanted = " and ".join(f"`{name}`" for name, field in kind.model_fields.items() if field.is_required())
+        raise ApiError(f"the body is a JSON {type(tree).__name__}; send an object with {wanted}", code="invalid_json")
+    for name, harmless in unsupported.items():
         if name in tree and not any(_same(tree[name], value) for value in harmless):
-            raise ApiError(f"{name}={_short(tree[name])} is not supported yet; leave {name} out", param=name, code="unsupported_parameter")
+            raise ApiError(f"{name}={short(tree[name])} is not supported yet; leave {name} out", param=name, code="unsupported_parameter")
     try:
-        return ChatRequest.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         path, message = _explain(error)
         raise ApiError(message, param=path or None, code="invalid_value") from None
@@ -408,7 +428,8 @@ def _same(value: Any, harmless: Any) -> bool:
     return bool(value == harmless) and isinstance(value, bool) == isinstance(harmless, bool)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value as JSON, cut to 80 characters for a message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -425,6 +446,6 @@ def _explain(error: ValidationError) -> tuple[str, str]:
         return path, f"{path} is missing{more}"
     if first["type"] == "extra_forbidden":
         return path, f"{path} is not known; `cappy` takes {', '.join(CappyOptions.model_fields)}{more}"
-    if not path:
-        return "messages", f"{message}{more}"
-    return path, f"{path}={_short(first['input'])}: {message}{more}"
+    if not path:  # of a whole request: the message starts with the field it is about
+        return message.split()[0], f"{message}{more}"
+    return path, f"{path}={short(first['input'])}: {message}{more}"

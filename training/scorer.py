@@ -303,17 +303,19 @@ class Scorer:
 
         Raises `ValueError` when the lists differ in length.
         """
+        return self.score_and_count(instructions, responses)[0]
+
+    def score_and_count(self, instructions: Sequence[str], responses: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores as `score` does, and the tokens read of each pair, int64 (pairs,)."""
         if len(instructions) != len(responses):
             raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
-        parts = [
-            self.score_encoded(
-                encode_pairs(
-                    self.tokenizer, instructions[start : start + _SCORING_PAIRS], responses[start : start + _SCORING_PAIRS], self.max_length
-                )
-            )
-            for start in range(0, len(instructions), _SCORING_PAIRS)
-        ]
-        return np.concatenate([np.zeros(0, np.float32), *parts])
+        scores, lengths = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
+        for start in range(0, len(instructions), _SCORING_PAIRS):
+            some = slice(start, start + _SCORING_PAIRS)
+            encoded = encode_pairs(self.tokenizer, instructions[some], responses[some], self.max_length)
+            scores.append(self.score_encoded(encoded))
+            lengths.append(encoded.lengths)
+        return np.concatenate(scores), np.concatenate(lengths)
 
     def score_encoded(self, encoded: Encoded) -> np.ndarray:
         """Return the raw logit of each tokenised pair, float32 (pairs,), in the order given."""

@@ -32,9 +32,9 @@ class Echo:
         ]
         return {"candidates": drawn, "prompt_tokens": 4}
 
-    async def score(self, instruction, responses):
-        self.read.append((instruction, list(responses)))
-        return [float(len(response)) for response in responses]
+    async def score(self, instructions, responses):
+        self.read.append((list(instructions), list(responses)))
+        return {"scores": [float(len(response)) for response in responses], "tokens": [len(each) for each in responses]}
 
     async def logprob_weight(self):
         return self.weight
@@ -54,7 +54,7 @@ async def test_the_best_candidate_answers_and_each_response_is_scored_once():
         answer = (await http.post("/v1/chat/completions", json=BODY)).json()
     assert answer["choices"][0]["message"]["content"] == "xxx"
     assert "cappy" not in answer
-    assert backend.read == [("hi", ["", "x", "xx", "xxx"])]
+    assert backend.read == [(["hi"] * 4, ["", "x", "xx", "xxx"])]
 
 
 @pytest.mark.parametrize(("selection", "best"), [("blend", "xx"), ("scorer", "xxx")])
@@ -79,6 +79,10 @@ async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is
         ("POST", "/v1/chat/completions", {**BODY, "model": "gpt-4"}, 404, "model_not_found", "known: cappy"),
         ("POST", "/v1/chat/completions", {**BODY, "n": 0}, 400, "invalid_value", "n=0"),
         ("POST", "/v1/chat/completions", {**BODY, "user": "x" * MAX_BODY}, 413, "body_too_large", "larger than"),
+        ("POST", "/v1/score", {"model": "gpt-4", "text_1": "a", "text_2": "b"}, 404, "model_not_found", "known: cappy, cappy-scorer"),
+        ("POST", "/v2/rerank", {"model": "cappy", "query": "q", "documents": []}, 400, "invalid_value", "documents=[]"),
+        ("POST", "/v1/classify", {"model": "cappy", "instruction": "q"}, 400, "invalid_value", "choices is missing"),
+        ("POST", "/v1/chat/completions", {**BODY, "model": "cappy-scorer"}, 404, "model_not_found", "known: cappy"),
         ("GET", "/v1/models/gpt-4", None, 404, "model_not_found", "known: cappy"),
         ("GET", "/v2/nothing", None, 404, "not_found", "POST /v1/chat/completions"),
         ("GET", "/v1/chat/completions", None, 405, None, "GET is not"),
@@ -90,6 +94,38 @@ async def test_errors_have_openais_shape(method, path, json, status, code, says)
     error = response.json()["error"]
     assert (response.status_code, error["type"], error["code"]) == (status, "invalid_request_error", code)
     assert says in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/score", "/score"])
+async def test_pairs_are_scored_in_their_order_some_in_each_call_of_the_scorer(path):
+    backend, texts = Echo(), ["x" * (n % 7) for n in range(150)]
+    async with client(backend) as http:
+        answer = (await http.post(path, json={"model": "cappy-scorer", "text_1": "q", "text_2": texts})).json()
+    assert [(each["index"], each["score"]) for each in answer["data"]] == [(n, n % 7) for n in range(150)]
+    assert [len(responses) for _, responses in backend.read] == [64, 64, 22]
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, texts)) and answer["object"] == "list"
+
+
+@pytest.mark.parametrize(("path", "documents"), [("/rerank", True), ("/v1/rerank", True), ("/v2/rerank", False)])
+async def test_documents_are_ranked_on_each_rerankers_route(path, documents):
+    async with client(Echo()) as http:
+        body = {"model": "cappy-scorer", "query": "q", "documents": ["x", "xxx", "xx"], "top_n": 2}
+        answer = (await http.post(path, json=body)).json()
+    assert [(each["index"], each["relevance_score"]) for each in answer["results"]] == [(1, 3.0), (2, 2.0)]
+    assert all(("document" in each) is documents for each in answer["results"])
+
+
+async def test_the_scorer_alone_chooses_among_answers():
+    async with client(Echo()) as http:
+        answer = (await http.post("/v1/classify", json={"model": "cappy", "instruction": "q", "choices": ["x", "xxx"]})).json()
+    assert (answer["choice"], answer["index"], answer["scores"]) == ("xxx", 1, [1.0, 3.0])
+
+
+async def test_the_models_are_the_llm_with_the_scorer_and_the_scorer():
+    async with client(Echo()) as http:
+        listed = (await http.get("/v1/models")).json()["data"]
+        assert [each["id"] for each in listed] == ["cappy", "cappy-scorer"]
+        assert (await http.get("/v1/models/cappy-scorer")).json() == listed[1]
 
 
 async def test_a_dead_engine_is_a_503_with_retry_after_and_a_bug_a_500_without_internals():
