@@ -642,6 +642,8 @@ class ServingConfig(Section):
     """Requests that may wait for their turn; the next is answered 503 at once."""
     timeout_s: float = Field(120.0, gt=0)
     """Seconds until a request is given up."""
+    keep_alive_s: float = Field(5.0, gt=0)
+    """Seconds between the signs of life of a streamed answer while its candidates are sampled and scored."""
 
     @model_validator(mode="after")
     def _within(self) -> ServingConfig:

@@ -7,15 +7,16 @@ Every answer that is an error has OpenAI's shape. At most `serving.max_concurren
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from cluster.config import Config, DecodingConfig
@@ -91,12 +92,21 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
             ) from None
 
     @api.post("/v1/chat/completions", response_model=protocol.ChatCompletion)
-    async def chat(http: Request) -> JSONResponse:
+    async def chat(http: Request) -> Response:
         """Sample candidates for the last message, score them, return the best."""
         request = protocol.parse(await _read(http))
         _known(request.model, name)
         decodings = protocol.decodings_for(request, config)
-        answer = await working(lambda: _complete(request, decodings, config, backend))
+        answering = asyncio.ensure_future(working(lambda: _complete(request, decodings, config, backend)))
+        try:
+            # A stream begins as late as may be: what is refused at once then has a status of its own.
+            await asyncio.wait({answering}, timeout=config.serving.keep_alive_s if request.stream else None)
+        except asyncio.CancelledError:
+            answering.cancel()
+            raise
+        if request.stream and not (answering.done() and answering.exception()):
+            return StreamingResponse(_events(answering, request, config.serving.keep_alive_s, http), media_type="text/event-stream")
+        answer = answering.result()
         return JSONResponse(answer.model_dump(exclude={"cappy"} if answer.cappy is None else None))
 
     @api.post("/v1/score", response_model=scoring.ScoreAnswer)
@@ -184,6 +194,27 @@ async def _complete(
     )
 
 
+async def _events(
+    answering: asyncio.Task[protocol.ChatCompletion], request: protocol.ChatRequest, keep_alive_s: float, http: Request
+) -> AsyncIterator[str]:
+    """Yield server-sent events: comments as signs of life until the answer is there, its chunks, and the end mark."""
+    try:
+        while not (await asyncio.wait({answering}, timeout=keep_alive_s))[0]:
+            yield ": sampling\n\n"
+        try:
+            answer = answering.result()
+        except Exception as error:
+            told = error if isinstance(error, ApiError) else _hidden(http, error)
+            yield f"data: {json.dumps(told.body)}\n\n"
+            return
+        usage = bool(request.stream_options and request.stream_options.include_usage)
+        for chunk in protocol.chunks(answer, usage=usage):
+            yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        yield "data: [DONE]\n\n"
+    finally:  # the client may have gone
+        answering.cancel()
+
+
 async def _score(backend: Backend, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
     """Score pairs, some of them in each call."""
     cuts = [slice(start, start + _PAIRS_AT_ONCE) for start in range(0, len(responses), _PAIRS_AT_ONCE)]
@@ -229,7 +260,11 @@ async def _http_error(http: Request, error: Exception) -> JSONResponse:
 
 
 async def _bug(http: Request, error: Exception) -> JSONResponse:
+    return await _api_error(http, _hidden(http, error))
+
+
+def _hidden(http: Request, error: Exception) -> ApiError:
     """Hide a failure of ours behind a number that finds it in the log."""
     number = uuid.uuid4().hex[:12]
     logger.error("%s %s failed, error %s", http.method, http.url.path, number, exc_info=error)
-    return await _api_error(http, ApiError(f"the server failed; its log has the reason under error {number}", 500, code="internal_error"))
+    return ApiError(f"the server failed; its log has the reason under error {number}", 500, code="internal_error")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, TypedDict, TypeVar
 
@@ -22,6 +23,7 @@ from generation.prompts import Message
 from training.blend import blended
 
 M = TypeVar("M", bound=BaseModel)
+_PIECES = re.compile(r"\s*\S+|\s+$")
 
 
 class ApiError(CappyError):
@@ -56,7 +58,6 @@ class Scored(TypedDict):
 # What OpenAI's API or vLLM's server would act on and we do not: any value but the harmless ones is refused, because an answer
 # that ignores it would look right and be wrong. Fields not named anywhere (`user`, `metadata`, ...) change no answer and pass.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "stream": (None, False),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
@@ -113,6 +114,14 @@ class CappyOptions(BaseModel):
     """Whether the answer carries every candidate with its score under `cappy`."""
 
 
+class StreamOptions(BaseModel):
+    """What a stream tells beside the choices."""
+
+    model_config = ConfigDict(strict=True)
+    include_usage: bool | None = None
+    """Whether a last chunk has the usage."""
+
+
 class ChatRequest(BaseModel):
     """The body of POST /v1/chat/completions."""
 
@@ -130,12 +139,21 @@ class ChatRequest(BaseModel):
     """Strings that end a candidate, next to those of the server's decodings."""
     seed: int | None = None
     """The same request with the same seed draws the same candidates, as far as the engine's batching allows."""
+    stream: bool = False
+    """Whether the choices come as server-sent events: keep-alives while candidates are sampled, then the winners in chunks."""
+    stream_options: StreamOptions | None = None
     cappy: CappyOptions = CappyOptions()
 
-    @field_validator("n", "cappy", mode="before")
+    @field_validator("n", "stream", "cappy", mode="before")
     @classmethod
     def _null_is_absent(cls, value: Any, info: Any) -> Any:
         return cls.model_fields[info.field_name].get_default() if value is None else value
+
+    @model_validator(mode="after")
+    def _streamable(self) -> ChatRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams; give it with stream=true")
+        return self
 
     @model_validator(mode="after")
     def _answerable(self) -> ChatRequest:
@@ -417,6 +435,26 @@ def completion(
             latency=latency,
         )
     return answer
+
+
+def chunks(answer: ChatCompletion, *, usage: bool) -> list[dict[str, Any]]:
+    """Return an answer as OpenAI's `chat.completion.chunk` objects: the choices in turn, word by word.
+
+    With `usage` one without choices follows. `cappy`, where the answer has it, stands in the last.
+    """
+    same = {"id": answer.id, "object": "chat.completion.chunk", "created": answer.created, "model": answer.model}
+    same |= {"usage": None} if usage else {}
+    deltas: list[dict[str, Any]] = []
+    for choice in answer.choices:
+        pieces = [{"role": choice.message.role, "content": ""}, *({"content": piece} for piece in _PIECES.findall(choice.message.content))]
+        deltas += [{"index": choice.index, "delta": piece, "logprobs": None, "finish_reason": None} for piece in pieces]
+        deltas.append({"index": choice.index, "delta": {}, "logprobs": None, "finish_reason": choice.finish_reason})
+    made: list[dict[str, Any]] = [{**same, "choices": [delta]} for delta in deltas]
+    if usage:
+        made.append({**same, "choices": [], "usage": answer.usage.model_dump()})
+    if answer.cappy is not None:
+        made[-1]["cappy"] = answer.cappy.model_dump()
+    return made
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -138,16 +138,45 @@ def test_the_same_seed_draws_the_same_candidates(ai):
 
 
 @pytest.mark.slow
+def test_openais_client_reads_a_stream(ai):
+    told = {"model": "cappy", "messages": QUESTION, "temperature": 0, "max_tokens": 12}
+    whole = ai.chat.completions.create(**told)
+    stream = list(ai.chat.completions.create(**told, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert stream[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert stream[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+@pytest.mark.slow
+def test_the_scorer_alone_scores_ranks_and_classifies_as_it_does_in_this_process(server, scorer):
+    from training.scorer import Scorer
+
+    texts = ["Paris", "London is a city", "a blue fox", "", "42"]
+    instruction = QUESTION[0]["content"]
+    own = Scorer.load(scorer).score([instruction] * len(texts), texts)
+    order = np.argsort(-own, kind="stable").tolist()
+    with httpx.Client(base_url=server[0], timeout=60) as http:
+        scored = http.post("/v1/score", json={"model": "cappy-scorer", "text_1": instruction, "text_2": texts}).json()
+        ranked = http.post("/v2/rerank", json={"model": "cappy-scorer", "query": instruction, "documents": texts, "top_n": 3}).json()
+        chosen = http.post("/v1/classify", json={"model": "cappy-scorer", "instruction": instruction, "choices": texts[:3]}).json()
+    np.testing.assert_allclose([each["score"] for each in scored["data"]], own, atol=1e-5)
+    assert scored["usage"]["prompt_tokens"] > len(texts)
+    assert [each["index"] for each in ranked["results"]] == order[:3]
+    assert chosen["index"] == int(np.argmax(own[:3])) and chosen["choice"] == texts[chosen["index"]]
+
+
+@pytest.mark.slow
 def test_models_health_and_errors_through_openais_client(ai, server):
-    assert [model.id for model in ai.models.list()] == ["cappy"]
+    assert [model.id for model in ai.models.list()] == ["cappy", "cappy-scorer"]
     assert ai.models.retrieve("cappy").id == "cappy"
     assert httpx.get(f"{server[0]}/health").json() == {"status": "ok", "llm": True, "scorer": True}
     with pytest.raises(openai.NotFoundError, match="known: cappy"):
         ai.chat.completions.create(model="gpt-4", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="n=0"):
         ai.chat.completions.create(model="cappy", messages=QUESTION, n=0)
-    with pytest.raises(openai.BadRequestError, match="stream=true is not supported") as caught:
-        ai.chat.completions.create(model="cappy", messages=QUESTION, stream=True)
+    with pytest.raises(openai.BadRequestError, match="logprobs=true is not supported") as caught:
+        ai.chat.completions.create(model="cappy", messages=QUESTION, logprobs=True)
     assert caught.value.code == "unsupported_parameter"
     with pytest.raises(openai.BadRequestError, match="max_model_len=1024") as caught:
         ai.chat.completions.create(model="cappy", messages=[{"role": "user", "content": "word " * 2000}])

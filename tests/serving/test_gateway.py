@@ -1,4 +1,5 @@
 import asyncio
+import json
 
 import httpx
 import pytest
@@ -74,7 +75,7 @@ async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "json", "status", "code", "says"),
+    ("method", "path", "body", "status", "code", "says"),
     [
         ("POST", "/v1/chat/completions", {**BODY, "model": "gpt-4"}, 404, "model_not_found", "known: cappy"),
         ("POST", "/v1/chat/completions", {**BODY, "n": 0}, 400, "invalid_value", "n=0"),
@@ -88,9 +89,9 @@ async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is
         ("GET", "/v1/chat/completions", None, 405, None, "GET is not"),
     ],
 )
-async def test_errors_have_openais_shape(method, path, json, status, code, says):
+async def test_errors_have_openais_shape(method, path, body, status, code, says):
     async with client(Echo()) as http:
-        response = await http.request(method, path, json=json)
+        response = await http.request(method, path, json=body)
     error = response.json()["error"]
     assert (response.status_code, error["type"], error["code"]) == (status, "invalid_request_error", code)
     assert says in error["message"]
@@ -136,6 +137,82 @@ async def test_a_dead_engine_is_a_503_with_retry_after_and_a_bug_a_500_without_i
         response = await http.post("/v1/chat/completions", json=BODY)
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error" and "secret" not in response.text
+
+
+def events(text):
+    """The data of a stream's events, and how many comments stood between them."""
+    blocks = text.strip().split("\n\n")
+    return [each.removeprefix("data: ") for each in blocks if not each.startswith(":")], sum(each.startswith(":") for each in blocks)
+
+
+async def test_a_stream_keeps_alive_while_sampling_and_gives_the_winner_in_chunks_then_the_usage():
+    class Wordy(Echo):
+        async def sample(self, turns, decodings, seeds):
+            sampled = await super().sample(turns, decodings, seeds)
+            for each in sampled["candidates"]:
+                each["response"] = " ".join(each["response"]) + "\nend"
+            return sampled
+
+    body = {**BODY, "stream": True, "stream_options": {"include_usage": True}, "cappy": {"return_candidates": True}}
+    async with client(Wordy(wait=0.4), keep_alive_s=0.1) as http:
+        response = await http.post("/v1/chat/completions", json=body)
+        whole = (await http.post("/v1/chat/completions", json={**BODY})).json()
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+    data, comments = events(response.text)
+    assert comments >= 1 and data[-1] == "[DONE]"
+    chunks = [json.loads(each) for each in data[:-1]]
+    assert {each["object"] for each in chunks} == {"chat.completion.chunk"} and len({each["id"] for each in chunks}) == 1
+    pieces = [each["choices"][0]["delta"].get("content", "") for each in chunks[:-1]]
+    assert "".join(pieces) == whole["choices"][0]["message"]["content"] == "x x x\nend"
+    assert [piece for piece in pieces if piece] == ["x", " x", " x", "\nend"]
+    assert [each["choices"][0]["finish_reason"] for each in chunks[:-1]] == [None] * 5 + ["stop"]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["prompt_tokens"] == 4 and chunks[0]["usage"] is None
+    assert len(chunks[-1]["cappy"]["candidates"]) == 8
+
+
+async def test_choices_of_a_stream_come_one_after_the_other_without_usage_unless_asked():
+    async with client(Echo()) as http:
+        data, _ = events((await http.post("/v1/chat/completions", json={**BODY, "n": 2, "stream": True})).text)
+    chunks = [json.loads(each) for each in data[:-1]]
+    assert [each["choices"][0]["index"] for each in chunks] == [0, 0, 0, 1, 1, 1]
+    assert all("usage" not in each and "cappy" not in each for each in chunks)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ApiError("down", 503, code="unavailable"), "unavailable"), (KeyError("secret"), "internal_error")]
+)
+async def test_a_stream_that_fails_late_says_so_in_an_event_and_one_that_fails_early_by_its_status(error, code):
+    async with client(Echo(error=error, wait=0.3), keep_alive_s=0.05) as http:
+        late = await http.post("/v1/chat/completions", json={**BODY, "stream": True})
+    (data,), comments = events(late.text)
+    assert late.status_code == 200 and comments >= 1
+    assert json.loads(data)["error"]["code"] == code and "secret" not in data
+    async with client(Echo(error=error)) as http:
+        early = await http.post("/v1/chat/completions", json={**BODY, "stream": True})
+    assert early.status_code >= 500 and early.json()["error"]["code"] == code
+
+
+async def test_a_client_that_leaves_a_stream_cancels_its_sampling():
+    backend = Echo(wait=30)
+    api = build_api(Config(serving=ServingConfig(keep_alive_s=0.05)), backend)
+    gone = asyncio.Event()
+    body = [json.dumps({**BODY, "stream": True}).encode()]
+
+    async def receive():
+        if body:
+            return {"type": "http.request", "body": body.pop()}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        if b"sampling" in message.get("body", b""):
+            gone.set()
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": headers}
+    await asyncio.wait_for(api(scope, receive, send), 10)
+    await asyncio.sleep(0)
+    assert backend.cancelled == 1
 
 
 async def test_a_request_out_of_time_is_a_504_and_its_sampling_is_cancelled():
