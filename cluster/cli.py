@@ -159,12 +159,26 @@ def evaluate(
 
 @app.command(epilog="Then: curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' -d '{...}'")
 def serve(
-    config: ConfigFile = None, set_: Overrides = None, address: Address = None, as_json: AsJson = False, debug: Debug = False
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    new_key: Annotated[
+        str | None, typer.Option("--new-key", metavar="NAME", help="Make an API key, print it and its entry for serving.api_keys, and end.")
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Serve boosted answers behind an OpenAI-compatible endpoint until interrupted.
 
     With --address it serves on the cluster's head, at serving.host there, until `ray job stop`.
     """
+    if new_key is not None:
+        from serving.keys import new_key as make
+
+        key, sha256 = make()
+        print(f"key, shown this once: {key}")
+        print(f"for the config:       serving: {{api_keys: [{{name: {json.dumps(new_key)}, sha256: {sha256}}}]}}")
+        return
     _show("serve", _run("serve", config, set_, address, False), as_json)
 
 

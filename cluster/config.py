@@ -616,11 +616,27 @@ class EvaluationConfig(Section):
     """Score a task's rows with the scorer `cappy adapt` published for it, and with `scorer_path` where it published none."""
 
 
+class ApiKeyConfig(Section):
+    """A client of the server. `cappy serve --new-key NAME` prints a key and this entry for it."""
+
+    name: str = Field(min_length=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """The SHA-256 of the key, in hexadecimal; the key itself stands nowhere."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Requests it may send in a minute, null without limit."""
+    candidates_per_minute: int | None = Field(None, ge=1)
+    """Candidates it may have sampled in a minute, null without limit."""
+
+
 class ServingConfig(Section):
     """The server of `cappy serve`."""
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    api_keys: tuple[ApiKeyConfig, ...] = ()
+    """Who may ask; without any, everyone who reaches `host`."""
+    allow_no_keys: bool = False
+    """Whether it may listen beyond this machine without keys: behind a gateway of your own."""
     model_name: str = "cappy"
     """The name clients put in `model`."""
     scorer_name: str = "cappy-scorer"
@@ -649,6 +665,9 @@ class ServingConfig(Section):
     def _within(self) -> ServingConfig:
         if self.candidates > self.max_candidates:
             raise ValueError(f"candidates={self.candidates} is above max_candidates={self.max_candidates}")
+        twice = [key.name for place, key in enumerate(self.api_keys) if key.name in [each.name for each in self.api_keys[:place]]]
+        if twice:
+            raise ValueError(f"api_keys has the name {twice[0]!r} twice; give each key its own")
         return self
 
 

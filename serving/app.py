@@ -21,7 +21,7 @@ from ray.serve.config import ProxyLocation
 
 from cluster import models, ports, progress, storage
 from cluster.config import Config, DecodingConfig, ServingConfig
-from cluster.errors import CappyError
+from cluster.errors import CappyError, UsageError
 from cluster.runtime import clean_error, ray_session
 from generation.prompts import Message
 from serving.client import curl_command
@@ -121,10 +121,12 @@ def build(config: Config) -> serve.Application:
 def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """Serve until SIGINT or SIGTERM, then shut down in order; return where it was and what it served.
 
-    `overwrite` is part of every verb and means nothing here: serving writes nothing. Raises `CappyError` before any model
+    `overwrite` is part of every verb and means nothing here: serving writes nothing. Raises `UsageError` where other machines could
+    ask without a key, `CappyError` before any model
     loads where the port, the scorer or the LLM is not to be had, and after it where a model does not start.
     """
     serving = config.serving
+    _refuse_open(serving)
     ports.check(serving.host, serving.port, "serving.")
     check_scorer(config)
     config.sampler.vllm()
@@ -173,11 +175,20 @@ def welcome(config: Config, url: str) -> str:
     lines = [
         f"serve: ready at {url}/v1 (OpenAI's API), model {serving.model_name!r}: {config.sampler.model} + {config.scorer_uri}",
         f"  {serving.candidates} candidates a request; stop with Ctrl-C",
-        f"  {curl_command(url, body)}",
+        f"  {curl_command(url, body, key=bool(serving.api_keys))}",
     ]
-    if not _loopback(serving.host):
-        lines.insert(2, f"  note: serving.host={serving.host} is reachable from other machines, and there are no API keys yet")
+    if not _loopback(serving.host) and not serving.api_keys:
+        lines.insert(2, f"  note: serving.host={serving.host} is reachable from other machines, and anyone may ask: there are no API keys")
     return "\n".join(lines)
+
+
+def _refuse_open(serving: ServingConfig) -> None:
+    """Refuse to let other machines ask without a key, unless told so."""
+    if not _loopback(serving.host) and not serving.api_keys and not serving.allow_no_keys:
+        raise UsageError(
+            f"serving.host={serving.host} is reachable from other machines and serving.api_keys is empty; `cappy serve --new-key NAME` "
+            f"makes one, or set serving.allow_no_keys=true behind a gateway of your own"
+        )
 
 
 def _loopback(host: str) -> bool:

@@ -20,14 +20,21 @@ def request_body(messages: Sequence[Mapping[str, str]], candidates: int, model: 
 
 
 def ask(
-    url: str, messages: Sequence[Mapping[str, str]], candidates: int = 8, model: str = "cappy", timeout_s: float = 300.0
+    url: str,
+    messages: Sequence[Mapping[str, str]],
+    candidates: int = 8,
+    model: str = "cappy",
+    timeout_s: float = 300.0,
+    key: str | None = None,
 ) -> dict[str, Any]:
     """Return the server's answer (an OpenAI chat completion with the candidates under `cappy`).
 
-    `url` is the server's, e.g. http://127.0.0.1:8000. Raises `CappyError` where it cannot be reached or refuses the request.
+    `url` is the server's, e.g. http://127.0.0.1:8000; `key` an API key, where it wants one. Raises `CappyError` where it cannot be
+    reached or refuses the request.
     """
     try:
-        response = httpx.post(_endpoint(url), json=request_body(messages, candidates, model), timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        response = httpx.post(_endpoint(url), json=request_body(messages, candidates, model), headers=headers, timeout=timeout_s)
     except httpx.TimeoutException:
         raise CappyError(f"{url} gave no answer within {timeout_s:g} s; ask for fewer candidates or wait longer") from None
     except httpx.HTTPError as error:
@@ -38,10 +45,11 @@ def ask(
     return answer
 
 
-def curl_command(url: str, body: Mapping[str, Any]) -> str:
-    """Return a shell command that sends `body`."""
+def curl_command(url: str, body: Mapping[str, Any], *, key: bool = False) -> str:
+    """Return a shell command that sends `body`; with `key` it takes an API key from the variable CAPPY_API_KEY."""
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
-    return f"curl -s {_endpoint(url)} -H 'Content-Type: application/json' -d {data}"
+    authorization = ' -H "Authorization: Bearer $CAPPY_API_KEY"' if key else ""
+    return f"curl -s {_endpoint(url)} -H 'Content-Type: application/json'{authorization} -d {data}"
 
 
 def print_answer(answer: Mapping[str, Any], console: Console) -> None:

@@ -17,12 +17,15 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cluster.config import Config, DecodingConfig
 from generation.engines import request_seed
 from generation.prompts import Message
 from serving import protocol, scoring
+from serving.keys import Keyring
 from serving.protocol import ApiError, Sampled, Scored
 
 logger = logging.getLogger("ray.serve")
@@ -73,6 +76,24 @@ class Doorman:
         self._here -= 1
 
 
+class Guard:
+    """Lets those with a known key in, to every path but /health; the scope's `caller` says who they are."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+        self.app, self.keyring = app, keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            headers = Headers(scope=scope)
+            try:
+                scope["caller"] = self.keyring.caller(headers.get("authorization"), headers.get("x-api-key"))
+                scope["caller"].enter()
+            except ApiError as error:
+                await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
 def build_api(config: Config, backend: Backend) -> FastAPI:
     """Return the web application that answers with `backend`'s models under the name `serving.model_name`."""
     api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None)
@@ -97,6 +118,7 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         request = protocol.parse(await _read(http))
         _known(request.model, name)
         decodings = protocol.decodings_for(request, config)
+        http.scope["caller"].sample(sum(decoding.n for decoding in decodings))
         answering = asyncio.ensure_future(working(lambda: _complete(request, decodings, config, backend)))
         try:
             # A stream begins as late as may be: what is refused at once then has a status of its own.
@@ -161,6 +183,7 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         healthy = all(ready.values())
         return JSONResponse({"status": "ok" if healthy else "unavailable", **ready}, 200 if healthy else 503)
 
+    api.add_middleware(Guard, keyring=Keyring(config.serving.api_keys))
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
     api.add_exception_handler(Exception, _bug)
@@ -246,7 +269,7 @@ async def _read(http: Request) -> bytes:
 
 async def _api_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 503 else None)
+    return JSONResponse(error.body, error.status, error.headers)
 
 
 async def _http_error(http: Request, error: Exception) -> JSONResponse:

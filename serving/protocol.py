@@ -29,9 +29,20 @@ _PIECES = re.compile(r"\s*\S+|\s+$")
 class ApiError(CappyError):
     """An answer that is an error: an HTTP status and OpenAI's error body."""
 
-    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, status: int = 400, param: str | None = None, code: str | None = None, retry_s: float | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.retry_s = status, param, code, retry_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer: when to come back, how to say who one is."""
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        if self.status in (429, 503):
+            return {"Retry-After": str(max(1, math.ceil(self.retry_s or 0)))}
+        return {}
 
     @property
     def body(self) -> dict[str, Any]:

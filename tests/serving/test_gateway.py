@@ -7,6 +7,7 @@ import pytest
 from cluster.config import Config, ServingConfig
 from generation.engines import Candidate
 from serving.gateway import MAX_BODY, build_api
+from serving.keys import new_key
 from serving.protocol import ApiError
 
 BODY = {"model": "cappy", "messages": [{"role": "user", "content": "hi"}]}
@@ -228,6 +229,24 @@ async def test_beyond_work_and_queue_requests_are_turned_away_at_once_and_the_re
         answers = await asyncio.gather(*(http.post("/v1/chat/completions", json=BODY) for _ in range(5)))
         assert sorted(answer.status_code for answer in answers) == [200, 200, 200, 503, 503]
         assert (await http.post("/v1/chat/completions", json=BODY)).status_code == 200
+
+
+async def test_with_keys_every_path_but_health_wants_one():
+    key, sha256 = new_key()
+    entry = {"name": "a", "sha256": sha256, "requests_per_minute": 4, "candidates_per_minute": 9}
+    paths = [("POST", "/v1/chat/completions"), ("POST", "/v1/score"), ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/health/")]
+    async with client(Echo(), api_keys=[entry]) as http:
+        for method, path in paths:
+            refused = await http.request(method, path, json=BODY)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert (await http.get("/health")).status_code == 200
+        mine = {"headers": {"Authorization": f"Bearer {key}"}}
+        assert (await http.post("/v1/chat/completions", json=BODY, **mine)).status_code == 200
+        assert len((await http.get("/v1/models", **mine)).json()["data"]) == 2
+        dear = await http.post("/v1/chat/completions", json=BODY, **mine)
+        assert dear.status_code == 429 and "candidates" in dear.json()["error"]["message"] and int(dear.headers["retry-after"]) > 40
+        assert (await http.get("/v1/models", headers={"X-API-Key": key})).status_code == 200
+        assert (await http.get("/v1/models", **mine)).status_code == 429
 
 
 async def test_health_is_ok_only_while_both_models_are_ready():
