@@ -658,6 +658,10 @@ class ServingConfig(Section):
     """Requests that may wait for their turn; the next is answered 503 at once."""
     timeout_s: float = Field(120.0, gt=0)
     """Seconds until a request is given up."""
+    scorer_timeout_s: float = Field(30.0, gt=0)
+    """Seconds until the scorer counts as late."""
+    fallback: Literal["none", "self_score", "first"] = "none"
+    """What chooses when the scorer is down or late: the LLM's mean log-probability, the candidate drawn first, or nothing (503)."""
     keep_alive_s: float = Field(5.0, gt=0)
     """Seconds between the signs of life of a streamed answer while its candidates are sampled and scored."""
 

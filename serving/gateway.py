@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import random
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.datastructures import Headers
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as Event
 
 from cluster.config import Config, DecodingConfig
-from generation.engines import request_seed
+from generation.engines import Candidate, request_seed
 from generation.prompts import Message
 from serving import protocol, scoring
 from serving.keys import Keyring
+from serving.metrics import Metrics
 from serving.protocol import ApiError, Sampled, Scored
 
 logger = logging.getLogger("ray.serve")
@@ -33,6 +38,7 @@ MAX_BODY = 1 << 20
 """Largest request body, in bytes."""
 _PAIRS_AT_ONCE = 64
 """Pairs a call of the scorer takes: a long list is spread over its replicas, and others' requests are scored between."""
+_PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SCORING = "/v1/score, /v1/rerank, /v2/rerank, /v1/classify"
 T = TypeVar("T")
 
@@ -59,21 +65,59 @@ class Doorman:
     def __init__(self, working: int, waiting: int) -> None:
         self._slots = asyncio.Semaphore(working)
         self._room = working + waiting
-        self._here = 0
+        self.here = 0
+
+    @property
+    def room(self) -> bool:
+        """Whether one more may come in."""
+        return self.here < self._room
 
     async def __aenter__(self) -> None:
-        if self._here >= self._room:
-            raise ApiError(f"the server has {self._here} requests in work or waiting; try again", 503, code="overloaded")
-        self._here += 1
+        if not self.room:
+            raise ApiError(f"the server has {self.here} requests in work or waiting; try again", 503, code="overloaded")
+        self.here += 1
         try:
             await self._slots.acquire()
         except BaseException:
-            self._here -= 1
+            self.here -= 1
             raise
 
     async def __aexit__(self, *_: object) -> None:
         self._slots.release()
-        self._here -= 1
+        self.here -= 1
+
+
+class Watch:
+    """Gives each request a number (`X-Request-Id`: the client's own where it is a plain one) and counts its answer."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        scope["request_id"] = given if _PLAIN.fullmatch(given) else uuid.uuid4().hex
+        status = 0
+
+        async def numbered(message: Event) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = scope["request_id"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, numbered)
+        except Exception as error:
+            if status:  # too late to say anything
+                raise
+            told = _hidden(Request(scope), error)
+            await JSONResponse(told.body, told.status)(scope, receive, numbered)
+        finally:
+            # nginx's 499: the client went away before an answer began.
+            self.metrics.answered(getattr(scope.get("route"), "path", "other"), status or 499)
 
 
 class Guard:
@@ -102,15 +146,21 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
     names = (name, config.serving.scorer_name)
     served = {each: {"id": each, "object": "model", "created": started, "owned_by": "cappy-ray"} for each in names}
     door = Doorman(config.serving.max_concurrency, config.serving.max_queue)
+    metrics = Metrics()
+    metrics.working.set_function(lambda: door.here)
 
     async def working(work: Callable[[], Awaitable[T]]) -> T:
+        start = time.monotonic()
         try:
             async with asyncio.timeout(config.serving.timeout_s), door:
+                metrics.took("queue", time.monotonic() - start)
                 return await work()
         except TimeoutError:
             raise ApiError(
                 f"no answer within serving.timeout_s={config.serving.timeout_s:g}; ask for less in one request", 504, code="timeout"
             ) from None
+        finally:
+            metrics.took("total", time.monotonic() - start)
 
     @api.post("/v1/chat/completions", response_model=protocol.ChatCompletion)
     async def chat(http: Request) -> Response:
@@ -119,7 +169,7 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         _known(request.model, name)
         decodings = protocol.decodings_for(request, config)
         http.scope["caller"].sample(sum(decoding.n for decoding in decodings))
-        answering = asyncio.ensure_future(working(lambda: _complete(request, decodings, config, backend)))
+        answering = asyncio.ensure_future(working(lambda: _complete(request, decodings, config, backend, metrics)))
         try:
             # A stream begins as late as may be: what is refused at once then has a status of its own.
             await asyncio.wait({answering}, timeout=config.serving.keep_alive_s if request.stream else None)
@@ -183,38 +233,78 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         healthy = all(ready.values())
         return JSONResponse({"status": "ok" if healthy else "unavailable", **ready}, 200 if healthy else 503)
 
+    @api.get("/ready")
+    async def ready() -> JSONResponse:
+        """Answer 200 only while a request sent now would be worked on: both models are up, and there is room."""
+        up = {**await backend.ready(), "room": door.room}
+        return JSONResponse({"status": "ready" if all(up.values()) else "busy", **up}, 200 if all(up.values()) else 503)
+
+    @api.get("/metrics", response_class=PlainTextResponse)
+    async def exposed() -> Response:
+        """Tell Prometheus."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
     api.add_middleware(Guard, keyring=Keyring(config.serving.api_keys))
+    api.add_middleware(Watch, metrics=metrics)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
-    api.add_exception_handler(Exception, _bug)
     return api
 
 
 async def _complete(
-    request: protocol.ChatRequest, decodings: list[DecodingConfig], config: Config, backend: Backend
+    request: protocol.ChatRequest, decodings: list[DecodingConfig], config: Config, backend: Backend, metrics: Metrics
 ) -> protocol.ChatCompletion:
     start = time.monotonic()
     turns = protocol.turns_for(request, config.sampler.prompt.system)
     sampled = await backend.sample(turns, decodings, _seeds(request.seed, decodings))
     candidates = sampled["candidates"]
     drawn = time.monotonic()
-    responses = protocol.distinct(candidates)
-    scored = await _score(backend, [request.instruction] * len(responses), responses)
-    score_of = dict(zip(responses, scored["scores"], strict=True))
-    scores = [score_of[candidate["response"]] for candidate in candidates]
-    weight = await backend.logprob_weight() if config.serving.selection == "blend" else None
+    metrics.took("sampling", drawn - start)
+    metrics.sampled(candidates, sampled["prompt_tokens"])
+    fallback: protocol.Fallback | None = None
+    try:
+        async with asyncio.timeout(config.serving.scorer_timeout_s):
+            scores, preferences = await _judge(request, candidates, config, backend)
+    except (TimeoutError, ApiError) as error:
+        fallback = request.cappy.fallback or config.serving.fallback
+        if fallback == "none":
+            if isinstance(error, ApiError):
+                raise
+            late = f"the scorer gave no answer within serving.scorer_timeout_s={config.serving.scorer_timeout_s:g}; try again"
+            raise ApiError(late, 503, code="scorer_late") from None
+        metrics.fell_back(fallback)
+        scores, preferences = [math.nan] * len(candidates), protocol.fallback_preferences(candidates, fallback)
+    else:
+        metrics.scored({candidate["response"]: score for candidate, score in zip(candidates, scores, strict=True)}.values())
     done = time.monotonic()
-    return protocol.completion(
+    metrics.took("scoring", done - drawn)
+    answer = protocol.completion(
         request,
         candidates,
         scores,
-        protocol.preferences(candidates, scores, weight),
+        preferences,
         prompt_tokens=sampled["prompt_tokens"],
         scorer=config.scorer_uri,
         latency=protocol.Latency(sampling_s=round(drawn - start, 4), scoring_s=round(done - drawn, 4)),
         identity=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
+        fallback=fallback,
     )
+    if answer.cappy and answer.cappy.abstained:
+        metrics.abstained()
+    return answer
+
+
+async def _judge(
+    request: protocol.ChatRequest, candidates: Sequence[Candidate], config: Config, backend: Backend
+) -> tuple[list[float], list[float]]:
+    """Return each candidate's score, and what it is ranked by."""
+    responses = protocol.distinct(candidates)
+    scored = await _score(backend, [request.instruction] * len(responses), responses)
+    score_of = dict(zip(responses, scored["scores"], strict=True))
+    scores = [score_of[candidate["response"]] for candidate in candidates]
+    weight = await backend.logprob_weight() if config.serving.selection == "blend" else None
+    return scores, protocol.preferences(candidates, scores, weight)
 
 
 async def _events(
@@ -276,18 +366,14 @@ async def _http_error(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == 404:
-        message = f"{http.url.path} is not here; known: POST /v1/chat/completions, {_SCORING}, GET /v1/models, GET /health"
+        message = f"{http.url.path} is not here; known: POST /v1/chat/completions, {_SCORING}, GET /v1/models, /health, /ready, /metrics"
     if error.status_code == 405:
         message = f"{http.method} is not what {http.url.path} takes"
     return await _api_error(http, ApiError(message, error.status_code, code="not_found" if error.status_code == 404 else None))
 
 
-async def _bug(http: Request, error: Exception) -> JSONResponse:
-    return await _api_error(http, _hidden(http, error))
-
-
 def _hidden(http: Request, error: Exception) -> ApiError:
-    """Hide a failure of ours behind a number that finds it in the log."""
-    number = uuid.uuid4().hex[:12]
-    logger.error("%s %s failed, error %s", http.method, http.url.path, number, exc_info=error)
-    return ApiError(f"the server failed; its log has the reason under error {number}", 500, code="internal_error")
+    """Hide a failure of ours behind the request's number, which finds it in the log."""
+    number = http.scope["request_id"]
+    logger.error("%s %s failed, request %s", http.method, http.url.path, number, exc_info=error)
+    return ApiError(f"the server failed; its log has the reason under request {number}", 500, code="internal_error")

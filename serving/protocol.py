@@ -115,6 +115,9 @@ class ChatMessage(BaseModel):
     content: Annotated[str, BeforeValidator(_plain_text)]
 
 
+Fallback = Literal["none", "self_score", "first"]
+
+
 class CappyOptions(BaseModel):
     """Our extension of the request, sent as `extra_body={"cappy": {...}}` by OpenAI's client."""
 
@@ -123,6 +126,10 @@ class CappyOptions(BaseModel):
     """Candidates to sample and score; the server's `serving.candidates` (at least `n`) when null."""
     return_candidates: bool = False
     """Whether the answer carries every candidate with its score under `cappy`."""
+    min_score: float | None = Field(None, allow_inf_nan=False)
+    """The best candidate must score this much; else the answer is a refusal that says so. Without effect in a fallback."""
+    fallback: Fallback | None = None
+    """How to choose when the scorer is down or late; the server's `serving.fallback` when null."""
 
 
 class StreamOptions(BaseModel):
@@ -182,11 +189,11 @@ class ChatRequest(BaseModel):
 
 
 class ChoiceMessage(BaseModel):
-    """The text of a choice."""
+    """The text of a choice, or why there is none."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
+    content: str | None
+    refusal: str | None = None
 
 
 class Choice(BaseModel):
@@ -228,9 +235,14 @@ class Latency(BaseModel):
 
 
 class CappyAnswer(BaseModel):
-    """Our extension of the answer, on request: every candidate, best first."""
+    """Our extension of the answer: on request, and where the scorer did not choose or chose none."""
 
     candidates: list[ScoredCandidate]
+    """Every candidate, best first, where asked for."""
+    fallback: Fallback | None = None
+    """How the choices were chosen, where the scorer was down or late."""
+    abstained: bool = False
+    """Whether no candidate reached `min_score`."""
     scorer: str
     sampled_tokens: int
     """Tokens of all candidates."""
@@ -402,6 +414,18 @@ def preferences(candidates: Sequence[Candidate], scores: Sequence[float], weight
     return [float(value) for value in blended(np.array(scores), np.array(known), weight)]
 
 
+def fallback_preferences(candidates: Sequence[Candidate], fallback: Fallback) -> list[float]:
+    """Return what candidates are ranked by without the scorer: their mean log-probability, or with `first` the order they were drawn in.
+
+    The order drawn also where `self_score` lacks a log-probability.
+    """
+    logprobs = [candidate["logprob"] for candidate in candidates]
+    known = [logprob for logprob in logprobs if logprob is not None]
+    if fallback == "self_score" and len(known) == len(logprobs):
+        return [logprob / max(candidate["tokens"], 1) for logprob, candidate in zip(known, candidates, strict=True)]
+    return [-float(position) for position in range(len(candidates))]
+
+
 def completion(
     request: ChatRequest,
     candidates: Sequence[Candidate],
@@ -413,25 +437,39 @@ def completion(
     latency: Latency,
     identity: str,
     created: int,
+    fallback: Fallback | None = None,
 ) -> ChatCompletion:
-    """Return the answer: the `request.n` most preferred candidates as choices, and all of them under `cappy` when asked."""
+    """Return the answer: the `request.n` most preferred candidates as choices, or a refusal where the best is below `min_score`.
+
+    All candidates stand under `cappy` when asked; `fallback` says how `preferences` came about without the scorer.
+    """
     chosen = select(candidates, preferences, request.n)
-    completion_tokens = sum(candidates[position]["tokens"] for position in chosen)
-    answer = ChatCompletion(
-        id=identity,
-        created=created,
-        model=request.model,
-        choices=[
+    least = request.cappy.min_score
+    # Not `<`: a score that is no number is no good either.
+    abstained = least is not None and fallback is None and not scores[chosen[0]] >= least
+    if abstained:
+        refusal = f"no candidate scored {least:g} (cappy.min_score); the best of {len(candidates)} scored {scores[chosen[0]]:.3f}"
+        choices = [Choice(index=0, message=ChoiceMessage(content=None, refusal=refusal), finish_reason="stop")]
+        chosen = []
+    else:
+        choices = [
             Choice(
                 index=index,
                 message=ChoiceMessage(content=candidates[position]["response"]),
                 finish_reason=candidates[position]["finish_reason"],
             )
             for index, position in enumerate(chosen)
-        ],
+        ]
+    completion_tokens = sum(candidates[position]["tokens"] for position in chosen)
+    answer = ChatCompletion(
+        id=identity,
+        created=created,
+        model=request.model,
+        choices=choices,
         usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=prompt_tokens + completion_tokens),
     )
-    if request.cappy.return_candidates:
+    if request.cappy.return_candidates or fallback or abstained:
+        shown = rank(candidates, preferences) if request.cappy.return_candidates else []
         answer.cappy = CappyAnswer(
             candidates=[
                 ScoredCandidate(
@@ -439,8 +477,10 @@ def completion(
                     score=scores[position] if math.isfinite(scores[position]) else None,
                     chosen=position in chosen,
                 )
-                for position in rank(candidates, preferences)
+                for position in shown
             ],
+            fallback=fallback,
+            abstained=abstained,
             scorer=scorer,
             sampled_tokens=sum(candidate["tokens"] for candidate in candidates),
             latency=latency,
@@ -457,7 +497,10 @@ def chunks(answer: ChatCompletion, *, usage: bool) -> list[dict[str, Any]]:
     same |= {"usage": None} if usage else {}
     deltas: list[dict[str, Any]] = []
     for choice in answer.choices:
-        pieces = [{"role": choice.message.role, "content": ""}, *({"content": piece} for piece in _PIECES.findall(choice.message.content))]
+        said = choice.message
+        pieces: list[dict[str, Any]] = [{"role": said.role, "content": ""}]
+        pieces += [{"content": piece} for piece in _PIECES.findall(said.content or "")]
+        pieces += [{"refusal": said.refusal}] * (said.refusal is not None)
         deltas += [{"index": choice.index, "delta": piece, "logprobs": None, "finish_reason": None} for piece in pieces]
         deltas.append({"index": choice.index, "delta": {}, "logprobs": None, "finish_reason": choice.finish_reason})
     made: list[dict[str, Any]] = [{**same, "choices": [delta]} for delta in deltas]

@@ -3,6 +3,7 @@ import json
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import Config, ServingConfig
 from generation.engines import Candidate
@@ -16,8 +17,9 @@ BODY = {"model": "cappy", "messages": [{"role": "user", "content": "hi"}]}
 class Echo:
     """A backend whose candidates are numbered texts and whose score is their length; `error` and `wait` make it misbehave."""
 
-    def __init__(self, error=None, wait=0.0, up=True, weight=None):
+    def __init__(self, error=None, wait=0.0, up=True, weight=None, scorer_error=None, scorer_wait=0.0):
         self.error, self.wait, self.up, self.weight = error, wait, up, weight
+        self.scorer_error, self.scorer_wait = scorer_error, scorer_wait
         self.read, self.cancelled = [], 0
 
     async def sample(self, turns, decodings, seeds):
@@ -36,6 +38,9 @@ class Echo:
 
     async def score(self, instructions, responses):
         self.read.append((list(instructions), list(responses)))
+        await asyncio.sleep(self.scorer_wait)
+        if self.scorer_error:
+            raise self.scorer_error
         return {"scores": [float(len(response)) for response in responses], "tokens": [len(each) for each in responses]}
 
     async def logprob_weight(self):
@@ -247,6 +252,109 @@ async def test_with_keys_every_path_but_health_wants_one():
         assert dear.status_code == 429 and "candidates" in dear.json()["error"]["message"] and int(dear.headers["retry-after"]) > 40
         assert (await http.get("/v1/models", headers={"X-API-Key": key})).status_code == 200
         assert (await http.get("/v1/models", **mine)).status_code == 429
+
+
+class Sure(Echo):
+    """Is the surer of a response the shorter it is; an empty one it never gives."""
+
+    async def sample(self, turns, decodings, seeds):
+        sampled = await super().sample(turns, decodings, seeds)
+        for each in sampled["candidates"]:
+            each["response"] += "x"
+            each |= {"tokens": 2, "logprob": -2.0 * len(each["response"])}
+        return sampled
+
+
+DOWN = {"scorer_error": ApiError("the scorer is down", 503, code="unavailable")}
+LATE = {"scorer_wait": 5.0}
+
+
+@pytest.mark.parametrize("trouble", [DOWN, LATE])
+@pytest.mark.parametrize(("server", "asked"), [("self_score", None), ("none", "self_score"), ("first", "self_score")])
+async def test_without_the_scorer_the_declared_fallback_chooses_and_says_so(trouble, server, asked):
+    body = {**BODY, "cappy": {"fallback": asked}}
+    async with client(Sure(**trouble), fallback=server, scorer_timeout_s=0.05) as http:
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+        metrics = (await http.get("/metrics")).text
+    assert answer["choices"][0]["message"]["content"] == "x"
+    assert answer["cappy"]["fallback"] == "self_score" and answer["cappy"]["candidates"] == []
+    assert 'cappy_serving_fallbacks_total{how="self_score"} 1.0' in metrics
+
+
+async def test_first_is_the_candidate_drawn_first_and_its_score_is_not_known():
+    body = {**BODY, "cappy": {"fallback": "first", "return_candidates": True, "min_score": 0.9}}
+    async with client(Sure(**DOWN)) as http:
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+    assert [each["response"] for each in answer["cappy"]["candidates"]] == ["x", "xx", "xxx", "xxxx"] * 2
+    assert {each["score"] for each in answer["cappy"]["candidates"]} == {None} and not answer["cappy"]["abstained"]
+
+
+@pytest.mark.parametrize(("trouble", "code"), [(DOWN, "unavailable"), (LATE, "scorer_late")])
+async def test_without_a_fallback_a_request_without_the_scorer_is_a_503(trouble, code):
+    async with client(Sure(**trouble), scorer_timeout_s=0.05) as http:
+        response = await http.post("/v1/chat/completions", json=BODY)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, code)
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(("least", "refused"), [(3.0, False), (3.5, True)])
+async def test_below_min_score_the_answer_is_a_refusal(least, refused):
+    body = {**BODY, "n": 2, "cappy": {"min_score": least}}
+    async with client(Echo()) as http:
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+        data, _ = events((await http.post("/v1/chat/completions", json={**body, "stream": True})).text)
+    if not refused:
+        assert [each["message"]["content"] for each in answer["choices"]] == ["xxx", "xx"] and "cappy" not in answer
+        return
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"] is None and answer["usage"]["completion_tokens"] == 0
+    assert choice["message"]["refusal"] == "no candidate scored 3.5 (cappy.min_score); the best of 8 scored 3.000"
+    assert answer["cappy"]["abstained"]
+    assert [json.loads(each)["choices"][0]["delta"].get("refusal") for each in data[:-1]] == [None, choice["message"]["refusal"], None]
+
+
+async def test_each_answer_has_a_number_the_clients_own_where_it_is_plain():
+    async with client(Echo(error=KeyError("secret"))) as http:
+        assert (await http.get("/v1/models", headers={"X-Request-Id": "my-1"})).headers["x-request-id"] == "my-1"
+        odd = (await http.get("/v1/models", headers={"X-Request-Id": "a b" * 99})).headers["x-request-id"]
+        assert len(odd) == 32 and odd.isalnum()
+        bug = await http.post("/v1/chat/completions", json=BODY)
+        assert bug.headers["x-request-id"] in bug.json()["error"]["message"]
+        assert (await http.get("/nothing")).headers["x-request-id"]
+
+
+async def test_prometheus_is_told_of_requests_stages_tokens_and_scores():
+    async with client(Echo()) as http:
+        await http.post("/v1/chat/completions", json=BODY)
+        await http.post("/v1/chat/completions", json={**BODY, "n": 0})
+        for path in ("/made/up", "/made/up/too"):
+            await http.get(path)
+        families = {each.name: each for each in text_string_to_metric_families((await http.get("/metrics")).text)}
+
+    def values(name, **labels):
+        samples = (each for family in families.values() for each in family.samples)
+        return [each.value for each in samples if each.name == name and labels.items() <= each.labels.items()]
+
+    assert values("cappy_serving_requests_total", route="/v1/chat/completions", status="200") == [1]
+    assert values("cappy_serving_requests_total", route="/v1/chat/completions", status="400") == [1]
+    assert values("cappy_serving_requests_total", route="other", status="404") == [2]
+    for stage in ("queue", "sampling", "scoring", "total"):
+        assert values("cappy_serving_seconds_count", stage=stage) == [1]
+    assert values("cappy_serving_candidates_total") == [8] and values("cappy_serving_score_count") == [4]
+    assert values("cappy_serving_tokens_total", kind="sampled") == [sum(range(8))]
+    assert values("cappy_serving_requests_here") == [0]
+
+
+async def test_ready_is_no_while_a_request_would_be_turned_away():
+    async with client(Echo(wait=0.4), max_concurrency=1, max_queue=0) as http:
+        assert (await http.get("/ready")).json() == {"status": "ready", "llm": True, "scorer": True, "room": True}
+        busy = asyncio.ensure_future(http.post("/v1/chat/completions", json=BODY))
+        await asyncio.sleep(0.1)
+        full = await http.get("/ready")
+        assert (full.status_code, full.json()["room"]) == (503, False)
+        assert (await busy).status_code == 200 and (await http.get("/ready")).status_code == 200
+    async with client(Echo(up=False)) as http:
+        assert (await http.get("/ready")).status_code == 503
 
 
 async def test_health_is_ok_only_while_both_models_are_ready():

@@ -1,0 +1,66 @@
+"""What the gateway tells Prometheus at `/metrics`. Each gateway counts its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import isfinite
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from generation.engines import Candidate
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """`cappy_serving_requests_total{route, status}`, `cappy_serving_seconds{stage}` and what was sampled and scored."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter("cappy_serving_requests", "Requests answered", ["route", "status"], registry=self.registry)
+        self._seconds = Histogram(
+            "cappy_serving_seconds",
+            "Seconds of a request by stage: waiting for its turn, sampling, scoring; total is all of them",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        tenths = [number / 10 for number in range(11)]
+        self._scores = Histogram("cappy_serving_score", "Scores of candidates, raw logits", buckets=tenths, registry=self.registry)
+        self._candidates = Counter("cappy_serving_candidates", "Candidates sampled", registry=self.registry)
+        self._tokens = Counter("cappy_serving_tokens", "Tokens", ["kind"], registry=self.registry)
+        self._fallbacks = Counter("cappy_serving_fallbacks", "Answers chosen without the scorer", ["how"], registry=self.registry)
+        self._abstentions = Counter("cappy_serving_abstentions", "Answers withheld below `min_score`", registry=self.registry)
+        self.working = Gauge("cappy_serving_requests_here", "Requests in work or waiting", registry=self.registry)
+
+    def answered(self, route: str, status: int) -> None:
+        """Count a request, by its route's pattern: paths of a client's own making would be without end."""
+        self._requests.labels(route, str(status)).inc()
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Note the seconds of a stage: `queue`, `sampling`, `scoring`, or `total` for what the models work on."""
+        self._seconds.labels(stage).observe(seconds)
+
+    def sampled(self, candidates: Sequence[Candidate], prompt_tokens: int) -> None:
+        """Count a pool."""
+        self._candidates.inc(len(candidates))
+        self._tokens.labels("prompt").inc(prompt_tokens)
+        self._tokens.labels("sampled").inc(sum(candidate["tokens"] for candidate in candidates))
+
+    def scored(self, scores: Iterable[float]) -> None:
+        """Note the scores of different responses."""
+        for score in scores:
+            if isfinite(score):
+                self._scores.observe(score)
+
+    def fell_back(self, how: str) -> None:
+        """Count an answer chosen without the scorer."""
+        self._fallbacks.labels(how).inc()
+
+    def abstained(self) -> None:
+        """Count an answer withheld."""
+        self._abstentions.inc()
+
+    def text(self) -> bytes:
+        """Return all of it in Prometheus' text format."""
+        return generate_latest(self.registry)
