@@ -176,8 +176,10 @@ def serve(
         from serving.keys import new_key as make
 
         key, sha256 = make()
-        print(f"key, shown this once: {key}")
-        print(f"for the config:       serving: {{api_keys: [{{name: {json.dumps(new_key)}, sha256: {sha256}}}]}}")
+        if not as_json:
+            print(f"key, shown this once: {key}")
+            print(f"for the config:       serving: {{api_keys: [{{name: {json.dumps(new_key)}, sha256: {sha256}}}]}}")
+        _finish({"name": new_key, "key": key, "sha256": sha256}, as_json)
         return
     _show("serve", _run("serve", config, set_, address, False), as_json)
 

@@ -616,6 +616,9 @@ class EvaluationConfig(Section):
     """Score a task's rows with the scorer `cappy adapt` published for it, and with `scorer_path` where it published none."""
 
 
+Fallback = Literal["none", "self_score", "first"]
+
+
 class ApiKeyConfig(Section):
     """A client of the server. `cappy serve --new-key NAME` prints a key and this entry for it."""
 
@@ -660,7 +663,7 @@ class ServingConfig(Section):
     """Seconds until a request is given up."""
     scorer_timeout_s: float = Field(30.0, gt=0)
     """Seconds until the scorer counts as late."""
-    fallback: Literal["none", "self_score", "first"] = "none"
+    fallback: Fallback = "none"
     """What chooses when the scorer is down or late: the LLM's mean log-probability, the candidate drawn first, or nothing (503)."""
     keep_alive_s: float = Field(5.0, gt=0)
     """Seconds between the signs of life of a streamed answer while its candidates are sampled and scored."""
@@ -672,6 +675,8 @@ class ServingConfig(Section):
         twice = [key.name for place, key in enumerate(self.api_keys) if key.name in [each.name for each in self.api_keys[:place]]]
         if twice:
             raise ValueError(f"api_keys has the name {twice[0]!r} twice; give each key its own")
+        if self.model_name == self.scorer_name:
+            raise ValueError(f"model_name and scorer_name are both {self.model_name!r}; give each its own")
         return self
 
 

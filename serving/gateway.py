@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
-from cluster.config import Config, DecodingConfig
+from cluster.config import Config, DecodingConfig, Fallback
 from generation.engines import Candidate, request_seed
 from generation.prompts import Message
 from serving import protocol, scoring
@@ -181,19 +181,20 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         answer = answering.result()
         return JSONResponse(answer.model_dump(exclude={"cappy"} if answer.cappy is None else None))
 
+    async def judged(kind: type[scoring.R], http: Request) -> tuple[scoring.R, Scored]:
+        request = scoring.parse(kind, await _read(http), config.serving.max_pairs)
+        _known(request.model, *names)
+        return request, await working(lambda: _score(backend, *request.pairs()))
+
     @api.post("/v1/score", response_model=scoring.ScoreAnswer)
     @api.post("/score", response_model=scoring.ScoreAnswer, include_in_schema=False)
     async def score(http: Request) -> scoring.ScoreAnswer:
         """Score pairs of an instruction and a response (vLLM's route)."""
-        request = scoring.parse(scoring.ScoreRequest, await _read(http), config.serving.max_pairs)
-        _known(request.model, *names)
-        scored = await working(lambda: _score(backend, *request.pairs()))
+        request, scored = await judged(scoring.ScoreRequest, http)
         return scoring.score_answer(request, scored, uuid.uuid4().hex, int(time.time()))
 
     async def ranked(http: Request, version: Literal[1, 2]) -> JSONResponse:
-        request = scoring.parse(scoring.RerankRequest, await _read(http), config.serving.max_pairs)
-        _known(request.model, *names)
-        scored = await working(lambda: _score(backend, *request.pairs()))
+        request, scored = await judged(scoring.RerankRequest, http)
         return JSONResponse(scoring.rerank_answer(request, scored, uuid.uuid4().hex, version=version).model_dump(exclude_none=True))
 
     @api.post("/v1/rerank", response_model=scoring.RerankAnswer)
@@ -210,9 +211,7 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
     @api.post("/v1/classify", response_model=scoring.Classification)
     async def classify(http: Request) -> scoring.Classification:
         """Choose among answers to an instruction: the scorer alone (paper, section 3.2)."""
-        request = scoring.parse(scoring.ClassifyRequest, await _read(http), config.serving.max_pairs)
-        _known(request.model, *names)
-        scored = await working(lambda: _score(backend, *request.pairs()))
+        request, scored = await judged(scoring.ClassifyRequest, http)
         return scoring.classification(request, scored, uuid.uuid4().hex, int(time.time()))
 
     @api.get("/v1/models")
@@ -261,7 +260,7 @@ async def _complete(
     drawn = time.monotonic()
     metrics.took("sampling", drawn - start)
     metrics.sampled(candidates, sampled["prompt_tokens"])
-    fallback: protocol.Fallback | None = None
+    fallback: Fallback | None = None
     try:
         async with asyncio.timeout(config.serving.scorer_timeout_s):
             scores, preferences = await _judge(request, candidates, config, backend)

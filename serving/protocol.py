@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypedDict, TypeVar
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cluster.config import Config, DecodingConfig
+from cluster.config import Config, DecodingConfig, Fallback
 from cluster.errors import CappyError
 from generation.engines import Candidate
 from generation.prompts import Message
@@ -113,9 +113,6 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_plain_text)]
-
-
-Fallback = Literal["none", "self_score", "first"]
 
 
 class CappyOptions(BaseModel):

@@ -7,6 +7,7 @@ logit, an estimate of Rouge-L in [0, 1] that may leave it, as vLLM gives for a s
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -91,9 +92,10 @@ class ClassifyRequest(BaseModel):
 
     @model_validator(mode="after")
     def _distinct(self) -> ClassifyRequest:
-        twice = next((each for place, each in enumerate(self.choices) if each in self.choices[:place]), None)
-        if twice is not None:
-            raise ValueError(f"choices has {protocol.short(twice)} twice; give each choice once")
+        # Counted, not compared with each other: the list is a client's, as long as a body may be.
+        choice, times = Counter(self.choices).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"choices has {protocol.short(choice)} {times} times; give each choice once")
         return self
 
     def pairs(self) -> tuple[list[str], list[str]]:

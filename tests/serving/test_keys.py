@@ -1,4 +1,5 @@
 import hashlib
+import json
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from cluster.cli import app
 from cluster.config import ApiKeyConfig, ServingConfig
 from cluster.errors import UsageError
 from serving.app import _refuse_open
-from serving.keys import Allowance, Keyring, new_key
+from serving.keys import Allowance, Keyring, digest, new_key
 from serving.protocol import ApiError
 
 
@@ -107,6 +108,13 @@ def test_the_command_line_makes_a_key_and_its_entry():
     key = re.search(r"cappy-\S+", said)[0]
     serving = yaml.safe_load(said.split("for the config:")[1])["serving"]
     assert Keyring(ServingConfig(**serving).api_keys).caller(f"Bearer {key}").name == "team a"
+    told = json.loads(CliRunner().invoke(app, ["serve", "--new-key", "b", "--json"]).stdout)
+    assert told["sha256"] == digest(told["key"]) and told["name"] == "b"
+
+
+def test_the_llm_and_the_scorer_have_names_of_their_own():
+    with pytest.raises(ValueError, match="model_name and scorer_name are both 'x'"):
+        ServingConfig(model_name="x", scorer_name="x")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_the_choice_with_the_highest_score_is_chosen_and_the_first_of_equals():
         (RerankRequest, {"query": "q", "documents": "a"}, 'documents="a": Input should be a valid list'),
         (RerankRequest, {"query": "q", "documents": ["a"], "top_n": -1}, "top_n=-1"),
         (ClassifyRequest, {"instruction": "q", "choices": ["a"]}, 'choices=["a"]: List should have at least 2 items'),
-        (ClassifyRequest, {"instruction": "q", "choices": ["a", "b", "a"]}, 'choices has "a" twice; give each choice once'),
+        (ClassifyRequest, {"instruction": "q", "choices": ["a", "b", "a"]}, 'choices has "a" 2 times; give each choice once'),
     ],
 )
 def test_bad_requests_are_named_with_the_way_out(kind, body, message):
