@@ -27,7 +27,9 @@ from training.scorer import CHECKPOINTS, Scorer
 
 pytestmark = pytest.mark.slow
 
-EPOCHS, STEPS = 6, 53  # of 4 pairs: small, so that what happens to a run finds it between checkpoints
+# Steps of 4 pairs: small, so that what happens to a run finds it between checkpoints. Epochs enough that a SIGTERM, which takes up to
+# a second to reach the worker on a busy machine, comes seconds before the end.
+EPOCHS, STEPS = 18, 53
 RUN = """
 import sys
 
@@ -153,9 +155,9 @@ def test_an_error_in_a_worker_reaches_the_operator_as_one_line(encoder: Path, tm
 
 def test_two_workers_train_from_and_to_object_storage(encoder: Path, bucket: str, ray_here: None):
     publish(f"{bucket}/run/dataset", 70, 20)
-    config = settings(f"{bucket}/run", encoder, epochs=EPOCHS, learning_rate=5e-3, workers=2)
+    config = settings(f"{bucket}/run", encoder, epochs=6, learning_rate=5e-3, workers=2)
     summary = trainer.run(config)
-    assert summary["steps"] == EPOCHS * 14 and summary["train_mse"] < 0.12
+    assert summary["steps"] == 6 * 14 and summary["train_mse"] < 0.12
     assert summary["validation"]["pairs"] == 60
     manifest = storage.read_manifest(config.scorer_uri, "scorer", "train")
     assert storage.verify(config.scorer_uri, manifest) == []
