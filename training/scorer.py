@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from cluster import models, storage
 from cluster.config import ScorerConfig, TrainingConfig
 from cluster.errors import CappyError, UsageError
+from training import lean
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 
@@ -210,6 +211,7 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
     model.config.cappy = None  # a blend's weight was fitted with the weights that are about to change
     # sentence-transformers and vLLM put a sigmoid on a single label unless the config says otherwise.
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    lean.read_first_token_only(model)
     return model
 
 
@@ -246,44 +248,16 @@ class Scorer:
         """
         refuse_unfinished(name)
         folder = models.resolve(name, setting, adapters=True)
-        if not (folder / "config.json").exists():
-            return cls._load_adapted(folder, name, dtype, device, setting)
-        tokenizer = load_tokenizer(folder, name, setting)
-        with _quiet():
-            try:
-                model, report = AutoModelForSequenceClassification.from_pretrained(
-                    folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-                )
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                raise CappyError(f"{setting}={name}: not a model that can score ({_first_line(error)})") from None
-        if model.config.num_labels != 1:
-            labels = model.config.num_labels
-            raise CappyError(f"{setting}={name}: the model has {labels} labels, a scorer has one; point it at what `cappy train` wrote")
-        if report["missing_keys"]:
-            missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise CappyError(f"{setting}={name}: the weights lack {missing}, so no head was trained; run `cappy train` on it first")
+        plain = (folder / "config.json").exists()
+        model, tokenizer = _load_whole(folder, name, setting) if plain else _load_adapted(folder, name, setting)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device)._to_its_dtype()
-
-    @classmethod
-    def _load_adapted(cls, folder: Path, name: str, dtype: Dtype, device: str | torch.device | None, setting: str) -> Scorer:
-        """Load the base that a folder of adapters names, checked against the weights they were trained on, and merge them."""
-        from training import lora
-
-        said = lora.base_of(folder)
-        base = models.resolve(said["uri"], f"base of {setting}={name}")
-        if said.get("sha256", "") not in ("", lora.weights_sha256(base)):
-            raise CappyError(f"{setting}={name}: its base {said['uri']} has other weights than it was adapted from; adapt it again")
-        scorer = cls.load(said["uri"], "float32", device, f"base of {setting}={name}")
-        scorer.model.config.cappy = None  # the blend's weight was fitted with the base alone
-        merged = lora.merge(scorer.model, folder, f"{setting}={name}")
-        return cls(merged, scorer.tokenizer, scorer.max_length, dtype, scorer.device)._to_its_dtype()
-
-    def _to_its_dtype(self) -> Scorer:
-        """Keep the weights in the dtype of the products: what is not trained needs no others, and casting them takes time."""
-        if self.dtype == "bfloat16":
-            self.model.to(torch.bfloat16)
-        return self
+        scorer = cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device)
+        if scorer.dtype == "bfloat16":
+            # What is not trained needs no finer weights, and casting them for each product takes time.
+            scorer.model.to(torch.bfloat16)
+        if scorer.device.type == "cpu":
+            lean.pack_for_cpu(scorer.model)
+        return scorer
 
     @property
     def logprob_weight(self) -> float | None:
@@ -343,6 +317,40 @@ class Scorer:
         with _quiet():
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+
+def _load_whole(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
+    """Return the float32 model and the tokenizer of a folder that holds both."""
+    tokenizer = load_tokenizer(folder, name, setting)
+    with _quiet():
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise CappyError(f"{setting}={name}: not a model that can score ({_first_line(error)})") from None
+    if model.config.num_labels != 1:
+        labels = model.config.num_labels
+        raise CappyError(f"{setting}={name}: the model has {labels} labels, a scorer has one; point it at what `cappy train` wrote")
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise CappyError(f"{setting}={name}: the weights lack {missing}, so no head was trained; run `cappy train` on it first")
+    lean.read_first_token_only(model)
+    return model, tokenizer
+
+
+def _load_adapted(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
+    """Return the base that adapters name, checked against the weights they were trained on, with them merged, and its tokenizer."""
+    from training import lora
+
+    said = lora.base_of(folder)
+    base = models.resolve(said["uri"], f"base of {setting}={name}")
+    if said.get("sha256", "") not in ("", lora.weights_sha256(base)):
+        raise CappyError(f"{setting}={name}: its base {said['uri']} has other weights than it was adapted from; adapt it again")
+    refuse_unfinished(said["uri"])
+    model, tokenizer = _load_whole(base, said["uri"], f"base of {setting}={name}")
+    model.config.cappy = None  # the blend's weight was fitted with the base alone
+    return lora.merge(model, folder, f"{setting}={name}"), tokenizer
 
 
 def refuse_unfinished(name: str) -> None:
