@@ -78,7 +78,7 @@ class Shelf:
     ) -> None:
         self.main, self._room, self._reload_s, self._clock = main, room, reload_s, clock
         self._places = {name: _Place(uri, f"scorer {name!r}: path") for name, uri in further.items()}
-        self._places[main] = _Place(main_uri, "scorer_path", load(main_uri, "scorer_path"), clock())
+        self._places[main] = _Place(main_uri, "scorer_path", look(main_uri, "scorer_path", None), clock())
         self._used: OrderedDict[str, None] = OrderedDict()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="scorers")
 
@@ -141,26 +141,23 @@ class Shelf:
 
 
 def look(uri: str, setting: str, held: Held | None) -> Held:
-    """Return `held` if it is what is published at `uri`, else what is, loaded. Raises `CappyError` where that cannot be used."""
+    """Return `held` if it is what is published at `uri`, else what is there, loaded.
+
+    Raises `CappyError` naming `setting` where that is no scorer, is not published any more, or changes meanwhile.
+    """
+    from training.scorer import Scorer
+
     version = version_of(uri)
     if held is not None and version == held.version:
         return held
     if held is not None and version is None:
         raise CappyError(f"{setting}={uri} has no {storage.MANIFEST} any more: it is being published anew, or was taken back")
-    return load(uri, setting)
-
-
-def load(uri: str, setting: str) -> Held:
-    """Load the scorer that is at `uri` now. Raises `CappyError` naming `setting` where it is none, or changes meanwhile."""
-    from training.scorer import Scorer
-
-    version = version_of(uri)
     if version is not None:
         _check_weights(uri, setting)
     with _loading:
         model = Scorer.load(uri, dtype="float32", setting=setting)
     if version_of(uri) != version:
-        raise CappyError(f"{setting}={uri} was published anew while it was loaded")
+        raise CappyError(f"{setting}={uri} was published anew, or taken back, while it was loaded")
     return Held(model, version, model.logprob_weight)
 
 
