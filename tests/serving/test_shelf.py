@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from cluster import storage
 from cluster.config import LoraConfig, ScorerConfig, TrainingConfig
@@ -169,7 +170,8 @@ async def test_a_store_that_hangs_holds_up_only_the_scorer_it_keeps(uris, clock,
 
 async def test_adapters_are_merged_into_their_base(encoder, uris, clock, tmp_path):
     uri = str(tmp_path / "adapters")
-    base = Scorer.load(uris["main"], device="cpu")
+    model = AutoModelForSequenceClassification.from_pretrained(uris["main"])
+    base = Scorer(model, load_tokenizer(Path(uris["main"]), "x", "s"), 32)
     wrapped = lora.wrap(base.model, LoraConfig(rank=2), seed=5)
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
