@@ -631,6 +631,15 @@ class ApiKeyConfig(Section):
     """Candidates it may have sampled in a minute, null without limit."""
 
 
+class NamedScorer(Section):
+    """A scorer served beside the main one."""
+
+    name: str = Field(min_length=1, max_length=200)
+    """What requests call it; `{model_name}+{name}` is the LLM with it."""
+    path: str = Field(min_length=1)
+    """As `scorer_path`: a folder, hub name or s3:// folder of a scorer, or of adapters to one."""
+
+
 class ServingConfig(Section):
     """The server of `cappy serve`."""
 
@@ -641,9 +650,19 @@ class ServingConfig(Section):
     allow_no_keys: bool = False
     """Whether it may listen beyond this machine without keys: behind a gateway of your own."""
     model_name: str = "cappy"
-    """The name clients put in `model`."""
+    """The name clients put in `model`: the LLM with the main scorer (`scorer_path`)."""
     scorer_name: str = "cappy-scorer"
-    """The name of the scorer alone, for the routes that score, rank and classify; they take `model_name` too."""
+    """The name of the main scorer alone, for the routes that score, rank and classify; they take `model_name` too."""
+    llm_name: str = "cappy-llm"
+    """The name of the LLM alone, whose candidates nothing scores."""
+    scorers: tuple[NamedScorer, ...] = ()
+    """Scorers beside the main one, loaded when a request names one."""
+    adapted: bool = False
+    """Whether those `cappy adapt` published in `adapted_path` are among them, each by its task's name."""
+    scorers_loaded: int = Field(4, ge=1)
+    """Scorers beside the main one that a replica holds at once; the one not used for longest makes room."""
+    reload_s: float = Field(10.0, gt=0)
+    """Seconds between looks at whether a scorer in use was published anew; its new weights then answer."""
     candidates: int = Field(8, ge=1, le=256)
     """Candidates sampled for a request that does not say how many."""
     max_candidates: int = Field(64, ge=1, le=256)
@@ -675,9 +694,26 @@ class ServingConfig(Section):
         twice = [key.name for place, key in enumerate(self.api_keys) if key.name in [each.name for each in self.api_keys[:place]]]
         if twice:
             raise ValueError(f"api_keys has the name {twice[0]!r} twice; give each key its own")
-        if self.model_name == self.scorer_name:
-            raise ValueError(f"model_name and scorer_name are both {self.model_name!r}; give each its own")
+        check_names(self, [scorer.name for scorer in self.scorers])
         return self
+
+    def pair(self, scorer: str) -> str:
+        """Return the name of the LLM with a scorer."""
+        return self.model_name if scorer == self.scorer_name else f"{self.model_name}+{scorer}"
+
+
+def check_names(serving: ServingConfig, scorers: Sequence[str]) -> None:
+    """Raise `ValueError` where two of a server's models, with these scorers beside the main one, have the same name."""
+    settings = {"model_name": serving.model_name, "scorer_name": serving.scorer_name, "llm_name": serving.llm_name}
+    taken: dict[str, str] = {}
+    for setting, name in [
+        *settings.items(),
+        *(("scorers", name) for name in scorers),
+        *(("a pair", serving.pair(name)) for name in scorers),
+    ]:
+        if name in taken:
+            raise ValueError(f"{taken[name]} and {setting} are both {name!r}; give each its own")
+        taken[name] = setting
 
 
 class Config(Section):

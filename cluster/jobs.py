@@ -132,6 +132,8 @@ def _absolute(config: Config) -> Config:
     paths["scorer"] = config.scorer.model_copy(update={"encoder": models.absolute(config.scorer.encoder)})
     if config.adapt.base:
         paths["adapt"] = config.adapt.model_copy(update={"base": models.absolute(config.adapt.base)})
+    scorers = tuple(each.model_copy(update={"path": models.absolute(each.path)}) for each in config.serving.scorers)
+    paths["serving"] = config.serving.model_copy(update={"scorers": scorers})
     paths["source"] = _absolute_source(config.source)
     evaluation = tuple(map(storage.absolute, config.decontaminate.files))
     paths["decontaminate"] = config.decontaminate.model_copy(update={"files": evaluation})

@@ -25,6 +25,7 @@ from evaluation import report
 from evaluation.comparison import Comparison, Row, baselines, compare
 from evaluation.metrics import Integers
 from generation.dataset import RegressionSet
+from training.adapted import published
 
 VERSION = 1
 _COLUMNS = ("id", "dataset", "instruction", "references", "candidates")
@@ -74,7 +75,7 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
         say(f"evaluate: {name} is left out: {reason}")
     adapted: dict[str | None, str] = {}
     if config.evaluation.adapted:
-        adapted = adapted_scorers(config)
+        adapted = {scorer.dataset: scorer.uri for scorer in published(config.adapted_uri, "evaluation.adapted")}
         scored, weight = score_by_task(base.rows, adapted, config, load), None  # each scorer would have a weight of its own
     else:
         scorer = load(config)
@@ -175,19 +176,6 @@ def score_rows(scorer: Scoring, rows: Sequence[Row]) -> list[Row]:
         {**row, "candidates": [{**each, "score": scores[row["instruction"], each["response"]]} for each in row["candidates"]]}
         for row in rows
     ]
-
-
-def adapted_scorers(config: Config) -> dict[str | None, str]:
-    """Return the URI of the scorer that `cappy adapt` published for each dataset; null is for all, with `adapt.by=all`.
-
-    Raises `CappyError` where it has not run.
-    """
-    place = storage.join(config.adapted_uri, "results.json")
-    try:
-        tasks = storage.read_json(place)["tasks"]
-    except FileNotFoundError:
-        raise CappyError(f"evaluation.adapted=true: there is no {place}; run `cappy adapt` first, or set it false") from None
-    return {task["dataset"]: storage.join(config.adapted_uri, task["uri"].rsplit("/", 1)[-1]) for task in tasks if task["uri"]}
 
 
 def score_by_task(

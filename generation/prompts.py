@@ -2,7 +2,8 @@
 
 A prompt is first a list of OpenAI-style messages, whatever its form; worked examples (shots) are earlier user and assistant
 turns. The `chat` form gives the messages to the model's chat template, the `raw` form joins them to one text the model
-continues. A server request takes the same road with the client's own messages.
+continues. A server request takes the same road with the client's own messages; a text it is to continue, letter by letter, is
+one message in the `verbatim` form.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ def drop_first_shot(turns: Sequence[Message]) -> list[Message] | None:
     """Return the turns without their first user and assistant pair, or None where only the instruction is left."""
     start = 1 if turns and turns[0]["role"] == "system" else 0
     return [*turns[:start], *turns[start + 2 :]] if len(turns) - start >= 3 else None
+
+
+def text_of(turns: Sequence[Message], form: str) -> str | None:
+    """Return the text a model continues after the turns, None in the `chat` form, whose text the model's template makes."""
+    if form == "verbatim":
+        return "".join(turn["content"] for turn in turns)
+    return raw_text(turns) if form == "raw" else None
 
 
 def raw_text(turns: Sequence[Message]) -> str:

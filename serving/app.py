@@ -24,6 +24,7 @@ from cluster.config import Config, DecodingConfig, ServingConfig
 from cluster.errors import CappyError, UsageError
 from cluster.runtime import clean_error, ray_session
 from generation.prompts import Message
+from serving.catalogue import further_scorers
 from serving.client import curl_command
 from serving.deployments import LLM, Scorer, answer
 from serving.gateway import build_api
@@ -43,23 +44,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Backend:
     """The gateway's models, reached through Serve handles."""
 
-    def __init__(self, llm: Any, scorer: Any) -> None:
-        self.llm, self.scorer = llm, scorer
-        self._weight: asyncio.Task[float | None] | None = None
+    def __init__(self, llm: Any, scorer: Any, main: str) -> None:
+        self.llm, self.scorer, self.main = llm, scorer, main
 
-    async def sample(self, turns: Sequence[Message], decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
-        sampled: Sampled = await answer(self.llm.sample.remote(turns, decodings, seeds), "the LLM")
+    async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
+        param = "prompt" if isinstance(prompt, str) else "messages"
+        sampled: Sampled = await answer(self.llm.sample.remote(prompt, decodings, seeds), "the LLM", param)
         return sampled
 
-    async def score(self, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
-        scored: Scored = await answer(self.scorer.score.remote((list(instructions), list(responses))), "the scorer")
+    async def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
+        # Every replica has the main one; others are asked for where they are loaded already.
+        handle = self.scorer if scorer == self.main else self.scorer.options(multiplexed_model_id=scorer)
+        scored: Scored = await answer(handle.score.remote(scorer, list(instructions), list(responses)), "the scorer")
         return scored
-
-    async def logprob_weight(self) -> float | None:
-        # Asked once: a scorer that is replaced is the same one. A failed answer is not kept.
-        if self._weight is None or (self._weight.done() and (self._weight.cancelled() or self._weight.exception())):
-            self._weight = asyncio.ensure_future(answer(self.scorer.logprob_weight.remote(), "the scorer"))
-        return await asyncio.shield(self._weight)
 
     async def ready(self) -> dict[str, bool]:
         return {"llm": await _ready(self.llm), "scorer": await _ready(self.scorer)}
@@ -74,13 +71,13 @@ async def _ready(handle: Any) -> bool:
 
 
 class Gateway:
-    """The ingress deployment: `gateway.build_api` over the handles of the other two."""
+    """The ingress deployment: `gateway.build_api` over the handles of the other two; `further` names the scorers beside the main one."""
 
-    def __init__(self, config: Config, llm: Any, scorer: Any) -> None:
-        self.config, self.backend = config, Backend(llm, scorer)
+    def __init__(self, config: Config, further: Sequence[str], llm: Any, scorer: Any) -> None:
+        self.config, self.further, self.backend = config, further, Backend(llm, scorer, config.serving.scorer_name)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.config, self.backend)
+        return build_api(self.config, self.backend, self.further)
 
 
 def build(config: Config) -> serve.Application:
@@ -113,9 +110,10 @@ def build(config: Config) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         **common,
     )
-    uri = config.scorer_uri
-    name = storage.absolute(uri) if storage.exists(uri) else uri
-    return gateway.bind(config, llm.bind(config.sampler), scorer.bind(name))
+    further = further_scorers(config)
+    main = models.absolute(config.scorer_uri)
+    scorers = scorer.bind(serving.scorer_name, main, further, serving.scorers_loaded, serving.reload_s)
+    return gateway.bind(config, tuple(further), llm.bind(config.sampler), scorers)
 
 
 def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
@@ -129,6 +127,7 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     _refuse_open(serving)
     ports.check(serving.host, serving.port, "serving.")
     check_scorer(config)
+    further = further_scorers(config)
     config.sampler.vllm()
     models.resolve(config.sampler.model, "sampler.model")
     url = base_url(serving)
@@ -139,7 +138,7 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     with ray_session(), _stopped_by_signals():
         try:
             _start(config)
-            progress.say(welcome(config, url))
+            progress.say(welcome(config, url, tuple(further)))
             threading.Event().wait()
         except _Stopped:
             progress.say("serve: stopping; requests under way are finished first")
@@ -168,8 +167,8 @@ def check_scorer(config: Config) -> None:
         models.resolve(uri, "scorer_path")
 
 
-def welcome(config: Config, url: str) -> str:
-    """What the operator reads once the server answers."""
+def welcome(config: Config, url: str, further: Sequence[str] = ()) -> str:
+    """What the operator reads once the server answers; `further` are the scorers beside the main one."""
     serving = config.serving
     body = {"model": serving.model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     lines = [
@@ -177,6 +176,8 @@ def welcome(config: Config, url: str) -> str:
         f"  {serving.candidates} candidates a request; stop with Ctrl-C",
         f"  {curl_command(url, body, key=bool(serving.api_keys))}",
     ]
+    if further:
+        lines.insert(1, f"  {len(further)} more scorers, loaded when asked for, e.g. model {serving.pair(further[0])!r}")
     if not _loopback(serving.host) and not serving.api_keys:
         lines.insert(2, f"  note: serving.host={serving.host} is reachable from other machines, and anyone may ask: there are no API keys")
     return "\n".join(lines)

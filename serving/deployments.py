@@ -1,7 +1,7 @@
-"""The two models behind the gateway, as plain classes Ray Serve makes replicas of: `LLM` samples, `Scorer` scores.
+"""The models behind the gateway, as plain classes Ray Serve makes replicas of: `LLM` samples, `Scorer` scores.
 
-Each replica holds one model, loaded in `__init__`. Errors that leave a replica are pickled by Ray, so they carry one message;
-`answer` turns them into what the gateway tells its client.
+A replica of the LLM holds one model, a replica of the scorer the main one and some of the others (`shelf`). Errors that leave a
+replica are pickled by Ray, so they carry one message; `answer` turns them into what the gateway tells its client.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -23,8 +23,12 @@ from generation.engines import PromptTooLong
 from generation.engines.vllm import Engine
 from generation.prompts import Message
 from serving.protocol import ApiError, Sampled, Scored
+from serving.shelf import Held, ScorerUnavailable, Shelf
 
 logger = logging.getLogger("ray.serve")
+
+Pairs = tuple[Held, list[str], list[str]]
+"""A scorer, and the instructions and responses of a request to it."""
 
 
 class PromptRefused(CappyError):
@@ -42,12 +46,13 @@ class LLM:
         self.form = config.prompt.form
         self.engine = Engine(config.model, config.vllm(), setting)
 
-    async def sample(self, turns: Sequence[Message], decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
+    async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
         """Return the candidates of one prompt, decoding by decoding; `seeds` holds one for each.
 
+        A prompt that is a text is continued as it stands; the turns of a conversation get the form the config says.
         Raises `PromptTooLong`, `PromptRefused` or `EngineDown`.
         """
-        token_ids = self._encode(turns, room=max(decoding.max_tokens for decoding in decodings))
+        token_ids = self._encode(prompt, room=max(decoding.max_tokens for decoding in decodings))
         identity = uuid.uuid4().hex
         draws = [
             asyncio.ensure_future(self.engine.sample(token_ids, decoding, seed, f"{identity}-{position}"))
@@ -65,11 +70,13 @@ class LLM:
                 draw.cancel()
         return Sampled(candidates=[candidate for pool in pools for candidate in pool], prompt_tokens=len(token_ids))
 
-    def _encode(self, turns: Sequence[Message], room: int) -> list[int]:
+    def _encode(self, prompt: Sequence[Message] | str, room: int) -> list[int]:
         from jinja2 import TemplateError
 
+        turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        form = "verbatim" if isinstance(prompt, str) else self.form
         try:
-            return self.engine.encode(turns, self.form, room, drop_shots=False)
+            return self.engine.encode(turns, form, room, drop_shots=False)
         except TemplateError as error:
             raise PromptRefused(f"the model's chat template refused the messages: {error}") from None
 
@@ -90,34 +97,61 @@ class LLM:
 
 
 class Scorer:
-    """A trained scorer. Requests that wait while a batch is scored are scored together in the next one."""
+    """The trained scorers. Requests that wait while a batch is scored are scored together in the next one.
 
-    def __init__(self, name: str, setting: str = "scorer_path") -> None:
-        from training.scorer import Scorer as Model
+    `main` stays, of `further` (URIs by name) a replica holds `room` at most; each is replaced when it is published anew, which is
+    looked for every `reload_s` seconds.
+    """
 
-        self.model = Model.load(name, dtype="float32", setting=setting)
+    def __init__(self, main: str, main_uri: str, further: Mapping[str, str], room: int, reload_s: float) -> None:
+        self.shelf = Shelf(main, main_uri, further, room=room, reload_s=reload_s)
+
+        async def here(name: str) -> str:
+            return name
+
+        # Tells Serve what this replica holds, so that requests for a scorer go where it is. Serve could hold the scorers too, but it
+        # makes room before it loads: one that cannot be loaded would drive out those that can. It also loads one at a time, once.
+        self._announce = serve.multiplexed(max_num_models_per_replica=room)(here)
+
+    async def score(self, name: str, instructions: list[str], responses: list[str]) -> Scored:
+        """Return the raw logits of pairs by the scorer `name`. Raises `ScorerUnavailable`."""
+        # Before the batch: scorers at hand do not wait for one that is being loaded.
+        held = await self.shelf.get(name)
+        if name != self.shelf.main:
+            await self._announce(name)
+        scored: Scored = await self._together((held, instructions, responses))
+        return scored
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)  # type: ignore[untyped-decorator]
-    async def score(self, requests: list[tuple[list[str], list[str]]]) -> list[Scored]:
-        """Return the raw logits of each request's pairs; a request is its instructions and their responses."""
-        instructions = [instruction for each, _ in requests for instruction in each]
-        texts = [response for _, each in requests for response in each]
+    async def _together(self, requests: list[Pairs]) -> list[Scored]:
         # In a thread, so that the replica's event loop goes on collecting the next batch and answering health checks.
-        scores, tokens = await asyncio.to_thread(self.model.score_and_count, instructions, texts)
-        starts = [0, *itertools.accumulate(len(responses) for _, responses in requests)]
-        return [Scored(scores=scores[start:end].tolist(), tokens=tokens[start:end].tolist()) for start, end in itertools.pairwise(starts)]
-
-    async def logprob_weight(self) -> float | None:
-        """The weight of the LLM's mean log-probability that was fitted with the scorer, None where there is none."""
-        return self.model.logprob_weight
+        return await asyncio.to_thread(score_together, requests)
 
     async def ready(self) -> bool:
-        """Whether the scorer can answer."""
+        """Whether the main scorer can answer."""
         return True
 
 
-async def answer(response: Any, name: str) -> Any:
-    """Await a call of a deployment; `name` is what the client is told failed.
+def score_together(requests: Sequence[Pairs]) -> list[Scored]:
+    """Return the scores of each request, those of one scorer in one pass."""
+    scored: dict[int, Scored] = {}
+    # Serve keeps requests of different names apart; those of one name may have it from before and after a reload.
+    for held in {id(held): held for held, _, _ in requests}.values():
+        mine = [(place, texts, responses) for place, (each, texts, responses) in enumerate(requests) if each is held]
+        instructions = [instruction for _, texts, _ in mine for instruction in texts]
+        scores, tokens = held.model.score_and_count(instructions, [response for _, _, responses in mine for response in responses])
+        starts = [0, *itertools.accumulate(len(responses) for _, _, responses in mine)]
+        for (place, _, _), (start, end) in zip(mine, itertools.pairwise(starts), strict=True):
+            scored[place] = Scored(scores=scores[start:end].tolist(), tokens=tokens[start:end].tolist())
+            if held.version is not None:
+                scored[place]["version"] = held.version
+            if held.logprob_weight is not None:
+                scored[place]["logprob_weight"] = held.logprob_weight
+    return [scored[place] for place in range(len(requests))]
+
+
+async def answer(response: Any, name: str, param: str = "messages") -> Any:
+    """Await a call of a deployment; `name` is what the client is told failed, `param` the field with the prompt.
 
     Cancelling this cancels the call in its replica. Raises `ApiError`: 400 for a prompt the LLM cannot take, 503 while the
     deployment cannot answer. Other errors are bugs and pass through.
@@ -130,9 +164,11 @@ async def answer(response: Any, name: str) -> Any:
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, PromptTooLong):
-            raise ApiError(str(cause), param="messages", code="context_length_exceeded") from None
+            raise ApiError(str(cause), param=param, code="context_length_exceeded") from None
         if isinstance(cause, PromptRefused):
-            raise ApiError(str(cause), param="messages", code="invalid_value") from None
+            raise ApiError(str(cause), param=param, code="invalid_value") from None
+        if isinstance(cause, ScorerUnavailable):
+            raise ApiError(f"{cause} now; try again later, or name another", 503, code="scorer_unavailable") from None
         if isinstance(cause, EngineDown):
             raise ApiError(f"{name} went down while answering and is being replaced; try again", 503, code="unavailable") from None
         raise

@@ -29,6 +29,7 @@ from cluster.config import Config, DecodingConfig, Fallback
 from generation.engines import Candidate, request_seed
 from generation.prompts import Message
 from serving import protocol, scoring
+from serving.catalogue import Catalogue
 from serving.keys import Keyring
 from serving.metrics import Metrics
 from serving.protocol import ApiError, Sampled, Scored
@@ -39,21 +40,18 @@ MAX_BODY = 1 << 20
 _PAIRS_AT_ONCE = 64
 """Pairs a call of the scorer takes: a long list is spread over its replicas, and others' requests are scored between."""
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SCORING = "/v1/score, /v1/rerank, /v2/rerank, /v1/classify"
+_POSTS = "POST /v1/chat/completions, /v1/completions, /v1/score, /v1/rerank, /v2/rerank, /v1/classify"
 T = TypeVar("T")
 
 
 class Backend(Protocol):
     """The models as the gateway sees them; each call raises `ApiError` for what the client should be told."""
 
-    def sample(self, turns: Sequence[Message], decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Awaitable[Sampled]:
-        """Return the candidates of a prompt."""
+    def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Awaitable[Sampled]:
+        """Return the candidates of a conversation, or of a text that is continued as it stands."""
 
-    def score(self, instructions: Sequence[str], responses: Sequence[str]) -> Awaitable[Scored]:
-        """Return the raw logit of each pair; the lists are of equal length."""
-
-    def logprob_weight(self) -> Awaitable[float | None]:
-        """Return the blend's weight that was fitted with the scorer, None where there is none."""
+    def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Awaitable[Scored]:
+        """Return the raw logit of each pair by the scorer of that name; the lists are of equal length."""
 
     def ready(self) -> Awaitable[dict[str, bool]]:
         """Return whether each model can answer, by its name."""
@@ -138,13 +136,11 @@ class Guard:
         await self.app(scope, receive, send)
 
 
-def build_api(config: Config, backend: Backend) -> FastAPI:
-    """Return the web application that answers with `backend`'s models under the name `serving.model_name`."""
+def build_api(config: Config, backend: Backend, further: Sequence[str] = ()) -> FastAPI:
+    """Return the web application that answers with `backend`'s models: the LLM, the main scorer and the `further` ones, by name."""
     api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None)
     started = int(time.time())
-    name = config.serving.model_name
-    names = (name, config.serving.scorer_name)
-    served = {each: {"id": each, "object": "model", "created": started, "owned_by": "cappy-ray"} for each in names}
+    catalogue = Catalogue(config.serving, further)
     door = Doorman(config.serving.max_concurrency, config.serving.max_queue)
     metrics = Metrics()
     metrics.working.set_function(lambda: door.here)
@@ -162,14 +158,11 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         finally:
             metrics.took("total", time.monotonic() - start)
 
-    @api.post("/v1/chat/completions", response_model=protocol.ChatCompletion)
-    async def chat(http: Request) -> Response:
-        """Sample candidates for the last message, score them, return the best."""
-        request = protocol.parse(await _read(http))
-        _known(request.model, name)
-        decodings = protocol.decodings_for(request, config)
+    async def completed(http: Request, request: protocol.SampleRequest) -> Response:
+        scorer = catalogue.chooser(request)
+        decodings = protocol.decodings_for(request, config, scored=scorer is not None)
         http.scope["caller"].sample(sum(decoding.n for decoding in decodings))
-        answering = asyncio.ensure_future(working(lambda: _complete(request, decodings, config, backend, metrics)))
+        answering = asyncio.ensure_future(working(lambda: _complete(request, scorer, decodings, config, backend, metrics)))
         try:
             # A stream begins as late as may be: what is refused at once then has a status of its own.
             await asyncio.wait({answering}, timeout=config.serving.keep_alive_s if request.stream else None)
@@ -181,10 +174,20 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         answer = answering.result()
         return JSONResponse(answer.model_dump(exclude={"cappy"} if answer.cappy is None else None))
 
+    @api.post("/v1/chat/completions", response_model=protocol.ChatCompletion)
+    async def chat(http: Request) -> Response:
+        """Sample candidates for the last message, score them, return the best."""
+        return await completed(http, protocol.parse(await _read(http)))
+
+    @api.post("/v1/completions", response_model=protocol.TextCompletion)
+    async def text(http: Request) -> Response:
+        """Sample continuations of a prompt as it stands, score them, return the best."""
+        return await completed(http, protocol.parse_text(await _read(http)))
+
     async def judged(kind: type[scoring.R], http: Request) -> tuple[scoring.R, Scored]:
         request = scoring.parse(kind, await _read(http), config.serving.max_pairs)
-        _known(request.model, *names)
-        return request, await working(lambda: _score(backend, *request.pairs()))
+        scorer = catalogue.judge(request.model)
+        return request, await working(lambda: _score(backend, scorer, *request.pairs()))
 
     @api.post("/v1/score", response_model=scoring.ScoreAnswer)
     @api.post("/score", response_model=scoring.ScoreAnswer, include_in_schema=False)
@@ -217,13 +220,12 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
         """List what `model` may be."""
-        return {"object": "list", "data": list(served.values())}
+        return {"object": "list", "data": [catalogue.describe(name, started) for name in catalogue.models]}
 
     @api.get("/v1/models/{asked:path}")
     async def one_model(asked: str) -> dict[str, Any]:
         """Describe one model."""
-        _known(asked, *names)
-        return served[asked]
+        return catalogue.describe(asked, started)
 
     @api.get("/health")
     async def health() -> JSONResponse:
@@ -251,19 +253,26 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
 
 
 async def _complete(
-    request: protocol.ChatRequest, decodings: list[DecodingConfig], config: Config, backend: Backend, metrics: Metrics
-) -> protocol.ChatCompletion:
+    request: protocol.SampleRequest,
+    scorer: str | None,
+    decodings: list[DecodingConfig],
+    config: Config,
+    backend: Backend,
+    metrics: Metrics,
+) -> protocol.Completion:
     start = time.monotonic()
-    turns = protocol.turns_for(request, config.sampler.prompt.system)
-    sampled = await backend.sample(turns, decodings, _seeds(request.seed, decodings))
+    prompt = protocol.prompt_for(request, config.sampler.prompt.system)
+    sampled = await backend.sample(prompt, decodings, _seeds(request.seed, decodings))
     candidates = sampled["candidates"]
     drawn = time.monotonic()
     metrics.took("sampling", drawn - start)
     metrics.sampled(candidates, sampled["prompt_tokens"])
     fallback: Fallback | None = None
+    scores, preferences, version = [math.nan] * len(candidates), protocol.fallback_preferences(candidates, "first"), None
     try:
-        async with asyncio.timeout(config.serving.scorer_timeout_s):
-            scores, preferences = await _judge(request, candidates, config, backend)
+        if scorer is not None:
+            async with asyncio.timeout(config.serving.scorer_timeout_s):
+                scores, preferences, version = await _judge(request, scorer, candidates, config, backend)
     except (TimeoutError, ApiError) as error:
         fallback = request.cappy.fallback or config.serving.fallback
         if fallback == "none":
@@ -272,7 +281,7 @@ async def _complete(
             late = f"the scorer gave no answer within serving.scorer_timeout_s={config.serving.scorer_timeout_s:g}; try again"
             raise ApiError(late, 503, code="scorer_late") from None
         metrics.fell_back(fallback)
-        scores, preferences = [math.nan] * len(candidates), protocol.fallback_preferences(candidates, fallback)
+        preferences = protocol.fallback_preferences(candidates, fallback)
     else:
         metrics.scored({candidate["response"]: score for candidate, score in zip(candidates, scores, strict=True)}.values())
     done = time.monotonic()
@@ -283,9 +292,10 @@ async def _complete(
         scores,
         preferences,
         prompt_tokens=sampled["prompt_tokens"],
-        scorer=config.scorer_uri,
+        scorer=scorer,
+        version=version,
         latency=protocol.Latency(sampling_s=round(drawn - start, 4), scoring_s=round(done - drawn, 4)),
-        identity=f"chatcmpl-{uuid.uuid4().hex}",
+        identity=uuid.uuid4().hex,
         created=int(time.time()),
         fallback=fallback,
     )
@@ -295,19 +305,19 @@ async def _complete(
 
 
 async def _judge(
-    request: protocol.ChatRequest, candidates: Sequence[Candidate], config: Config, backend: Backend
-) -> tuple[list[float], list[float]]:
-    """Return each candidate's score, and what it is ranked by."""
+    request: protocol.SampleRequest, scorer: str, candidates: Sequence[Candidate], config: Config, backend: Backend
+) -> tuple[list[float], list[float], str | None]:
+    """Return each candidate's score, what it is ranked by, and the scorer's version."""
     responses = protocol.distinct(candidates)
-    scored = await _score(backend, [request.instruction] * len(responses), responses)
+    scored = await _score(backend, scorer, [request.instruction] * len(responses), responses)
     score_of = dict(zip(responses, scored["scores"], strict=True))
     scores = [score_of[candidate["response"]] for candidate in candidates]
-    weight = await backend.logprob_weight() if config.serving.selection == "blend" else None
-    return scores, protocol.preferences(candidates, scores, weight)
+    weight = scored.get("logprob_weight") if config.serving.selection == "blend" else None
+    return scores, protocol.preferences(candidates, scores, weight), scored.get("version")
 
 
 async def _events(
-    answering: asyncio.Task[protocol.ChatCompletion], request: protocol.ChatRequest, keep_alive_s: float, http: Request
+    answering: asyncio.Task[protocol.Completion], request: protocol.SampleRequest, keep_alive_s: float, http: Request
 ) -> AsyncIterator[str]:
     """Yield server-sent events: comments as signs of life until the answer is there, its chunks, and the end mark."""
     try:
@@ -327,11 +337,12 @@ async def _events(
         answering.cancel()
 
 
-async def _score(backend: Backend, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
-    """Score pairs, some of them in each call."""
+async def _score(backend: Backend, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
+    """Score pairs, some of them in each call; what else is told of the scorer is from the last."""
     cuts = [slice(start, start + _PAIRS_AT_ONCE) for start in range(0, len(responses), _PAIRS_AT_ONCE)]
-    parts = await asyncio.gather(*(backend.score(instructions[cut], responses[cut]) for cut in cuts))
-    return Scored(scores=[each for part in parts for each in part["scores"]], tokens=[each for part in parts for each in part["tokens"]])
+    parts = await asyncio.gather(*(backend.score(scorer, instructions[cut], responses[cut]) for cut in cuts))
+    scores = [each for part in parts for each in part["scores"]]
+    return {**parts[-1], "scores": scores, "tokens": [each for part in parts for each in part["tokens"]]}
 
 
 def _seeds(seed: int | None, decodings: Sequence[DecodingConfig]) -> list[int]:
@@ -339,11 +350,6 @@ def _seeds(seed: int | None, decodings: Sequence[DecodingConfig]) -> list[int]:
     if seed is None:
         return [random.getrandbits(31) for _ in decodings]
     return [request_seed(seed, "", decoding.name) for decoding in decodings]
-
-
-def _known(name: str, *known: str) -> None:
-    if name not in known:
-        raise ApiError(f"model={name!r} is not served here; known: {', '.join(known)}", 404, param="model", code="model_not_found")
 
 
 async def _read(http: Request) -> bytes:
@@ -365,7 +371,7 @@ async def _http_error(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == 404:
-        message = f"{http.url.path} is not here; known: POST /v1/chat/completions, {_SCORING}, GET /v1/models, /health, /ready, /metrics"
+        message = f"{http.url.path} is not here; known: {_POSTS}, GET /v1/models, /health, /ready, /metrics"
     if error.status_code == 405:
         message = f"{http.method} is not what {http.url.path} takes"
     return await _api_error(http, ApiError(message, error.status_code, code="not_found" if error.status_code == 404 else None))

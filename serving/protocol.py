@@ -1,8 +1,8 @@
-"""What clients send and get: OpenAI's chat completion, its errors, and our `cappy` object. Pure: no Ray, no web server.
+"""What clients send and get: OpenAI's chat and text completions, its errors, and our `cappy` object. Pure: no Ray, no web server.
 
-A request is parsed (`parse`), becomes a pool of decodings (`decodings_for`) for the LLM to sample, and once the candidates have
-scores the best are chosen (`select`) and put into OpenAI's shape (`completion`). Whatever a client can do wrong is an
-`ApiError`, which knows its status and its body.
+A request is parsed (`parse`, `parse_text`), becomes a pool of decodings (`decodings_for`) for the LLM to sample, and once the
+candidates have scores the best are chosen (`select`) and put into OpenAI's shape (`completion`). Whatever a client can do wrong
+is an `ApiError`, which knows its status and its body.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn, TypedDict, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -64,6 +64,10 @@ class Scored(TypedDict):
     """Raw logits."""
     tokens: list[int]
     """Tokens the scorer read of each pair."""
+    version: NotRequired[str]
+    """Of the scorer's weights: changes when it is published anew. Absent for a scorer that no verb of ours published."""
+    logprob_weight: NotRequired[float]
+    """The blend's weight of the LLM's mean log-probability, absent where none was fitted with the scorer."""
 
 
 # What OpenAI's API or vLLM's server would act on and we do not: any value but the harmless ones is refused, because an answer
@@ -88,6 +92,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "top_k": (None, -1, 0),
     "min_p": (None, 0),
 }
+_UNSUPPORTED_TEXT: dict[str, tuple[Any, ...]] = {**_UNSUPPORTED, "echo": (None, False), "suffix": (None, ""), "best_of": (None, 1)}
 
 
 def _plain_text(content: Any) -> Any:
@@ -101,6 +106,17 @@ def _plain_text(content: Any) -> Any:
     if not isinstance(content, str):
         raise ValueError("give a text or a list of text parts")
     return content
+
+
+def _one_prompt(prompt: Any) -> Any:
+    """Take the text out of a list of one prompt; all else is left for the types to judge."""
+    if not isinstance(prompt, list):
+        return prompt
+    if any(isinstance(each, int | list) for each in prompt):
+        raise ValueError("token ids are not supported; give the prompt as a text")
+    if len(prompt) != 1:
+        raise ValueError(f"{len(prompt)} prompts in one request are not supported; send a request for each")
+    return prompt[0]
 
 
 def _stop_strings(stop: Any) -> Any:
@@ -127,6 +143,8 @@ class CappyOptions(BaseModel):
     """The best candidate must score this much; else the answer is a refusal that says so. Without effect in a fallback."""
     fallback: Fallback | None = None
     """How to choose when the scorer is down or late; the server's `serving.fallback` when null."""
+    scorer: str | None = None
+    """The name of the scorer that chooses; the one `model` names when null."""
 
 
 class StreamOptions(BaseModel):
@@ -137,17 +155,17 @@ class StreamOptions(BaseModel):
     """Whether a last chunk has the usage."""
 
 
-class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions."""
+class SampleRequest(BaseModel):
+    """What chat and text completions have in common."""
 
+    identity: ClassVar[str]
+    """What the answers' ids begin with."""
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
     n: int = Field(1, ge=1)
     """Choices returned, best first."""
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    """Tokens a candidate may have; each decoding's own limit when both are null. This one wins over `max_tokens`."""
+    """Tokens a candidate may have; each decoding's own limit when null."""
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_strings), Field(max_length=16)] | None = None
@@ -165,10 +183,29 @@ class ChatRequest(BaseModel):
         return cls.model_fields[info.field_name].get_default() if value is None else value
 
     @model_validator(mode="after")
-    def _streamable(self) -> ChatRequest:
+    def _streamable(self) -> SampleRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams; give it with stream=true")
         return self
+
+    @property
+    def length(self) -> tuple[str, int | None]:
+        """The field that limits a candidate's tokens, and the limit."""
+        return "max_tokens", self.max_tokens
+
+    @property
+    def instruction(self) -> str:
+        """The bare instruction the scorer reads."""
+        raise NotImplementedError
+
+
+class ChatRequest(SampleRequest):
+    """The body of POST /v1/chat/completions."""
+
+    identity = "chatcmpl"
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """As `max_tokens`, over which it wins."""
 
     @model_validator(mode="after")
     def _answerable(self) -> ChatRequest:
@@ -180,9 +217,32 @@ class ChatRequest(BaseModel):
         return self
 
     @property
+    def length(self) -> tuple[str, int | None]:
+        return ("max_completion_tokens", self.max_completion_tokens) if self.max_completion_tokens else super().length
+
+    @property
     def instruction(self) -> str:
-        """The bare instruction the scorer reads: the last message alone."""
+        """The last message alone."""
         return self.messages[-1].content.strip()
+
+
+class TextRequest(SampleRequest):
+    """The body of POST /v1/completions: a prompt the LLM continues as it stands, without a chat template."""
+
+    identity = "cmpl"
+    prompt: Annotated[str, BeforeValidator(_one_prompt)]
+    """A text, or a list with one."""
+
+    @model_validator(mode="after")
+    def _continuable(self) -> TextRequest:
+        if not self.prompt.strip():
+            raise ValueError("prompt is empty; give the text to continue")
+        return self
+
+    @property
+    def instruction(self) -> str:
+        """The whole prompt."""
+        return self.prompt.strip()
 
 
 class ChoiceMessage(BaseModel):
@@ -200,6 +260,29 @@ class Choice(BaseModel):
     message: ChoiceMessage
     finish_reason: str
     logprobs: None = None
+
+    def deltas(self) -> list[dict[str, Any]]:
+        """Return the choices of a stream's chunks that make this one, word by word."""
+        said = self.message
+        pieces: list[dict[str, Any]] = [{"role": said.role, "content": ""}]
+        pieces += [{"content": piece} for piece in _PIECES.findall(said.content or "")]
+        pieces += [{"refusal": said.refusal}] * (said.refusal is not None)
+        made = [{"index": self.index, "delta": piece, "logprobs": None, "finish_reason": None} for piece in pieces]
+        return [*made, {"index": self.index, "delta": {}, "logprobs": None, "finish_reason": self.finish_reason}]
+
+
+class TextChoice(BaseModel):
+    """One returned candidate of a text completion; index 0 is the best."""
+
+    index: int
+    text: str
+    finish_reason: str
+    logprobs: None = None
+
+    def deltas(self) -> list[dict[str, Any]]:
+        """Return the choices of a stream's chunks that make this one, word by word."""
+        made = [{"index": self.index, "text": piece, "logprobs": None, "finish_reason": None} for piece in _PIECES.findall(self.text)]
+        return [*made, {"index": self.index, "text": "", "logprobs": None, "finish_reason": self.finish_reason}]
 
 
 class Usage(BaseModel):
@@ -240,7 +323,10 @@ class CappyAnswer(BaseModel):
     """How the choices were chosen, where the scorer was down or late."""
     abstained: bool = False
     """Whether no candidate reached `min_score`."""
-    scorer: str
+    scorer: str | None
+    """Its name; null where the model is the LLM alone."""
+    scorer_version: str | None = None
+    """Changes when the scorer is published anew; null where no verb of ours published it, or it did not answer."""
     sampled_tokens: int
     """Tokens of all candidates."""
     latency: Latency
@@ -249,6 +335,7 @@ class CappyAnswer(BaseModel):
 class ChatCompletion(BaseModel):
     """The answer to POST /v1/chat/completions."""
 
+    chunk: ClassVar[str] = "chat.completion.chunk"
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -259,9 +346,31 @@ class ChatCompletion(BaseModel):
     cappy: CappyAnswer | None = None
 
 
+class TextCompletion(BaseModel):
+    """The answer to POST /v1/completions."""
+
+    chunk: ClassVar[str] = "text_completion"
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    """Unix time in seconds."""
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    cappy: CappyAnswer | None = None
+
+
+Completion = ChatCompletion | TextCompletion
+
+
 def parse(body: bytes) -> ChatRequest:
-    """Return the request in `body`. Raises `ApiError` (400) naming the field, its value and what would be right."""
+    """Return the chat request in `body`. Raises `ApiError` (400) naming the field, its value and what would be right."""
     return parse_as(ChatRequest, body, _UNSUPPORTED)
+
+
+def parse_text(body: bytes) -> TextRequest:
+    """Return the request for a text completion in `body`. Raises `ApiError` (400) as `parse` does."""
+    return parse_as(TextRequest, body, _UNSUPPORTED_TEXT)
 
 
 def parse_as(kind: type[M], body: bytes, unsupported: Mapping[str, tuple[Any, ...]]) -> M:
@@ -290,8 +399,11 @@ def parse_as(kind: type[M], body: bytes, unsupported: Mapping[str, tuple[Any, ..
         raise ApiError(message, param=path or None, code="invalid_value") from None
 
 
-def pool_size(request: ChatRequest, config: Config) -> int:
-    """Return how many candidates to sample. Raises `ApiError` (400) where `n`, `candidates` and the server's limit do not fit."""
+def pool_size(request: SampleRequest, config: Config, scored: bool = True) -> int:
+    """Return how many candidates to sample: of a pool that is not `scored` no more than `n`, unless asked.
+
+    Raises `ApiError` (400) where `n`, `candidates` and the server's limit do not fit.
+    """
     limit = config.serving.max_candidates
     asked = request.cappy.candidates
     if asked is not None and asked > limit:
@@ -311,17 +423,17 @@ def pool_size(request: ChatRequest, config: Config) -> int:
                 code="invalid_value",
             )
         return 1
-    return asked or max(config.serving.candidates, request.n)
+    return asked or (max(config.serving.candidates, request.n) if scored else request.n)
 
 
-def decodings_for(request: ChatRequest, config: Config) -> list[DecodingConfig]:
+def decodings_for(request: SampleRequest, config: Config, scored: bool = True) -> list[DecodingConfig]:
     """Return the decodings whose `n` add up to the request's pool of candidates.
 
     They are the sampler's own: greedy ones first with one candidate each, then the others in turn, one candidate a round, so
     that the pool is as varied as its size allows. A request that gives `temperature` or `top_p` draws its whole pool so.
     Raises `ApiError` (400) for a pool or a token limit beyond what the server allows.
     """
-    size = pool_size(request, config)
+    size = pool_size(request, config, scored)
     own = config.sampler.decodings
     if request.temperature is not None or request.top_p is not None:
         temperature = 1.0 if request.temperature is None else request.temperature
@@ -341,11 +453,11 @@ def decodings_for(request: ChatRequest, config: Config) -> list[DecodingConfig]:
     return [_fit(decoding, count, request, config) for decoding, count in counts if count]
 
 
-def _fit(decoding: DecodingConfig, count: int, request: ChatRequest, config: Config) -> DecodingConfig:
+def _fit(decoding: DecodingConfig, count: int, request: SampleRequest, config: Config) -> DecodingConfig:
     """Give a decoding its number of candidates and the request's own length and stop strings."""
-    max_tokens = request.max_completion_tokens or request.max_tokens or decoding.max_tokens
+    name, asked = request.length
+    max_tokens = asked or decoding.max_tokens
     if max_tokens >= config.sampler.vllm().max_model_len:
-        name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
         context = config.sampler.vllm().max_model_len
         raise ApiError(
             f"{name}={max_tokens} leaves no room for a prompt in the model's context of {context} tokens", param=name, code="invalid_value"
@@ -358,6 +470,14 @@ def _fit(decoding: DecodingConfig, count: int, request: ChatRequest, config: Con
             "stop": tuple(dict.fromkeys((*decoding.stop, *(request.stop or ())))),
         }
     )
+
+
+def prompt_for(request: SampleRequest, system: str | None) -> list[Message] | str:
+    """Return what the LLM is asked: the turns of a conversation, or the text it continues as it stands, without any system text."""
+    if isinstance(request, TextRequest):
+        return request.prompt
+    assert isinstance(request, ChatRequest)
+    return turns_for(request, system)
 
 
 def turns_for(request: ChatRequest, system: str | None) -> list[Message]:
@@ -412,7 +532,7 @@ def preferences(candidates: Sequence[Candidate], scores: Sequence[float], weight
 
 
 def fallback_preferences(candidates: Sequence[Candidate], fallback: Fallback) -> list[float]:
-    """Return what candidates are ranked by without the scorer: their mean log-probability, or with `first` the order they were drawn in.
+    """Return what candidates are ranked by without a scorer: their mean log-probability, or with `first` the order they were drawn in.
 
     The order drawn also where `self_score` lacks a log-probability.
     """
@@ -424,47 +544,41 @@ def fallback_preferences(candidates: Sequence[Candidate], fallback: Fallback) ->
 
 
 def completion(
-    request: ChatRequest,
+    request: SampleRequest,
     candidates: Sequence[Candidate],
     scores: Sequence[float],
     preferences: Sequence[float],
     *,
     prompt_tokens: int,
-    scorer: str,
+    scorer: str | None,
     latency: Latency,
     identity: str,
     created: int,
+    version: str | None = None,
     fallback: Fallback | None = None,
-) -> ChatCompletion:
+) -> Completion:
     """Return the answer: the `request.n` most preferred candidates as choices, or a refusal where the best is below `min_score`.
 
-    All candidates stand under `cappy` when asked; `fallback` says how `preferences` came about without the scorer.
+    A text completion has no refusals: its text is empty then. All candidates stand under `cappy` when asked; `fallback` says how
+    `preferences` came about without the scorer.
     """
     chosen = select(candidates, preferences, request.n)
     least = request.cappy.min_score
     # Not `<`: a score that is no number is no good either.
     abstained = least is not None and fallback is None and not scores[chosen[0]] >= least
+    refusal = None
     if abstained:
         refusal = f"no candidate scored {least:g} (cappy.min_score); the best of {len(candidates)} scored {scores[chosen[0]]:.3f}"
-        choices = [Choice(index=0, message=ChoiceMessage(content=None, refusal=refusal), finish_reason="stop")]
         chosen = []
-    else:
-        choices = [
-            Choice(
-                index=index,
-                message=ChoiceMessage(content=candidates[position]["response"]),
-                finish_reason=candidates[position]["finish_reason"],
-            )
-            for index, position in enumerate(chosen)
-        ]
     completion_tokens = sum(candidates[position]["tokens"] for position in chosen)
-    answer = ChatCompletion(
-        id=identity,
-        created=created,
-        model=request.model,
-        choices=choices,
-        usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=prompt_tokens + completion_tokens),
-    )
+    usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=prompt_tokens + completion_tokens)
+    common: dict[str, Any] = {"id": f"{request.identity}-{identity}", "created": created, "model": request.model, "usage": usage}
+    winners = [candidates[position] for position in chosen]
+    answer: Completion
+    if isinstance(request, TextRequest):
+        answer = TextCompletion(**common, choices=_text_choices(winners))
+    else:
+        answer = ChatCompletion(**common, choices=_chat_choices(winners, refusal))
     if request.cappy.return_candidates or fallback or abstained:
         shown = rank(candidates, preferences) if request.cappy.return_candidates else []
         answer.cappy = CappyAnswer(
@@ -479,28 +593,37 @@ def completion(
             fallback=fallback,
             abstained=abstained,
             scorer=scorer,
+            scorer_version=version,
             sampled_tokens=sum(candidate["tokens"] for candidate in candidates),
             latency=latency,
         )
     return answer
 
 
-def chunks(answer: ChatCompletion, *, usage: bool) -> list[dict[str, Any]]:
-    """Return an answer as OpenAI's `chat.completion.chunk` objects: the choices in turn, word by word.
+def _chat_choices(winners: Sequence[Candidate], refusal: str | None) -> list[Choice]:
+    if refusal is not None:
+        return [Choice(index=0, message=ChoiceMessage(content=None, refusal=refusal), finish_reason="stop")]
+    return [
+        Choice(index=index, message=ChoiceMessage(content=each["response"]), finish_reason=each["finish_reason"])
+        for index, each in enumerate(winners)
+    ]
+
+
+def _text_choices(winners: Sequence[Candidate]) -> list[TextChoice]:
+    return [
+        TextChoice(index=index, text=each.get("text", each["response"]), finish_reason=each["finish_reason"])
+        for index, each in enumerate(winners)
+    ] or [TextChoice(index=0, text="", finish_reason="stop")]
+
+
+def chunks(answer: Completion, *, usage: bool) -> list[dict[str, Any]]:
+    """Return an answer as OpenAI's chunks: the choices in turn, word by word.
 
     With `usage` one without choices follows. `cappy`, where the answer has it, stands in the last.
     """
-    same = {"id": answer.id, "object": "chat.completion.chunk", "created": answer.created, "model": answer.model}
+    same = {"id": answer.id, "object": answer.chunk, "created": answer.created, "model": answer.model}
     same |= {"usage": None} if usage else {}
-    deltas: list[dict[str, Any]] = []
-    for choice in answer.choices:
-        said = choice.message
-        pieces: list[dict[str, Any]] = [{"role": said.role, "content": ""}]
-        pieces += [{"content": piece} for piece in _PIECES.findall(said.content or "")]
-        pieces += [{"refusal": said.refusal}] * (said.refusal is not None)
-        deltas += [{"index": choice.index, "delta": piece, "logprobs": None, "finish_reason": None} for piece in pieces]
-        deltas.append({"index": choice.index, "delta": {}, "logprobs": None, "finish_reason": choice.finish_reason})
-    made: list[dict[str, Any]] = [{**same, "choices": [delta]} for delta in deltas]
+    made: list[dict[str, Any]] = [{**same, "choices": [delta]} for choice in answer.choices for delta in choice.deltas()]
     if usage:
         made.append({**same, "choices": [], "usage": answer.usage.model_dump()})
     if answer.cappy is not None:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 from cluster import models
 from cluster.config import DecodingConfig, SamplerConfig
@@ -29,6 +29,8 @@ class Candidate(TypedDict):
 
     response: str
     """The text, outer white space stripped."""
+    text: NotRequired[str]
+    """The text with its outer white space, where the engine keeps it: what follows a prompt letter by letter."""
     decoding: str
     """Name of the decoding that drew it."""
     tokens: int

@@ -99,8 +99,9 @@ class Endpoint:
         self._bills: dict[str, float] = {}
 
     def encode(self, turns: Sequence[prompts.Message], form: str, room: int) -> list[prompts.Message] | str:
-        """Return the messages, or for the raw form the text. How long they are only the server knows."""
-        return prompts.raw_text(turns) if form == "raw" else list(turns)
+        """Return the messages, or the text where the form has one. How long they are only the server knows."""
+        text = prompts.text_of(turns, form)
+        return list(turns) if text is None else text
 
     async def sample(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt.
@@ -286,6 +287,7 @@ class Endpoint:
         return [
             Candidate(
                 response=text.strip(),
+                text=text,
                 decoding=decoding.name,
                 tokens=count,
                 finish_reason="length" if choice.get("finish_reason") == "length" else "stop",

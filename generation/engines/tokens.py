@@ -25,8 +25,9 @@ def fit(tokenizer: Any, turns: Sequence[prompts.Message], form: str, limit: int,
 
 
 def _tokenize(tokenizer: Any, turns: Sequence[prompts.Message], form: str) -> list[int]:
-    if form == "raw":
-        return list(tokenizer(prompts.raw_text(turns))["input_ids"])
+    continued = prompts.text_of(turns, form)
+    if continued is not None:
+        return list(tokenizer(continued)["input_ids"])
     if tokenizer.chat_template is None:
         raise CappyError("sampler.prompt.form=chat, yet the model has no chat template; set sampler.prompt.form=raw")
     text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)

@@ -103,6 +103,7 @@ class Engine:
         return [
             Candidate(
                 response=output.text.strip(),
+                text=output.text,
                 decoding=decoding.name,
                 tokens=len(output.token_ids),
                 finish_reason=output.finish_reason or "stop",

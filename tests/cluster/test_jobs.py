@@ -99,14 +99,16 @@ def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, b
     assert RegressionSet(places[1]).manifest["relabelled_from"]["uri"] == places[0]
 
 
-def test_the_local_paths_of_a_source_are_absolute_in_a_job_and_names_and_s3_stay(tmp_path, monkeypatch):
+def test_the_local_paths_of_a_config_are_absolute_in_a_job_and_names_and_s3_stay(tmp_path, monkeypatch):
     (tmp_path / "hub").mkdir()
     monkeypatch.chdir(tmp_path)
     parts = (
         "[{source: {kind: files, path: 's3://b/x', templates: t.yaml}}, {source: {kind: hub, name: hub}}, {source: {kind: hub, name: a/b}}]"
     )
-    config = jobs._absolute(load(None, [f"source={{kind: mixture, parts: {parts}}}", "decontaminate.files=['e/*.jsonl']"]))
+    scorers = "serving.scorers=[{name: a, path: hub}, {name: b, path: a/b}]"
+    config = jobs._absolute(load(None, [f"source={{kind: mixture, parts: {parts}}}", "decontaminate.files=['e/*.jsonl']", scorers]))
     files, folder, named = (part.source for part in config.source.parts)
     assert (files.path, files.templates) == ("s3://b/x", f"{tmp_path}/t.yaml")
     assert (folder.name, named.name) == (f"{tmp_path}/hub", "a/b")
     assert config.decontaminate.files == (f"{tmp_path}/e/*.jsonl",)
+    assert [each.path for each in config.serving.scorers] == [f"{tmp_path}/hub", "a/b"]

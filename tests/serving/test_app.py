@@ -25,7 +25,10 @@ from generation.prompts import messages
 from serving import app, client
 from tests.conftest import CAPPY
 from tests.generation.engines.test_vllm_server import GREEDY, TOP_K, TURNS, WARM, ask
+from tests.serving.test_shelf import publish
+from tests.training import conftest
 
+encoder = conftest.encoder
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -78,7 +81,9 @@ def scorer(tmp_path_factory, s3_server) -> Iterator[str]:
 def server(scorer, tmp_path_factory):
     """The URL of a running server and its process."""
     port = ports.free()
-    settings = [f"serving.port={port}", f"scorer_path={scorer}", "sampler.engine.max_model_len=1024"]
+    further = "[{name: tense, path: s3://served/tense}, {name: gone, path: s3://served/gone}]"
+    settings = [f"serving.port={port}", f"scorer_path={scorer}", f"serving.scorers={further}", "serving.reload_s=0.5"]
+    settings += ["sampler.engine.max_model_len=1024"]
     command = [*CAPPY, "serve", *(word for each in settings for word in ("--set", each)), "--json"]
     log = tmp_path_factory.mktemp("log") / "stderr"
     with log.open("w") as stderr:
@@ -149,6 +154,46 @@ def test_openais_client_reads_a_stream(ai):
 
 
 @pytest.mark.slow
+def test_openais_client_gets_text_completions_whole_and_streamed(ai):
+    told = {"model": "cappy", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    whole = ai.completions.create(**told)
+    assert "Paris" in whole.choices[0].text and whole.choices[0].text.startswith(" ") and whole.object == "text_completion"
+    assert whole.usage.prompt_tokens == 5 and whole.usage.completion_tokens == 8
+    stream = list(ai.completions.create(**told, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == whole.choices[0].text
+    assert (stream[-2].choices[0].finish_reason, stream[-1].usage.completion_tokens) == ("length", 8)
+    with pytest.raises(openai.BadRequestError, match="token ids are not supported"):
+        ai.completions.create(model="cappy", prompt=[1, 2])
+    with pytest.raises(openai.BadRequestError, match="max_model_len=1024") as caught:
+        ai.completions.create(model="cappy", prompt="word " * 2000)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    assert len(ai.completions.create(**{**told, "model": "cappy-llm", "temperature": 1}, n=2).choices) == 2
+
+
+@pytest.mark.slow
+def test_further_scorers_answer_by_name_are_replaced_when_published_anew_and_fail_alone(ai, server, encoder):
+    from training.scorer import Scorer
+
+    texts, versions = ["a red fox", "the white me", "a cow"], []
+    pairs = {"text_1": "say after me red fox", "text_2": texts}
+    with httpx.Client(base_url=server[0], timeout=60) as http:
+        for seed in (1, 2):
+            own = Scorer.load(publish(encoder, "s3://served/tense", seed)).score([pairs["text_1"]] * 3, texts)
+            time.sleep(0.6)
+            scored = http.post("/v1/score", json={"model": "tense", **pairs}).json()
+            np.testing.assert_allclose([each["score"] for each in scored["data"]], own, atol=1e-6)
+            asked = {"model": "cappy+tense", "messages": QUESTION, "max_tokens": 8}
+            answer = ai.chat.completions.create(**asked, extra_body={"cappy": {"candidates": 2, "return_candidates": True}})
+            assert answer.model_extra["cappy"]["scorer"] == "tense"
+            versions.append(answer.model_extra["cappy"]["scorer_version"])
+        assert None not in versions and len(set(versions)) == 2
+        refused = http.post("/v1/score", json={"model": "cappy+gone", **pairs})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "scorer_unavailable") and "s3://" not in refused.text
+        assert http.post("/v1/score", json={"model": "cappy-scorer", **pairs}).status_code == 200
+        assert http.get("/health").status_code == 200
+
+
+@pytest.mark.slow
 def test_the_scorer_alone_scores_ranks_and_classifies_as_it_does_in_this_process(server, scorer):
     from training.scorer import Scorer
 
@@ -168,7 +213,8 @@ def test_the_scorer_alone_scores_ranks_and_classifies_as_it_does_in_this_process
 
 @pytest.mark.slow
 def test_models_health_and_errors_through_openais_client(ai, server):
-    assert [model.id for model in ai.models.list()] == ["cappy", "cappy-scorer"]
+    listed = [model.id for model in ai.models.list()]
+    assert listed == ["cappy", "cappy+tense", "cappy+gone", "cappy-llm", "cappy-scorer", "tense", "gone"]
     assert ai.models.retrieve("cappy").id == "cappy"
     assert httpx.get(f"{server[0]}/health").json() == {"status": "ok", "llm": True, "scorer": True}
     with pytest.raises(openai.NotFoundError, match="known: cappy"):

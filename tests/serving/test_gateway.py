@@ -20,9 +20,10 @@ class Echo:
     def __init__(self, error=None, wait=0.0, up=True, weight=None, scorer_error=None, scorer_wait=0.0):
         self.error, self.wait, self.up, self.weight = error, wait, up, weight
         self.scorer_error, self.scorer_wait = scorer_error, scorer_wait
-        self.read, self.cancelled = [], 0
+        self.asked, self.read, self.scorers, self.cancelled = [], [], [], 0
 
-    async def sample(self, turns, decodings, seeds):
+    async def sample(self, prompt, decodings, seeds):
+        self.asked.append(prompt)
         try:
             await asyncio.sleep(self.wait)
         except asyncio.CancelledError:
@@ -36,22 +37,21 @@ class Echo:
         ]
         return {"candidates": drawn, "prompt_tokens": 4}
 
-    async def score(self, instructions, responses):
+    async def score(self, scorer, instructions, responses):
         self.read.append((list(instructions), list(responses)))
+        self.scorers.append(scorer)
         await asyncio.sleep(self.scorer_wait)
         if self.scorer_error:
             raise self.scorer_error
-        return {"scores": [float(len(response)) for response in responses], "tokens": [len(each) for each in responses]}
-
-    async def logprob_weight(self):
-        return self.weight
+        fitted = {} if self.weight is None else {"logprob_weight": self.weight}
+        return {"scores": [float(len(each)) for each in responses], "tokens": [len(each) for each in responses], "version": "v1", **fitted}
 
     async def ready(self):
         return {"llm": self.up, "scorer": True}
 
 
-def client(backend, **serving):
-    transport = httpx.ASGITransport(build_api(Config(serving=ServingConfig(**serving)), backend), raise_app_exceptions=False)
+def client(backend, further=(), **serving):
+    transport = httpx.ASGITransport(build_api(Config(serving=ServingConfig(**serving)), backend, further), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -67,8 +67,8 @@ async def test_the_best_candidate_answers_and_each_response_is_scored_once():
 @pytest.mark.parametrize(("selection", "best"), [("blend", "xx"), ("scorer", "xxx")])
 async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is_told_to(selection, best):
     class Surer(Echo):
-        async def sample(self, turns, decodings, seeds):
-            sampled = await super().sample(turns, decodings, seeds)
+        async def sample(self, prompt, decodings, seeds):
+            sampled = await super().sample(prompt, decodings, seeds)
             for each in sampled["candidates"]:
                 each |= {"tokens": 2, "logprob": -4.0 if each["response"] == "xxx" else -1.0}
             return sampled
@@ -89,7 +89,17 @@ async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is
         ("POST", "/v1/score", {"model": "gpt-4", "text_1": "a", "text_2": "b"}, 404, "model_not_found", "known: cappy, cappy-scorer"),
         ("POST", "/v2/rerank", {"model": "cappy", "query": "q", "documents": []}, 400, "invalid_value", "documents=[]"),
         ("POST", "/v1/classify", {"model": "cappy", "instruction": "q"}, 400, "invalid_value", "choices is missing"),
-        ("POST", "/v1/chat/completions", {**BODY, "model": "cappy-scorer"}, 404, "model_not_found", "known: cappy"),
+        ("POST", "/v1/chat/completions", {**BODY, "model": "cappy-scorer"}, 404, "model_not_found", "known: cappy, cappy-llm"),
+        ("POST", "/v1/chat/completions", {**BODY, "cappy": {"scorer": "x"}}, 404, "model_not_found", "known: cappy-scorer"),
+        ("POST", "/v1/completions", {**BODY, "prompt": [1, 2]}, 400, "invalid_value", "token ids are not supported"),
+        (
+            "POST",
+            "/v1/classify",
+            {"model": "cappy-llm", "instruction": "q", "choices": ["a", "b"]},
+            404,
+            "model_not_found",
+            "known: cappy, ",
+        ),
         ("GET", "/v1/models/gpt-4", None, 404, "model_not_found", "known: cappy"),
         ("GET", "/v2/nothing", None, 404, "not_found", "POST /v1/chat/completions"),
         ("GET", "/v1/chat/completions", None, 405, None, "GET is not"),
@@ -128,11 +138,106 @@ async def test_the_scorer_alone_chooses_among_answers():
     assert (answer["choice"], answer["index"], answer["scores"]) == ("xxx", 1, [1.0, 3.0])
 
 
-async def test_the_models_are_the_llm_with_the_scorer_and_the_scorer():
-    async with client(Echo()) as http:
+async def test_the_models_are_the_llm_with_each_scorer_the_llm_and_the_scorers():
+    async with client(Echo(), further=["tense", "a/b"]) as http:
         listed = (await http.get("/v1/models")).json()["data"]
-        assert [each["id"] for each in listed] == ["cappy", "cappy-scorer"]
-        assert (await http.get("/v1/models/cappy-scorer")).json() == listed[1]
+        assert [(each["id"], each["cappy"]["llm"], each["cappy"]["scorer"]) for each in listed] == [
+            ("cappy", True, "cappy-scorer"),
+            ("cappy+tense", True, "tense"),
+            ("cappy+a/b", True, "a/b"),
+            ("cappy-llm", True, None),
+            ("cappy-scorer", False, "cappy-scorer"),
+            ("tense", False, "tense"),
+            ("a/b", False, "a/b"),
+        ]
+        assert (await http.get("/v1/models/cappy+a/b")).json() == listed[2]
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "chose"),
+    [
+        ("cappy", None, "cappy-scorer"),
+        ("cappy+tense", None, "tense"),
+        ("cappy", "tense", "tense"),
+        ("cappy+tense", "cappy-scorer", "cappy-scorer"),
+        ("cappy-llm", "tense", "tense"),
+    ],
+)
+async def test_the_model_names_the_scorer_and_the_cappy_object_has_the_last_word(model, asked, chose):
+    backend = Echo()
+    async with client(backend, further=["tense"]) as http:
+        body = {**BODY, "model": model, "cappy": {"scorer": asked, "return_candidates": True}}
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+    assert backend.scorers == [answer["cappy"]["scorer"]] == [chose]
+    assert answer["cappy"]["scorer_version"] == "v1" and answer["model"] == model
+
+
+async def test_the_llm_alone_draws_as_many_as_are_returned_and_nothing_scores_them():
+    backend = Echo()
+    async with client(backend) as http:
+        body = {**BODY, "model": "cappy-llm", "n": 3, "cappy": {"return_candidates": True}}
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+        metrics = (await http.get("/metrics")).text
+        floor = await http.post("/v1/chat/completions", json={**body, "cappy": {"min_score": 0.5}})
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["x", "xx", ""]
+    assert (answer["cappy"]["scorer"], answer["cappy"]["scorer_version"], answer["cappy"]["fallback"]) == (None, None, None)
+    assert {each["score"] for each in answer["cappy"]["candidates"]} == {None}
+    assert backend.read == [] and "cappy_serving_score_count 0.0" in metrics and 'how="first"' not in metrics
+    assert floor.status_code == 400 and "the LLM alone" in floor.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("model", "scorer"), [("tense", "tense"), ("cappy+tense", "tense"), ("cappy", "cappy-scorer")])
+async def test_a_scorer_scores_by_its_name_and_by_that_of_its_pair(model, scorer):
+    backend = Echo()
+    async with client(backend, further=["tense"]) as http:
+        for path, body in (
+            ("/v1/score", {"text_1": "q", "text_2": "x"}),
+            ("/v1/rerank", {"query": "q", "documents": ["x"]}),
+            ("/v1/classify", {"instruction": "q", "choices": ["x", "xx"]}),
+        ):
+            assert (await http.post(path, json={"model": model, **body})).status_code == 200
+    assert backend.scorers == [scorer] * 3
+
+
+async def test_a_list_of_names_in_an_error_has_an_end():
+    async with client(Echo(), further=[f"t{n}" for n in range(200)]) as http:
+        message = (await http.post("/v1/score", json={"model": "x" * 999, "text_1": "q", "text_2": "x"})).json()["error"]["message"]
+    assert "cappy+t6 and 394 more, see /v1/models" in message and len(message) < 300
+
+
+TEXT = {"model": "cappy", "prompt": " Once upon a"}
+
+
+async def test_a_text_completion_continues_the_prompt_as_it_stands_and_the_scorer_reads_it():
+    class Spaced(Echo):
+        async def sample(self, prompt, decodings, seeds):
+            sampled = await super().sample(prompt, decodings, seeds)
+            for each in sampled["candidates"]:
+                each["text"] = f" {each['response']}"
+            return sampled
+
+    backend = Spaced()
+    async with client(backend) as http:
+        answer = (await http.post("/v1/completions", json={**TEXT, "n": 2, "cappy": {"return_candidates": True}})).json()
+        data, _ = events(
+            (await http.post("/v1/completions", json={**TEXT, "stream": True, "stream_options": {"include_usage": True}})).text
+        )
+    assert backend.asked == [" Once upon a"] * 2 and backend.read[0] == (["Once upon a"] * 4, ["", "x", "xx", "xxx"])
+    assert answer["object"] == "text_completion" and answer["id"].startswith("cmpl-")
+    assert answer["choices"][0] == {"index": 0, "text": " xxx", "finish_reason": "stop", "logprobs": None}
+    assert answer["usage"]["prompt_tokens"] == 4 and len(answer["cappy"]["candidates"]) == 8
+    chunks = [json.loads(each) for each in data[:-1]]
+    assert {each["object"] for each in chunks} == {"text_completion"} and data[-1] == "[DONE]"
+    assert [each["choices"][0]["text"] for each in chunks[:-1]] == [" xxx", ""]
+    assert [each["choices"][0]["finish_reason"] for each in chunks[:-1]] == [None, "stop"]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 3
+
+
+async def test_a_text_completion_below_the_floor_is_empty_and_says_so():
+    async with client(Echo()) as http:
+        answer = (await http.post("/v1/completions", json={**TEXT, "cappy": {"min_score": 9}})).json()
+    assert answer["choices"] == [{"index": 0, "text": "", "finish_reason": "stop", "logprobs": None}]
+    assert answer["cappy"]["abstained"] and answer["usage"]["completion_tokens"] == 0
 
 
 async def test_a_dead_engine_is_a_503_with_retry_after_and_a_bug_a_500_without_internals():
@@ -153,8 +258,8 @@ def events(text):
 
 async def test_a_stream_keeps_alive_while_sampling_and_gives_the_winner_in_chunks_then_the_usage():
     class Wordy(Echo):
-        async def sample(self, turns, decodings, seeds):
-            sampled = await super().sample(turns, decodings, seeds)
+        async def sample(self, prompt, decodings, seeds):
+            sampled = await super().sample(prompt, decodings, seeds)
             for each in sampled["candidates"]:
                 each["response"] = " ".join(each["response"]) + "\nend"
             return sampled
@@ -247,7 +352,7 @@ async def test_with_keys_every_path_but_health_wants_one():
         assert (await http.get("/health")).status_code == 200
         mine = {"headers": {"Authorization": f"Bearer {key}"}}
         assert (await http.post("/v1/chat/completions", json=BODY, **mine)).status_code == 200
-        assert len((await http.get("/v1/models", **mine)).json()["data"]) == 2
+        assert len((await http.get("/v1/models", **mine)).json()["data"]) == 3
         dear = await http.post("/v1/chat/completions", json=BODY, **mine)
         assert dear.status_code == 429 and "candidates" in dear.json()["error"]["message"] and int(dear.headers["retry-after"]) > 40
         assert (await http.get("/v1/models", headers={"X-API-Key": key})).status_code == 200
@@ -257,8 +362,8 @@ async def test_with_keys_every_path_but_health_wants_one():
 class Sure(Echo):
     """Is the surer of a response the shorter it is; an empty one it never gives."""
 
-    async def sample(self, turns, decodings, seeds):
-        sampled = await super().sample(turns, decodings, seeds)
+    async def sample(self, prompt, decodings, seeds):
+        sampled = await super().sample(prompt, decodings, seeds)
         for each in sampled["candidates"]:
             each["response"] += "x"
             each |= {"tokens": 2, "logprob": -2.0 * len(each["response"])}

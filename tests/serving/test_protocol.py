@@ -22,6 +22,10 @@ def candidate(response: str, tokens: int = 3) -> Candidate:
     return Candidate(response=response, decoding="sample", tokens=tokens, finish_reason="stop", logprob=-1.0)
 
 
+def text(**fields):
+    return protocol.parse_text(json.dumps({"model": "cappy", **fields}).encode())
+
+
 def pool(fields=None, config=None):
     return [(decoding.name, decoding.n) for decoding in decodings_for(request(**(fields or {})), config or Config())]
 
@@ -52,6 +56,43 @@ def test_a_temperature_in_the_request_replaces_the_decodings():
 def test_a_sampler_of_greedy_alone_fills_its_pool_at_temperature_1():
     config = Config(sampler=SamplerConfig(decodings=(GREEDY,)))
     assert pool({"cappy": {"candidates": 4}}, config) == [("greedy", 1), ("sample", 3)]
+
+
+def test_a_pool_that_nothing_scores_is_as_large_as_what_is_returned_unless_more_is_asked_for():
+    def size(**fields):
+        return sum(decoding.n for decoding in decodings_for(request(**fields), Config(), scored=False))
+
+    assert (size(), size(n=3), size(n=3, cappy={"candidates": 5})) == (1, 3, 5)
+
+
+def test_a_prompt_is_a_text_or_a_list_of_one_and_the_instruction_is_all_of_it():
+    for prompt in (" Say hi:\n", [" Say hi:\n"]):
+        parsed = text(prompt=prompt, max_tokens=5, best_of=1, echo=False, suffix=None, logprobs=None)
+        assert protocol.prompt_for(parsed, "Be brief.") == " Say hi:\n" and parsed.instruction == "Say hi:"
+        assert {decoding.max_tokens for decoding in decodings_for(parsed, Config())} == {5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({}, "prompt", "prompt is missing"),
+        ({"prompt": None}, "prompt", "valid string"),
+        ({"prompt": []}, "prompt", "0 prompts in one request"),
+        ({"prompt": ["a", "b"]}, "prompt", "2 prompts in one request are not supported; send a request for each"),
+        ({"prompt": [[1, 2]]}, "prompt", "token ids are not supported; give the prompt as a text"),
+        ({"prompt": " \n"}, "prompt", "prompt is empty"),
+        ({"prompt": "a", "echo": True}, "echo", "echo=true is not supported"),
+        ({"prompt": "a", "suffix": "b"}, "suffix", "suffix="),
+        ({"prompt": "a", "logprobs": 0}, "logprobs", "logprobs=0"),
+        ({"prompt": "a", "best_of": 4}, "best_of", "best_of=4"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens=0"),
+    ],
+)
+def test_a_bad_field_of_a_text_completion_is_a_400_naming_field_and_value(fields, param, says):
+    with pytest.raises(ApiError) as caught:
+        text(**fields)
+    error = caught.value.body["error"]
+    assert (caught.value.status, error["param"]) == (400, param) and says in error["message"]
 
 
 def test_length_and_stop_strings_of_the_request_reach_every_decoding():
@@ -173,7 +214,7 @@ def test_usage_counts_the_returned_choices_and_cappy_all_candidates():
         prompt_tokens=10,
         scorer="s",
         latency=protocol.Latency(sampling_s=1, scoring_s=0.1),
-        identity="chatcmpl-1",
+        identity="1",
         created=1,
     )
     assert [choice.message.content for choice in answer.choices] == ["b", "a"]

@@ -12,11 +12,12 @@ from rich.console import Console
 from cluster import storage
 from cluster.config import Config, load
 from cluster.errors import CappyError, UsageError
-from evaluation.run import adapted_scorers, score_by_task
+from evaluation.run import score_by_task
 from evaluation.table import print_adapted
 from tests.training.test_adapt import publish_tasks, published_scorer, settings, task_rows
 from training import adapt_tasks
 from training.adapt import Task
+from training.adapted import published
 from training.scorer import Scorer
 
 NAMES = ["colors/old", "lonely", "sides"]
@@ -108,7 +109,7 @@ def test_other_settings_are_refused_and_taken_with_overwrite(adapted: tuple[Conf
 @pytest.mark.slow
 def test_evaluate_scores_each_task_with_its_own_scorer(adapted: tuple[Config, dict[str, Any]]):
     config, result = adapted
-    scorers = adapted_scorers(config)
+    scorers = {each.dataset: each.uri for each in published(config.adapted_uri, "evaluation.adapted")}
     assert scorers == {task["task"]: task["uri"] for task in result["tasks"] if task["uri"]}
     rows = [*task_rows("sides", 2, 7), *task_rows("lonely", 2, 8), *task_rows("colors/old", 2, 9), *task_rows("sides", 1, 10)]
     scored = score_by_task(rows, scorers, config)
@@ -118,7 +119,7 @@ def test_evaluate_scores_each_task_with_its_own_scorer(adapted: tuple[Config, di
         expected = own.score([row["instruction"]] * 3, [each["response"] for each in row["candidates"]])
         assert np.allclose([each["score"] for each in row["candidates"]], expected, atol=1e-5)
     with pytest.raises(CappyError, match=r"evaluation\.adapted=true: there is no .*nowhere/results\.json; run `cappy adapt` first"):
-        adapted_scorers(config.model_copy(update={"adapted_path": "nowhere"}))
+        published("nowhere", "evaluation.adapted")
 
 
 @pytest.mark.slow

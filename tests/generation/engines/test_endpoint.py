@@ -67,7 +67,8 @@ def test_a_chat_request_says_all_that_the_decoding_says(server, monkeypatch):
         "row-1",
     )
     assert pool == [
-        {"response": f"answer 5 {draw}", "decoding": "warm", "tokens": 3, "finish_reason": "stop", "logprob": -1.5} for draw in range(3)
+        {"response": text, "text": text, "decoding": "warm", "tokens": 3, "finish_reason": "stop", "logprob": -1.5}
+        for text in ("answer 5 0", "answer 5 1", "answer 5 2")
     ]
 
 
