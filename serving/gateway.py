@@ -15,9 +15,9 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,14 +28,12 @@ from starlette.types import Message as Event
 from cluster.config import Config, DecodingConfig, Fallback
 from generation.engines import Candidate, request_seed
 from generation.prompts import Message
-from serving import protocol, scoring
+from serving import limits, protocol, schema, scoring
 from serving.keys import Keyring
 from serving.metrics import Metrics
 from serving.protocol import ApiError, Sampled, Scored
 
 logger = logging.getLogger("ray.serve")
-MAX_BODY = 1 << 20
-"""Largest request body, in bytes."""
 _PAIRS_AT_ONCE = 64
 """Pairs a call of the scorer takes: a long list is spread over its replicas, and others' requests are scored between."""
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -140,11 +138,12 @@ class Guard:
 
 def build_api(config: Config, backend: Backend) -> FastAPI:
     """Return the web application that answers with `backend`'s models under the name `serving.model_name`."""
-    api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None)
+    # No redirects: where to is made of the client's own Host header.
+    api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     started = int(time.time())
     name = config.serving.model_name
     names = (name, config.serving.scorer_name)
-    served = {each: {"id": each, "object": "model", "created": started, "owned_by": "cappy-ray"} for each in names}
+    served = {each: protocol.Model(id=each, created=started, owned_by="cappy-ray") for each in names}
     door = Doorman(config.serving.max_concurrency, config.serving.max_queue)
     metrics = Metrics()
     metrics.working.set_function(lambda: door.here)
@@ -162,11 +161,12 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         finally:
             metrics.took("total", time.monotonic() - start)
 
-    @api.post("/v1/chat/completions", response_model=protocol.ChatCompletion)
+    @api.post("/v1/chat/completions", **schema.takes(protocol.ChatRequest, protocol.ChatCompletion, streams=True))
     async def chat(http: Request) -> Response:
         """Sample candidates for the last message, score them, return the best."""
-        request = protocol.parse(await _read(http))
+        request = protocol.parse(await limits.read(http, config.serving))
         _known(request.model, name)
+        protocol.check_length((message.content for message in request.messages), config, "messages")
         decodings = protocol.decodings_for(request, config)
         http.scope["caller"].sample(sum(decoding.n for decoding in decodings))
         answering = asyncio.ensure_future(working(lambda: _complete(request, decodings, config, backend, metrics)))
@@ -182,11 +182,11 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         return JSONResponse(answer.model_dump(exclude={"cappy"} if answer.cappy is None else None))
 
     async def judged(kind: type[scoring.R], http: Request) -> tuple[scoring.R, Scored]:
-        request = scoring.parse(kind, await _read(http), config.serving.max_pairs)
+        request = scoring.parse(kind, await limits.read(http, config.serving), config.serving)
         _known(request.model, *names)
         return request, await working(lambda: _score(backend, *request.pairs()))
 
-    @api.post("/v1/score", response_model=scoring.ScoreAnswer)
+    @api.post("/v1/score", **schema.takes(scoring.ScoreRequest, scoring.ScoreAnswer))
     @api.post("/score", response_model=scoring.ScoreAnswer, include_in_schema=False)
     async def score(http: Request) -> scoring.ScoreAnswer:
         """Score pairs of an instruction and a response (vLLM's route)."""
@@ -197,53 +197,57 @@ def build_api(config: Config, backend: Backend) -> FastAPI:
         request, scored = await judged(scoring.RerankRequest, http)
         return JSONResponse(scoring.rerank_answer(request, scored, uuid.uuid4().hex, version=version).model_dump(exclude_none=True))
 
-    @api.post("/v1/rerank", response_model=scoring.RerankAnswer)
+    @api.post("/v1/rerank", **schema.takes(scoring.RerankRequest, scoring.RerankAnswer))
     @api.post("/rerank", response_model=scoring.RerankAnswer, include_in_schema=False)
     async def rerank(http: Request) -> JSONResponse:
         """Rank documents as responses to a query (Jina's and vLLM's route)."""
         return await ranked(http, 1)
 
-    @api.post("/v2/rerank", response_model=scoring.RerankAnswer)
+    @api.post("/v2/rerank", **schema.takes(scoring.RerankRequest, scoring.RerankAnswer))
     async def rerank_2(http: Request) -> JSONResponse:
         """Rank documents as responses to a query (Cohere's route)."""
         return await ranked(http, 2)
 
-    @api.post("/v1/classify", response_model=scoring.Classification)
+    @api.post("/v1/classify", **schema.takes(scoring.ClassifyRequest, scoring.Classification))
     async def classify(http: Request) -> scoring.Classification:
         """Choose among answers to an instruction: the scorer alone (paper, section 3.2)."""
         request, scored = await judged(scoring.ClassifyRequest, http)
         return scoring.classification(request, scored, uuid.uuid4().hex, int(time.time()))
 
-    @api.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @api.get("/v1/models", responses=schema.errors())
+    async def models() -> protocol.ModelList:
         """List what `model` may be."""
-        return {"object": "list", "data": list(served.values())}
+        return protocol.ModelList(data=list(served.values()))
 
-    @api.get("/v1/models/{asked:path}")
-    async def one_model(asked: str) -> dict[str, Any]:
+    @api.get("/v1/models/{asked:path}", responses=schema.errors(404))
+    async def one_model(asked: Annotated[str, Path(examples=["cappy"])]) -> protocol.Model:
         """Describe one model."""
         _known(asked, *names)
         return served[asked]
 
-    @api.get("/health")
+    up_or_not: dict[int | str, dict[str, Any]] = {503: {"model": dict[str, str | bool], "description": "One of these is false"}}
+
+    @api.get("/health", response_model=dict[str, str | bool], responses=schema.errors() | up_or_not)
     async def health() -> JSONResponse:
         """Answer 200 only while the LLM and the scorer can both answer."""
         ready = await backend.ready()
         healthy = all(ready.values())
         return JSONResponse({"status": "ok" if healthy else "unavailable", **ready}, 200 if healthy else 503)
 
-    @api.get("/ready")
+    @api.get("/ready", response_model=dict[str, str | bool], responses=schema.errors() | up_or_not)
     async def ready() -> JSONResponse:
         """Answer 200 only while a request sent now would be worked on: both models are up, and there is room."""
         up = {**await backend.ready(), "room": door.room}
         return JSONResponse({"status": "ready" if all(up.values()) else "busy", **up}, 200 if all(up.values()) else 503)
 
-    @api.get("/metrics", response_class=PlainTextResponse)
+    @api.get("/metrics", response_class=PlainTextResponse, responses=schema.errors())
     async def exposed() -> Response:
         """Tell Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    schema.complete(api, keys=bool(config.serving.api_keys))
     api.add_middleware(Guard, keyring=Keyring(config.serving.api_keys))
+    api.add_middleware(limits.Limits)
     api.add_middleware(Watch, metrics=metrics)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
@@ -343,17 +347,7 @@ def _seeds(seed: int | None, decodings: Sequence[DecodingConfig]) -> list[int]:
 
 def _known(name: str, *known: str) -> None:
     if name not in known:
-        raise ApiError(f"model={name!r} is not served here; known: {', '.join(known)}", 404, param="model", code="model_not_found")
-
-
-async def _read(http: Request) -> bytes:
-    """Return the body, refusing one above the limit before it is held in memory."""
-    body = bytearray()
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise ApiError(f"the body is larger than {MAX_BODY:,} bytes; shorten the messages", 413, code="body_too_large")
-    return bytes(body)
+        raise ApiError(f"model={name[:80]!r} is not served here; known: {', '.join(known)}", 404, param="model", code="model_not_found")
 
 
 async def _api_error(_: Request, error: Exception) -> JSONResponse:
@@ -363,16 +357,18 @@ async def _api_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    message = error.detail
+    # Not `http.url`, which is made of the client's Host header and fails with it.
+    message, path = error.detail, http.scope["path"][:80]
     if error.status_code == 404:
-        message = f"{http.url.path} is not here; known: POST /v1/chat/completions, {_SCORING}, GET /v1/models, /health, /ready, /metrics"
+        message = f"{path} is not here; known: POST /v1/chat/completions, {_SCORING}, GET /v1/models, /health, /ready, /metrics"
     if error.status_code == 405:
-        message = f"{http.method} is not what {http.url.path} takes"
-    return await _api_error(http, ApiError(message, error.status_code, code="not_found" if error.status_code == 404 else None))
+        message = f"{http.method} is not what {path} takes"
+    told = ApiError(message, error.status_code, code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code))
+    return JSONResponse(told.body, told.status, error.headers)
 
 
 def _hidden(http: Request, error: Exception) -> ApiError:
     """Hide a failure of ours behind the request's number, which finds it in the log."""
     number = http.scope["request_id"]
-    logger.error("%s %s failed, request %s", http.method, http.url.path, number, exc_info=error)
+    logger.error("%s %s failed, request %s", http.method, http.scope["path"], number, exc_info=error)
     return ApiError(f"the server failed; its log has the reason under request {number}", 500, code="internal_error")
