@@ -28,7 +28,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: `code` is that of OpenAI's error body, None where the answer is none of the gateway's; status 0 is a closed connection."""
+    """What came back: `code` is that of OpenAI's error body, None where there is none; status 0 is a connection closed without an answer."""
 
     status: int
     code: str | None
@@ -112,7 +112,13 @@ class Writer:
 def requests(serving: ServingConfig, key: str | None = None) -> list[Hostile]:
     """Return the table for a server with these settings; with a `key`, those about keys too."""
     write = Writer(key)
-    return [*_bodies(write, serving), *_fields(write, serving), *_scoring(write, serving), *_http(write, serving), *(_keys(write) if key else ())]
+    return [
+        *_bodies(write, serving),
+        *_fields(write, serving),
+        *_scoring(write, serving),
+        *_http(write, serving),
+        *(_keys(write) if key else ()),
+    ]
 
 
 def _bodies(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
@@ -168,11 +174,19 @@ def _fields(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
             "invalid_value",
             {"cappy": {"candidates": most}, "max_tokens": serving.max_sampled_tokens // most + 1},
         ),
-        ("a prompt above the characters allowed", "context_length_exceeded", {"messages": [{**HI[0], "content": "x " * serving.max_prompt_chars}]}),
+        (
+            "a prompt above the characters allowed",
+            "context_length_exceeded",
+            {"messages": [{**HI[0], "content": "x " * serving.max_prompt_chars}]},
+        ),
         ("3,000 messages", "invalid_value", {"messages": HI * 3000}),
         ("200,000 messages that are none", "invalid_value", {"messages": [0] * 200_000}),
         ("a role of its own", "invalid_value", {"messages": [{"role": "tool", "content": "x"}]}),
-        ("an image", "invalid_value", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]}),
+        (
+            "an image",
+            "invalid_value",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
+        ),
         ("17 stop strings", "invalid_value", {"stop": [str(n) for n in range(17)]}),
         ("a stop string of 100,000 characters", "invalid_value", {"stop": "x" * 100_000}),
         ("logprobs", "unsupported_parameter", {"logprobs": True, "top_logprobs": 20}),
@@ -192,7 +206,11 @@ def _scoring(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
     for name, path, fields in (
         ("a pair more than allowed", "/v1/score", {"text_1": "q", "text_2": ["a"] * (most + 1)}),
         ("a choice more than allowed", "/v1/classify", {"instruction": "q", "choices": [str(n) for n in range(most + 1)]}),
-        ("a long query against many documents", "/v2/rerank", {"query": "q" * (serving.max_pairs_chars // most + 1), "documents": ["a"] * most}),
+        (
+            "a long query against many documents",
+            "/v2/rerank",
+            {"query": "q" * (serving.max_pairs_chars // most + 1), "documents": ["a"] * most},
+        ),
         ("100,000 documents that are numbers", "/v1/rerank", {"query": "q", "documents": [1] * 100_000}),
         ("top_n = -1", "/v2/rerank", {"query": "q", "documents": ["a"], "top_n": -1}),
     ):
@@ -215,7 +233,9 @@ def _http(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
     for path in ("/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/v1/models/" + "x" * 5000):
         yield Hostile(f"path {path[:40]}", 404, "model_not_found", write.get(path))
     yield Hostile("an address of 20,000 bytes", 414, "uri_too_long", write.get("/v1/models?" + "x" * 20_000))
-    yield Hostile("headers of 100,000 bytes", 431, "headers_too_large", write.get("/v1/models", *(f"X-{n}: {'x' * 1000}" for n in range(100))))
+    yield Hostile(
+        "headers of 100,000 bytes", 431, "headers_too_large", write.get("/v1/models", *(f"X-{n}: {'x' * 1000}" for n in range(100)))
+    )
     yield Hostile("a query nobody asked for", 200, None, write.get("/v1/models?__proto__=1&limit=-1"))
     yield Hostile("a Host that is no name", 200, None, write.get("/v1/models").replace(b"Host: test", b"Host: [::"))
     twice = write.post(CHAT, good, "Transfer-Encoding: chunked")
@@ -261,7 +281,9 @@ def main() -> None:
     with ThreadPoolExecutor(4) as pool:
         rows = list(zip(asked, pool.map(lambda each: ask(arguments.url, each), asked), strict=True))
     print(table(rows))
-    wrong = [f"{each.name}: {answer.status} {answer.code}" for each, answer in rows if (answer.status, answer.code) != (each.status, each.code)]
+    wrong = [
+        f"{each.name}: {answer.status} {answer.code}" for each, answer in rows if (answer.status, answer.code) != (each.status, each.code)
+    ]
     if wrong:
         sys.exit(f"{len(wrong)} of {len(rows)} answers are not as promised: {'; '.join(wrong)}")
 

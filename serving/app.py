@@ -122,8 +122,8 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """Serve until SIGINT or SIGTERM, then shut down in order; return where it was and what it served.
 
     `overwrite` is part of every verb and means nothing here: serving writes nothing. Before any model loads, raises `UsageError` where
-    other machines could ask without a key or no request could be answered, and `CappyError` where the port, the scorer or the LLM is not to be had; after it,
-    `CappyError` where a model does not start.
+    other machines could ask without a key or the limits refuse every request, and `CappyError` where the port, the scorer or the LLM
+    is not to be had; after it, `CappyError` where a model does not start.
     """
     serving = config.serving
     _refuse_open(serving)

@@ -73,7 +73,9 @@ async def read(http: Request, serving: ServingConfig) -> bytes:
 def _too_large(scope: Scope) -> ApiError | None:
     address = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
     if address > MAX_ADDRESS:
-        return ApiError(f"the address has {address:,} bytes, more than {MAX_ADDRESS:,}; all requests go in the body", 414, code="uri_too_long")
+        return ApiError(
+            f"the address has {address:,} bytes, more than {MAX_ADDRESS:,}; all requests go in the body", 414, code="uri_too_long"
+        )
     headers = sum(len(name) + len(value) for name, value in scope["headers"])
     if headers > MAX_HEADERS:
         return ApiError(f"the headers have {headers:,} bytes, more than {MAX_HEADERS:,}", 431, code="headers_too_large")

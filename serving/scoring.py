@@ -49,9 +49,7 @@ class Document(Shape):
 # Fails fast: each further error would cost more than the text it is about.
 _Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[_Texts, BeforeValidator(_as_list, json_schema_input_type=str | _Texts)]
-Documents = Annotated[
-    _Texts, BeforeValidator(_document_text, json_schema_input_type=Annotated[list[str | Document], Field(min_length=1)])
-]
+Documents = Annotated[_Texts, BeforeValidator(_document_text, json_schema_input_type=Annotated[list[str | Document], Field(min_length=1)])]
 
 
 class ScoreRequest(Shape):

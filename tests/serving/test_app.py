@@ -46,7 +46,9 @@ def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_pat
 
 
 def test_limits_that_every_request_would_break_are_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"every request would be refused: .*8 candidates may have 512 tokens .*serving\.max_sampled_tokens"):
+    with pytest.raises(
+        UsageError, match=r"every request would be refused: .*8 candidates may have 512 tokens .*serving\.max_sampled_tokens"
+    ):
         app.run(Config(workspace=str(tmp_path), serving=ServingConfig(max_sampled_tokens=100)))
 
 

@@ -69,7 +69,13 @@ def test_a_body_that_breaks_off_is_counted_as_the_clients_failure(server):
 
     before = answered()
     host, port = url.removeprefix("http://").split(":")
-    lines = ("POST /v1/classify HTTP/1.1", "Host: x", f"Authorization: Bearer {KEY}", "Content-Type: application/json", "Content-Length: 99")
+    lines = (
+        "POST /v1/classify HTTP/1.1",
+        "Host: x",
+        f"Authorization: Bearer {KEY}",
+        "Content-Type: application/json",
+        "Content-Length: 99",
+    )
     with socket.create_connection((host, int(port))) as wire:
         wire.sendall(("\r\n".join(lines) + "\r\n\r\n{").encode())
     deadline = time.monotonic() + 30

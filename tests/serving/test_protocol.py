@@ -86,7 +86,7 @@ def test_length_and_stop_strings_of_the_request_reach_every_decoding():
         ({"messages": None}, "messages", "valid list"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", 'role="tool"'),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "give a text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "\"image_url\" is not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", '"image_url" is not supported'),
         ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "messages", "must end with the user's turn"),
         ({"messages": [{"role": "user", "content": " \n"}]}, "messages", "empty"),
     ],

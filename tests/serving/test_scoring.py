@@ -72,7 +72,7 @@ def test_the_choice_with_the_highest_score_is_chosen_and_the_first_of_equals():
             {"text_1": ["a", "b"], "text_2": ["c"]},
             "text_1 has 2 texts and text_2 1; give one text_1, or one for each of text_2",
         ),
-        (ScoreRequest, {"text_1": "a", "text_2": []}, "text_2=[]: Value should have at least 1 item"),
+        (ScoreRequest, {"text_1": "a", "text_2": []}, "text_2=[]: List should have at least 1 item"),
         (ScoreRequest, {"text_1": "a"}, "text_2 is missing"),
         (ScoreRequest, {"text_1": "a", "text_2": [1]}, "text_2[0]=1: Input should be a valid string"),
         (ScoreRequest, {"text_1": "a", "text_2": ["b"] * 11}, "the request has 11 pairs to score, this server's limit is 10"),

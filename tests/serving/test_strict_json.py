@@ -14,7 +14,7 @@ VALUES = st.recursive(
 
 
 @given(value=VALUES, ascii_only=st.booleans())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_what_json_writes_is_read_back(value, ascii_only):
     assert load(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
 
