@@ -28,7 +28,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: `code` is that of OpenAI's error body, None where there is none; status 0 is a connection closed without an answer."""
+    """What came back: `code` is that of OpenAI's error body, None where there is none; status 0 is a connection closed unanswered."""
 
     status: int
     code: str | None
