@@ -77,10 +77,10 @@ def _drip(wire: socket.socket, rest: bytes) -> None:
     for byte in rest:
         wire.send(bytes([byte]))
         try:
-            if wire.recv(1, socket.MSG_PEEK) is not None:
-                break
+            wire.recv(1, socket.MSG_PEEK)
         except TimeoutError:
             continue
+        break
     wire.settimeout(wait_s)
 
 
