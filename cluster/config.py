@@ -669,6 +669,15 @@ class ServingConfig(Section):
     """Largest number of candidates a request may ask for."""
     max_pairs: int = Field(1000, ge=1)
     """Largest number of pairs a request may have scored, ranked or classified."""
+    max_pairs_chars: int = Field(4_000_000, ge=1)
+    """Characters of a request's pairs together; a text counts in each of its pairs, because the scorer reads it in each."""
+    max_prompt_chars: int = Field(200_000, ge=1)
+    """Characters of a request's messages together: what is far beyond the LLM's context is refused before it costs a tokenisation."""
+    max_sampled_tokens: int = Field(65_536, ge=1)
+    """Largest product of candidates and the tokens each may have, over a request's decodings."""
+    max_body_bytes: int = Field(1 << 20, ge=1)
+    body_timeout_s: float = Field(10.0, gt=0)
+    """Seconds a request's body may take to arrive."""
     selection: Literal["scorer", "blend"] = "scorer"
     """`scorer` chooses by the score alone, `blend` by score and the LLM's mean log-probability at the weight fitted with the scorer
     (by the score alone where there is no weight or no log-probability)."""

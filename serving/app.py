@@ -28,7 +28,7 @@ from serving.catalogue import further_scorers
 from serving.client import curl_command
 from serving.deployments import LLM, Scorer, answer
 from serving.gateway import build_api
-from serving.protocol import ApiError, Sampled, Scored
+from serving.protocol import ApiError, ChatMessage, ChatRequest, Sampled, Scored, decodings_for
 
 APPLICATION = "cappy"
 # What `training.scorer.CHECKPOINTS` names, without loading torch here.
@@ -120,11 +120,12 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """Serve until SIGINT or SIGTERM, then shut down in order; return where it was and what it served.
 
     `overwrite` is part of every verb and means nothing here: serving writes nothing. Before any model loads, raises `UsageError` where
-    other machines could ask without a key and `CappyError` where the port, the scorer or the LLM is not to be had; after it,
-    `CappyError` where a model does not start.
+    other machines could ask without a key or the limits refuse every request, and `CappyError` where the port, the scorer or the LLM
+    is not to be had; after it, `CappyError` where a model does not start.
     """
     serving = config.serving
     _refuse_open(serving)
+    _refuse_useless(config)
     ports.check(serving.host, serving.port, "serving.")
     check_scorer(config)
     further = further_scorers(config)
@@ -190,6 +191,15 @@ def _refuse_open(serving: ServingConfig) -> None:
             f"serving.host={serving.host} is reachable from other machines and serving.api_keys is empty; `cappy serve --new-key NAME` "
             f"makes one, or set serving.allow_no_keys=true behind a gateway of your own"
         )
+
+
+def _refuse_useless(config: Config) -> None:
+    """Refuse limits that a request which asks for nothing special would break."""
+    plain = ChatRequest(model=config.serving.model_name, messages=[ChatMessage(role="user", content="hi")])
+    try:
+        decodings_for(plain, config)
+    except ApiError as error:
+        raise UsageError(f"every request would be refused: {error}") from None
 
 
 def _loopback(host: str) -> bool:

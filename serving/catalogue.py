@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cluster import models
 from cluster.config import Config, ServingConfig, check_names
 from cluster.errors import UsageError
-from serving.protocol import ApiError, SampleRequest
+from serving.protocol import ApiError, Behind, Model, SampleRequest
 from training import adapted
 
 # A server may have a scorer for each of hundreds of tasks.
@@ -44,11 +43,10 @@ class Catalogue:
         self.models[serving.llm_name] = Served(True, None)
         self.models |= {scorer: Served(False, scorer) for scorer in self.scorers}
 
-    def describe(self, name: str, created: int) -> dict[str, Any]:
+    def describe(self, name: str, created: int) -> Model:
         """Return OpenAI's description of a model, with what stands behind it under `cappy`; `created` is a Unix time."""
         served = self._find(name, list(self.models))
-        behind = {"llm": served.llm, "scorer": served.scorer}
-        return {"id": name, "object": "model", "created": created, "owned_by": "cappy-ray", "cappy": behind}
+        return Model(id=name, created=created, owned_by="cappy-ray", cappy=Behind(llm=served.llm, scorer=served.scorer))
 
     def chooser(self, request: SampleRequest) -> str | None:
         """Return the scorer that chooses among a request's candidates, `cappy.scorer` before the one of `model`; None is none.

@@ -15,9 +15,9 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,15 +28,13 @@ from starlette.types import Message as Event
 from cluster.config import Config, DecodingConfig, Fallback
 from generation.engines import Candidate, request_seed
 from generation.prompts import Message
-from serving import protocol, scoring
+from serving import limits, protocol, schema, scoring
 from serving.catalogue import Catalogue
 from serving.keys import Keyring
 from serving.metrics import Metrics
 from serving.protocol import ApiError, Sampled, Scored
 
 logger = logging.getLogger("ray.serve")
-MAX_BODY = 1 << 20
-"""Largest request body, in bytes."""
 _PAIRS_AT_ONCE = 64
 """Pairs a call of the scorer takes: a long list is spread over its replicas, and others' requests are scored between."""
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -138,7 +136,8 @@ class Guard:
 
 def build_api(config: Config, backend: Backend, further: Sequence[str] = ()) -> FastAPI:
     """Return the web application that answers with `backend`'s models: the LLM, the main scorer and the `further` ones, by name."""
-    api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None)
+    # No redirects: where to is made of the client's own Host header.
+    api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     started = int(time.time())
     catalogue = Catalogue(config.serving, further)
     door = Doorman(config.serving.max_concurrency, config.serving.max_queue)
@@ -174,22 +173,26 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = ()) -> 
         answer = answering.result()
         return JSONResponse(answer.model_dump(exclude={"cappy"} if answer.cappy is None else None))
 
-    @api.post("/v1/chat/completions", response_model=protocol.ChatCompletion)
+    @api.post("/v1/chat/completions", **schema.takes(protocol.ChatRequest, protocol.ChatCompletion, streams=True))
     async def chat(http: Request) -> Response:
         """Sample candidates for the last message, score them, return the best."""
-        return await completed(http, protocol.parse(await _read(http)))
+        request = protocol.parse(await limits.read(http, config.serving))
+        protocol.check_length((message.content for message in request.messages), config, "messages")
+        return await completed(http, request)
 
-    @api.post("/v1/completions", response_model=protocol.TextCompletion)
+    @api.post("/v1/completions", **schema.takes(protocol.TextRequest, protocol.TextCompletion, streams=True))
     async def text(http: Request) -> Response:
         """Sample continuations of a prompt as it stands, score them, return the best."""
-        return await completed(http, protocol.parse_text(await _read(http)))
+        request = protocol.parse_text(await limits.read(http, config.serving))
+        protocol.check_length([request.prompt], config, "prompt")
+        return await completed(http, request)
 
     async def judged(kind: type[scoring.R], http: Request) -> tuple[scoring.R, Scored]:
-        request = scoring.parse(kind, await _read(http), config.serving.max_pairs)
+        request = scoring.parse(kind, await limits.read(http, config.serving), config.serving)
         scorer = catalogue.judge(request.model)
         return request, await working(lambda: _score(backend, scorer, *request.pairs()))
 
-    @api.post("/v1/score", response_model=scoring.ScoreAnswer)
+    @api.post("/v1/score", **schema.takes(scoring.ScoreRequest, scoring.ScoreAnswer))
     @api.post("/score", response_model=scoring.ScoreAnswer, include_in_schema=False)
     async def score(http: Request) -> scoring.ScoreAnswer:
         """Score pairs of an instruction and a response (vLLM's route)."""
@@ -200,52 +203,56 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = ()) -> 
         request, scored = await judged(scoring.RerankRequest, http)
         return JSONResponse(scoring.rerank_answer(request, scored, uuid.uuid4().hex, version=version).model_dump(exclude_none=True))
 
-    @api.post("/v1/rerank", response_model=scoring.RerankAnswer)
+    @api.post("/v1/rerank", **schema.takes(scoring.RerankRequest, scoring.RerankAnswer))
     @api.post("/rerank", response_model=scoring.RerankAnswer, include_in_schema=False)
     async def rerank(http: Request) -> JSONResponse:
         """Rank documents as responses to a query (Jina's and vLLM's route)."""
         return await ranked(http, 1)
 
-    @api.post("/v2/rerank", response_model=scoring.RerankAnswer)
+    @api.post("/v2/rerank", **schema.takes(scoring.RerankRequest, scoring.RerankAnswer))
     async def rerank_2(http: Request) -> JSONResponse:
         """Rank documents as responses to a query (Cohere's route)."""
         return await ranked(http, 2)
 
-    @api.post("/v1/classify", response_model=scoring.Classification)
+    @api.post("/v1/classify", **schema.takes(scoring.ClassifyRequest, scoring.Classification))
     async def classify(http: Request) -> scoring.Classification:
         """Choose among answers to an instruction: the scorer alone (paper, section 3.2)."""
         request, scored = await judged(scoring.ClassifyRequest, http)
         return scoring.classification(request, scored, uuid.uuid4().hex, int(time.time()))
 
-    @api.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @api.get("/v1/models", responses=schema.errors())
+    async def models() -> protocol.ModelList:
         """List what `model` may be."""
-        return {"object": "list", "data": [catalogue.describe(name, started) for name in catalogue.models]}
+        return protocol.ModelList(data=[catalogue.describe(name, started) for name in catalogue.models])
 
-    @api.get("/v1/models/{asked:path}")
-    async def one_model(asked: str) -> dict[str, Any]:
+    @api.get("/v1/models/{asked:path}", responses=schema.errors(404))
+    async def one_model(asked: Annotated[str, Path(examples=["cappy"])]) -> protocol.Model:
         """Describe one model."""
         return catalogue.describe(asked, started)
 
-    @api.get("/health")
+    up_or_not: dict[int | str, dict[str, Any]] = {503: {"model": dict[str, str | bool], "description": "One of these is false"}}
+
+    @api.get("/health", response_model=dict[str, str | bool], responses=schema.errors() | up_or_not)
     async def health() -> JSONResponse:
         """Answer 200 only while the LLM and the scorer can both answer."""
         ready = await backend.ready()
         healthy = all(ready.values())
         return JSONResponse({"status": "ok" if healthy else "unavailable", **ready}, 200 if healthy else 503)
 
-    @api.get("/ready")
+    @api.get("/ready", response_model=dict[str, str | bool], responses=schema.errors() | up_or_not)
     async def ready() -> JSONResponse:
         """Answer 200 only while a request sent now would be worked on: both models are up, and there is room."""
         up = {**await backend.ready(), "room": door.room}
         return JSONResponse({"status": "ready" if all(up.values()) else "busy", **up}, 200 if all(up.values()) else 503)
 
-    @api.get("/metrics", response_class=PlainTextResponse)
+    @api.get("/metrics", response_class=PlainTextResponse, responses=schema.errors())
     async def exposed() -> Response:
         """Tell Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    schema.complete(api, keys=bool(config.serving.api_keys))
     api.add_middleware(Guard, keyring=Keyring(config.serving.api_keys))
+    api.add_middleware(limits.Limits)
     api.add_middleware(Watch, metrics=metrics)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
@@ -352,16 +359,6 @@ def _seeds(seed: int | None, decodings: Sequence[DecodingConfig]) -> list[int]:
     return [request_seed(seed, "", decoding.name) for decoding in decodings]
 
 
-async def _read(http: Request) -> bytes:
-    """Return the body, refusing one above the limit before it is held in memory."""
-    body = bytearray()
-    async for chunk in http.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise ApiError(f"the body is larger than {MAX_BODY:,} bytes; shorten the messages", 413, code="body_too_large")
-    return bytes(body)
-
-
 async def _api_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body, error.status, error.headers)
@@ -369,16 +366,18 @@ async def _api_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(http: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    message = error.detail
+    # Not `http.url`, which is made of the client's Host header and fails with it.
+    message, path = error.detail, http.scope["path"][:80]
     if error.status_code == 404:
-        message = f"{http.url.path} is not here; known: {_POSTS}, GET /v1/models, /health, /ready, /metrics"
+        message = f"{path} is not here; known: {_POSTS}, GET /v1/models, /health, /ready, /metrics"
     if error.status_code == 405:
-        message = f"{http.method} is not what {http.url.path} takes"
-    return await _api_error(http, ApiError(message, error.status_code, code="not_found" if error.status_code == 404 else None))
+        message = f"{http.method} is not what {path} takes"
+    told = ApiError(message, error.status_code, code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code))
+    return JSONResponse(told.body, told.status, error.headers)
 
 
 def _hidden(http: Request, error: Exception) -> ApiError:
     """Hide a failure of ours behind the request's number, which finds it in the log."""
     number = http.scope["request_id"]
-    logger.error("%s %s failed, request %s", http.method, http.url.path, number, exc_info=error)
+    logger.error("%s %s failed, request %s", http.method, http.scope["path"], number, exc_info=error)
     return ApiError(f"the server failed; its log has the reason under request {number}", 500, code="internal_error")

@@ -7,11 +7,12 @@ is an `ApiError`, which knows its status and its body.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, NotRequired, TypedDict, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -20,6 +21,7 @@ from cluster.config import Config, DecodingConfig, Fallback
 from cluster.errors import CappyError
 from generation.engines import Candidate
 from generation.prompts import Message
+from serving import strict_json
 from training.blend import blended
 
 M = TypeVar("M", bound=BaseModel)
@@ -42,12 +44,20 @@ class ApiError(CappyError):
             return {"WWW-Authenticate": "Bearer"}
         if self.status in (429, 503):
             return {"Retry-After": str(max(1, math.ceil(self.retry_s or 0)))}
+        if self.status in (408, 413):  # the rest of the body is not waited for
+            return {"Connection": "close"}
         return {}
 
     @property
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class Shape(BaseModel):
+    """Something sent or got; the docstrings of its fields are the schema's descriptions."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 class Sampled(TypedDict):
@@ -101,7 +111,7 @@ def _plain_text(content: Any) -> Any:
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise ValueError(f"a part of type {kind!r} is not supported; only parts {{'type': 'text', 'text': ...}} are")
+                raise ValueError(f"a part of type {short(kind)} is not supported; only parts {{'type': 'text', 'text': ...}} are")
         content = "\n".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError("give a text or a list of text parts")
@@ -123,15 +133,26 @@ def _stop_strings(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class ChatMessage(BaseModel):
+class TextPart(Shape):
+    """A part of a message; parts are joined by line breaks."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Shape):
     """One turn of the conversation."""
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_plain_text)]
+    content: Annotated[str, BeforeValidator(_plain_text, json_schema_input_type=str | list[TextPart])]
 
 
-class CappyOptions(BaseModel):
+_StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+_StopStrings = Annotated[list[_StopString], Field(max_length=16, fail_fast=True)]
+
+
+class CappyOptions(Shape):
     """Our extension of the request, sent as `extra_body={"cappy": {...}}` by OpenAI's client."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -147,7 +168,7 @@ class CappyOptions(BaseModel):
     """The name of the scorer that chooses; the one `model` names when null."""
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Shape):
     """What a stream tells beside the choices."""
 
     model_config = ConfigDict(strict=True)
@@ -155,7 +176,7 @@ class StreamOptions(BaseModel):
     """Whether a last chunk has the usage."""
 
 
-class SampleRequest(BaseModel):
+class SampleRequest(Shape):
     """What chat and text completions have in common."""
 
     identity: ClassVar[str]
@@ -168,7 +189,7 @@ class SampleRequest(BaseModel):
     """Tokens a candidate may have; each decoding's own limit when null."""
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_strings), Field(max_length=16)] | None = None
+    stop: Annotated[_StopStrings, BeforeValidator(_stop_strings, json_schema_input_type=_StopString | _StopStrings)] | None = None
     """Strings that end a candidate, next to those of the server's decodings."""
     seed: int | None = None
     """The same request with the same seed draws the same candidates, as far as the engine's batching allows."""
@@ -203,7 +224,7 @@ class ChatRequest(SampleRequest):
     """The body of POST /v1/chat/completions."""
 
     identity = "chatcmpl"
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=2048, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
     """As `max_tokens`, over which it wins."""
 
@@ -245,7 +266,7 @@ class TextRequest(SampleRequest):
         return self.prompt.strip()
 
 
-class ChoiceMessage(BaseModel):
+class ChoiceMessage(Shape):
     """The text of a choice, or why there is none."""
 
     role: Literal["assistant"] = "assistant"
@@ -253,7 +274,7 @@ class ChoiceMessage(BaseModel):
     refusal: str | None = None
 
 
-class Choice(BaseModel):
+class Choice(Shape):
     """One returned candidate; index 0 is the best."""
 
     index: int
@@ -271,7 +292,7 @@ class Choice(BaseModel):
         return [*made, {"index": self.index, "delta": {}, "logprobs": None, "finish_reason": self.finish_reason}]
 
 
-class TextChoice(BaseModel):
+class TextChoice(Shape):
     """One returned candidate of a text completion; index 0 is the best."""
 
     index: int
@@ -285,7 +306,7 @@ class TextChoice(BaseModel):
         return [*made, {"index": self.index, "text": "", "logprobs": None, "finish_reason": self.finish_reason}]
 
 
-class Usage(BaseModel):
+class Usage(Shape):
     """Tokens of the prompt and of the returned choices; `CappyAnswer.sampled_tokens` counts all candidates."""
 
     prompt_tokens: int
@@ -293,7 +314,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class ScoredCandidate(BaseModel):
+class ScoredCandidate(Shape):
     """A candidate as the scorer saw it."""
 
     response: str
@@ -307,14 +328,14 @@ class ScoredCandidate(BaseModel):
     """Whether it is among the choices."""
 
 
-class Latency(BaseModel):
+class Latency(Shape):
     """Where the time went, in seconds, waiting included."""
 
     sampling_s: float
     scoring_s: float
 
 
-class CappyAnswer(BaseModel):
+class CappyAnswer(Shape):
     """Our extension of the answer: on request, and where the scorer did not choose or chose none."""
 
     candidates: list[ScoredCandidate]
@@ -332,7 +353,7 @@ class CappyAnswer(BaseModel):
     latency: Latency
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Shape):
     """The answer to POST /v1/chat/completions."""
 
     chunk: ClassVar[str] = "chat.completion.chunk"
@@ -346,7 +367,7 @@ class ChatCompletion(BaseModel):
     cappy: CappyAnswer | None = None
 
 
-class TextCompletion(BaseModel):
+class TextCompletion(Shape):
     """The answer to POST /v1/completions."""
 
     chunk: ClassVar[str] = "text_completion"
@@ -361,6 +382,49 @@ class TextCompletion(BaseModel):
 
 
 Completion = ChatCompletion | TextCompletion
+
+
+class ErrorDetail(Shape):
+    """What went wrong."""
+
+    message: str
+    """One line: the field, its value and what would be right."""
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None = None
+    """The field it is about."""
+    code: str | None = None
+    """For programs."""
+
+
+class ErrorAnswer(Shape):
+    """Every answer that is an error."""
+
+    error: ErrorDetail
+
+
+class Behind(Shape):
+    """What stands behind a name."""
+
+    llm: bool
+    scorer: str | None
+
+
+class Model(Shape):
+    """What `model` may be."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """Unix time in seconds."""
+    owned_by: str
+    cappy: Behind
+
+
+class ModelList(Shape):
+    """The answer to GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
 
 
 def parse(body: bytes) -> ChatRequest:
@@ -379,13 +443,9 @@ def parse_as(kind: type[M], body: bytes, unsupported: Mapping[str, tuple[Any, ..
     Raises `ApiError` (400) naming the field, its value and what would be right.
     """
     try:
-        tree = json.loads(body, parse_constant=_refuse_constant)
-        json.dumps(tree, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        if isinstance(error, UnicodeEncodeError):
-            reason = "an escape such as \\ud800 is half of a surrogate pair and no character"
-        raise ApiError(f"the body is not JSON: {reason}", code="invalid_json") from None
+        tree = strict_json.load(body)
+    except ValueError as error:
+        raise ApiError(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(tree, dict):
         wanted = " and ".join(f"`{name}`" for name, field in kind.model_fields.items() if field.is_required())
         raise ApiError(f"the body is a JSON {type(tree).__name__}; send an object with {wanted}", code="invalid_json")
@@ -397,6 +457,18 @@ def parse_as(kind: type[M], body: bytes, unsupported: Mapping[str, tuple[Any, ..
     except ValidationError as error:
         path, message = _explain(error)
         raise ApiError(message, param=path or None, code="invalid_value") from None
+
+
+def check_length(texts: Iterable[str], config: Config, param: str) -> None:
+    """Raise `ApiError` (400) for a prompt no tokenizer should be troubled with; the LLM itself counts tokens."""
+    chars = sum(map(len, texts))
+    if chars > config.serving.max_prompt_chars:
+        raise ApiError(
+            f"{param}: {chars:,} characters are above this server's limit of {config.serving.max_prompt_chars:,} "
+            f"(serving.max_prompt_chars); shorten them",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def pool_size(request: SampleRequest, config: Config, scored: bool = True) -> int:
@@ -431,7 +503,7 @@ def decodings_for(request: SampleRequest, config: Config, scored: bool = True) -
 
     They are the sampler's own: greedy ones first with one candidate each, then the others in turn, one candidate a round, so
     that the pool is as varied as its size allows. A request that gives `temperature` or `top_p` draws its whole pool so.
-    Raises `ApiError` (400) for a pool or a token limit beyond what the server allows.
+    Raises `ApiError` (400) for a pool, a token limit or the product of both beyond what the server allows.
     """
     size = pool_size(request, config, scored)
     own = config.sampler.decodings
@@ -450,7 +522,16 @@ def decodings_for(request: SampleRequest, config: Config, scored: bool = True) -
         share, extra = divmod(size - len(greedy), len(others))
         counts = [(decoding, 1) for decoding in greedy]
         counts += [(decoding, share + (position < extra)) for position, decoding in enumerate(others)]
-    return [_fit(decoding, count, request, config) for decoding, count in counts if count]
+    decodings = [_fit(decoding, count, request, config) for decoding, count in counts if count]
+    tokens, limit = sum(decoding.n * decoding.max_tokens for decoding in decodings), config.serving.max_sampled_tokens
+    if tokens > limit:
+        raise ApiError(
+            f"max_tokens: {size} candidates may have {tokens:,} tokens together, above this server's limit of {limit:,} "
+            f"(serving.max_sampled_tokens); ask for fewer or shorter ones",
+            param="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
+            code="invalid_value",
+        )
+    return decodings
 
 
 def _fit(decoding: DecodingConfig, count: int, request: SampleRequest, config: Config) -> DecodingConfig:
@@ -631,10 +712,6 @@ def chunks(answer: Completion, *, usage: bool) -> list[dict[str, Any]]:
     return made
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def _same(value: Any, harmless: Any) -> bool:
     """Equality that keeps `false` and `0` apart, as JSON does."""
     return bool(value == harmless) and isinstance(value, bool) == isinstance(harmless, bool)
@@ -642,7 +719,8 @@ def _same(value: Any, harmless: Any) -> bool:
 
 def short(value: Any) -> str:
     """Return a value as JSON, cut to 80 characters for a message."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    # In pieces, of which each has a character or more: a client's value may be as large as a body.
+    text = "".join(itertools.islice(json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value), 81))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -651,7 +729,7 @@ def _explain(error: ValidationError) -> tuple[str, str]:
     first = error.errors(include_url=False)[0]
     path = ""
     for part in first["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:80]}" if path else part[:80]
     message = first["msg"].removeprefix("Value error, ")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "missing":

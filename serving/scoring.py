@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
 
+from cluster.config import ServingConfig
 from serving import protocol
-from serving.protocol import ApiError, Scored
+from serving.protocol import ApiError, Scored, Shape
 
 # Fields of vLLM's, Jina's and Cohere's requests that would change a score: see `protocol._UNSUPPORTED`.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -39,18 +40,27 @@ def _document_text(documents: Any) -> Any:
     return [each["text"] if isinstance(each, dict) and isinstance(each.get("text"), str) else each for each in documents]
 
 
-Texts = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+class Document(Shape):
+    """A document as Cohere's and Jina's clients may send it, and get it back."""
+
+    text: str
 
 
-class ScoreRequest(BaseModel):
+# Fails fast: each further error would cost more than the text it is about.
+_Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[_Texts, BeforeValidator(_as_list, json_schema_input_type=str | _Texts)]
+Documents = Annotated[_Texts, BeforeValidator(_document_text, json_schema_input_type=Annotated[list[str | Document], Field(min_length=1)])]
+
+
+class ScoreRequest(Shape):
     """The body of POST /v1/score, as vLLM takes it: one text against one or many, or lists of equal length pair by pair."""
 
     model_config = ConfigDict(strict=True)
     model: str
     text_1: Texts = Field(validation_alias=AliasChoices("text_1", "queries"))
-    """Instructions."""
+    """Instructions; `queries` is the same."""
     text_2: Texts = Field(validation_alias=AliasChoices("text_2", "documents"))
-    """Responses."""
+    """Responses; `documents` is the same."""
 
     @model_validator(mode="after")
     def _paired(self) -> ScoreRequest:
@@ -65,13 +75,13 @@ class ScoreRequest(BaseModel):
         return (self.text_1 if len(self.text_1) > 1 else self.text_1 * len(self.text_2)), self.text_2
 
 
-class RerankRequest(BaseModel):
+class RerankRequest(Shape):
     """The body of POST /v1/rerank (Jina's, vLLM's) and /v2/rerank (Cohere's): documents ranked as responses to a query."""
 
     model_config = ConfigDict(strict=True)
     model: str
     query: str = Field(min_length=1)
-    documents: Annotated[list[str], BeforeValidator(_document_text), Field(min_length=1)]
+    documents: Documents
     top_n: int | None = Field(None, ge=0)
     """Results returned, best first; all of them when null or 0."""
     return_documents: bool | None = None
@@ -82,13 +92,13 @@ class RerankRequest(BaseModel):
         return [self.query] * len(self.documents), self.documents
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(Shape):
     """The body of POST /v1/classify: which of the choices answers the instruction."""
 
     model_config = ConfigDict(strict=True)
     model: str
     instruction: str = Field(min_length=1)
-    choices: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2)
+    choices: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2, fail_fast=True)
 
     @model_validator(mode="after")
     def _distinct(self) -> ClassifyRequest:
@@ -103,7 +113,7 @@ class ClassifyRequest(BaseModel):
         return [self.instruction] * len(self.choices), self.choices
 
 
-class ScoreUsage(BaseModel):
+class ScoreUsage(Shape):
     """Tokens the scorer read."""
 
     prompt_tokens: int
@@ -111,7 +121,7 @@ class ScoreUsage(BaseModel):
     completion_tokens: int = 0
 
 
-class PairScore(BaseModel):
+class PairScore(Shape):
     """The score of one pair."""
 
     index: int
@@ -119,7 +129,7 @@ class PairScore(BaseModel):
     score: float
 
 
-class ScoreAnswer(BaseModel):
+class ScoreAnswer(Shape):
     """The answer to POST /v1/score."""
 
     id: str
@@ -132,13 +142,7 @@ class ScoreAnswer(BaseModel):
     usage: ScoreUsage
 
 
-class Document(BaseModel):
-    """A document given back."""
-
-    text: str
-
-
-class Ranked(BaseModel):
+class Ranked(Shape):
     """One document, by its place in the request."""
 
     index: int
@@ -146,7 +150,7 @@ class Ranked(BaseModel):
     document: Document | None = None
 
 
-class RerankAnswer(BaseModel):
+class RerankAnswer(Shape):
     """The answer to POST /v1/rerank and /v2/rerank."""
 
     id: str
@@ -158,7 +162,7 @@ class RerankAnswer(BaseModel):
     """For Cohere's client: the version of its API and what it bills, one search a request."""
 
 
-class Classification(BaseModel):
+class Classification(Shape):
     """The answer to POST /v1/classify."""
 
     id: str
@@ -177,11 +181,17 @@ class Classification(BaseModel):
 R = TypeVar("R", ScoreRequest, RerankRequest, ClassifyRequest)
 
 
-def parse(kind: type[R], body: bytes, limit: int) -> R:
-    """Return the request in `body`. Raises `ApiError` (400) naming what is wrong; `limit` is the most pairs it may hold."""
+def parse(kind: type[R], body: bytes, serving: ServingConfig) -> R:
+    """Return the request in `body`. Raises `ApiError` (400) naming what is wrong, its pairs above the server's limits included."""
     request = protocol.parse_as(kind, body, _UNSUPPORTED)
-    if (count := len(request.pairs()[0])) > limit:
+    instructions, responses = request.pairs()
+    if (count := len(responses)) > (limit := serving.max_pairs):
         raise ApiError(f"the request has {count} pairs to score, this server's limit is {limit} (serving.max_pairs)", code="invalid_value")
+    if (chars := sum(map(len, instructions)) + sum(map(len, responses))) > (limit := serving.max_pairs_chars):
+        raise ApiError(
+            f"the request's {count} pairs have {chars:,} characters, this server's limit is {limit:,} (serving.max_pairs_chars)",
+            code="invalid_value",
+        )
     return request
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import boto3
 import httpx
@@ -15,7 +16,9 @@ import numpy as np
 import openai
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks import hostile
 from cluster import models, ports, storage
 from cluster.config import Config, EndpointConfig, ServingConfig
 from cluster.errors import CappyError, UsageError
@@ -43,6 +46,13 @@ def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_pat
             app.run(Config(workspace=str(tmp_path), serving=ServingConfig(port=port)))
     with pytest.raises(UsageError, match=r"serving.host=no.such.host.invalid"):
         app.run(Config(workspace=str(tmp_path), serving=ServingConfig(host="no.such.host.invalid")))
+
+
+def test_limits_that_every_request_would_break_are_refused(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"every request would be refused: .*8 candidates may have 512 tokens .*serving\.max_sampled_tokens"
+    ):
+        app.run(Config(workspace=str(tmp_path), serving=ServingConfig(max_sampled_tokens=100)))
 
 
 def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
@@ -82,7 +92,13 @@ def server(scorer, tmp_path_factory):
     """The URL of a running server and its process."""
     port = ports.free()
     further = "[{name: tense, path: s3://served/tense}, {name: gone, path: s3://served/gone}]"
-    settings = [f"serving.port={port}", f"scorer_path={scorer}", f"serving.scorers={further}", "serving.reload_s=0.5"]
+    settings = [
+        f"serving.port={port}",
+        f"scorer_path={scorer}",
+        f"serving.scorers={further}",
+        "serving.reload_s=0.5",
+        "serving.body_timeout_s=2",
+    ]
     settings += ["sampler.engine.max_model_len=1024"]
     command = [*CAPPY, "serve", *(word for each in settings for word in ("--set", each)), "--json"]
     log = tmp_path_factory.mktemp("log") / "stderr"
@@ -239,6 +255,47 @@ def test_our_own_client_and_curl_get_an_answer(server):
     command = client.curl_command(url, client.request_body(QUESTION, 2, "cappy"))
     told = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert json.loads(told.stdout)["object"] == "chat.completion"
+
+
+@pytest.mark.slow
+def test_hostile_requests_are_turned_away_before_the_engine_and_the_server_answers_on(server):
+    def drawn() -> float:
+        families = text_string_to_metric_families(httpx.get(f"{server[0]}/metrics").text)
+        return sum(each.value for family in families for each in family.samples if each.name == "cappy_serving_candidates_total")
+
+    def ask(rows: list[hostile.Hostile]) -> list[tuple[hostile.Hostile, hostile.Answer]]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(zip(rows, pool.map(lambda each: hostile.ask(server[0], each), rows), strict=True))
+
+    every = hostile.requests(ServingConfig())
+    before = drawn()
+    refused = ask([each for each in every if each.status != 200])
+    assert drawn() == before
+    answered = refused + ask([each for each in every if each.status == 200])
+    print(f"\n{hostile.table(answered)}")
+    assert {each.name: (answer.status, answer.code) for each, answer in answered} == {each.name: (each.status, each.code) for each in every}
+    assert client.ask(server[0], QUESTION, 2)["cappy"]["candidates"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/models", None),
+        ("/health", None),
+        ("/ready", None),
+        ("/metrics", None),
+        ("/openapi.json", None),
+        ("/v1/score", {"model": "cappy-scorer", "text_1": "q", "text_2": "a"}),
+        ("/v1/rerank", {"model": "cappy-scorer", "query": "q", "documents": ["a", "b"]}),
+        ("/v2/rerank", {"model": "cappy-scorer", "query": "q", "documents": ["a", "b"]}),
+        ("/v1/classify", {"model": "cappy-scorer", "instruction": "q", "choices": ["a", "b"]}),
+    ],
+)
+def test_curl_reaches_each_route(server, path, body):
+    send = ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body else []
+    told = subprocess.run(["curl", "-sf", f"{server[0]}{path}", *send], capture_output=True, text=True, check=True)
+    assert told.stdout
 
 
 @pytest.mark.slow

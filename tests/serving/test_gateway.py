@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import Config, ServingConfig
 from generation.engines import Candidate
-from serving.gateway import MAX_BODY, build_api
+from serving.gateway import build_api
 from serving.keys import new_key
 from serving.protocol import ApiError
 
@@ -85,7 +85,7 @@ async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is
     [
         ("POST", "/v1/chat/completions", {**BODY, "model": "gpt-4"}, 404, "model_not_found", "known: cappy"),
         ("POST", "/v1/chat/completions", {**BODY, "n": 0}, 400, "invalid_value", "n=0"),
-        ("POST", "/v1/chat/completions", {**BODY, "user": "x" * MAX_BODY}, 413, "body_too_large", "larger than"),
+        ("POST", "/v1/chat/completions", {**BODY, "user": "x" * ServingConfig().max_body_bytes}, 413, "body_too_large", "larger than"),
         ("POST", "/v1/score", {"model": "gpt-4", "text_1": "a", "text_2": "b"}, 404, "model_not_found", "known: cappy, cappy-scorer"),
         ("POST", "/v2/rerank", {"model": "cappy", "query": "q", "documents": []}, 400, "invalid_value", "documents=[]"),
         ("POST", "/v1/classify", {"model": "cappy", "instruction": "q"}, 400, "invalid_value", "choices is missing"),
@@ -102,7 +102,7 @@ async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is
         ),
         ("GET", "/v1/models/gpt-4", None, 404, "model_not_found", "known: cappy"),
         ("GET", "/v2/nothing", None, 404, "not_found", "POST /v1/chat/completions"),
-        ("GET", "/v1/chat/completions", None, 405, None, "GET is not"),
+        ("GET", "/v1/chat/completions", None, 405, "method_not_allowed", "GET is not"),
     ],
 )
 async def test_errors_have_openais_shape(method, path, body, status, code, says):

@@ -2,13 +2,14 @@ import json
 
 import pytest
 
+from cluster.config import ServingConfig
 from serving import scoring
 from serving.protocol import ApiError
 from serving.scoring import ClassifyRequest, RerankRequest, ScoreRequest
 
 
-def parse(kind, limit=10, **body):
-    return scoring.parse(kind, json.dumps({"model": "m", **body}).encode(), limit)
+def parse(kind, **body):
+    return scoring.parse(kind, json.dumps({"model": "m", **body}).encode(), ServingConfig(max_pairs=10, max_pairs_chars=1000))
 
 
 def scored(*scores):
@@ -71,10 +72,11 @@ def test_the_choice_with_the_highest_score_is_chosen_and_the_first_of_equals():
             {"text_1": ["a", "b"], "text_2": ["c"]},
             "text_1 has 2 texts and text_2 1; give one text_1, or one for each of text_2",
         ),
-        (ScoreRequest, {"text_1": "a", "text_2": []}, "text_2=[]: Value should have at least 1 item"),
+        (ScoreRequest, {"text_1": "a", "text_2": []}, "text_2=[]: List should have at least 1 item"),
         (ScoreRequest, {"text_1": "a"}, "text_2 is missing"),
         (ScoreRequest, {"text_1": "a", "text_2": [1]}, "text_2[0]=1: Input should be a valid string"),
         (ScoreRequest, {"text_1": "a", "text_2": ["b"] * 11}, "the request has 11 pairs to score, this server's limit is 10"),
+        (RerankRequest, {"query": "q" * 101, "documents": ["a"] * 10}, "the request's 10 pairs have 1,020 characters"),
         (ScoreRequest, {"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 9}, "truncate_prompt_tokens=9 is not supported yet"),
         (RerankRequest, {"query": "q", "documents": [{"image": "b"}]}, 'documents[0]={"image": "b"}: Input should be a valid string'),
         (RerankRequest, {"query": "q", "documents": "a"}, 'documents="a": Input should be a valid list'),
@@ -91,7 +93,7 @@ def test_bad_requests_are_named_with_the_way_out(kind, body, message):
 
 def test_what_is_no_object_is_told_what_to_send():
     with pytest.raises(ApiError, match="send an object with `model` and `query` and `documents`"):
-        scoring.parse(RerankRequest, b"[]", 10)
+        scoring.parse(RerankRequest, b"[]", ServingConfig())
 
 
 def test_a_scorer_that_gives_no_number_is_a_500_that_says_so():

@@ -1,0 +1,84 @@
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.hostile import HI, Hostile, ask, requests
+from cluster.config import Config, ServingConfig
+from serving.gateway import build_api
+from serving.keys import new_key
+from tests.serving.standin import running
+from tests.serving.test_gateway import Echo
+
+KEY, SHA256 = new_key()
+SERVING = ServingConfig(api_keys=[{"name": "a", "sha256": SHA256}], body_timeout_s=0.5)
+
+
+class Counting(Echo):
+    """Counts what reaches the models."""
+
+    calls = 0
+
+    async def sample(self, *arguments):
+        self.calls += 1
+        return await super().sample(*arguments)
+
+    async def score(self, *arguments):
+        self.calls += 1
+        return await super().score(*arguments)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, Counting]]:
+    backend = Counting()
+    with running(build_api(Config(serving=SERVING), backend)) as url:
+        yield url, backend
+
+
+@pytest.mark.parametrize("hostile", requests(SERVING, KEY), ids=lambda each: each.name.replace("/", "|")[:40])
+def test_a_hostile_request_is_told_what_is_wrong_before_a_model_sees_it(hostile: Hostile, server):
+    url, backend = server
+    before = backend.calls
+    answer = ask(url, hostile)
+    assert (answer.status, answer.code) == (hostile.status, hostile.code), answer.body
+    assert answer.status == 200 or backend.calls == before
+    # Nothing large of the client's own comes back, and nothing of ours.
+    assert answer.status == 200 or (len(answer.body) < 1000 and b"Traceback" not in answer.body and b".py" not in answer.body)
+
+
+def test_after_all_of_them_the_server_still_answers(server):
+    url, backend = server
+    before = backend.calls
+    answer = httpx.post(
+        f"{url}/v1/chat/completions", json={"model": "cappy", "messages": HI}, headers={"Authorization": f"Bearer {KEY}"}, timeout=30
+    )
+    assert answer.status_code == 200 and backend.calls == before + 2
+
+
+def test_a_body_that_breaks_off_is_counted_as_the_clients_failure(server):
+    url, _ = server
+    mine = {"Authorization": f"Bearer {KEY}"}
+
+    def answered() -> dict[str, float]:
+        families = text_string_to_metric_families(httpx.get(f"{url}/metrics", headers=mine).text)
+        samples = [each for family in families for each in family.samples if each.name == "cappy_serving_requests_total"]
+        return {each.labels["status"]: each.value for each in samples if each.labels["route"] == "/v1/classify"}
+
+    before = answered()
+    host, port = url.removeprefix("http://").split(":")
+    lines = (
+        "POST /v1/classify HTTP/1.1",
+        "Host: x",
+        f"Authorization: Bearer {KEY}",
+        "Content-Type: application/json",
+        "Content-Length: 99",
+    )
+    with socket.create_connection((host, int(port))) as wire:
+        wire.sendall(("\r\n".join(lines) + "\r\n\r\n{").encode())
+    deadline = time.monotonic() + 30
+    while (after := answered()) == before:
+        assert time.monotonic() < deadline
+    assert after == {**before, "400": before.get("400", 0) + 1}
