@@ -50,7 +50,7 @@ def _first_token(layer: Any, hidden_BTH: Tensor, attention_mask: Tensor | None =
     return output_B1H
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(nn.Linear):  # type: ignore[misc]
     """A linear layer for inference on CPU: oneDNN's product with the bias, and a GELU where one follows, in the same pass."""
 
     packed: Tensor
