@@ -75,7 +75,6 @@ class LLM:
             asyncio.ensure_future(self.engine.sample(encoded, decoding, seed, name))
             for decoding, seed, name in zip(decodings, seeds, names, strict=True)
         ]
-        cost = 0.0
         try:
             pools = await asyncio.gather(*draws)
             prompt_tokens = self.engine.prompt_tokens(encoded, names[0])
