@@ -41,7 +41,7 @@ class Ledger:
         """Return dollars drawn, at least `most` where they are there; 0 where all are drawn."""
         while True:
             draws = [name for name in storage.list_files(self.uri) if name.endswith(".json")]
-            left = self.ceiling - sum(storage.read_json(storage.join(self.uri, name))["dollars"] for name in draws)
+            left = self.ceiling - sum(float(storage.read_json(storage.join(self.uri, name))["dollars"]) for name in draws)
             share = min(max(most, self.ceiling / _SHARES), left)
             if share <= 0:
                 return 0.0

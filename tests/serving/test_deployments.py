@@ -152,9 +152,11 @@ async def test_while_an_endpoint_cools_down_the_next_is_turned_away_at_once_and_
 
 
 async def test_a_rate_that_cannot_be_kept_in_time_turns_requests_away(server):
-    llm = endpoint(server, requests_per_minute=60, patience_s=1.5)
+    llm = endpoint(server, requests_per_minute=2, patience_s=20.0)
     answers = await asyncio.gather(*(ask(llm, temperature=0) for _ in range(5)))
-    assert sorted(answer.status_code for answer, _ in answers) == [200, 200, 503, 503, 503]
+    assert sorted(answer.status_code for answer, _ in answers) == [200, 503, 503, 503, 503] and len(server.bodies) == 1
+    # The next turn is half a minute away.
+    assert all(20 < int(answer.headers["retry-after"]) <= 30 for answer, _ in answers if answer.status_code == 503)
 
 
 async def test_the_ceiling_holds_across_servers_and_a_cancelled_request_counts_in_full(server, tmp_path):
