@@ -13,7 +13,7 @@ from tests.conftest import cappy
 def deployments(application):
     """The options and arguments of each deployment of a graph, by name."""
     gateway = application._bound_deployment
-    bound = {"Gateway": gateway, **{each._bound_deployment.name: each._bound_deployment for each in gateway.init_args[1:]}}
+    bound = {"Gateway": gateway, **{each._bound_deployment.name: each._bound_deployment for each in gateway.init_args[2:]}}
     return {
         name: (each._deployment_config.model_dump(), each.init_args if name != "Gateway" else each.init_args[0])
         for name, each in bound.items()
