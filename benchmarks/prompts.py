@@ -22,8 +22,7 @@ from cluster.config import Config, DecodingConfig, PromptConfig, load
 from cluster.progress import Bar
 from evaluation import metrics
 from evaluation.comparison import baselines, padded
-from generation import instructions
-from generation.engines.vllm import Engine
+from generation import engines, instructions
 from generation.sampler import Sampler
 from generation.schema import PREPARED
 from generation.units import label
@@ -55,7 +54,7 @@ def train_rows(config: Config, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-async def measure(engine: Engine, config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
+async def measure(engine: engines.LLM, config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Sample and label the rows; return the average over tasks of each baseline and of the oracle, in points."""
     sampler = Sampler(config.sampler, config.seed, load=lambda _: engine)
     start = time.perf_counter()
@@ -75,7 +74,7 @@ async def measure(engine: Engine, config: Config, rows: list[dict[str, Any]]) ->
 
 async def compare(config: Config, count: int) -> dict[str, dict[str, float]]:
     """Return the figures of every form, by its name, with one engine for all."""
-    engine = Engine(config.sampler.model, config.sampler.vllm())
+    engine = engines.load(config.sampler)
     results = {}
     with Bar("prompt forms", len(FORMS), "forms") as bar:
         for name, (prompt, stop) in FORMS.items():

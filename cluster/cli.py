@@ -164,6 +164,10 @@ def serve(
     new_key: Annotated[
         str | None, typer.Option("--new-key", metavar="NAME", help="Make an API key, print it and its entry for serving.api_keys, and end.")
     ] = None,
+    export: Annotated[
+        str | None,
+        typer.Option("--export", metavar="FILE", help="Write a config file for `serve deploy` or KubeRay's RayService, and end."),
+    ] = None,
     address: Address = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -172,6 +176,11 @@ def serve(
 
     With --address it serves on the cluster's head, at serving.host there, until `ray job stop`.
     """
+    if export is not None:
+        from serving import export as exporting
+
+        _finish(exporting.run(configuration.load(config, set_ or ()), export), as_json)
+        return
     if new_key is not None:
         from serving.keys import new_key as make
 

@@ -238,6 +238,11 @@ class VLLMConfig(Section):
     decides: ClassVar = ("kind", "dtype", "max_model_len")
     """The settings the candidates depend on; a run goes on only with the same."""
 
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens a candidate may have at most; None where only the server knows."""
+        return self.max_model_len - 1
+
 
 class Seq2SeqConfig(Section):
     """A transformers encoder-decoder in each sampling replica: T5, FLAN-T5, T0, BART0."""
@@ -251,6 +256,11 @@ class Seq2SeqConfig(Section):
     """Size of a batch: its longest prompt, in tokens, times its candidates of one decoding."""
 
     decides: ClassVar = ("kind", "dtype", "max_prompt_tokens")
+
+    @property
+    def most_tokens(self) -> int | None:
+        # A decoder has the positions of its encoder.
+        return self.max_prompt_tokens - 1
 
 
 class EndpointConfig(Section):
@@ -277,9 +287,19 @@ class EndpointConfig(Section):
     price_per_million_sampled: float | None = Field(None, ge=0)
     """Dollars per million sampled tokens."""
     max_cost: float | None = Field(None, gt=0)
-    """Dollars the whole run may cost, interrupted parts included; it stops before it could pass them, and can go on."""
+    """Dollars the whole run (of `serve`: all servers of a workspace) may cost, interrupted parts included; it stops before it could
+    pass them, and can go on."""
 
     decides: ClassVar = ("kind", "base_url")
+
+    @property
+    def most_tokens(self) -> int | None:
+        return None
+
+    @property
+    def priced(self) -> bool:
+        """Whether a request's cost is known."""
+        return self.price_per_million_prompt is not None
 
     @model_validator(mode="after")
     def _usable(self) -> EndpointConfig:
@@ -345,12 +365,6 @@ class SamplerConfig(Section):
         if self.engine.kind == "endpoint" and self.replicas > 1:
             raise ValueError(f"replicas={self.replicas} would each keep its own rates; use one and raise engine.concurrency")
         return self
-
-    def vllm(self) -> VLLMConfig:
-        """Return the engine's settings as vLLM's. Raises `UsageError` for another kind: serving knows no other."""
-        if self.engine.kind != "vllm":
-            raise UsageError(f"sampler.engine.kind={self.engine.kind}: `cappy serve` samples with vLLM alone; use kind=vllm")
-        return self.engine
 
 
 class LabelConfig(Section):
@@ -640,6 +654,34 @@ class NamedScorer(Section):
     """As `scorer_path`: a folder, hub name or s3:// folder of a scorer, or of adapters to one."""
 
 
+class Scaling(Section):
+    """How many replicas a deployment has: as many as its requests want, between two limits. A plain number is that many, always."""
+
+    min: int = Field(1, ge=0)
+    """With 0 it sleeps while nobody asks; the first request then waits for the model to load."""
+    max: int = Field(ge=1)
+    target: float = Field(8.0, gt=0)
+    """Requests in work or waiting that a replica has on average; more of them start another replica."""
+    up_after_s: float = Field(10.0, ge=0)
+    """Seconds more replicas must have been wanted before they start."""
+    down_after_s: float = Field(300.0, ge=0)
+    """Seconds fewer replicas must have been wanted before one stops."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Scaling:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}")
+        return self
+
+
+def _always(replicas: Any) -> Any:
+    return {"min": replicas, "max": replicas} if type(replicas) is int else replicas
+
+
+Replicas = Annotated[Scaling, BeforeValidator(_always)]
+_ONE = Scaling(max=1)
+
+
 class ServingConfig(Section):
     """The server of `cappy serve`."""
 
@@ -681,8 +723,13 @@ class ServingConfig(Section):
     selection: Literal["scorer", "blend"] = "scorer"
     """`scorer` chooses by the score alone, `blend` by score and the LLM's mean log-probability at the weight fitted with the scorer
     (by the score alone where there is no weight or no log-probability)."""
-    llm_replicas: int = Field(1, ge=1)
-    scorer_replicas: int = Field(1, ge=1)
+    llm_replicas: Replicas = _ONE
+    """A number, or `{min, max, target, up_after_s, down_after_s}`; so are the next two."""
+    scorer_replicas: Replicas = _ONE
+    gateway_replicas: Replicas = _ONE
+    """Gateways; each has limits of its own."""
+    llm_gpus: int | None = Field(None, ge=0)
+    """GPUs of an LLM replica; null is what the engine needs, or none where the cluster has none yet when the server starts."""
     max_concurrency: int = Field(32, ge=1)
     """Requests a gateway works on at once."""
     max_queue: int = Field(64, ge=0)
@@ -703,6 +750,8 @@ class ServingConfig(Section):
         twice = [key.name for place, key in enumerate(self.api_keys) if key.name in [each.name for each in self.api_keys[:place]]]
         if twice:
             raise ValueError(f"api_keys has the name {twice[0]!r} twice; give each key its own")
+        if self.gateway_replicas.min == 0:
+            raise ValueError("gateway_replicas.min=0: nobody would be there to take the first request; use at least 1")
         check_names(self, [scorer.name for scorer in self.scorers])
         return self
 
@@ -750,6 +799,15 @@ class Config(Section):
     adapt: AdaptConfig = AdaptConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
+
+    @model_validator(mode="after")
+    def _one_endpoint(self) -> Config:
+        if self.sampler.engine.kind == "endpoint" and self.serving.llm_replicas.max > 1:
+            raise ValueError(
+                f"serving.llm_replicas={self.serving.llm_replicas.max} would each keep rates of their own to the endpoint; "
+                f"use one and raise sampler.engine.concurrency"
+            )
+        return self
 
     @property
     def dataset_uri(self) -> str:

@@ -38,7 +38,7 @@ _REQUEST = "CAPPY_REQUEST"
 _RESULT = "CAPPY_RESULT "
 _ERROR = "CAPPY_ERROR "
 # Where a store is, but never who we are: nodes have credentials of their own (a role, or their environment).
-_PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "CAPPY_CACHE", "HF_HUB_OFFLINE")
+PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "CAPPY_CACHE", "HF_HUB_OFFLINE")
 _LEFT_HERE = (".venv", ".git", "runs", "tests", "docs", "benchmarks", "**/__pycache__")
 
 
@@ -73,8 +73,8 @@ def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address={address}: give the cluster's dashboard, e.g. http://127.0.0.1:8265")
     places = {name: storage.absolute(uri) for name, uri in places.items()}
-    request = json.dumps({"config": _absolute(config).model_dump(mode="json"), "overwrite": overwrite, "places": places})
-    variables = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    request = json.dumps({"config": absolute(config).model_dump(mode="json"), "overwrite": overwrite, "places": places})
+    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment: dict[str, Any] = {"env_vars": {**variables, _REQUEST: request}}
     if (_ROOT / "pyproject.toml").exists():
         # Run from a checkout, the cluster gets this code; installed as a package, it has its own.
@@ -120,7 +120,7 @@ async def _follow(client: Any, job: str) -> tuple[dict[str, Any] | None, dict[st
     return result, failure
 
 
-def _absolute(config: Config) -> Config:
+def absolute(config: Config) -> Config:
     """The config with its local paths absolute: the job runs in another folder."""
     paths: dict[str, Any] = {
         name: storage.absolute(value)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -15,58 +16,92 @@ from types import FrameType
 from typing import Any
 
 import ray
+import tenacity
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import ProxyLocation
+from ray.serve.exceptions import RayServeException
 
 from cluster import models, ports, progress, storage
-from cluster.config import Config, DecodingConfig, ServingConfig
+from cluster.config import Config, DecodingConfig, Scaling, ServingConfig
 from cluster.errors import CappyError, UsageError
 from cluster.runtime import clean_error, ray_session
+from generation import engines
 from generation.prompts import Message
 from serving.catalogue import further_scorers
 from serving.client import curl_command
-from serving.deployments import LLM, Scorer, answer
+from serving.deployments import LLM, UNAVAILABLE, Scorer, answer
 from serving.gateway import build_api
+from serving.metrics import Metrics
 from serving.protocol import ApiError, ChatMessage, ChatRequest, Sampled, Scored, decodings_for
 
 APPLICATION = "cappy"
 # What `training.scorer.CHECKPOINTS` names, without loading torch here.
 UNFINISHED = "_checkpoints"
 _READY_TIMEOUT_S = 5.0
+_READY_KEPT_S = 1.0
 # A request's own timeout comes first and has OpenAI's shape; the proxy's is there for what never reaches the gateway.
 _PROXY_GRACE_S = 10.0
 # Drained replicas stop within this; requests of a server that is going down get that long to end.
 _SHUTDOWN_S = 15.0
+# Times a call of the scorer is sent while its replicas are being lost.
+_SCORER_TRIES = 8
+# Share of a request's time that it may wait for an endpoint to take it.
+_PATIENCE = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Backend:
     """The gateway's models, reached through Serve handles."""
 
-    def __init__(self, llm: Any, scorer: Any, main: str) -> None:
-        self.llm, self.scorer, self.main = llm, scorer, main
+    def __init__(self, llm: Any, scorer: Any, serving: ServingConfig, metrics: Metrics) -> None:
+        self.llm, self.scorer, self.serving, self.metrics = llm, scorer, serving, metrics
+        self._looking: asyncio.Task[dict[str, bool]] | None = None
+        self._looked = 0.0
 
     async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
-        param = "prompt" if isinstance(prompt, str) else "messages"
-        sampled: Sampled = await answer(self.llm.sample.remote(prompt, decodings, seeds), "the LLM", param)
+        sampled: Sampled = await answer(self.llm.sample.remote(prompt, decodings, seeds), "the LLM")
         return sampled
 
     async def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
         # Every replica has the main one; others are asked for where they are loaded already.
-        handle = self.scorer if scorer == self.main else self.scorer.options(multiplexed_model_id=scorer)
-        scored: Scored = await answer(handle.score.remote(scorer, list(instructions), list(responses)), "the scorer")
+        handle = self.scorer if scorer == self.serving.scorer_name else self.scorer.options(multiplexed_model_id=scorer)
+        pairs = (list(instructions), list(responses))
+        # Sent again where the replica that had the call was lost: a score depends on nothing but the pair.
+        async for attempt in tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, ApiError) and error.code == UNAVAILABLE),
+            wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
+            stop=tenacity.stop_after_attempt(_SCORER_TRIES) | tenacity.stop_after_delay(self.serving.scorer_timeout_s),
+            before_sleep=lambda _: self.metrics.retried(),
+            reraise=True,
+        ):
+            with attempt:
+                scored: Scored = await answer(handle.score.remote(scorer, *pairs), "the scorer")
         return scored
 
     async def ready(self) -> dict[str, bool]:
-        return {"llm": await _ready(self.llm), "scorer": await _ready(self.scorer)}
+        # Kept for a moment: anyone may ask, as often as they like.
+        if self._looking is None or time.monotonic() > self._looked + _READY_KEPT_S:
+            self._looking, self._looked = asyncio.ensure_future(self._look()), time.monotonic()
+        return await asyncio.shield(self._looking)
+
+    async def _look(self) -> dict[str, bool]:
+        both = ((self.llm, self.serving.llm_replicas), (self.scorer, self.serving.scorer_replicas))
+        llm, scorer = await asyncio.gather(*(_ready(handle, replicas) for handle, replicas in both))
+        return {"llm": llm, "scorer": scorer}
 
 
-async def _ready(handle: Any) -> bool:
+async def _ready(handle: Any, replicas: Scaling) -> bool:
+    """Whether a deployment can answer. One that may sleep is not asked, which would keep it awake; asleep it is well."""
     try:
         async with asyncio.timeout(_READY_TIMEOUT_S):
-            return bool(await answer(handle.ready.remote(), "it"))
-    except (TimeoutError, ApiError):
+            if replicas.min:
+                return bool(await answer(handle.ready.remote(), "it"))
+            status = await asyncio.to_thread(serve.status)
+            deployment = status.applications[handle.app_name].deployments[handle.deployment_name]
+            return deployment.status.name not in ("UNHEALTHY", "DEPLOY_FAILED")
+    except (TimeoutError, ApiError, RayError, RayServeException, KeyError):
         return False
 
 
@@ -74,10 +109,11 @@ class Gateway:
     """The ingress deployment: `gateway.build_api` over the handles of the other two; `further` names the scorers beside the main one."""
 
     def __init__(self, config: Config, further: Sequence[str], llm: Any, scorer: Any) -> None:
-        self.config, self.further, self.backend = config, further, Backend(llm, scorer, config.serving.scorer_name)
+        self.config, self.further, self.metrics = config, further, Metrics()
+        self.backend = Backend(llm, scorer, config.serving, self.metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.config, self.backend, self.further)
+        return build_api(self.config, self.backend, self.further, self.metrics)
 
 
 def build(config: Config) -> serve.Application:
@@ -90,30 +126,60 @@ def build(config: Config) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": _SHUTDOWN_S,
     }
-    gpus = config.sampler.vllm().tensor_parallel if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) else 0
+    resources = engines.resources(config.sampler, ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0)
+    if serving.llm_gpus is not None:
+        resources["num_gpus"] = serving.llm_gpus
     # The gateway limits the requests; the margin keeps room for health checks beside them.
     room = serving.max_concurrency + 8
     llm = serve.deployment(LLM).options(
         name="LLM",
-        num_replicas=serving.llm_replicas,
         max_ongoing_requests=room,
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options=resources,
+        **replica_options(serving.llm_replicas),
         **common,
     )
     scorer = serve.deployment(Scorer).options(
-        name="Scorer", num_replicas=serving.scorer_replicas, max_ongoing_requests=room, ray_actor_options={"num_cpus": 1}, **common
+        name="Scorer",
+        max_ongoing_requests=room,
+        ray_actor_options={"num_cpus": 1},
+        **replica_options(serving.scorer_replicas),
+        **common,
     )
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
         # Above the gateway's own limit, so that those it turns away hear it from itself, at once and in OpenAI's shape.
         max_ongoing_requests=4 * (serving.max_concurrency + serving.max_queue) + 16,
         ray_actor_options={"num_cpus": 0},
+        **replica_options(serving.gateway_replicas),
         **common,
     )
+    ledger = storage.absolute(storage.join(config.workspace, "serving", "cost"))
+    patience_s = _PATIENCE * serving.timeout_s
     further = further_scorers(config)
     main = models.absolute(config.scorer_uri)
     scorers = scorer.bind(serving.scorer_name, main, further, serving.scorers_loaded, serving.reload_s)
-    return gateway.bind(config, tuple(further), llm.bind(config.sampler), scorers)
+    return gateway.bind(config, tuple(further), llm.bind(config.sampler, patience_s, ledger), scorers)
+
+
+def application(args: dict[str, Any]) -> serve.Application:
+    """Return the graph of a config's plain tree: what a Serve config file imports (`export.py`)."""
+    return build(Config.model_validate(args))
+
+
+def replica_options(replicas: Scaling) -> dict[str, Any]:
+    """Return how many replicas a deployment has, as Serve's options."""
+    if replicas.min == replicas.max:
+        return {"num_replicas": replicas.max}
+    scaling = {
+        "min_replicas": replicas.min,
+        # One even where it may sleep: a model that cannot load is told at the start.
+        "initial_replicas": max(1, replicas.min),
+        "max_replicas": replicas.max,
+        "target_ongoing_requests": replicas.target,
+        "upscale_delay_s": replicas.up_after_s,
+        "downscale_delay_s": replicas.down_after_s,
+    }
+    return {"autoscaling_config": scaling}
 
 
 def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
@@ -124,13 +190,13 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     is not to be had; after it, `CappyError` where a model does not start.
     """
     serving = config.serving
-    _refuse_open(serving)
-    _refuse_useless(config)
+    refuse(config)
     ports.check(serving.host, serving.port, "serving.")
     check_scorer(config)
     further = further_scorers(config)
-    config.sampler.vllm()
-    models.resolve(config.sampler.model, "sampler.model")
+    engines.check(config.sampler)
+    if config.sampler.engine.kind != "endpoint":
+        models.resolve(config.sampler.model, "sampler.model")
     url = base_url(serving)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     joined = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
@@ -184,6 +250,12 @@ def welcome(config: Config, url: str, further: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+def refuse(config: Config) -> None:
+    """Raise `UsageError` where other machines could ask without a key, or where the limits refuse every request."""
+    _refuse_open(config.serving)
+    _refuse_useless(config)
+
+
 def _refuse_open(serving: ServingConfig) -> None:
     """Refuse to let other machines ask without a key, unless told so."""
     if not _loopback(serving.host) and not serving.api_keys and not serving.allow_no_keys:
@@ -209,12 +281,16 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def http_options(serving: ServingConfig) -> dict[str, Any]:
+    """Return where Serve's proxy listens, and when it gives a request up."""
+    return {"host": serving.host, "port": serving.port, "request_timeout_s": serving.timeout_s + _PROXY_GRACE_S}
+
+
 def _start(config: Config) -> None:
     """Start the proxy and the graph; return once every replica answers."""
     serving = config.serving
-    http = {"host": serving.host, "port": serving.port, "request_timeout_s": serving.timeout_s + _PROXY_GRACE_S}
     # The access log stays in Ray's session folder; it has paths and statuses, never bodies.
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http)
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http_options(serving))
     try:
         serve.run(build(config), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """The models behind the gateway, as plain classes Ray Serve makes replicas of: `LLM` samples, `Scorer` scores.
 
-A replica of the LLM holds one model, a replica of the scorer the main one and some of the others (`shelf`). Errors that leave a
-replica are pickled by Ray, so they carry one message; `answer` turns them into what the gateway tells its client.
+A replica of the LLM holds one model, a replica of the scorer the main one and some of the others (`shelf`). What a client should be
+told leaves a replica as an `ApiError`, and what Serve raises in a replica's place becomes one in `answer`.
 """
 
 from __future__ import annotations
@@ -19,58 +19,79 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from cluster.config import DecodingConfig, SamplerConfig
 from cluster.errors import CappyError
-from generation.engines import PromptTooLong
-from generation.engines.vllm import Engine
+from generation import engines
+from generation.engines import NoAnswer, PromptTooLong, RowError
 from generation.prompts import Message
+from serving.ledger import Ledger
 from serving.protocol import ApiError, Sampled, Scored
 from serving.shelf import Held, ScorerUnavailable, Shelf
 
 logger = logging.getLogger("ray.serve")
+UNAVAILABLE = "unavailable"
+# When a server without money asks to be tried again: nothing but its operator helps.
+_BROKE_RETRY_S = 3600.0
 
 Pairs = tuple[Held, list[str], list[str]]
 """A scorer, and the instructions and responses of a request to it."""
 
 
-class PromptRefused(CappyError):
-    """The model's chat template cannot render the client's messages."""
-
-
 class EngineDown(CappyError):
-    """The engine died under the request; its replica is being replaced."""
+    """The engine died; its replica is being replaced."""
 
 
 class LLM:
-    """A vLLM engine. `sample` draws a request's whole pool; cancelling it stops the engine's work on the request."""
+    """An engine of any kind. `sample` draws a request's whole pool; cancelling it stops the engine's work on the request.
 
-    def __init__(self, config: SamplerConfig, setting: str = "sampler.model") -> None:
+    `patience_s` is how long a request may wait for an endpoint's rates and cool-downs, `ledger` where the dollars of an endpoint's
+    `max_cost` are kept.
+    """
+
+    def __init__(self, config: SamplerConfig, patience_s: float, ledger: str) -> None:
         self.form = config.prompt.form
-        self.engine = Engine(config.model, config.vllm(), setting)
+        self.engine = engines.load(config, patience_s)
+        ceiling = engines.ceiling(config)
+        self.ledger = None if ceiling is None else Ledger(ledger, ceiling)
+        self.priced = config.engine.kind == "endpoint" and config.engine.priced
+        # A form the model does not have is told now and not to the first client.
+        self.engine.encode([{"role": "user", "content": "?"}], self.form, room=1, drop_shots=False)
 
     async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
         """Return the candidates of one prompt, decoding by decoding; `seeds` holds one for each.
 
         A prompt that is a text is continued as it stands; the turns of a conversation get the form the config says.
-        Raises `PromptTooLong`, `PromptRefused` or `EngineDown`.
+        Raises `ApiError` for a prompt the engine cannot take, an engine that died, and whatever an endpoint answers but candidates.
         """
-        token_ids = self._encode(prompt, room=max(decoding.max_tokens for decoding in decodings))
+        param = "prompt" if isinstance(prompt, str) else "messages"
+        try:
+            encoded = self._encode(prompt, room=max(decoding.max_tokens for decoding in decodings))
+        except RowError as error:
+            raise self._told(error, param) from None
         identity = uuid.uuid4().hex
+        if self.ledger and not await self.ledger.reserve(identity, sum(self.engine.most(encoded, each) for each in decodings)):
+            message = "this server has spent what it may (sampler.engine.max_cost); its operator can raise it"
+            raise ApiError(message, 429, code="insufficient_quota", retry_s=_BROKE_RETRY_S)
+        names = [f"{identity}-{position}" for position in range(len(decodings))]
         draws = [
-            asyncio.ensure_future(self.engine.sample(token_ids, decoding, seed, f"{identity}-{position}"))
-            for position, (decoding, seed) in enumerate(zip(decodings, seeds, strict=True))
+            asyncio.ensure_future(self.engine.sample(encoded, decoding, seed, name))
+            for decoding, seed, name in zip(decodings, seeds, names, strict=True)
         ]
         try:
             pools = await asyncio.gather(*draws)
+            prompt_tokens = self.engine.prompt_tokens(encoded, names[0])
         except Exception as error:
-            if self.engine.dead:
-                raise EngineDown(f"the LLM's engine died: {type(error).__name__}") from None
-            raise
+            raise self._told(error, param) from None
         finally:
-            # After one draw failed, or the client went away, nobody reads the others.
+            # After one draw failed, or the client went away, nobody reads the others. What they cost is known when they have ended.
             for draw in draws:
                 draw.cancel()
-        return Sampled(candidates=[candidate for pool in pools for candidate in pool], prompt_tokens=len(token_ids))
+            await asyncio.wait(draws)
+            cost = sum(self.engine.bill(name) for name in names)
+            if self.ledger:
+                self.ledger.settle(identity, cost)
+        candidates = [candidate for pool in pools for candidate in pool]
+        return Sampled(candidates=candidates, prompt_tokens=prompt_tokens, cost=cost if self.priced else None)
 
-    def _encode(self, prompt: Sequence[Message] | str, room: int) -> list[int]:
+    def _encode(self, prompt: Sequence[Message] | str, room: int) -> Any:
         from jinja2 import TemplateError
 
         turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -78,7 +99,27 @@ class LLM:
         try:
             return self.engine.encode(turns, form, room, drop_shots=False)
         except TemplateError as error:
-            raise PromptRefused(f"the model's chat template refused the messages: {error}") from None
+            message = f"the model's chat template refused the messages: {error}"
+            raise ApiError(message, param="messages", code="invalid_value") from None
+
+    def _told(self, error: Exception, param: str) -> Exception:
+        """Return what the client is told of an engine's error, `param` the field with the prompt; one that is a bug stays as it is."""
+        if self.engine.dead:
+            return ApiError("the LLM went down while answering and is being replaced; try again", 503, code=UNAVAILABLE)
+        if isinstance(error, PromptTooLong):
+            return ApiError(str(error), param=param, code="context_length_exceeded")
+        if isinstance(error, NoAnswer):
+            logger.warning("the LLM's endpoint: %s", error)
+            if error.late:
+                return ApiError("the LLM's endpoint gave no answer in time; ask for less in one request", 504, code="timeout")
+            return ApiError("the LLM's endpoint takes no requests now; try again", 503, code="overloaded", retry_s=error.retry_s)
+        if isinstance(error, RowError):
+            return ApiError(str(error), code="refused_by_endpoint")
+        if isinstance(error, CappyError):
+            # It may name addresses and variables of ours: for the operator alone.
+            logger.error("the LLM's endpoint: %s", error)
+            return ApiError("the LLM's endpoint refuses this server; its log has the reason", 502, code="bad_gateway")
+        return error
 
     async def ready(self) -> bool:
         """Whether the engine can answer."""
@@ -114,9 +155,12 @@ class Scorer:
         self._announce = serve.multiplexed(max_num_models_per_replica=room)(here)
 
     async def score(self, name: str, instructions: list[str], responses: list[str]) -> Scored:
-        """Return the raw logits of pairs by the scorer `name`. Raises `ScorerUnavailable`."""
+        """Return the raw logits of pairs by the scorer `name`. Raises `ApiError` (503) while it cannot be loaded."""
         # Before the batch: scorers at hand do not wait for one that is being loaded.
-        held = await self.shelf.get(name)
+        try:
+            held = await self.shelf.get(name)
+        except ScorerUnavailable as error:
+            raise ApiError(f"{error} now; try again later, or name another", 503, code="scorer_unavailable") from None
         if name != self.shelf.main:
             await self._announce(name)
         scored: Scored = await self._together((held, instructions, responses))
@@ -150,11 +194,11 @@ def score_together(requests: Sequence[Pairs]) -> list[Scored]:
     return [scored[place] for place in range(len(requests))]
 
 
-async def answer(response: Any, name: str, param: str = "messages") -> Any:
-    """Await a call of a deployment; `name` is what the client is told failed, `param` the field with the prompt.
+async def answer(response: Any, name: str) -> Any:
+    """Await a call of a deployment; `name` is what the client is told failed.
 
-    Cancelling this cancels the call in its replica. Raises `ApiError`: 400 for a prompt the LLM cannot take, 503 while the
-    deployment cannot answer. Other errors are bugs and pass through.
+    Cancelling this cancels the call in its replica. Raises `ApiError`: what the replica raised, or 503 while the deployment
+    cannot answer (code `UNAVAILABLE` where a replica was lost). Other errors are bugs and pass through.
     """
     try:
         return await response
@@ -162,18 +206,11 @@ async def answer(response: Any, name: str, param: str = "messages") -> Any:
         response.cancel()
         raise
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, PromptTooLong):
-            raise ApiError(str(cause), param=param, code="context_length_exceeded") from None
-        if isinstance(cause, PromptRefused):
-            raise ApiError(str(cause), param=param, code="invalid_value") from None
-        if isinstance(cause, ScorerUnavailable):
-            raise ApiError(f"{cause} now; try again later, or name another", 503, code="scorer_unavailable") from None
-        if isinstance(cause, EngineDown):
-            raise ApiError(f"{name} went down while answering and is being replaced; try again", 503, code="unavailable") from None
+        if isinstance(error.cause, ApiError):
+            raise error.cause from None
         raise
     except BackPressureError:
         raise ApiError(f"{name} has too many requests waiting; try again", 503, code="overloaded") from None
     except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
         logger.warning("%s is unavailable: %s", name, error)
-        raise ApiError(f"{name} went down while answering and is being replaced; try again", 503, code="unavailable") from None
+        raise ApiError(f"{name} went down while answering and is being replaced; try again", 503, code=UNAVAILABLE) from None

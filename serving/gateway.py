@@ -134,14 +134,14 @@ class Guard:
         await self.app(scope, receive, send)
 
 
-def build_api(config: Config, backend: Backend, further: Sequence[str] = ()) -> FastAPI:
+def build_api(config: Config, backend: Backend, further: Sequence[str] = (), metrics: Metrics | None = None) -> FastAPI:
     """Return the web application that answers with `backend`'s models: the LLM, the main scorer and the `further` ones, by name."""
     # No redirects: where to is made of the client's own Host header.
     api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     started = int(time.time())
     catalogue = Catalogue(config.serving, further)
     door = Doorman(config.serving.max_concurrency, config.serving.max_queue)
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     metrics.working.set_function(lambda: door.here)
 
     async def working(work: Callable[[], Awaitable[T]]) -> T:
@@ -273,7 +273,8 @@ async def _complete(
     candidates = sampled["candidates"]
     drawn = time.monotonic()
     metrics.took("sampling", drawn - start)
-    metrics.sampled(candidates, sampled["prompt_tokens"])
+    cost = sampled.get("cost")
+    metrics.sampled(candidates, sampled["prompt_tokens"], cost)
     fallback: Fallback | None = None
     scores, preferences, version = [math.nan] * len(candidates), protocol.fallback_preferences(candidates, "first"), None
     try:
@@ -305,6 +306,7 @@ async def _complete(
         identity=uuid.uuid4().hex,
         created=int(time.time()),
         fallback=fallback,
+        cost=cost,
     )
     if answer.cappy and answer.cappy.abstained:
         metrics.abstained()

@@ -30,6 +30,8 @@ class Metrics:
         self._candidates = Counter("cappy_serving_candidates", "Candidates sampled", registry=self.registry)
         self._tokens = Counter("cappy_serving_tokens", "Tokens", ["kind"], registry=self.registry)
         self._fallbacks = Counter("cappy_serving_fallbacks", "Answers chosen without the scorer", ["how"], registry=self.registry)
+        self._retries = Counter("cappy_serving_scorer_retries", "Calls of the scorer sent again", registry=self.registry)
+        self._cost = Counter("cappy_serving_cost_dollars", "What sampling at an endpoint with prices cost", registry=self.registry)
         self._abstentions = Counter("cappy_serving_abstentions", "Answers withheld below `min_score`", registry=self.registry)
         self.working = Gauge("cappy_serving_requests_here", "Requests in work or waiting", registry=self.registry)
 
@@ -41,8 +43,9 @@ class Metrics:
         """Note the seconds of a stage: `queue`, `sampling`, `scoring`, or `total` for what the models work on."""
         self._seconds.labels(stage).observe(seconds)
 
-    def sampled(self, candidates: Sequence[Candidate], prompt_tokens: int) -> None:
-        """Count a pool."""
+    def sampled(self, candidates: Sequence[Candidate], prompt_tokens: int, cost: float | None) -> None:
+        """Count a pool; its cost in dollars is None where none is known."""
+        self._cost.inc(cost or 0.0)
         self._candidates.inc(len(candidates))
         self._tokens.labels("prompt").inc(prompt_tokens)
         self._tokens.labels("sampled").inc(sum(candidate["tokens"] for candidate in candidates))
@@ -52,6 +55,10 @@ class Metrics:
         for score in scores:
             if isfinite(score):
                 self._scores.observe(score)
+
+    def retried(self) -> None:
+        """Count a call of the scorer that is sent again."""
+        self._retries.inc()
 
     def fell_back(self, how: str) -> None:
         """Count an answer chosen without the scorer."""

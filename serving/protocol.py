@@ -37,6 +37,10 @@ class ApiError(CappyError):
         super().__init__(message)
         self.status, self.param, self.code, self.retry_s = status, param, code, retry_s
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is pickled by its message alone; Ray carries this one out of a replica.
+        return ApiError, (str(self), self.status, self.param, self.code, self.retry_s)
+
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the answer: when to come back, how to say who one is."""
@@ -65,6 +69,8 @@ class Sampled(TypedDict):
 
     candidates: list[Candidate]
     prompt_tokens: int
+    cost: NotRequired[float | None]
+    """Dollars, where an endpoint has prices."""
 
 
 class Scored(TypedDict):
@@ -336,7 +342,7 @@ class Latency(Shape):
 
 
 class CappyAnswer(Shape):
-    """Our extension of the answer: on request, and where the scorer did not choose or chose none."""
+    """Our extension of the answer: on request, where the scorer did not choose or chose none, and where sampling costs money."""
 
     candidates: list[ScoredCandidate]
     """Every candidate, best first, where asked for."""
@@ -350,6 +356,8 @@ class CappyAnswer(Shape):
     """Changes when the scorer is published anew; null where no verb of ours published it, or it did not answer."""
     sampled_tokens: int
     """Tokens of all candidates."""
+    cost: float | None = None
+    """Dollars the sampling cost, where the LLM is an endpoint with prices."""
     latency: Latency
 
 
@@ -517,7 +525,7 @@ def decodings_for(request: SampleRequest, config: Config, scored: bool = True) -
         greedy = [decoding for decoding in own if decoding.temperature == 0][:size]
         # A sampler with greedy decodings alone has nothing to fill a pool with: its first one is then drawn at temperature 1.
         others = [decoding for decoding in own if decoding.temperature > 0] or [
-            own[0].model_copy(update={"name": "sample", "temperature": 1.0})
+            own[0].model_copy(update={"name": "sample", "temperature": 1.0, "beams": 1})
         ]
         share, extra = divmod(size - len(greedy), len(others))
         counts = [(decoding, 1) for decoding in greedy]
@@ -538,11 +546,9 @@ def _fit(decoding: DecodingConfig, count: int, request: SampleRequest, config: C
     """Give a decoding its number of candidates and the request's own length and stop strings."""
     name, asked = request.length
     max_tokens = asked or decoding.max_tokens
-    if max_tokens >= config.sampler.vllm().max_model_len:
-        context = config.sampler.vllm().max_model_len
-        raise ApiError(
-            f"{name}={max_tokens} leaves no room for a prompt in the model's context of {context} tokens", param=name, code="invalid_value"
-        )
+    most = config.sampler.engine.most_tokens
+    if most is not None and max_tokens > max(most, decoding.max_tokens):
+        raise ApiError(f"{name}={max_tokens} is above the {most} tokens the model has room for", param=name, code="invalid_value")
     return decoding.model_copy(
         update={
             "n": count,
@@ -637,11 +643,12 @@ def completion(
     created: int,
     version: str | None = None,
     fallback: Fallback | None = None,
+    cost: float | None = None,
 ) -> Completion:
     """Return the answer: the `request.n` most preferred candidates as choices, or a refusal where the best is below `min_score`.
 
-    A text completion has no refusals: its text is empty then. All candidates stand under `cappy` when asked; `fallback` says how
-    `preferences` came about without the scorer.
+    A text completion has no refusals: its text is empty then. All candidates stand under `cappy` when asked, `cost` (dollars) wherever
+    it is known; `fallback` says how `preferences` came about without the scorer.
     """
     chosen = select(candidates, preferences, request.n)
     least = request.cappy.min_score
@@ -660,7 +667,7 @@ def completion(
         answer = TextCompletion(**common, choices=_text_choices(winners))
     else:
         answer = ChatCompletion(**common, choices=_chat_choices(winners, refusal))
-    if request.cappy.return_candidates or fallback or abstained:
+    if request.cappy.return_candidates or fallback or abstained or cost is not None:
         shown = rank(candidates, preferences) if request.cappy.return_candidates else []
         answer.cappy = CappyAnswer(
             candidates=[
@@ -676,6 +683,7 @@ def completion(
             scorer=scorer,
             scorer_version=version,
             sampled_tokens=sum(candidate["tokens"] for candidate in candidates),
+            cost=cost,
             latency=latency,
         )
     return answer

@@ -20,9 +20,10 @@ ERRORS = {
     413: "The body is too large",
     414: "The address is too long",
     415: "The body does not say that it is plain JSON",
-    429: "The key's allowance for this minute is used up; `Retry-After` says when there is more",
+    429: "The key's allowance for this minute, or the money the server may spend, is used up; `Retry-After` says when to come back",
     431: "The headers are too large",
     500: "The server failed; its log has the reason under the request's id",
+    502: "The endpoint this server samples at refuses it",
     503: "A model is down, or too many requests wait; `Retry-After` says when to come back",
     504: "No answer within the server's time limit",
 }
@@ -123,8 +124,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 def takes(body: type[BaseModel], answer: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
     """Return what a POST route tells FastAPI: its body, its answer (as events too, where it `streams`) and its errors."""
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-    responses = errors(400, 404, 408, 413, 415, 503, 504)
-    if streams:
+    responses = errors(400, 404, 408, 413, 415, 503, 504, *((502,) if streams else ()))
+    if streams:  # as those that sample do
         events = 'data: {"object": "chat.completion.chunk", "choices": [...], ...}\n\ndata: [DONE]\n\n'
         responses[200] = {"content": {"text/event-stream": {"schema": {"type": "string"}, "example": events}}}
     return {
@@ -151,7 +152,8 @@ def complete(api: FastAPI, *, keys: bool) -> None:
                     response["content"] = {"application/json": next(iter(response["content"].values()))}
             if not keys:
                 operation["responses"].pop("401", None)
-                operation["responses"].pop("429", None)
+                if "502" not in operation["responses"]:  # where sampling may cost money
+                    operation["responses"].pop("429", None)
             if "requestBody" in operation:
                 content = operation["requestBody"]["content"]["application/json"]
                 schema = content["schema"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
@@ -50,6 +51,15 @@ class PromptTooLong(RowError):
     """The prompt leaves no room for a candidate in the engine's context."""
 
 
+class NoAnswer(RowError):
+    """The engine was asked as often as it may be, or would have to be waited for too long. Other rows may be answered."""
+
+    retry_s: float | None = None
+    """Seconds after which it would take requests again, where it said so."""
+    late = False
+    """Whether it took a request and gave no answer in time."""
+
+
 Prompt = list[int] | list[Message] | str
 """What an engine's `encode` returns and its `sample` takes: token ids, or for an endpoint the messages or the raw text."""
 
@@ -77,8 +87,21 @@ class LLM(Protocol):
         """Return the dollars a `sample` that ended, well or badly, did cost, and forget them."""
 
 
-def load(config: SamplerConfig) -> LLM:
-    """Return the engine of a sampler config."""
+class ServedLLM(LLM, Protocol):
+    """What serving needs of an engine beside."""
+
+    def encode(self, turns: Sequence[Message], form: str, room: int, drop_shots: bool = True) -> Any:
+        """Return the `Prompt`; with `drop_shots=False` (a client's own conversation, which is not ours to shorten) of all turns."""
+
+    def prompt_tokens(self, prompt: Any, request_id: str) -> int:
+        """Return the tokens of a prompt; an endpoint counts them in the `sample` of that id, which must have ended and not been billed."""
+
+    def close(self) -> None:
+        """End what runs beside this process' own threads."""
+
+
+def load(config: SamplerConfig, patience_s: float = math.inf) -> ServedLLM:
+    """Return the engine of a sampler config; `patience_s` is how long a request may wait for an endpoint to take it."""
     # Each imported where it is wanted: a process needs one of them.
     if config.engine.kind == "transformers":
         from generation.engines.seq2seq import Seq2Seq
@@ -87,7 +110,7 @@ def load(config: SamplerConfig) -> LLM:
     if config.engine.kind == "endpoint":
         from generation.engines.endpoint import Endpoint
 
-        return Endpoint(config.model, config.engine)
+        return Endpoint(config.model, config.engine, patience_s)
     from generation.engines.vllm import Engine
 
     return Engine(config.model, config.engine)

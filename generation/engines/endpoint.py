@@ -13,6 +13,7 @@ Money: a request that was sent and not answered counts as paid in full, and is s
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from cluster.config import DecodingConfig, EndpointConfig
 from cluster.errors import CappyError
 from generation import prompts
-from generation.engines import Candidate, PromptTooLong, RowError, api_key, request_seed
+from generation.engines import Candidate, NoAnswer, PromptTooLong, RowError, api_key, request_seed
 
 # A prompt has at most a token a byte, beside what the chat template puts around it: its own system text, and each turn's marks.
 _TEMPLATE_TOKENS = 128
@@ -44,9 +45,9 @@ _TOO_LONG = re.compile(r"context.length|maximum.context|max_model_len|maximum mo
 class _Again(Exception):
     """The request may be sent again: when the engine has cooled down, or after a back-off."""
 
-    def __init__(self, reason: str, cooling: bool = False) -> None:
+    def __init__(self, reason: str, cooling: bool = False, late: bool = False) -> None:
         super().__init__(reason)
-        self.cooling = cooling
+        self.cooling, self.late = cooling, late
 
 
 @dataclass
@@ -56,22 +57,27 @@ class _Account:
     left: float
     """What its requests may still cost."""
     spent: float = 0.0
+    prompt_tokens: int | None = None
+    """As the server counted them."""
 
 
 class Pace:
-    """Lets at most `per_minute` through in a minute, evenly spaced and in turn; None lets all through."""
+    """Turns of at most `per_minute` in a minute, evenly spaced; None has no limit."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._seconds = 60 / per_minute if per_minute else 0.0
         self._next = 0.0
 
-    async def wait(self, amount: float = 1.0) -> None:
-        """Wait for the turn of `amount` requests or tokens."""
-        now = time.monotonic()
-        turn = max(now, self._next)
-        self._next = turn + amount * self._seconds
-        if turn > now:
-            await asyncio.sleep(turn - now)
+    @property
+    def delay_s(self) -> float:
+        """Seconds until the next turn."""
+        return max(0.0, self._next - time.monotonic())
+
+    def take(self, amount: float = 1.0) -> float:
+        """Take the next turn for `amount` requests or tokens, and return the seconds until then."""
+        delay_s = self.delay_s
+        self._next = time.monotonic() + delay_s + amount * self._seconds
+        return delay_s
 
     def give_back(self, amount: float) -> None:
         """Let those behind come earlier: `amount` was waited for and not used."""
@@ -79,12 +85,15 @@ class Pace:
 
 
 class Endpoint:
-    """The model `model` behind `config.base_url`."""
+    """The model `model` behind `config.base_url`.
+
+    A request that would wait longer than `patience_s` for its turn, or for the end of a cool-down, is given up at once.
+    """
 
     dead = False
 
-    def __init__(self, model: str, config: EndpointConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: str, config: EndpointConfig, patience_s: float = math.inf) -> None:
+        self.model, self.config, self.patience_s = model, config, patience_s
         self._key = api_key(config.api_key_env)
         self._http = httpx.AsyncClient(
             base_url=config.base_url,
@@ -96,9 +105,9 @@ class Endpoint:
         self._requests, self._tokens = Pace(config.requests_per_minute), Pace(config.tokens_per_minute)
         self._resume_at = 0.0
         self._refused: set[str] = set() if config.logprobs else {"logprobs"}
-        self._bills: dict[str, float] = {}
+        self._accounts: dict[str, _Account] = {}
 
-    def encode(self, turns: Sequence[prompts.Message], form: str, room: int) -> list[prompts.Message] | str:
+    def encode(self, turns: Sequence[prompts.Message], form: str, room: int, drop_shots: bool = True) -> list[prompts.Message] | str:
         """Return the messages, or the text where the form has one. How long they are only the server knows."""
         text = prompts.text_of(turns, form)
         return list(turns) if text is None else text
@@ -127,13 +136,23 @@ class Endpoint:
                     candidates += answer
             return candidates
         finally:
-            self._bills[request_id] = self._bills.get(request_id, 0.0) + account.spent
+            if request_id in self._accounts:
+                account.spent += self._accounts[request_id].spent
+            self._accounts[request_id] = account
 
     def most(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig) -> float:
         return _PAID_TIMES * decoding.n * self._cost(_most_tokens(prompt), decoding.max_tokens)
 
     def bill(self, request_id: str) -> float:
-        return self._bills.pop(request_id, 0.0)
+        return self._accounts.pop(request_id).spent if request_id in self._accounts else 0.0
+
+    def prompt_tokens(self, prompt: list[prompts.Message] | str, request_id: str) -> int:
+        """Return the prompt's tokens as the server counted them, or its words where it does not tell."""
+        counted = self._accounts[request_id].prompt_tokens
+        return len(_text(prompt).split()) if counted is None else counted
+
+    def close(self) -> None:
+        """Nothing runs beside: connections end with the process."""
 
     async def _ask(
         self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int, request_id: str, account: _Account
@@ -147,7 +166,7 @@ class Endpoint:
                 with attempt:
                     return await self._try(prompt, decoding, n, seed, request_id, account)
         except _Again as error:
-            raise RowError(f"endpoint gave no answer in {self.config.tries} tries, last: {error}") from None
+            raise _no_answer(f"endpoint gave no answer in {self.config.tries} tries, last: {error}", late=error.late) from None
         raise AssertionError("tenacity returns or raises")
 
     async def _try(
@@ -165,7 +184,7 @@ class Endpoint:
             if response.status_code == 200:
                 return self._candidates(response, decoding)[:n]
             code, parameter, message = self._error(response)
-            refused = next((name for name in _OPTIONAL if name in body and _names(name, parameter, message)), None)
+            refused = next((name for name in _OPTIONAL if name in body and _refuses(name, parameter, message)), None)
             if response.status_code == 413 or code == "context_length_exceeded" or _TOO_LONG.search(message):
                 raise PromptTooLong(f"the prompt is too long for {self.model}: {message}")
             if refused is None or response.status_code not in (400, 422):
@@ -203,11 +222,15 @@ class Endpoint:
         """Return an answer that is final, its cost booked. Raises `_Again` where there is none, `CappyError` for the whole run."""
         most = self._cost(_most_tokens(prompt), sampled)
         if most > account.left + 1e-12:
-            raise RowError("endpoint left requests of this row unanswered and may have charged for them; it is not sent again")
+            raise _no_answer("endpoint left requests of this row unanswered and may have charged for them; it is not sent again", late=True)
         account.left -= most
         expected = _most_tokens(prompt) / 4 + sampled
         async with self._slots:
-            await self._turn(expected)
+            try:
+                await self._turn(expected)
+            except NoAnswer:
+                account.left += most
+                raise
             try:
                 path = "/completions" if isinstance(prompt, str) else "/chat/completions"
                 response = await self._http.post(path, json=body, headers={"X-Request-Id": request_id})
@@ -216,12 +239,17 @@ class Endpoint:
                 raise _Again(f"{type(error).__name__}: {error}") from None
             except httpx.RequestError as error:
                 account.spent += most
-                raise _Again(f"{type(error).__name__} after {self.config.timeout_s:g} s at most: {error}") from None
+                late = isinstance(error, httpx.TimeoutException)
+                raise _Again(f"{type(error).__name__} after {self.config.timeout_s:g} s at most: {error}", late=late) from None
+            except asyncio.CancelledError:
+                account.spent += most
+                raise
         cost = most
         if response.status_code == 200:
             usage = _usage(response)
             if usage is not None:
                 cost = self._cost(*usage)
+                account.prompt_tokens = usage[0]
                 self._tokens.give_back(expected - sum(usage))
         else:
             cost = 0.0
@@ -234,9 +262,14 @@ class Endpoint:
     async def _turn(self, tokens: float) -> None:
         """Wait until the rates, and any cool-down of the engine, let a request of so many tokens go."""
         while True:
-            await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
-            await self._requests.wait()
-            await self._tokens.wait(tokens)
+            cooling_s = max(0.0, self._resume_at - time.monotonic())
+            wait_s = max(cooling_s, self._requests.delay_s, self._tokens.delay_s)
+            if wait_s > self.patience_s:
+                raise _no_answer(f"endpoint takes requests again in {wait_s:.0f} s", retry_s=wait_s)
+            if cooling_s:
+                await asyncio.sleep(cooling_s)
+                continue
+            await asyncio.sleep(max(self._requests.take(), self._tokens.take(tokens)))
             if time.monotonic() >= self._resume_at:
                 return
 
@@ -329,6 +362,16 @@ def retry_after(response: httpx.Response) -> float | None:
         return None
 
 
+def _no_answer(message: str, *, retry_s: float | None = None, late: bool = False) -> NoAnswer:
+    error = NoAnswer(message)
+    error.retry_s, error.late = retry_s, late
+    return error
+
+
+def _text(prompt: list[prompts.Message] | str) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+
+
 def _most_tokens(prompt: list[prompts.Message] | str) -> int:
     """The most tokens a prompt can have: its UTF-8 bytes, and what a template adds."""
     if isinstance(prompt, str):
@@ -345,8 +388,13 @@ def _usage(response: httpx.Response) -> tuple[int, int] | None:
         return None
 
 
-def _names(option: str, parameter: str, message: str) -> bool:
-    """Whether an error is about an option: by its parameter, or by a message that names it (`n is`, 'n', n=4)."""
+def _refuses(option: str, parameter: str, message: str) -> bool:
+    """Whether an error is about an option: by its parameter, or by a message that names it (`n is`, 'n', n=4).
+
+    About `max_tokens` only where the error names the other: that it is too large is no reason to leave it out.
+    """
+    if option == "max_tokens" and "max_completion_tokens" not in message:
+        return False
     named = rf"(^|[\s`'\"(]){option}([`'\"=:]|\s+(is|was|must|should|of|greater|>))"
     return parameter == option or (not parameter and re.search(named, message) is not None)
 

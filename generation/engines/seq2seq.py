@@ -88,12 +88,12 @@ class Seq2Seq:
         # One thread, so that the event loop goes on taking requests and torch keeps its own threads.
         self._thread = ThreadPoolExecutor(max_workers=1)
 
-    def encode(self, turns: Sequence[prompts.Message], form: str, room: int) -> list[int]:
+    def encode(self, turns: Sequence[prompts.Message], form: str, room: int, drop_shots: bool = True) -> list[int]:
         """Return the prompt's token ids, shots dropped from the front until they fit. A candidate needs no `room` in it.
 
-        Raises `PromptTooLong` when the instruction alone does not fit.
+        Raises `PromptTooLong` when the instruction alone does not fit, or with `drop_shots=False` all turns together.
         """
-        ids = tokens.fit(self.tokenizer, turns, form, self.max_prompt_tokens)
+        ids = tokens.fit(self.tokenizer, turns, form, self.max_prompt_tokens, drop_shots)
         if len(ids) > self.max_prompt_tokens:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens, above max_prompt_tokens={self.max_prompt_tokens}; "
@@ -114,6 +114,12 @@ class Seq2Seq:
 
     def bill(self, request_id: str) -> float:
         return 0.0
+
+    def prompt_tokens(self, prompt: Sequence[int], request_id: str) -> int:
+        return len(prompt)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self) -> None:
         """Run batches until nothing waits."""

@@ -118,6 +118,9 @@ class Engine:
     def bill(self, request_id: str) -> float:
         return 0.0
 
+    def prompt_tokens(self, token_ids: Sequence[int], request_id: str) -> int:
+        return len(token_ids)
+
     @property
     def dead(self) -> bool:
         """Whether the engine can never answer again; its process must be replaced."""

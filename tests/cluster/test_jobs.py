@@ -106,7 +106,7 @@ def test_the_local_paths_of_a_config_are_absolute_in_a_job_and_names_and_s3_stay
         "[{source: {kind: files, path: 's3://b/x', templates: t.yaml}}, {source: {kind: hub, name: hub}}, {source: {kind: hub, name: a/b}}]"
     )
     scorers = "serving.scorers=[{name: a, path: hub}, {name: b, path: a/b}]"
-    config = jobs._absolute(load(None, [f"source={{kind: mixture, parts: {parts}}}", "decontaminate.files=['e/*.jsonl']", scorers]))
+    config = jobs.absolute(load(None, [f"source={{kind: mixture, parts: {parts}}}", "decontaminate.files=['e/*.jsonl']", scorers]))
     files, folder, named = (part.source for part in config.source.parts)
     assert (files.path, files.templates) == ("s3://b/x", f"{tmp_path}/t.yaml")
     assert (folder.name, named.name) == (f"{tmp_path}/hub", "a/b")

@@ -17,6 +17,10 @@ import openai
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve._private.common import DeploymentID, DeploymentStatus, DeploymentStatusTrigger
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatusOverview, ServeStatus
 
 from benchmarks import hostile
 from cluster import models, ports, storage
@@ -26,6 +30,8 @@ from generation.engines import PromptTooLong, RowError
 from generation.engines.endpoint import Endpoint
 from generation.prompts import messages
 from serving import app, client
+from serving.metrics import Metrics
+from serving.protocol import ApiError
 from tests.conftest import CAPPY
 from tests.generation.engines.test_vllm_server import GREEDY, TOP_K, TURNS, WARM, ask
 from tests.serving.test_shelf import publish
@@ -65,6 +71,82 @@ def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
     (tmp_path / "scorer" / "config.json").write_text("{}")
     with pytest.raises(CappyError, match="did not finish; run `cappy train`"):
         app.check_scorer(Config(workspace=str(tmp_path)))
+
+
+class Handle:
+    """A Serve handle whose first calls end as `ends` says; an end that is no exception is the answer."""
+
+    app_name, deployment_name = "cappy", "Scorer"
+
+    def __init__(self, *ends):
+        self.ends, self.calls = ends, 0
+        self.score = self.ready = self
+
+    def remote(self, *_):
+        end = self.ends[min(self.calls, len(self.ends) - 1)]
+        self.calls += 1
+
+        async def reply():
+            if isinstance(end, Exception):
+                raise end
+            return end
+
+        return reply()
+
+    def options(self, **_):
+        return self
+
+
+LOST = (ActorDiedError(), ActorUnavailableError("it is restarting", None), DeploymentUnavailableError(DeploymentID("Scorer")))
+
+
+def backend(llm, scorer, **serving):
+    return app.Backend(llm, scorer, ServingConfig(**serving), Metrics())
+
+
+@pytest.mark.parametrize("name", ["cappy-scorer", "another"])
+async def test_a_scorers_replica_that_is_lost_under_a_call_hurts_no_request(name):
+    scored = {"scores": [0.5], "tokens": [3]}
+    both = backend(Handle(True), Handle(*LOST, scored))
+    assert await both.score(name, ["q"], ["a"]) == scored
+    assert both.scorer.calls == 4
+    assert "cappy_serving_scorer_retries_total 3.0" in both.metrics.text().decode()
+
+
+async def test_a_scorer_that_stays_away_is_a_503_in_its_time_and_a_bug_is_not_asked_again():
+    away = backend(Handle(True), Handle(LOST[0]), scorer_timeout_s=0.3)
+    with pytest.raises(ApiError, match="the scorer went down") as caught:
+        await away.score("cappy-scorer", ["q"], ["a"])
+    assert (caught.value.status, caught.value.code) == (503, "unavailable") and 1 < away.scorer.calls <= 8
+    broken = backend(Handle(True), Handle(KeyError("a bug")))
+    with pytest.raises(KeyError):
+        await broken.score("cappy-scorer", ["q"], ["a"])
+    assert broken.scorer.calls == 1
+
+
+async def test_an_llm_that_is_lost_fails_its_own_request_alone_and_what_it_tells_the_client_arrives_whole():
+    told = RayTaskError("sample", "a traceback", ApiError("later", 503, code="overloaded", retry_s=30.0))
+    both = backend(Handle(LOST[0], told.as_instanceof_cause(), {"candidates": []}), Handle(True))
+    both.llm.sample = both.llm
+    with pytest.raises(ApiError, match="the LLM went down") as caught:
+        await both.sample([], [], [])
+    assert caught.value.status == 503 and both.llm.calls == 1
+    with pytest.raises(ApiError, match="later") as caught:
+        await both.sample([], [], [])
+    assert caught.value.headers == {"Retry-After": "30"}
+    assert await both.sample([], [], []) == {"candidates": []}
+
+
+@pytest.mark.parametrize(("status", "well"), [("HEALTHY", True), ("UPSCALING", True), ("UNHEALTHY", False), ("DEPLOY_FAILED", False)])
+async def test_a_deployment_that_may_sleep_is_not_woken_by_being_looked_at(status, well, monkeypatch):
+    deployment = DeploymentStatusOverview(DeploymentStatus[status], DeploymentStatusTrigger.UNSPECIFIED, {}, "")
+    overview = ApplicationStatusOverview(ApplicationStatus.RUNNING, "", 0.0, {"Scorer": deployment})
+    monkeypatch.setattr(app.serve, "status", lambda: ServeStatus(applications={"cappy": overview}))
+    both = backend(Handle(True), Handle(True), scorer_replicas={"min": 0, "max": 1})
+    assert await both.ready() == {"llm": True, "scorer": well}
+    assert (both.llm.calls, both.scorer.calls) == (1, 0)
+    await both.ready()
+    assert both.llm.calls == 1  # looked at a moment ago
 
 
 @pytest.fixture(scope="module")

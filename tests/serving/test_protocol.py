@@ -114,7 +114,7 @@ def test_length_and_stop_strings_of_the_request_reach_every_decoding():
         ({"temperature": 0, "n": 2}, "temperature", "same candidate"),
         ({"temperature": 3}, "temperature", "temperature=3"),
         ({"top_p": 0}, "top_p", "top_p=0"),
-        ({"max_tokens": 2048}, "max_tokens", "context of 2048"),
+        ({"max_tokens": 2048}, "max_tokens", "above the 2047 tokens"),
         ({"max_tokens": 1100, "n": 64}, "max_tokens", "64 candidates may have 70,400 tokens together, above this server's limit of 65,536"),
         ({"messages": [USER] * 2049}, "messages", "at most 2048 items"),
         ({"cappy": {"x" * 5000: 1}}, f"cappy.{'x' * 80}", "x is not known"),

@@ -27,8 +27,13 @@ def write_tokenizer(folder: Path) -> None:
 def seq2seq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random two-layer encoder-decoder; BART with the habits of its published checkpoints."""
     folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(1 if request.param == "t5" else 0)  # seeds whose models do not repeat one word for ever
-    if request.param == "t5":
+    write_seq2seq(folder, request.param)
+    return folder
+
+
+def write_seq2seq(folder: Path, kind: str) -> None:
+    torch.manual_seed(1 if kind == "t5" else 0)  # seeds whose models do not repeat one word for ever
+    if kind == "t5":
         sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2, "initializer_factor": 2.0}
         tokens = {"decoder_start_token_id": 1, "pad_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
         model = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes, **tokens))
@@ -40,4 +45,3 @@ def seq2seq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         model.generation_config.update(forced_bos_token_id=0, no_repeat_ngram_size=3, num_beams=4)
     model.save_pretrained(folder)
     write_tokenizer(folder)
-    return folder

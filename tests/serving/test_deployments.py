@@ -1,0 +1,195 @@
+"""The LLM deployment's class in this process: a tiny T5 with random weights, and an endpoint on loopback."""
+
+import asyncio
+import math
+import pickle
+
+import httpx
+import pytest
+
+from cluster.config import Config, DecodingConfig, SamplerConfig, ServingConfig
+from cluster.errors import CappyError
+from generation.engines.seq2seq import Seq2Seq
+from generation.prompts import messages
+from serving.deployments import LLM
+from serving.gateway import build_api
+from serving.protocol import ApiError
+from tests.generation.engines.conftest import write_seq2seq
+from tests.generation.engines.openai_server import OpenAIServer, error, good
+from tests.serving.test_gateway import BODY, Echo
+
+TURNS = messages("say a red fox")
+BEAM = DecodingConfig(name="beam", temperature=0, beams=2, max_tokens=8)
+WARM = DecodingConfig(name="warm", n=3, max_tokens=8)
+PRICES = {"price_per_million_prompt": 1000.0, "price_per_million_sampled": 2000.0}
+# 10 prompt and 3 sampled tokens a candidate, see `good`.
+ONE_OF_BEAM_THREE_OF_WARM = (2 * 10 * 1000 + 4 * 3 * 2000) / 1e6
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("t5")
+    write_seq2seq(folder, "t5")
+    return str(folder)
+
+
+def seq2seq(folder, form="raw", **engine):
+    kind = {"kind": "transformers", "dtype": "float32", "max_prompt_tokens": 16, **engine}
+    return LLM(SamplerConfig(model=folder, engine=kind, prompt={"form": form}), math.inf, "unused")
+
+
+async def test_an_encoder_decoder_samples_a_requests_pool_and_waiting_requests_together(t5, monkeypatch):
+    batches = []
+    own = Seq2Seq._run
+    monkeypatch.setattr(Seq2Seq, "_run", lambda self, batch: batches.append(len(batch)) or own(self, batch))
+    llm = seq2seq(t5)
+    pools = await asyncio.gather(*(llm.sample(TURNS, [BEAM, WARM], [1, seed]) for seed in range(4)))
+    assert batches == [8]
+    for pool in pools:
+        assert [each["decoding"] for each in pool["candidates"]] == ["beam", "warm", "warm", "warm"]
+        assert (pool["prompt_tokens"], pool["cost"]) == (5, None)
+    assert len({each["response"] for pool in pools for each in pool["candidates"]}) > 3
+
+
+async def test_a_conversation_too_long_for_it_is_a_400_and_never_cut(t5):
+    turns = messages("say a red fox", [{"instruction": "a fox " * 9, "response": "a"}])
+    with pytest.raises(ApiError, match="max_prompt_tokens=16") as caught:
+        await seq2seq(t5).sample(turns, [WARM], [1])
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+
+
+def test_a_form_the_model_lacks_is_told_when_it_loads(t5):
+    with pytest.raises(CappyError, match=r"has no chat template; set sampler\.prompt\.form=raw"):
+        seq2seq(t5, form="chat")
+
+
+@pytest.fixture(scope="module")
+def running():
+    server = OpenAIServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(running, monkeypatch):
+    monkeypatch.setenv("FOX_KEY", "very-secret")
+    running.forget()
+    running.reply, running.delay_s = (lambda body, number: good(body)), 0.0
+    return running
+
+
+def endpoint(server, patience_s=1.0, ledger="unused", **engine):
+    kind = {"kind": "endpoint", "base_url": server.url, "api_key_env": "FOX_KEY", "tries": 1, **engine}
+    return LLM(SamplerConfig(model="fox-1", engine=kind), patience_s, str(ledger))
+
+
+class Behind(Echo):
+    """A backend whose LLM is a deployment's class."""
+
+    def __init__(self, llm):
+        super().__init__()
+        self.sample = llm.sample
+
+
+async def ask(llm, **fields):
+    """A gateway's answer with `llm` behind it."""
+    api = build_api(Config(serving=ServingConfig()), Behind(llm))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as http:
+        answer = await http.post("/v1/chat/completions", json={**BODY, **fields})
+        return answer, (await http.get("/metrics")).text
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+async def test_an_endpoints_candidates_are_answered_with_their_tokens_and_cost(server, logprobs):
+    server.reply = lambda body, number: good(body, logprobs=logprobs)
+    answer, metrics = await ask(endpoint(server, **PRICES), cappy={"candidates": 4, "return_candidates": True})
+    told = answer.json()
+    cost = sum((10 * 1000 + 3 * body.get("n", 1) * 2000) / 1e6 for body in server.bodies)
+    assert told["cappy"]["cost"] == pytest.approx(cost)
+    assert told["usage"]["prompt_tokens"] == 10
+    assert {each["logprob"] for each in told["cappy"]["candidates"]} == ({-1.5} if logprobs else {None})
+    assert f"cappy_serving_cost_dollars_total {cost:g}"[:40] in metrics
+    assert server.headers[0]["authorization"] == "Bearer very-secret"
+
+
+async def test_cost_is_told_unasked_where_it_is_known_and_nowhere_else(server):
+    told = (await ask(endpoint(server, **PRICES), cappy={"candidates": 1}))[0].json()
+    assert told["cappy"]["cost"] > 0 and told["cappy"]["candidates"] == []
+    assert "cappy" not in (await ask(endpoint(server)))[0].json()
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "code"),
+    [
+        (error(401, "no such key: very-secret"), 502, "bad_gateway"),
+        (error(404, "no model fox-1"), 502, "bad_gateway"),
+        (error(429, "pay first", code="insufficient_quota"), 502, "bad_gateway"),
+        (error(429, "slow down", headers={"Retry-After": "30"}), 503, "overloaded"),
+        (error(429, "slow down"), 503, "overloaded"),
+        (error(500, "secret plan"), 503, "overloaded"),
+        (error(400, "it has 9 tokens", code="context_length_exceeded"), 400, "context_length_exceeded"),
+        (error(400, "max_tokens is too large", param="max_tokens"), 400, "refused_by_endpoint"),
+    ],
+)
+async def test_what_an_endpoint_answers_instead_reaches_the_client_without_our_secrets(server, answer, status, code):
+    server.reply = lambda body, number: answer
+    response, _ = await ask(endpoint(server))
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert "secret" not in response.text and server.url not in response.text and "FOX_KEY" not in response.text
+    if status == 503:
+        assert int(response.headers["retry-after"]) == (30 if "Retry-After" in answer[1] else 1)
+
+
+async def test_while_an_endpoint_cools_down_the_next_is_turned_away_at_once_and_a_silent_one_is_a_504(server):
+    server.reply = lambda body, number: error(429, headers={"Retry-After": "30"})
+    llm = endpoint(server)
+    await ask(llm)
+    asked = len(server.bodies)
+    assert (await ask(llm))[0].status_code == 503 and len(server.bodies) == asked
+    server.delay_s = 1.0
+    late, _ = await ask(endpoint(server, timeout_s=0.1))
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+
+
+async def test_a_rate_that_cannot_be_kept_in_time_turns_requests_away(server):
+    llm = endpoint(server, requests_per_minute=2, patience_s=20.0)
+    answers = await asyncio.gather(*(ask(llm, temperature=0) for _ in range(5)))
+    assert sorted(answer.status_code for answer, _ in answers) == [200, 503, 503, 503, 503] and len(server.bodies) == 1
+    # The next turn is half a minute away.
+    assert all(20 < int(answer.headers["retry-after"]) <= 30 for answer, _ in answers if answer.status_code == 503)
+
+
+async def test_the_ceiling_holds_across_servers_and_a_cancelled_request_counts_in_full(server, tmp_path):
+    most = endpoint(server, **PRICES).engine.most(TURNS, BEAM) + endpoint(server, **PRICES).engine.most(TURNS, WARM)
+    settings = {**PRICES, "max_cost": 2.5 * most}
+
+    def charged():
+        return (server.billed[0] * 1000 + server.billed[1] * 2000) / 1e6
+
+    async def until_refused(llm):
+        for count in range(200):
+            try:
+                pool = await llm.sample(TURNS, [BEAM, WARM], [1, 2])
+            except ApiError as refused:
+                assert (refused.status, refused.code) == (429, "insufficient_quota")
+                return count
+            assert pool["cost"] == pytest.approx(ONE_OF_BEAM_THREE_OF_WARM)
+        raise AssertionError("never refused")
+
+    first = endpoint(server, ledger=tmp_path, **settings)
+    server.delay_s = 1.5
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(first.sample(TURNS, [BEAM, WARM], [1, 2]), 0.3)
+    server.delay_s = 0.0
+    answered = await until_refused(first)
+    # Half of `most` is what one unanswered send of each request may have cost.
+    spent = most / 2 + answered * ONE_OF_BEAM_THREE_OF_WARM
+    assert answered > 1 and settings["max_cost"] - most < spent <= settings["max_cost"]
+    assert charged() <= settings["max_cost"]
+    assert await until_refused(endpoint(server, ledger=tmp_path, **settings)) == 0
+    assert await until_refused(endpoint(server, ledger=tmp_path, **settings | {"max_cost": 4 * most})) > 0
+
+
+def test_an_api_error_leaves_a_replica_whole():
+    error = pickle.loads(pickle.dumps(ApiError("later", 503, param="n", code="overloaded", retry_s=30.0)))
+    assert (str(error), error.status, error.param, error.code, error.headers) == ("later", 503, "n", "overloaded", {"Retry-After": "30"})
