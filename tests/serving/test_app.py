@@ -368,6 +368,7 @@ def test_hostile_requests_are_turned_away_before_the_engine_and_the_server_answe
         ("/ready", None),
         ("/metrics", None),
         ("/openapi.json", None),
+        ("/v1/completions", {"model": "cappy", "prompt": "q", "max_tokens": 4, "cappy": {"candidates": 2}}),
         ("/v1/score", {"model": "cappy-scorer", "text_1": "q", "text_2": "a"}),
         ("/v1/rerank", {"model": "cappy-scorer", "query": "q", "documents": ["a", "b"]}),
         ("/v2/rerank", {"model": "cappy-scorer", "query": "q", "documents": ["a", "b"]}),
