@@ -6,23 +6,21 @@ import json
 import re
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from cluster import ports
 from cluster.config import Config, ServingConfig
 from serving.gateway import build_api
 from serving.keys import new_key
 from serving.page import page
 from serving.protocol import ApiError
 from tests.serving import browser
+from tests.serving.standin import running
 from tests.serving.test_gateway import Echo, client
 
 in_a_browser = pytest.mark.skipif(not browser.INSTALLED, reason="no Chromium here: apt-get install chromium chromium-driver")
@@ -50,25 +48,8 @@ def driver():
         yield driver
 
 
-@contextmanager
-def served(api):
-    """The URL of an application, served from a thread."""
-    port = ports.free()
-    server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.force_exit = server.should_exit = True
-        thread.join()
-
-
 def gateway(backend, **serving):
-    return served(build_api(Config(serving=ServingConfig(**serving)), backend))
+    return running(build_api(Config(serving=ServingConfig(**serving)), backend))
 
 
 def texts(driver, selector):
@@ -248,7 +229,7 @@ def test_candidates_are_shown_as_they_arrive_where_the_server_tells_and_at_the_e
             return JSONResponse({"error": {"message": "cappy.progress is not known", "param": "cappy.progress"}}, 400)
         return StreamingResponse(stream(), media_type="text/event-stream")
 
-    with served(api) as url:
+    with running(api) as url:
         browser.open_page(driver, url)
         assert texts(driver, "#model option") == ["cappy"]
         browser.ask(driver, "What is the capital of France?")
