@@ -742,6 +742,8 @@ class ServingConfig(Section):
     """What chooses when the scorer is down or late: the LLM's mean log-probability, the candidate drawn first, or nothing (503)."""
     keep_alive_s: float = Field(5.0, gt=0)
     """Seconds between the signs of life of a streamed answer while its candidates are sampled and scored."""
+    access_log: bool = True
+    """Whether the gateway writes a line of JSON for each request it answered, without prompts and keys, to Ray's `logs/serve` folder."""
 
     @model_validator(mode="after")
     def _within(self) -> ServingConfig:

@@ -151,6 +151,8 @@ def build(config: Config) -> serve.Application:
         max_ongoing_requests=4 * (serving.max_concurrency + serving.max_queue) + 16,
         ray_actor_options={"num_cpus": 0},
         **replica_options(serving.gateway_replicas),
+        # Its own access log (`serving.access_log`) says more than Serve's.
+        logging_config={"encoding": "JSON", "enable_access_log": False},
         **common,
     )
     ledger = storage.absolute(storage.join(config.workspace, "serving", "cost"))
@@ -240,7 +242,7 @@ def welcome(config: Config, url: str, further: Sequence[str] = ()) -> str:
     body = {"model": serving.model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     lines = [
         f"serve: ready at {url}/v1 (OpenAI's API), model {serving.model_name!r}: {config.sampler.model} + {config.scorer_uri}",
-        f"  {serving.candidates} candidates a request; stop with Ctrl-C",
+        f"  {serving.candidates} candidates a request; to ask from a browser: {url}/; stop with Ctrl-C",
         f"  {curl_command(url, body, key=bool(serving.api_keys))}",
     ]
     if further:
@@ -289,7 +291,7 @@ def http_options(serving: ServingConfig) -> dict[str, Any]:
 def _start(config: Config) -> None:
     """Start the proxy and the graph; return once every replica answers."""
     serving = config.serving
-    # The access log stays in Ray's session folder; it has paths and statuses, never bodies.
+    # Serve's logs stay in Ray's session folder; they have routes and statuses, never bodies.
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http_options(serving))
     try:
         serve.run(build(config), name=APPLICATION, route_prefix="/")

@@ -30,8 +30,9 @@ from generation.engines import Candidate, request_seed
 from generation.prompts import Message
 from serving import limits, protocol, schema, scoring
 from serving.catalogue import Catalogue
-from serving.keys import Keyring
+from serving.keys import Caller, Keyring
 from serving.metrics import Metrics
+from serving.page import page
 from serving.protocol import ApiError, Sampled, Scored
 
 logger = logging.getLogger("ray.serve")
@@ -39,6 +40,10 @@ _PAIRS_AT_ONCE = 64
 """Pairs a call of the scorer takes: a long list is spread over its replicas, and others' requests are scored between."""
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _POSTS = "POST /v1/chat/completions, /v1/completions, /v1/score, /v1/rerank, /v2/rerank, /v1/classify"
+_OPEN = ("/", "/health")
+"""Paths that want no key: they tell nothing and cost nothing."""
+_SERVE_LOG = {"skip_context_filter": True, "log_to_stderr": False}
+"""What Ray Serve reads in a record: leave its fields alone, and write it to the replica's log file only."""
 T = TypeVar("T")
 
 
@@ -84,10 +89,10 @@ class Doorman:
 
 
 class Watch:
-    """Gives each request a number (`X-Request-Id`: the client's own where it is a plain one) and counts its answer."""
+    """Gives each request a number (`X-Request-Id`: the client's own where it is a plain one), counts its answer and logs it."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
+        self.app, self.metrics, self.access_log = app, metrics, access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -95,10 +100,11 @@ class Watch:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         scope["request_id"] = given if _PLAIN.fullmatch(given) else uuid.uuid4().hex
-        status = 0
+        start, status, size = time.monotonic(), 0, 0
 
         async def numbered(message: Event) -> None:
-            nonlocal status
+            nonlocal status, size
+            size += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = scope["request_id"]
@@ -112,18 +118,31 @@ class Watch:
             told = _hidden(Request(scope), error)
             await JSONResponse(told.body, told.status)(scope, receive, numbered)
         finally:
-            # nginx's 499: the client went away before an answer began.
-            self.metrics.answered(getattr(scope.get("route"), "path", "other"), status or 499)
+            # The pattern, not the path: that is of the client's making. nginx's 499: it went away before an answer began.
+            route, status = getattr(scope.get("route"), "path", "other"), status or 499
+            self.metrics.answered(route, status)
+            if self.access_log:
+                caller: Caller | None = scope.get("caller")
+                answered = {
+                    "request_id": scope["request_id"],
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "seconds": round(time.monotonic() - start, 4),
+                    "bytes": size,
+                    "key": caller and caller.name,
+                }
+                logger.info("%s %s %d", scope["method"], route, status, extra=answered | _SERVE_LOG)
 
 
 class Guard:
-    """Lets those with a known key in, to every path but /health; the scope's `caller` says who they are."""
+    """Lets those with a known key in, to every path but /health and the page; the scope's `caller` says who they are."""
 
     def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
         self.app, self.keyring = app, keyring
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
             headers = Headers(scope=scope)
             try:
                 scope["caller"] = self.keyring.caller(headers.get("authorization"), headers.get("x-api-key"))
@@ -230,6 +249,13 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = (), met
         """Describe one model."""
         return catalogue.describe(asked, started)
 
+    shown = page(config.serving)
+
+    @api.get("/", include_in_schema=False)
+    async def front() -> Response:
+        """Show the page that asks from a browser."""
+        return shown
+
     up_or_not: dict[int | str, dict[str, Any]] = {503: {"model": dict[str, str | bool], "description": "One of these is false"}}
 
     @api.get("/health", response_model=dict[str, str | bool], responses=schema.errors() | up_or_not)
@@ -253,7 +279,7 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = (), met
     schema.complete(api, keys=bool(config.serving.api_keys))
     api.add_middleware(Guard, keyring=Keyring(config.serving.api_keys))
     api.add_middleware(limits.Limits)
-    api.add_middleware(Watch, metrics=metrics)
+    api.add_middleware(Watch, metrics=metrics, access_log=config.serving.access_log)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
     return api
@@ -371,7 +397,7 @@ async def _http_error(http: Request, error: Exception) -> JSONResponse:
     # Not `http.url`, which is made of the client's Host header and fails with it.
     message, path = error.detail, http.scope["path"][:80]
     if error.status_code == 404:
-        message = f"{path} is not here; known: {_POSTS}, GET /v1/models, /health, /ready, /metrics"
+        message = f"{path} is not here; known: {_POSTS}, GET /, /v1/models, /health, /ready, /metrics"
     if error.status_code == 405:
         message = f"{http.method} is not what {path} takes"
     told = ApiError(message, error.status_code, code={404: "not_found", 405: "method_not_allowed"}.get(error.status_code))

@@ -55,7 +55,8 @@ class Allowance:
 class Caller:
     """A client that gave a known key, or anyone where the server has none."""
 
-    name: str
+    name: str | None
+    """Of the key; None where the server has none."""
     requests: Allowance
     candidates: Allowance
 
@@ -85,7 +86,7 @@ class Keyring:
             (key.sha256, Caller(key.name, Allowance(key.requests_per_minute, clock), Allowance(key.candidates_per_minute, clock)))
             for key in keys
         ]
-        self._anyone = Caller("anyone", Allowance(None), Allowance(None))
+        self._anyone = Caller(None, Allowance(None), Allowance(None))
 
     def caller(self, authorization: str | None, x_api_key: str | None = None) -> Caller:
         """Return who sent the headers `Authorization: Bearer KEY` or `X-API-Key: KEY`.

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import boto3
 import httpx
@@ -379,6 +380,23 @@ def test_curl_reaches_each_route(server, path, body):
     send = ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body else []
     told = subprocess.run(["curl", "-sf", f"{server[0]}{path}", *send], capture_output=True, text=True, check=True)
     assert told.stdout
+
+
+@pytest.mark.slow
+def test_the_page_is_there_and_each_answer_is_one_line_of_json_in_rays_log(server):
+    url, process, _ = server
+    shown = httpx.get(url, headers={"X-Request-Id": "page-1"})
+    assert shown.status_code == 200 and "<title>Cappy on Ray</title>" in shown.text
+    family = psutil.Process(process.pid).children(recursive=True)
+    (file,) = {each.path for child in family for each in child.open_files() if "replica_cappy_Gateway" in each.path}
+    deadline = time.monotonic() + 30
+    while "page-1" not in (log := Path(file).read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # Every line: Serve's own access log, which is not JSON, is off.
+    (line,) = [line for line in map(json.loads, log.splitlines()) if line.get("request_id") == "page-1"]
+    print(f"\n{line}")
+    assert (line["method"], line["route"], line["status"], line["key"]) == ("GET", "/", 200, None)
+    assert line["bytes"] == len(shown.content) and line["seconds"] >= 0
 
 
 @pytest.mark.slow

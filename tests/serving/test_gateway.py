@@ -1,5 +1,6 @@
 import asyncio
 import json
+import logging
 
 import httpx
 import pytest
@@ -341,15 +342,17 @@ async def test_beyond_work_and_queue_requests_are_turned_away_at_once_and_the_re
         assert (await http.post("/v1/chat/completions", json=BODY)).status_code == 200
 
 
-async def test_with_keys_every_path_but_health_wants_one():
+async def test_with_keys_every_path_but_health_and_the_page_wants_one():
     key, sha256 = new_key()
     entry = {"name": "a", "sha256": sha256, "requests_per_minute": 4, "candidates_per_minute": 9}
     paths = [("POST", "/v1/chat/completions"), ("POST", "/v1/score"), ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/health/")]
+    paths += [("GET", path) for path in ("/page.html", "/%2F", "/%2Fhealth", "/health/../v1/models")]
     async with client(Echo(), api_keys=[entry]) as http:
         for method, path in paths:
             refused = await http.request(method, path, json=BODY)
             assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
         assert (await http.get("/health")).status_code == 200
+        assert (await http.get("/")).status_code == 200
         mine = {"headers": {"Authorization": f"Bearer {key}"}}
         assert (await http.post("/v1/chat/completions", json=BODY, **mine)).status_code == 200
         assert len((await http.get("/v1/models", **mine)).json()["data"]) == 3
@@ -426,6 +429,54 @@ async def test_each_answer_has_a_number_the_clients_own_where_it_is_plain():
         bug = await http.post("/v1/chat/completions", json=BODY)
         assert bug.headers["x-request-id"] in bug.json()["error"]["message"]
         assert (await http.get("/nothing")).headers["x-request-id"]
+
+
+@pytest.fixture
+def logged():
+    """The records of Ray Serve's log."""
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            records.append(record)
+
+    records, keep, log = [], Keep(), logging.getLogger("ray.serve")
+    level = log.level
+    log.addHandler(keep)
+    log.setLevel(logging.INFO)
+    yield records
+    log.removeHandler(keep)
+    log.setLevel(level)
+
+
+async def test_each_answer_is_a_line_of_the_access_log_without_prompt_or_key(logged):
+    key, sha256 = new_key()
+    mine = {"headers": {"Authorization": f"Bearer {key}", "X-Request-Id": "my-1"}}
+    async with client(Echo(), api_keys=[{"name": "team-a", "sha256": sha256}]) as http:
+        asked = await http.post("/v1/chat/completions", json={**BODY, "messages": [{"role": "user", "content": "private"}]}, **mine)
+        for path in ("/v1/models/private", "/private?private=1"):
+            await http.get(path, **mine)
+            await http.get(path, headers={"X-API-Key": "private"})
+    names = ("request_id", "method", "route", "status", "key", "bytes")
+    lines = [tuple(getattr(record, name) for name in names) for record in logged]
+    assert lines[0] == ("my-1", "POST", "/v1/chat/completions", 200, "team-a", len(asked.content))
+    assert [line[1:5] for line in lines[1:]] == [
+        ("GET", "/v1/models/{asked:path}", 404, "team-a"),
+        ("GET", "other", 401, None),
+        ("GET", "other", 404, "team-a"),
+        ("GET", "other", 401, None),
+    ]
+    assert all(0 <= record.seconds < 60 for record in logged)
+    assert not any(secret in str(vars(record)) for record in logged for secret in (key, sha256, "private"))
+
+
+async def test_a_client_that_left_is_in_the_access_log_and_nothing_is_where_it_is_off(logged):
+    with pytest.raises(asyncio.TimeoutError):
+        async with client(Echo(wait=30)) as http:
+            await asyncio.wait_for(http.post("/v1/chat/completions", json=BODY), 0.05)
+    assert [(record.status, record.bytes, record.key) for record in logged] == [(499, 0, None)]
+    async with client(Echo(), access_log=False) as http:
+        await http.get("/health")
+    assert len(logged) == 1
 
 
 async def test_prometheus_is_told_of_requests_stages_tokens_and_scores():

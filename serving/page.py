@@ -1,0 +1,41 @@
+"""The page people see at `/`: one file, read once, sent with headers that let it run its own script and nothing else. No Ray.
+
+What it shows it asks of the API under the key its user types in, so it needs none itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from fastapi.responses import HTMLResponse
+
+from cluster.config import ServingConfig
+
+_FILE = Path(__file__).with_name("page.html")
+
+
+def page(serving: ServingConfig) -> HTMLResponse:
+    """Return the page with the server's number of candidates, and their limit, on its slider."""
+    html = _FILE.read_text(encoding="utf-8")
+    for name in ("candidates", "max_candidates"):
+        html = html.replace(f"{{{{{name}}}}}", str(getattr(serving, name)))
+    policy = (
+        f"default-src 'none'; script-src {_hash_of('script', html)}; style-src {_hash_of('style', html)}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
+    return HTMLResponse(html, headers=headers)
+
+
+def _hash_of(tag: str, html: str) -> str:
+    """Return what a Content-Security-Policy calls the text of the page's one `tag`."""
+    (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
