@@ -174,33 +174,33 @@ def _meanwhile(config: Config, names: list[str], killed: list[int]) -> None:
 def test_in_object_storage_it_samples_first_and_ends_alike_though_a_worker_was_killed_and_the_run_stopped(
     encoder: Path, bucket: str, tmp_path: Path, ray_here: None, capfd: pytest.CaptureFixture[str]
 ):
-    names = ["add", "buy", "cut", "dig"]
+    names = ["add", "buy", "cut"]
     rows = [{"dataset": name, "instruction": f"{name} {n} now", "references": [f"number {n % 7}"]} for name in names for n in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = published_scorer(encoder, str(tmp_path / "scorer"))
     storage.upload_folder(Path(base), f"{bucket}/scorer")
-    config = settings(Path("unused"), encoder, base=f"{bucket}/scorer", pairs=4000, gate=False, concurrency=1).model_copy(
+    config = settings(Path("unused"), encoder, base=f"{bucket}/scorer", pairs=2400, gate=False, concurrency=1).model_copy(
         update={"workspace": f"{bucket}/run", "source": FilesSource(path=str(tmp_path / "rows.jsonl"))}
     )
     killed: list[int] = []
     assert threading.current_thread() is threading.main_thread()  # where signals are handled
-    threading.Thread(target=_meanwhile, args=(config, names, killed)).start()
-    with pytest.raises(Stopped, match=r"stopped on SIGTERM; [123] of 4 tasks came to an end, the same command does the rest"):
+    threading.Thread(target=_meanwhile, args=(config, names, killed), daemon=True).start()
+    with pytest.raises(Stopped, match=r"stopped on SIGTERM; [12] of 3 tasks came to an end, the same command does the rest"):
         adapt_tasks.run(config, load=FixedLLM)
     assert len(killed) == 1 and not _adapting()
     done = {name: storage.read_json(f"{config.adapted_uri}/{name}/{storage.MANIFEST}") for name in names if _ended(config, name)}
-    assert 1 <= len(done) < 4
+    assert 1 <= len(done) < 3
     result = adapt_tasks.run(config, load=FixedLLM)
-    assert f"{len(done)} of 4 tasks are done already; going on" in capfd.readouterr().err
+    assert f"{len(done)} of 3 tasks are done already; going on" in capfd.readouterr().err
     assert [(task["task"], task["state"]) for task in result["tasks"]] == [(name, "published") for name in names]
     for task in result["tasks"]:
         manifest = storage.read_manifest(task["uri"], "scorer", "adapt")
         assert manifest == done.get(task["task"], manifest) and storage.verify(task["uri"], manifest) == []
         assert set(storage.list_files(task["uri"])) == {*manifest["files"], storage.MANIFEST}
-    # What nothing happened to: the same task, here.
-    elsewhere = config.model_copy(update={"adapted_path": str(tmp_path / "untouched")})
-    whole = [adapt.adapt(config, Task(name, name, f"{elsewhere.adapted_uri}/{name}", {}), adapt_tasks._base(config)) for name in names]
-    apart = {"seconds", "pairs_per_second", "uri", "use", "identity", "bytes"}
-    assert [{key: value for key, value in task.items() if key not in apart} for task in json.loads(json.dumps(whole))] == [
-        {key: value for key, value in task.items() if key not in apart} for task in json.loads(json.dumps(result["tasks"]))
-    ]
+    apart = {"seconds", "pairs_per_second", "uri", "use"}
+    for task in (result["tasks"][0], result["tasks"][-1]):  # the one whose worker was killed, and one begun by the second command
+        here = Task(task["task"], task["dataset"], str(tmp_path / task["task"]), {})
+        untouched = adapt.adapt(config, here, adapt_tasks._base(config))
+        assert {name: value for name, value in task.items() if name not in apart} == {
+            name: value for name, value in json.loads(json.dumps(untouched)).items() if name not in {*apart, "identity"}
+        }
