@@ -6,9 +6,9 @@ Needs torch and transformers beside this repository and no data: RoBERTa-large (
 weights, token ids are random, and lengths follow the quantiles below, which `--measure-lengths T0.parquet` makes anew (with the whole
 project installed). Every side trains the same 4,096 pairs, or with `--steps` as many of its own optimizer steps, through
 `training.loop.fit`: forward, loss, backward, clipping, fused AdamW, one model and one optimizer for all. Only what a step holds, how
-wide it is padded and the dropout on attention differ: ours has what `cappy train` ships, the others stock RoBERTa's 0.1, and
-`ours, dropout 0.1` what is left at equal dropout. Sides take turns after one that warms up; figures are medians over the turns. MFU
-counts what the pairs need and leaves padding out.
+wide it is padded, the last layer and the dropout on attention differ: ours is what `cappy train` ships (`training.lean`, no dropout),
+the others are plain with stock RoBERTa's 0.1, and `ours, dropout 0.1` is what is left at equal dropout. Sides take turns after one that
+warms up; figures are medians over the turns. MFU counts what the pairs need and leaves padding out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
-from training import loop
+from training import lean, loop
 from training.flops import Flops, peak_of
 from training.scorer import Encoded, pick_dtype
 from training.size import Size
@@ -76,6 +76,8 @@ class Side:
     steps: list[loop.Step]
     width: int | None
     """Tokens every pair is padded to; null is the longest of its forward pass."""
+    lean: bool
+    """Whether the last layer computes the one token that is read (`training.lean`)."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Turn:
     seconds: float
     pairs: int
     tokens: int
-    attended: int
+    flops: float
+    """Floating-point operations the pairs need, padding left out."""
     slots: int
     """Tokens the model was given, padding and all."""
     memory: int | None
@@ -120,14 +123,13 @@ class Bench:
             self.model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         self.pad_id: int = config.pad_token_id
         self.optimizer = loop.new_optimizer(self.model, self.settings)
-        self.flops = Flops(self.model)
         window = self.window(config)
         ours, random = self.sorted_steps(window, options.steps), self.random_steps(window, options.steps)
         self.sides = {
-            "padded to 512": Side(STOCK_DROPOUT, random, LONGEST),
-            "dynamic padding": Side(STOCK_DROPOUT, random, None),
-            "ours": Side(self.settings.attention_dropout, ours, None),
-            "ours, dropout 0.1": Side(STOCK_DROPOUT, ours, None),
+            "padded to 512": Side(STOCK_DROPOUT, random, LONGEST, lean=False),
+            "dynamic padding": Side(STOCK_DROPOUT, random, None, lean=False),
+            "ours": Side(self.settings.attention_dropout, ours, None, lean=True),
+            "ours, dropout 0.1": Side(STOCK_DROPOUT, ours, None, lean=True),
         }
 
     def window(self, config: Any) -> loop.Window:
@@ -162,6 +164,8 @@ class Bench:
         """Train a side's steps once."""
         for layer in self.model.base_model.encoder.layer:
             layer.attention.self.dropout.p = side.dropout
+        (lean.read_first_token_only if side.lean else lean.read_all_tokens)(self.model)
+        needed = Flops(self.model)
         model = Padded(self.model, side.width) if side.width else self.model
         total = -(-self.settings.window // self.settings.batch_size)
         if self.device.type == "cuda":
@@ -177,7 +181,8 @@ class Bench:
         pairs = sum(each.size for each in done)
         slots = pairs * side.width if side.width else sum(each.slots for each in done)
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-        return Turn(seconds, pairs, sum(each.tokens for each in done), sum(each.attended for each in done), slots, memory)
+        tokens = sum(each.tokens for each in done)
+        return Turn(seconds, pairs, tokens, needed(tokens, sum(each.attended for each in done)), slots, memory)
 
     def wait(self) -> None:
         """Until the GPU has done what it was given."""
@@ -228,12 +233,11 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     sides = {}
     for name, side in bench.sides.items():
         first = turns[name][0]
-        needed = bench.flops(first.tokens, first.attended)
         memory = max((each.memory for each in turns[name] if each.memory is not None), default=None)
         sides[name] = {
             "pairs_per_second": round(median(name, lambda turn: turn.pairs / turn.seconds), 1),
             "tokens_per_second": round(median(name, lambda turn: turn.tokens / turn.seconds)),
-            "mfu": round(median(name, lambda turn, needed=needed: needed / turn.seconds) / peak, 4) if peak else None,
+            "mfu": round(median(name, lambda turn: turn.flops / turn.seconds) / peak, 4) if peak else None,
             "memory_gib": round(memory / 2**30, 2) if memory is not None else None,
             "padding_share": round(1 - first.tokens / first.slots, 4),
             "attention_dropout": side.dropout,

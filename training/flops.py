@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from training import lean
+
 # Dense bfloat16 FLOP/s by the makers' data sheets, in what `torch.cuda.get_device_name` says; the first that matches counts.
 _PEAKS = {
     "B200": 2250e12,
@@ -36,12 +38,24 @@ def peak_of(device: torch.device) -> float | None:
 
 
 class Flops:
-    """The floating-point operations of a forward and backward pass of an encoder, padding left out."""
+    """The floating-point operations of a forward and backward pass of an encoder.
+
+    Left out are padding, and what reads one token of each pair: pooler, head, and most of a last layer made `lean`.
+    """
 
     def __init__(self, model: Any) -> None:
-        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        self._matrices = sum(int(each.numel()) for each in model.parameters() if each.ndim >= 2 and id(each) not in tables)
-        self._attention = int(getattr(model.config, "num_hidden_layers", 0)) * int(getattr(model.config, "hidden_size", 0))
+        blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        matrices = {id(each): each.numel() for block in blocks for each in block.parameters() if each.ndim >= 2}
+        layers = int(getattr(model.config, "num_hidden_layers", 0))
+        if lean.reads_first_token_only(model):
+            last = model.base_model.encoder.layer[-1]
+            of_all_tokens = (last.attention.self.key.weight, last.attention.self.value.weight)
+            for each in last.parameters():
+                matrices.pop(id(each), None)
+            matrices |= {id(each): each.numel() for each in of_all_tokens}
+            layers -= 1
+        self._matrices = sum(matrices.values())
+        self._attention = layers * int(getattr(model.config, "hidden_size", 0))
 
     def __call__(self, tokens: float, attended: float) -> float:
         """`tokens` of all pairs, and the sum of the squares of their lengths: what attention looks at."""
