@@ -30,14 +30,14 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from benchmarks.training_step import ROBERTA_LARGE
 from cluster import models, storage
 from cluster.progress import say
 from generation.dataset import RegressionSet
 from training.scorer import Scorer
 
-LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "vocab_size": 50265}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 600}
-SHAPES = {"roberta-large": LARGE, "roberta-tiny": TINY}
+SHAPES = {"roberta-large": ROBERTA_LARGE, "roberta-tiny": TINY}
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from cluster.progress import say
 from generation.dataset import RegressionSet, explode
 from training import blend, loop, validation
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
-from training.stream import Size
+from training.size import Size
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "mse (paper)": {},

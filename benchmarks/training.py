@@ -31,7 +31,7 @@ from cluster.config import ScorerConfig, TrainingConfig
 from cluster.progress import say
 from training import loop
 from training.scorer import Encoded, autocast, encode_pairs, load_tokenizer, new_model, pad, pick_dtype
-from training.stream import Size
+from training.size import Size
 
 BATCH, LONGEST = 32, 512
 _PADDED_STEPS = 2  # in a round of the side that pads: each costs what any other does

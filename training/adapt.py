@@ -29,7 +29,7 @@ from generation.dataset import Pairs, RegressionSet, explode
 from generation.schema import DATASET
 from training import card, loop, lora, validation
 from training.scorer import CHECKPOINTS, Scorer, encode_pairs, load_tokenizer, new_model
-from training.stream import Size
+from training.size import Size
 
 RESULTS = "results.json"
 _COLUMNS = ("id", "dataset", "instruction", "candidates")

@@ -2,7 +2,8 @@
 
 Below `{workspace}/adapted` each task has its folder: a published scorer where the gate let it pass, else `results.json` alone,
 which says so; `results.json` beside them has all tasks. A task that came to an end is not done again; one whose process was
-lost begins afresh, and one that fails leaves the others alone. `_lease` keeps a second run away.
+lost begins afresh, and one that fails leaves the others alone. On SIGTERM the run ends at once: what it was at begins afresh, as
+a task may take longer than anyone waits. `_lease` keeps a second run away.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import difflib
 import hashlib
 import os
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,25 +21,28 @@ from typing import Any
 
 from cluster import lease, models, storage
 from cluster.config import Config, differences
-from cluster.errors import UsageError
+from cluster.errors import Stopped, UsageError
 from cluster.progress import Bar, say
-from cluster.runtime import clean_error, ray_session
-from generation import pipeline
+from cluster.runtime import clean_error, on_sigterm, ray_session
+from generation import engines, pipeline
 from generation.dataset import RegressionSet
+from generation.sampler import LoadLLM
 from training import adapt, lora, trainer
 from training.adapt import RESULTS, Base, Task
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
 
 _LEASE = "_lease"
+_LISTEN_S = 1.0  # after which a SIGTERM is noticed while all tasks are at work
+_GONE_S = 30.0
 # What may change when a run goes on.
 _OPERATIONAL = ("tasks", "concurrency", "cpus_per_task", "gpus_per_task", "max_retries")
 
 
-def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
-    """Adapt to the tasks of the set (generated first where it is not there yet) and return the table of all outcomes.
+def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load) -> dict[str, Any]:
+    """Adapt to the tasks of the set (generated first where it is not there yet, by `load`'s LLM) and return the table of all outcomes.
 
     A task that fails is in the table with its `error`. Raises `UsageError` where a task was adapted with other settings and
-    `overwrite` is not given, `CappyError` where base or set cannot be used, or another run is at work there.
+    `overwrite` is not given, `CappyError` where base or set cannot be used, or another run is at work there, `Stopped` on SIGTERM.
     """
     start = time.monotonic()
     if config.training.objective.grouped:
@@ -50,7 +55,7 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     base = _base(config)
     with lease.held(storage.join(uri, _LEASE), f"adapted_path={uri}"), ray_session():
         if not storage.exists(storage.join(config.dataset_uri, storage.MANIFEST)):
-            pipeline.run(config)
+            pipeline.run(config, load=load)
         dataset = RegressionSet(config.dataset_uri)
         _say_where_it_differs(config, dataset)
         tasks = _tasks(config, dataset, base, uri)
@@ -60,11 +65,14 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         pending = [task for task in tasks if task.name not in outcomes]
         for task in pending:
             _clear(task)
-        with Bar("adapting", len(tasks), "tasks", done=len(outcomes)) as bar:
-            for task, outcome in _adapt(config, base, pending):
+        closing = on_sigterm("leaving the tasks at work, which begin afresh when the same command goes on", lambda: None)
+        with closing as told, Bar("adapting", len(tasks), "tasks", done=len(outcomes)) as bar:
+            for task, outcome in _adapt(config, base, pending, told):
                 outcomes[task.name] = outcome
                 bar.advance()
                 say(describe(outcome))
+            if len(outcomes) < len(tasks):
+                raise Stopped(f"stopped on SIGTERM; {len(outcomes)} of {len(tasks)} tasks came to an end, the same command does the rest")
         result = _summarise(uri, config, base, [outcomes[task.name] for task in tasks], time.monotonic() - start)
         storage.write_json(storage.join(uri, RESULTS), result)
     storage.tidy(storage.join(uri, _LEASE))
@@ -185,8 +193,11 @@ def _clear(task: Task) -> None:
     storage.withdraw(task.uri)
 
 
-def _adapt(config: Config, base: Base, tasks: list[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Run tasks over the cluster and yield the outcome of each as it ends; one that fails has state `failed` and its `error`."""
+def _adapt(config: Config, base: Base, tasks: list[Task], told: threading.Event) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Run tasks over the cluster and yield the outcome of each as it ends; one that fails has state `failed` and its `error`.
+
+    Ends early, its tasks cancelled, once `told` is set.
+    """
     import ray
 
     settings = config.adapt
@@ -197,11 +208,11 @@ def _adapt(config: Config, base: Base, tasks: list[Task]) -> Iterator[tuple[Task
     at_once = settings.concurrency or _room(settings.cpus_per_task, len(tasks))
     waiting = list(reversed(tasks))
     running: dict[Any, Task] = {}
-    while waiting or running:
+    while (waiting or running) and not told.is_set():
         while waiting and len(running) < at_once:
             task = waiting.pop()
             running[remote.remote(config, task, base, threads=settings.cpus_per_task, gpu=gpus > 0)] = task
-        ready, _ = ray.wait(list(running))
+        ready, _ = ray.wait(list(running), timeout=_LISTEN_S)
         for reference in ready:
             task = running.pop(reference)
             try:
@@ -210,6 +221,10 @@ def _adapt(config: Config, base: Base, tasks: list[Task]) -> Iterator[tuple[Task
                 clean = clean_error(error)
                 reason = str(clean) if clean else f"{type(error).__name__}: {_last_line(error)}"
                 yield task, {"task": task.name, "state": "failed", "error": reason, "uri": None, "use": base.name if base.scorer else None}
+    for reference in running:
+        ray.cancel(reference, force=True)
+    if running:  # who goes on clears their places: they must be gone by then
+        ray.wait(list(running), num_returns=len(running), timeout=_GONE_S)
 
 
 def _room(cpus: int, tasks: int) -> int:

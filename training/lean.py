@@ -28,6 +28,17 @@ def read_first_token_only(model: Any) -> None:
         last.forward = MethodType(_first_token, last)
 
 
+def read_all_tokens(model: Any) -> None:
+    """Undo `read_first_token_only`."""
+    if reads_first_token_only(model):
+        del model.base_model.encoder.layer[-1].forward
+
+
+def reads_first_token_only(model: Any) -> bool:
+    """Whether the last layer of a model computes the first token alone."""
+    return model.config.model_type in _FAMILIES and "forward" in vars(model.base_model.encoder.layer[-1])
+
+
 def _first_token(layer: Any, hidden_BTH: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
     """Return a layer's output for the first token, (B, 1, H). `attention_mask` is (B, 1, T or 1, T) or absent."""
     attention = layer.attention

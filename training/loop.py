@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.config import TrainingConfig
 from training import objectives
 from training.scorer import Encoded, autocast, pad, token_batches
-from training.stream import Size
+from training.size import Size
+
+if TYPE_CHECKING:  # it needs pydantic, and `benchmarks/training_step.py` runs where there is none
+    from cluster.config import TrainingConfig
 
 # Up to this length the backward pass of plain attention beats the fused kernel's on CPU (x1.4 at 40 tokens, x1.1 at 160,
 # x0.7 at 320; MiniLM, bfloat16); scoring has no backward pass and stays with the fused one.

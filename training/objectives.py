@@ -8,13 +8,17 @@ forward passes share a step changes nothing. Shapes: B pairs of a forward pass, 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cluster.config import ObjectiveConfig
-from training.stream import Size
+from training.size import Size
+
+if TYPE_CHECKING:  # the loop needs no pydantic
+    from cluster.config import ObjectiveConfig
 
 
 def targets(labels: np.ndarray, groups: np.ndarray, config: ObjectiveConfig) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The scorer: a small encoder that reads (instruction, response) and gives one raw logit, trained towards a label in [0, 1].
 
-Torch and transformers only, no Ray. What is saved here loads with plain `AutoModelForSequenceClassification`, and what
-plain transformers saved loads here. Shapes: B pairs in a batch, T tokens of the longest of them.
+Torch and transformers only, no Ray; pydantic, Arrow and the store are imported where they are used, if ever. What is saved
+here loads with plain `AutoModelForSequenceClassification`, and what plain transformers saved loads here. Shapes: B pairs in a
+batch, T tokens of the longest of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cluster import models, storage
-from cluster.config import ScorerConfig, TrainingConfig
 from cluster.errors import CappyError, UsageError
 from training import lean
+
+if TYPE_CHECKING:
+    from cluster.config import ScorerConfig, TrainingConfig
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 
@@ -246,6 +248,8 @@ class Scorer:
         `dtype` float32 keeps close candidates apart; bfloat16 is faster and right to about 0.01. `device` null is the GPU
         where there is one. Raises `CappyError` naming `setting` when it is not a finished one-label model.
         """
+        from cluster import models
+
         refuse_unfinished(name)
         folder = models.resolve(name, setting, adapters=True)
         plain = (folder / "config.json").exists()
@@ -341,6 +345,7 @@ def _load_whole(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
 
 def _load_adapted(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
     """Return the base that adapters name, checked against the weights they were trained on, with them merged, and its tokenizer."""
+    from cluster import models
     from training import lora
 
     said = lora.base_of(folder)
@@ -355,6 +360,8 @@ def _load_adapted(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
 
 def refuse_unfinished(name: str) -> None:
     """Raise `CappyError` when `name` is a folder of ours without a finished scorer; plain model folders and hub names pass."""
+    from cluster import storage
+
     if not storage.is_s3(name) and not Path(name).expanduser().is_dir():
         return
     if storage.exists(storage.join(name, storage.MANIFEST)) or storage.exists(storage.join(name, CHECKPOINTS)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import CappyError
 from generation.dataset import Pairs, RegressionSet, explode
+from training.size import Size
 
 _LANES = 8
 _PIECE_ROWS = 256
@@ -26,14 +27,6 @@ _BLOCK_ROWS = 8192
 _COLUMNS = ["instruction", "candidates"]
 
 Item = TypeVar("Item")
-
-
-class Size(NamedTuple):
-    """How much there is in a split or in a step."""
-
-    pairs: int
-    instructions: int
-    """Those with a pair."""
 
 
 def count(dataset: RegressionSet, split: str) -> Size:

@@ -28,6 +28,7 @@ from generation.dataset import RegressionSet
 from training import card, checkpoint, loop, stream
 from training.board import Board, work
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
+from training.size import Size
 from training.watch import Watchers
 
 Work = Callable[[dict[str, Any]], None]
@@ -115,10 +116,10 @@ def _refuse_foreign(uri: str) -> None:
         raise UsageError(f"scorer_path={uri} holds files that no `cappy train` wrote, e.g. {next(iter(files))}; choose an empty folder")
 
 
-def _count(dataset: RegressionSet, place: str) -> stream.Size:
+def _count(dataset: RegressionSet, place: str) -> Size:
     """Return the size of the train split, counted by reading it once a run: it is noted at `place` for the run's restarts."""
     try:
-        return stream.Size(**storage.read_json(place))
+        return Size(**storage.read_json(place))
     except (FileNotFoundError, ValueError, TypeError):
         size = stream.count(dataset, "train")
     if not size.pairs:
@@ -127,7 +128,7 @@ def _count(dataset: RegressionSet, place: str) -> stream.Size:
     return size
 
 
-def _train(config: Config, checkpoints: str, successor: str, size: stream.Size, total: int, work: Work, watchers: Watchers) -> None:
+def _train(config: Config, checkpoints: str, successor: str, size: Size, total: int, work: Work, watchers: Watchers) -> None:
     """Run the workers to the end; what they made is their last checkpoint. Raises `Stopped` where SIGTERM came before that."""
     # Ray Train's controller looks at its workers this often, and a finished run waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")

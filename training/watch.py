@@ -1,14 +1,10 @@
-"""For those who watch a run: how well the hardware is used, and the lines of `metrics.jsonl` in TensorBoard and MLflow. No Ray."""
+"""For those who watch a run: the lines of `metrics.jsonl` in TensorBoard and MLflow. No Ray."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from typing import Any
-
-import torch
-from torch import nn
 
 from cluster.config import TrainingConfig
 from cluster.errors import UsageError
@@ -16,45 +12,6 @@ from cluster.progress import say
 
 Line = dict[str, Any]
 """A line of `metrics.jsonl`: `step`, `epoch`, and figures of the steps before it or, under `validation`, of the model."""
-
-# Dense bfloat16 FLOP/s by the makers' data sheets, in what `torch.cuda.get_device_name` says; the first that matches counts.
-_PEAKS = {
-    "B200": 2250e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX A6000": 155e12,
-    "RTX 4090": 165e12,
-}
-
-
-def peak(device_name: str) -> float | None:
-    """Return the dense bfloat16 FLOP/s of a GPU, or None where they are not known."""
-    return next((flops for name, flops in _PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
-
-
-def peak_of(device: torch.device) -> float | None:
-    """Return `peak` of a device; None for anything but a GPU."""
-    return peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-class Flops:
-    """The floating-point operations of a forward and backward pass of an encoder, padding left out."""
-
-    def __init__(self, model: Any) -> None:
-        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        self._matrices = sum(int(each.numel()) for each in model.parameters() if each.ndim >= 2 and id(each) not in tables)
-        self._attention = int(getattr(model.config, "num_hidden_layers", 0)) * int(getattr(model.config, "hidden_size", 0))
-
-    def __call__(self, tokens: float, attended: float) -> float:
-        """`tokens` of all pairs, and the sum of the squares of their lengths: what attention looks at."""
-        return 6.0 * self._matrices * tokens + 12.0 * self._attention * attended
 
 
 def scalars(line: Line) -> dict[str, float]:

@@ -20,10 +20,10 @@ from cluster import models
 from cluster.config import Config
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
-from training import blend, checkpoint, loop, stream, validation, watch
+from training import blend, checkpoint, flops, loop, stream, validation
 from training.best import Best
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
-from training.stream import Size
+from training.size import Size
 
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl and moves of the progress bar
 _VALIDATION_ROWS = 64  # instructions a worker validates at once
@@ -55,7 +55,7 @@ class _Worker:
         # A pass through shared weights takes all workers at once, so what scores is then a whole copy.
         whole = copy.deepcopy(self.model) if self.sharded else self.model
         self.scorer = Scorer(whole, self.tokenizer, config.scorer.max_length, self.dtype, self.device)
-        self.flops, self.peak = watch.Flops(self.model), watch.peak_of(self.device)
+        self.flops, self.peak = flops.Flops(self.model), flops.peak_of(self.device)
         if self.sharded:
             loop.shard(self.model)
         self.optimizer = loop.new_optimizer(self.model, config.training)

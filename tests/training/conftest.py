@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -34,13 +35,16 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer with BERT's pair template."""
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+def write_tokenizer(folder: Path, pad_id: Literal[0, 1] = 0, typed: bool = True) -> None:
+    """A word-level tokenizer with BERT's pair template, and `token_type_ids` where it is `typed`."""
+    specials = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    specials.insert(pad_id, "[PAD]")
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*specials, *WORDS])}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -50,8 +54,24 @@ def write_tokenizer(folder: Path) -> None:
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_max_length=64,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_input_names=["input_ids", *["token_type_ids"] * typed, "attention_mask"],
     ).save_pretrained(folder)
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Bert": {"max_position_embeddings": 64},
+    "Roberta": {"max_position_embeddings": 66, "pad_token_id": 1},
+    "DebertaV2": {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]},
+    "ModernBert": {"max_position_embeddings": 64, "pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3},
+}
+
+
+def write_family(kind: str, folder: Path) -> None:
+    """Write a tiny random encoder of one of `FAMILIES` and a tokenizer with its padding id."""
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SMALL, **FAMILIES[kind])).save_pretrained(folder)
+    write_tokenizer(folder, FAMILIES[kind].get("pad_token_id", 0), typed=kind == "Bert")
 
 
 @pytest.fixture(scope="session")

@@ -2,20 +2,27 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
 from cluster import storage
-from cluster.config import Config, load
-from cluster.errors import CappyError, UsageError
+from cluster.config import Config, FilesSource, load
+from cluster.errors import CappyError, Stopped, UsageError
 from evaluation.run import score_by_task
 from evaluation.table import print_adapted
+from tests.generation.fixed_llm import FixedLLM
 from tests.training.test_adapt import publish_tasks, published_scorer, settings, task_rows
-from training import adapt_tasks
+from training import adapt, adapt_tasks
 from training.adapt import Task
 from training.adapted import published
 from training.scorer import Scorer
@@ -132,3 +139,68 @@ def test_the_table_says_what_to_use_and_what_went_wrong(adapted: tuple[Config, d
     assert "lonely: no validation rows of lonely" in shown
     assert "not better than the base, not published; use the-base: worse" in shown
     assert f"{result['averages']['after']:.1f}" in shown and "2 of 4 tasks published" in shown
+
+
+def _adapting() -> list[psutil.Process]:
+    """The processes of this Ray that are at a task, by the title Ray gives them."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [each] * ("ray::adapt" in " ".join(each.cmdline()))
+    return found
+
+
+def _ended(config: Config, name: str) -> bool:
+    return storage.exists(f"{config.adapted_uri}/{name}/{storage.MANIFEST}")
+
+
+def _meanwhile(config: Config, names: list[str], killed: list[int]) -> None:
+    """Kill the worker that is at the first task, and tell this process to stop once that task has come to an end all the same."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not killed:
+        for process in _adapting():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+                killed.append(process.pid)
+        time.sleep(0.02)
+    while time.monotonic() < deadline:
+        if _ended(config, names[0]):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_in_object_storage_it_samples_first_and_ends_alike_though_a_worker_was_killed_and_the_run_stopped(
+    encoder: Path, bucket: str, tmp_path: Path, ray_here: None, capfd: pytest.CaptureFixture[str]
+):
+    names = ["add", "buy", "cut"]
+    rows = [{"dataset": name, "instruction": f"{name} {n} now", "references": [f"number {n % 7}"]} for name in names for n in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = published_scorer(encoder, str(tmp_path / "scorer"))
+    storage.upload_folder(Path(base), f"{bucket}/scorer")
+    config = settings(Path("unused"), encoder, base=f"{bucket}/scorer", pairs=2400, gate=False, concurrency=1).model_copy(
+        update={"workspace": f"{bucket}/run", "source": FilesSource(path=str(tmp_path / "rows.jsonl"))}
+    )
+    killed: list[int] = []
+    assert threading.current_thread() is threading.main_thread()  # where signals are handled
+    threading.Thread(target=_meanwhile, args=(config, names, killed), daemon=True).start()
+    with pytest.raises(Stopped, match=r"stopped on SIGTERM; [12] of 3 tasks came to an end, the same command does the rest"):
+        adapt_tasks.run(config, load=FixedLLM)
+    assert len(killed) == 1 and not _adapting()
+    done = {name: storage.read_json(f"{config.adapted_uri}/{name}/{storage.MANIFEST}") for name in names if _ended(config, name)}
+    assert 1 <= len(done) < 3
+    result = adapt_tasks.run(config, load=FixedLLM)
+    assert f"{len(done)} of 3 tasks are done already; going on" in capfd.readouterr().err
+    assert [(task["task"], task["state"]) for task in result["tasks"]] == [(name, "published") for name in names]
+    for task in result["tasks"]:
+        manifest = storage.read_manifest(task["uri"], "scorer", "adapt")
+        assert manifest == done.get(task["task"], manifest) and storage.verify(task["uri"], manifest) == []
+        assert set(storage.list_files(task["uri"])) == {*manifest["files"], storage.MANIFEST}
+    apart = {"seconds", "pairs_per_second", "uri", "use"}
+    for task in (result["tasks"][0], result["tasks"][-1]):  # the one whose worker was killed, and one begun by the second command
+        here = Task(task["task"], task["dataset"], str(tmp_path / task["task"]), {})
+        untouched = adapt.adapt(config, here, adapt_tasks._base(config))
+        assert {name: value for name, value in task.items() if name not in apart} == {
+            name: value for name, value in json.loads(json.dumps(untouched)).items() if name not in {*apart, "identity"}
+        }

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from transformers import AutoConfig
@@ -32,11 +33,16 @@ def test_the_exported_folder_scores_alike_in_a_cross_encoder(encoder: Path, tmp_
     assert found["score_std"] > 0 and found["crossencoder_max_diff"] < 1e-6
 
 
-def test_the_published_layout_loads_scores_and_may_be_served_and_trained(tmp_path: Path):
-    interchange.write_published_layout(tmp_path, interchange.SHAPES["roberta-tiny"], INSTRUCTIONS + RESPONSES)
-    found = interchange.compare(tmp_path, INSTRUCTIONS, RESPONSES, without=["crossencoder", "vllm"])
-    assert found["pairs"] == 5 and found["score_std"] > 0 and found["transformers_max_diff"] < 1e-6
-    scorer = Scorer.load(str(tmp_path))
-    assert scorer.max_length == 512 and scorer.logprob_weight is None
-    check_scorer(Config.model_validate({"scorer_path": str(tmp_path)}))
-    new_model(tmp_path, ScorerConfig(encoder=str(tmp_path)), TrainingConfig(), seed=0)
+@pytest.mark.parametrize(
+    ("shape", "weights"), [("roberta-tiny", 53_921), pytest.param("roberta-large", 355_360_769, marks=pytest.mark.slow)]
+)
+def test_the_published_layout_loads_scores_and_may_be_served_and_trained(shape: str, weights: int):
+    with TemporaryDirectory() as folder:  # pytest would keep the large one for days
+        interchange.write_published_layout(Path(folder), interchange.SHAPES[shape], INSTRUCTIONS + RESPONSES)
+        found = interchange.compare(Path(folder), INSTRUCTIONS, RESPONSES, without=["crossencoder", "vllm"])
+        assert found["pairs"] == 5 and found["score_std"] > 0 and found["transformers_max_diff"] < 1e-6
+        scorer = Scorer.load(folder)
+        assert scorer.max_length == 512 and scorer.logprob_weight is None
+        assert sum(each.numel() for each in scorer.model.parameters()) == weights
+        check_scorer(Config.model_validate({"scorer_path": folder}))
+        new_model(Path(folder), ScorerConfig(encoder=folder), TrainingConfig(), seed=0)

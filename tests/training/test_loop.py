@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch.multiprocessing
 from cluster import ports
 from cluster.config import ObjectiveConfig, ScorerConfig, TrainingConfig
 from generation.dataset import RegressionSet
-from tests.training.conftest import publish
-from training import checkpoint, loop, objectives, stream
+from tests.training.conftest import FAMILIES, publish, write_family
+from training import checkpoint, lean, loop, objectives, stream
 from training.scorer import encode_pairs, load_tokenizer, new_model
+from training.size import Size
 
 CONFIG = TrainingConfig(epochs=2, batch_size=15, window=64, learning_rate=1e-3)
 COMPARING = ObjectiveConfig(pairwise=0.5, listwise=0.5, labels="rank")
@@ -102,6 +104,34 @@ def test_each_step_is_the_plain_mean_squared_error_of_its_pairs(encoder: Path, d
     assert next(steps).loss.item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_steps_loss_and_gradient_are_those_of_its_pairs_one_at_a_time_in_each_family(kind: str, tmp_path: Path):
+    write_family(kind, tmp_path)
+    config = TrainingConfig(batch_size=40, window=40, micro_batch_tokens=64, learning_rate=1, warmup=0, clip_norm=1e9)
+    model = new_model(tmp_path, ScorerConfig(encoder=str(tmp_path), max_length=32), config, seed=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    alone = copy.deepcopy(model).train()
+    lean.read_all_tokens(alone)
+    tokenizer = load_tokenizer(tmp_path, "x", "s")
+    texts = [" ".join(["red fox please"] * words) for words in np.random.default_rng(0).integers(1, 9, 40)]
+    encoded = encode_pairs(tokenizer, texts, ["a dog"] * 40, 32)
+    window = loop.Window(0, 0, encoded, np.linspace(0, 1, 40, dtype=np.float32), np.arange(40))
+    (step,) = loop.plan([window], config, 1, 0, 1, 0, Size(40, 40))
+    assert len(step.micro_batches) > 5 and max(map(len, step.micro_batches)) > 4
+    plain = torch.optim.SGD(model.parameters())
+    (done,) = loop.fit(model, [step], plain, config, total=1, seed=1, pad_id=tokenizer.pad_token_id, dtype="float32")
+    logits = [alone(**tokenizer([text], ["a dog"], return_tensors="pt")).logits for text in texts]
+    loss = (torch.cat(logits)[:, 0] - torch.from_numpy(window.labels)).square().mean()
+    loss.backward()
+    assert done.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    ended = model.state_dict()
+    for name, weight in alone.named_parameters():  # one step of size 1 is the gradient
+        moved = weight - (0 if weight.grad is None else weight.grad)
+        assert (moved - ended[name]).abs().max() < 1e-5
+
+
 def test_a_window_is_cut_into_steps_of_like_lengths_each_row_once():
     lengths = np.random.default_rng(0).integers(5, 200, 1000)
     config = TrainingConfig(batch_size=32)
@@ -132,7 +162,7 @@ def test_every_pair_weighs_the_same_and_workers_get_as_many_tokens(batch_by: str
     encoded = encode_pairs(load_tokenizer(encoder, "x", "s"), texts, ["a"] * 512, 32)
     config = TrainingConfig(batch_size=64, window=512, batch_by=batch_by)
     window = loop.Window(0, 0, encoded, np.zeros(512, np.float32), np.arange(512))
-    plans = [list(loop.plan([window], config, 1, rank, 2, 0, stream.Size(512, 512))) for rank in (0, 1)]
+    plans = [list(loop.plan([window], config, 1, rank, 2, 0, Size(512, 512))) for rank in (0, 1)]
     weights = np.array([step.weight / step.size.pairs for step in plans[0]])
     assert np.allclose(weights, 1 / 64)
     for pair in zip(*plans, strict=True):
@@ -148,8 +178,8 @@ def test_positions_count_through_windows_and_epochs(pairs: int):
     for epoch in range(2):
         for window, size in enumerate([64] * (pairs // 64) + ([pairs % 64] if pairs % 64 else [])):
             walked += [(epoch, window, step) for step in range(len(loop.cut(np.ones(size, int), CONFIG, 1, epoch, window)))]
-    assert [loop.position(step, stream.Size(pairs, pairs), CONFIG) for step in range(len(walked))] == walked
-    assert loop.steps_in_epoch(stream.Size(pairs, pairs), CONFIG) * 2 == len(walked)
+    assert [loop.position(step, Size(pairs, pairs), CONFIG) for step in range(len(walked))] == walked
+    assert loop.steps_in_epoch(Size(pairs, pairs), CONFIG) * 2 == len(walked)
 
 
 def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
@@ -207,7 +237,7 @@ def train_up_to(stop: int, config: TrainingConfig, rank: int, world: int, encode
 @pytest.mark.parametrize("pairs", [3, 64, 65, 210, 642])
 def test_positions_count_through_windows_of_whole_instructions(pairs: int):
     config = CONFIG.model_copy(update={"objective": COMPARING})
-    size = stream.Size(pairs, pairs // 3)
+    size = Size(pairs, pairs // 3)
     window = loop.window_size(size, config)
     walked = []
     for epoch in range(2):

@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 from cluster.config import ObjectiveConfig, load
 from cluster.errors import UsageError
 from training import objectives
-from training.stream import Size
+from training.size import Size
 
 LABELS = np.array([1.0, 0.5, 0.5, 0.0, 0.3, 0.3, 1.0, 0.2], np.float32)
 GROUPS = np.array([7, 7, 7, 7, 2, 2, 9, 9])

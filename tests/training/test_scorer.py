@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from cluster import storage
 from cluster.config import ScorerConfig, TrainingConfig
 from cluster.errors import CappyError, UsageError
+from tests.training.conftest import FAMILIES, write_family
 from training.scorer import Scorer, encode_pairs, load_tokenizer, longest_input, new_model, token_batches
 
 INSTRUCTIONS = ["say after me red fox", "please say a dog", "now", "say after me then once again the blue bee", "cow"] * 7
@@ -119,34 +119,21 @@ def test_the_same_seed_draws_the_same_head(encoder: Path):
     assert not torch.equal(heads[0], heads[2])
 
 
-SMALL = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "longest"),
-    [
-        ("Bert", {"max_position_embeddings": 64}, 64),
-        ("Roberta", {"max_position_embeddings": 66, "pad_token_id": 1}, 64),
-        ("DebertaV2", {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}, 1 << 30),
-        ("ModernBert", {"max_position_embeddings": 64, "pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3}, 64),
-    ],
-)
-def test_each_encoder_family_becomes_a_one_logit_regression_model(kind: str, settings: dict, longest: int, encoder: Path, tmp_path: Path):
-    config = getattr(transformers, f"{kind}Config")(**SMALL, **settings)
-    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
-    load_tokenizer(encoder, "x", "s").save_pretrained(tmp_path)
+@pytest.mark.parametrize(("kind", "longest"), zip(FAMILIES, (64, 64, 1 << 30, 64), strict=True))
+def test_each_encoder_family_becomes_a_one_logit_regression_model(kind: str, longest: int, tmp_path: Path):
+    write_family(kind, tmp_path)
     model = new_model(tmp_path, ScorerConfig(encoder=str(tmp_path), max_length=16), TrainingConfig(attention_dropout=0.25), seed=3)
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
     assert 0.25 in (getattr(model.config, "attention_probs_dropout_prob", None), getattr(model.config, "attention_dropout", None))
     assert longest_input(model) == longest
-    tokenizer = load_tokenizer(tmp_path, "x", "s")
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    whole = Scorer(model, tokenizer, 16)
+    whole = Scorer(model, load_tokenizer(tmp_path, "x", "s"), 16)
     whole.save(tmp_path / "scorer")
     half = Scorer.load(str(tmp_path / "scorer"), "bfloat16")
     assert half.model.dtype == torch.bfloat16 and whole.model.dtype == torch.float32
-    scores = whole.score(INSTRUCTIONS, RESPONSES)
-    assert scores.std() > 0 and np.abs(half.score(INSTRUCTIONS, RESPONSES) - scores).max() < 0.02
+    # So many that they are scored in several batches, sorted by length and padded.
+    scores = whole.score(INSTRUCTIONS * 15, RESPONSES * 15).reshape(15, -1)
+    assert np.abs(scores - plain_scores(tmp_path / "scorer", INSTRUCTIONS, RESPONSES)).max() < 1e-5
+    assert scores.std() > 0 and np.abs(half.score(INSTRUCTIONS, RESPONSES) - scores[0]).max() < 0.02
 
 
 def test_a_length_the_encoder_cannot_read_is_refused(encoder: Path):

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cluster.config import ScorerConfig, TrainingConfig
+from training import flops, lean
+from training.scorer import new_model
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_that_of_its_very_model_or_unknown(name: str, tera: float | None):
+    assert flops.peak(name) == (tera and tera * 1e12)
+
+
+def test_there_is_no_peak_on_cpu():
+    assert flops.peak_of(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_the_operations_are_those_torch_counts(plain: bool, encoder: Path):
+    model = new_model(encoder, ScorerConfig(max_length=64), TrainingConfig(), seed=1)
+    if plain:
+        lean.read_all_tokens(model)
+    assert lean.reads_first_token_only(model) is not plain
+    ids = torch.ones((3, 40), dtype=torch.long)
+    with FlopCounterMode(display=False) as counted, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(input_ids=ids).logits.sum().backward()
+    # Pooler, head and what a lean layer does to one token of each pair are left out.
+    assert flops.Flops(model)(3 * 40, 3 * 40**2) == pytest.approx(counted.get_total_flops(), rel=0.05)
