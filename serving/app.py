@@ -43,8 +43,6 @@ _READY_TIMEOUT_S = 5.0
 _READY_KEPT_S = 1.0
 # A request's own timeout comes first and has OpenAI's shape; the proxy's is there for what never reaches the gateway.
 _PROXY_GRACE_S = 10.0
-# Drained replicas stop within this; requests of a server that is going down get that long to end.
-_SHUTDOWN_S = 15.0
 # Times a call of the scorer is sent while its replicas are being lost.
 _SCORER_TRIES = 8
 # Share of a request's time that it may wait for an endpoint to take it.
@@ -124,11 +122,14 @@ def build(config: Config) -> serve.Application:
         "max_constructor_retry_count": 2,
         "health_check_period_s": 2.0,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "graceful_shutdown_timeout_s": _SHUTDOWN_S,
+        # A replica that is replaced finishes what it took on. (Serve's own shutdown waits half a minute at most.)
+        "graceful_shutdown_timeout_s": serving.timeout_s + _PROXY_GRACE_S,
     }
     resources = engines.resources(config.sampler, ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0)
     if serving.llm_gpus is not None:
         resources["num_gpus"] = serving.llm_gpus
+    # In an update new replicas answer before old ones stop, except where an LLM would need its GPUs twice.
+    surge = {"max_surge_percent": 100}
     # The gateway limits the requests; the margin keeps room for health checks beside them.
     room = serving.max_concurrency + 8
     llm = serve.deployment(LLM).options(
@@ -136,6 +137,7 @@ def build(config: Config) -> serve.Application:
         max_ongoing_requests=room,
         ray_actor_options=resources,
         **replica_options(serving.llm_replicas),
+        **({} if resources["num_gpus"] else surge),
         **common,
     )
     scorer = serve.deployment(Scorer).options(
@@ -143,6 +145,7 @@ def build(config: Config) -> serve.Application:
         max_ongoing_requests=room,
         ray_actor_options={"num_cpus": 1},
         **replica_options(serving.scorer_replicas),
+        **surge,
         **common,
     )
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
@@ -153,6 +156,7 @@ def build(config: Config) -> serve.Application:
         **replica_options(serving.gateway_replicas),
         # Its own access log (`serving.access_log`) says more than Serve's.
         logging_config={"encoding": "JSON", "enable_access_log": False},
+        **surge,
         **common,
     )
     ledger = storage.absolute(storage.join(config.workspace, "serving", "cost"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster import models
@@ -24,37 +25,13 @@ class Engine:
     def __init__(self, model: str, config: VLLMConfig, setting: str = "sampler.model") -> None:
         folder = models.resolve(model, setting)
         gpu = has_gpu()
-        _set_environment(config, gpu)
+        set_environment(config, gpu)
         # Imported late: importing vLLM takes seconds and reads the environment set above.
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        eager = not config.compile if config.compile is not None else not gpu
-        options: dict[str, Any] = {}
-        if gpu:
-            options["gpu_memory_utilization"] = config.gpu_memory_utilization
-        else:
-            # A seeded prompt that chunked prefill splits kills the CPU engine, so there prompts are prefilled whole.
-            # Only whole blocks of a prompt are shared between candidates; the CPU's default of 128 tokens makes each
-            # candidate prefill most of a short prompt again.
-            options["block_size"] = 32
-            options["enable_chunked_prefill"] = False
-            options["max_num_batched_tokens"] = max(2048, config.max_model_len)
         try:
-            self.llm = AsyncLLM.from_engine_args(
-                AsyncEngineArgs(
-                    model=str(folder),
-                    dtype=config.dtype,
-                    max_model_len=config.max_model_len,
-                    max_num_seqs=config.max_num_seqs,
-                    tensor_parallel_size=config.tensor_parallel,
-                    enable_prefix_caching=True,
-                    enforce_eager=eager,
-                    disable_log_stats=True,
-                    trust_remote_code=False,
-                    **options,
-                )
-            )
+            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(folder, config, gpu)))
         except ValueError as error:
             raise CappyError(f"{setting}={model}: vLLM refused the model or its settings: {_first_line(error)}") from None
         from transformers import AutoTokenizer
@@ -130,7 +107,35 @@ class Engine:
         self.llm.shutdown()
 
 
-def _set_environment(config: VLLMConfig, gpu: bool) -> None:
+def engine_arguments(folder: Path, config: VLLMConfig, gpu: bool) -> dict[str, Any]:
+    """Return the arguments of vLLM's engine for the model in `folder`, by the names its own server has them by."""
+    eager = not config.compile if config.compile is not None else not gpu
+    options: dict[str, Any] = {}
+    if gpu:
+        options["gpu_memory_utilization"] = config.gpu_memory_utilization
+    else:
+        # A seeded prompt that chunked prefill splits kills the CPU engine, so there prompts are prefilled whole.
+        # Only whole blocks of a prompt are shared between candidates; the CPU's default of 128 tokens makes each
+        # candidate prefill most of a short prompt again.
+        options["block_size"] = 32
+        options["enable_chunked_prefill"] = False
+        options["max_num_batched_tokens"] = max(2048, config.max_model_len)
+    return {
+        "model": str(folder),
+        "dtype": config.dtype,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "tensor_parallel_size": config.tensor_parallel,
+        "enable_prefix_caching": True,
+        "enforce_eager": eager,
+        "disable_log_stats": True,
+        "trust_remote_code": False,
+        **options,
+    }
+
+
+def set_environment(config: VLLMConfig, gpu: bool) -> None:
+    """Set what vLLM reads when it is imported, where the user has not."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu:

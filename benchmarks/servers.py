@@ -1,0 +1,188 @@
+"""Servers for benchmarks, each in a session of its own, with the memory and CPU time of what belongs to it: ours, and vLLM's own.
+
+Both have the same LLM: its weights, the engine's arguments and the engine's environment come from the same functions.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psutil
+
+from cluster import models, ports
+from cluster.config import Config, ScorerConfig, TrainingConfig, load
+from cluster.errors import CappyError
+from generation.engines import has_gpu
+from generation.engines.vllm import engine_arguments, set_environment
+
+MIB = 1 << 20
+# Part of a process's title or command line to the role it has; the first that fits counts.
+_ROLES = {
+    "ServeReplica:cappy:Gateway": "gateway",
+    "ServeReplica:cappy:LLM": "llm",
+    "ServeReplica:cappy:Scorer": "scorer",
+    "ProxyActor": "proxy",
+    "ServeController": "controller",
+    "VLLM::": "engine",
+    "cluster.cli": "driver",
+    "api_server": "server",
+}
+_START_S = 300.0
+
+
+class Server:
+    """A running server: its URL and the processes that belong to it."""
+
+    def __init__(self, url: str, pid: int) -> None:
+        self.url = url
+        self._root = psutil.Process(pid)
+
+    @property
+    def chat(self) -> str:
+        return f"{self.url}/v1/chat/completions"
+
+    def family(self) -> dict[int, tuple[str, psutil.Process]]:
+        """Return the role of each process that belongs to it, by its number; what has no role of its own is `rest`."""
+        found = {}
+        for process in (self._root, *self._root.children(recursive=True)):
+            with suppress(psutil.Error):
+                words = " ".join(process.cmdline())
+                found[process.pid] = (next((role for part, role in _ROLES.items() if part in words), "rest"), process)
+        return found
+
+    def of(self, role: str) -> list[psutil.Process]:
+        """Return the processes of a role, oldest first."""
+        return sorted((process for name, process in self.family().values() if name == role), key=lambda each: each.create_time())
+
+    def memory(self) -> dict[str, float]:
+        """Return the resident memory of each role, summed over its processes, in MiB."""
+        return self._sum(lambda process: process.memory_info().rss / MIB)
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Return the CPU seconds of each role so far; those of processes that ended are gone."""
+        return self._sum(lambda process: sum(process.cpu_times()[:2]))
+
+    def _sum(self, figure) -> dict[str, float]:  # type: ignore[no-untyped-def]
+        sums: dict[str, float] = {}
+        for role, process in self.family().values():
+            with suppress(psutil.Error):
+                sums[role] = sums.get(role, 0.0) + figure(process)
+        return sums
+
+
+class MemoryWatch:
+    """The memory of a server by role, looked at every few seconds while the block runs: `looks` has (seconds, MiB by role)."""
+
+    def __init__(self, server: Server, every_s: float = 5.0) -> None:
+        self.looks: list[tuple[float, dict[str, float]]] = []
+        self._server, self._every, self._over = server, every_s, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._start = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.is_set():
+            self.looks.append((time.monotonic() - self._start, self._server.memory()))
+            self._over.wait(self._every)
+
+
+def write_scorer(folder: Path, seed: int) -> None:
+    """A MiniLM scorer whose head is drawn: as fast as a trained one."""
+    from training.scorer import Scorer, load_tokenizer, new_model
+
+    encoder = models.resolve("minilm-l6", "encoder")
+    model = new_model(encoder, ScorerConfig(), TrainingConfig(), seed)
+    Scorer(model, load_tokenizer(encoder, "minilm-l6", "encoder"), 512).save(folder)
+
+
+@contextmanager
+def ours(config: Config, folder: Path) -> Iterator[Server]:
+    """`cappy serve` of a config at a free port; its files and log in `folder`."""
+    port = ports.free()
+    path = folder / "serve.yaml"
+    path.write_text(config.model_copy(update={"serving": config.serving.model_copy(update={"port": port})}).to_yaml())
+    # Others may join this Ray: it is ended with the block.
+    with _running(["-m", "cluster.cli", "serve", str(path)], port, folder / "serve.log", {"RAY_AUTH_MODE": "disabled"}) as server:
+        yield server
+
+
+@contextmanager
+def vllms(config: Config, folder: Path) -> Iterator[Server]:
+    """vLLM's own OpenAI server at a free port with the LLM of a config, as `cappy serve` runs it."""
+    port = ports.free()
+    path = folder / "vllm.yaml"
+    path.write_text(config.to_yaml())
+    with _running(["-m", "benchmarks.servers", str(path), str(port)], port, folder / "vllm.log", {}) as server:
+        yield server
+
+
+@contextmanager
+def _running(command: list[str], port: int, log: Path, environment: dict[str, str]) -> Iterator[Server]:
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=sink, stderr=sink, env={**os.environ, **environment}, start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}", process.pid)
+    try:
+        try:
+            wait_healthy(server, process)
+        except CappyError as error:
+            raise CappyError(f"{error}: {log.read_text()[-2000:]}") from None
+        yield server
+    finally:
+        family = [each for _, each in server.family().values()] if process.poll() is None else []
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        _, left = psutil.wait_procs(family, timeout=10)
+        for each in left:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+
+
+def wait_healthy(server: Server, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Return once the server says that it can answer. Raises `CappyError` where it does not, or its `process` ends."""
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline and (process is None or process.poll() is None):
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{server.url}/health", timeout=10).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise CappyError(f"{server.url} did not become healthy")
+
+
+def _become_vllm(config: Config, port: str) -> None:
+    """Replace this process by vLLM's server."""
+    engine = config.sampler.vllm()
+    set_environment(engine, has_gpu())
+    folder = models.resolve(config.sampler.model, "sampler.model")
+    # Sampling as the request says and not as the model's makers advise, and no line a request: what ours does.
+    flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", config.serving.model_name]
+    flags += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
+    for name, value in engine_arguments(folder, engine, has_gpu()).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags])
+
+
+if __name__ == "__main__":
+    _become_vllm(load(sys.argv[1]), sys.argv[2])

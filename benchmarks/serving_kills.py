@@ -1,0 +1,200 @@
+"""Kill replicas of a server under load, and update it with requests in flight; count the requests that fail.
+
+    python -m benchmarks.serving_kills --json -
+
+`cappy serve` as in `benchmarks.serving`, under an open load at `--rate` of what it can do.
+
+- `scorer_1`, `scorer_2`: one and two scorer replicas; every five seconds the one that runs longest gets SIGKILL. All requests must be
+  answered (`slowest_s`: the latest of them).
+- `llm`: its replica gets SIGKILL once. Only requests that were under way then may fail, each with 503. `recovery_s` is from the kill to
+  the first answer to a request sent after it; `engines_left` counts processes of the dead replica's engine that outlive it.
+- `update`: 50 requests at once, and a second later every deployment gets a changed setting (`serve.run` from another process, as `serve
+  deploy` does it); the load goes on meanwhile. All must be answered. `longest_gap_s`: the longest time without any answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import servers, serving
+from benchmarks.load import Answer, arrivals, opened
+from cluster.config import Config, load
+from cluster.progress import say
+from cluster.runtime import ray_session
+
+_KILL_EVERY_S = 5.0
+_LLM_KILL_S = 15.0
+_AT_ONCE = 50
+_ENGINE_ENDS_S = 15.0
+
+
+def failures(answers: Sequence[Answer]) -> dict[str, Any]:
+    """What failed, by status and code, with an example of what the client was told."""
+    bad = serving.wrong(answers)
+    told = [each.tree.get("error", {}) for each in bad]
+    kinds = Counter(f"{each.status} {error.get('code')}" for each, error in zip(bad, told, strict=True))
+    return {"answers": len(answers), "failed": len(bad), **({"kinds": dict(kinds), "told": told[0].get("message")} if bad else {})}
+
+
+async def scorers_killed(server: servers.Server, bodies: list[Any], moments: list[float]) -> dict[str, Any]:
+    loading = asyncio.create_task(opened(server.chat, bodies, moments))
+    kills = 0
+    for _ in range(int(moments[-1] / _KILL_EVERY_S)):
+        await asyncio.sleep(_KILL_EVERY_S)
+        running = server.of("scorer")
+        if running:
+            running[0].kill()
+            kills += 1
+    answers = await loading
+    return {"kills": kills, **failures(answers), "slowest_s": round(max(serving.latencies(answers)), 2)}
+
+
+async def llm_killed(server: servers.Server, bodies: list[Any], moments: list[float]) -> dict[str, Any]:
+    start = time.perf_counter()
+    loading = asyncio.create_task(opened(server.chat, bodies, moments))
+    await asyncio.sleep(_LLM_KILL_S)
+    (replica,) = server.of("llm")
+    engines = replica.children(recursive=True)
+    replica.kill()
+    killed = time.perf_counter() - start
+    say(f"killed the LLM's replica after {killed:.1f} s")
+    answers = await loading
+    later = [each.due + each.latency for each in answers if each.due > killed and each.status == 200]
+    bad = serving.wrong(answers)
+    left = psutil.wait_procs(engines, timeout=_ENGINE_ENDS_S)[1]
+    return {
+        **failures(answers),
+        "under_way": sum(each.due < killed < each.due + each.latency for each in answers),
+        "failed_sent_later": sum(each.due > killed for each in bad),
+        "recovery_s": round(min(later) - killed, 1) if later else None,
+        "engines_left": len(left),
+    }
+
+
+async def updated(server: servers.Server, bodies: list[Any], moments: list[float], config: Config, folder: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    before = set(server.family())
+    loading = asyncio.create_task(opened(server.chat, bodies, [0.0] * _AT_ONCE + moments))
+    await asyncio.sleep(1)
+    path = folder / "update.yaml"
+    path.write_text(config.to_yaml())
+    environment = {**os.environ, "RAY_ADDRESS": ray_address(server), "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-m", "benchmarks.serving_kills", "--update", str(path)]
+    process = await asyncio.create_subprocess_exec(*command, env=environment)
+    code = await process.wait()
+    took = time.perf_counter() - start - 1
+    say(f"the update took {took:.1f} s")
+    answers = await loading
+    new = {role for pid, (role, _) in server.family().items() if pid not in before}
+    ends = sorted(each.due + each.latency for each in answers if each.status == 200)
+    return {
+        **failures(answers),
+        "updated": code == 0 and {"gateway", "llm", "scorer"} <= new,
+        "update_s": round(took, 1),
+        "in_flight": sum(each.due + each.latency > 1 for each in answers[:_AT_ONCE]),
+        "longest_gap_s": round(max(two - one for one, two in pairwise(ends)), 2),
+        "slowest_s": round(max(serving.latencies(answers)), 2),
+    }
+
+
+def ray_address(server: servers.Server) -> str:
+    """Return where the server's own Ray is joined."""
+    for _, process in server.family().values():
+        with suppress(psutil.Error):
+            for word in process.cmdline():
+                if word.startswith("--gcs-address="):
+                    return word.removeprefix("--gcs-address=")
+    raise LookupError("no process of the server's says where its Ray is")
+
+
+def update(path: str) -> None:
+    """Give the running server another config; returns once that is what runs."""
+    from ray import serve
+
+    from serving import app
+
+    with ray_session():
+        serve.run(app.build(load(path)), name=app.APPLICATION, route_prefix="/")
+
+
+def changed(config: Config, **settings: Any) -> Config:
+    """Return a config with other settings; a section takes a dict of its own."""
+    tree = config.model_dump(mode="json")
+    for name, value in settings.items():
+        tree[name] = {**tree[name], **value} if isinstance(value, dict) else value
+    return Config.model_validate(tree)
+
+
+def run(config: Config, folder: Path, prompts: serving.Prompts, options: argparse.Namespace) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+
+    def note(name: str, result: dict[str, Any]) -> None:
+        results[name] = result
+        say(f"{name}: {result}")
+
+    for count in (1, 2):
+        wanted = [name for name in options.victims if name == f"scorer_{count}" or (count == 2 and name in ("llm", "update"))]
+        if not wanted:
+            continue
+        served = changed(config, serving={"scorer_replicas": count, "max_queue": 2 * _AT_ONCE})
+        with servers.ours(served, folder) as server:
+            rate = serving.RATES[options.rate] * serving.capacity(server, prompts, options)
+            say(f"{rate:.2f} requests a second")
+            for name in wanted:
+                moments = arrivals(rate, options.seconds, options.seed)
+                bodies = prompts.ours(len(moments) + _AT_ONCE)
+                if name == "llm":
+                    note(name, asyncio.run(llm_killed(server, bodies, moments)))
+                elif name == "update":
+                    shutil.copytree(folder / "scorer", folder / "scorer-2")
+                    other = changed(
+                        served,
+                        serving={"candidates": served.serving.candidates + 1},
+                        sampler={"engine": {**served.sampler.vllm().model_dump(), "max_num_seqs": 48}},
+                        scorer_path=str(folder / "scorer-2"),
+                    )
+                    note(name, asyncio.run(updated(server, bodies, moments, other, folder)))
+                else:
+                    note(name, asyncio.run(scorers_killed(server, bodies, moments)))
+                servers.wait_healthy(server)
+    return results
+
+
+def main() -> int:
+    made = serving.parser()
+    made.description = __doc__.splitlines()[0] if __doc__ else None
+    victims = ("scorer_1", "scorer_2", "llm", "update")
+    made.add_argument("--victims", nargs="+", choices=victims, default=list(victims))
+    made.add_argument("--update", metavar="CONFIG", help=argparse.SUPPRESS)
+    made.set_defaults(rate="light", seconds=120.0)
+    options = made.parse_args()
+    if options.update:
+        update(options.update)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="cappy-serving-kills-") as name:
+        config, prompts = serving.prepare(options, Path(name))
+        results = run(config, Path(name), prompts, options)
+    for name, result in results.items():
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
+    if options.json:
+        print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

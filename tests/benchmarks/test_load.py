@@ -1,0 +1,63 @@
+"""The load generator, against a server in this process."""
+
+import math
+import time
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from benchmarks.load import arrivals, closed, opened, quantiles, seconds
+
+
+def test_arrivals_come_at_their_rate_and_again_with_their_seed():
+    moments = arrivals(5, 400, seed=1)
+    assert moments == sorted(moments) and 0 < moments[0] and moments[-1] < 400
+    # 2,000 expected; a Poisson count is within five standard deviations of that.
+    assert abs(len(moments) - 2000) < 5 * math.sqrt(2000)
+    assert arrivals(5, 400, seed=1) == moments != arrivals(5, 400, seed=2)
+
+
+def test_quantiles_lie_between_the_values():
+    assert quantiles([1.0, 2.0, 3.0, 4.0], 0, 0.5, 1) == [1.0, 2.5, 4.0]
+    assert all(math.isnan(value) for value in quantiles([], 0.5, 0.99))
+
+
+@pytest.fixture
+async def server():
+    """Answers what it is told to; `busy` seconds it lets nobody else do anything, this client included."""
+    here = most = 0
+
+    async def answer(request):
+        nonlocal here, most
+        here += 1
+        most = max(most, here)
+        asked = await request.json()
+        time.sleep(asked.get("busy", 0))
+        here -= 1
+        return web.json_response({"most": most, **asked}, status=asked.get("status", 200))
+
+    app = web.Application()
+    app.router.add_post("/", answer)
+    async with TestServer(app) as running:
+        yield str(running.make_url("/"))
+
+
+async def test_latency_counts_from_when_a_request_was_due(server):
+    answers = await opened(server, [{"busy": 0.2}, {"busy": 0.2}, {"status": 503}], [0.0, 0.01, 0.02])
+    assert [each.due for each in answers] == [0.0, 0.01, 0.02]
+    assert [each.status for each in answers] == [200, 200, 503]
+    # Whichever of the two came second could not even be sent while the first held the loop, and its clock ran all the same.
+    assert max(each.latency for each in answers[:2]) > 0.38
+    assert seconds(answers) >= 0.4
+
+
+async def test_clients_without_a_pause_send_every_body_once(server):
+    answers = await closed(server, [{"number": number} for number in range(20)], clients=3)
+    assert sorted(each.tree["number"] for each in answers) == list(range(20))
+    assert 1 <= max(each.tree["most"] for each in answers) <= 3
+
+
+async def test_a_broken_connection_is_an_answer_too():
+    (answer,) = await opened("http://127.0.0.1:9/", [{}], [0.0])
+    assert answer.status == 0 and "Connect" in answer.tree["error"]["message"]
