@@ -12,7 +12,7 @@ from benchmarks.load import arrivals, closed, opened, quantiles, seconds
 
 def test_arrivals_come_at_their_rate_and_again_with_their_seed():
     moments = arrivals(5, 400, seed=1)
-    assert moments == sorted(moments) and 0 < moments[0] and moments[-1] < 400
+    assert moments == sorted(moments) and moments[0] > 0 and moments[-1] < 400
     # 2,000 expected; a Poisson count is within five standard deviations of that.
     assert abs(len(moments) - 2000) < 5 * math.sqrt(2000)
     assert arrivals(5, 400, seed=1) == moments != arrivals(5, 400, seed=2)
