@@ -18,7 +18,7 @@ import httpx
 import psutil
 
 from cluster import models, ports
-from cluster.config import Config, ScorerConfig, TrainingConfig, load
+from cluster.config import Config, ScorerConfig, TrainingConfig, VLLMConfig, load
 from cluster.errors import CappyError
 from generation.engines import has_gpu
 from generation.engines.vllm import engine_arguments, set_environment
@@ -169,7 +169,8 @@ def wait_healthy(server: Server, process: subprocess.Popen[bytes] | None = None)
 
 def _become_vllm(config: Config, port: str) -> None:
     """Replace this process by vLLM's server."""
-    engine = config.sampler.vllm()
+    engine = config.sampler.engine
+    assert isinstance(engine, VLLMConfig)
     set_environment(engine, has_gpu())
     folder = models.resolve(config.sampler.model, "sampler.model")
     # Sampling as the request says and not as the model's makers advise, and no line a request: what ours does.

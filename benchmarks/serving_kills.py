@@ -165,7 +165,7 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
                     other = changed(
                         served,
                         serving={"candidates": served.serving.candidates + 1},
-                        sampler={"engine": {**served.sampler.vllm().model_dump(), "max_num_seqs": 48}},
+                        sampler={"engine": {**served.sampler.engine.model_dump(), "max_num_seqs": 48}},
                         scorer_path=str(folder / "scorer-2"),
                     )
                     note(name, asyncio.run(updated(server, bodies, moments, other, folder)))
