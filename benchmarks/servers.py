@@ -116,8 +116,9 @@ def ours(config: Config, folder: Path) -> Iterator[Server]:
     port = ports.free()
     path = folder / "serve.yaml"
     path.write_text(config.model_copy(update={"serving": config.serving.model_copy(update={"port": port})}).to_yaml())
-    # Others may join this Ray: it is ended with the block.
-    with _running(["-m", "cluster.cli", "serve", str(path)], port, folder / "serve.log", {"RAY_AUTH_MODE": "disabled"}) as server:
+    # Joined by whoever updates it. Ray's workers give way to everything else by default; vLLM's server does not.
+    environment = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+    with _running(["-m", "cluster.cli", "serve", str(path)], port, folder / "serve.log", environment) as server:
         yield server
 
 
