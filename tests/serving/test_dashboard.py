@@ -21,7 +21,7 @@ def told():
     metrics = Metrics()
     metrics.answered("/v1/chat/completions", 200)
     metrics.took("total", 1.0)
-    metrics.sampled([{"response": "", "decoding": "greedy", "tokens": 1, "finish_reason": "stop", "logprob": None}], 1)
+    metrics.sampled([{"response": "", "decoding": "greedy", "tokens": 1, "finish_reason": "stop", "logprob": None}], 1, 0.0)
     metrics.fell_back("first")
     families = text_string_to_metric_families(metrics.text().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
