@@ -95,7 +95,7 @@ class Turn:
     """Most bytes that tensors held on the GPU, weights and moments included."""
 
 
-class Padded(nn.Module):
+class Padded(nn.Module):  # type: ignore[misc]
     """A model that reads every batch padded to `width` tokens."""
 
     def __init__(self, model: Any, width: int) -> None:
@@ -115,7 +115,8 @@ class Bench:
         self.device = torch.device(options.device)
         self.dtype = pick_dtype(options.dtype, self.device)
         chosen = {**SETTINGS, "batch_size": options.batch_size, "micro_batch_tokens": options.micro_batch_tokens}
-        self.settings: Any = SimpleNamespace(**{**chosen, "objective": SimpleNamespace(**chosen["objective"])})
+        settings: Any = SimpleNamespace(**{**chosen, "objective": SimpleNamespace(**chosen["objective"])})
+        self.settings = settings
         self.seed = options.seed
         config = MODELS[options.model]
         torch.manual_seed(self.seed)
@@ -224,7 +225,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{f'turn {number} of {options.turns}' if number else 'warm-up'}: {rates} pairs/s", file=sys.stderr, flush=True)
 
     def median(name: str, figure: Any) -> float:
-        return statistics.median(map(figure, turns[name][1:]))
+        return float(statistics.median(map(figure, turns[name][1:])))
 
     def ratio(mine: str, theirs: str) -> float:
         pairs = zip(turns[mine][1:], turns[theirs][1:], strict=True)

@@ -536,7 +536,7 @@ def decodings_for(request: SampleRequest, config: Config, scored: bool = True) -
         raise ApiError(
             f"max_tokens: {size} candidates may have {tokens:,} tokens together, above this server's limit of {limit:,} "
             f"(serving.max_sampled_tokens); ask for fewer or shorter ones",
-            param="max_completion_tokens" if request.max_completion_tokens else "max_tokens",
+            param=request.length[0],
             code="invalid_value",
         )
     return decodings

@@ -59,4 +59,4 @@ class Flops:
 
     def __call__(self, tokens: float, attended: float) -> float:
         """`tokens` of all pairs, and the sum of the squares of their lengths: what attention looks at."""
-        return 6.0 * self._matrices * tokens + 12.0 * self._attention * attended
+        return float(6.0 * self._matrices * tokens + 12.0 * self._attention * attended)

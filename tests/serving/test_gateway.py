@@ -234,6 +234,22 @@ async def test_a_text_completion_continues_the_prompt_as_it_stands_and_the_score
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 3
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "field"),
+    [
+        ("/v1/completions", {"prompt": "one", "max_tokens": 100}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": BODY["messages"], "max_tokens": 100}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": BODY["messages"], "max_completion_tokens": 100}, "max_completion_tokens"),
+    ],
+)
+async def test_more_tokens_than_a_server_samples_for_one_request_are_refused_by_the_field_that_asks(path, asked, field):
+    backend = Echo()
+    async with client(backend, max_sampled_tokens=700) as http:
+        answer = await http.post(path, json={"model": "cappy", **asked})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], backend.asked) == (400, field, []) and "serving.max_sampled_tokens" in error["message"]
+
+
 async def test_a_text_completion_below_the_floor_is_empty_and_says_so():
     async with client(Echo()) as http:
         answer = (await http.post("/v1/completions", json={**TEXT, "cappy": {"min_score": 9}})).json()
