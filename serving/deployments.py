@@ -68,7 +68,7 @@ class LLM:
             raise self._told(error, param) from None
         identity = uuid.uuid4().hex
         if self.ledger and not await self.ledger.reserve(identity, sum(self.engine.most(encoded, each) for each in decodings)):
-            message = "this server has spent what it may (sampler.engine.max_cost); its operator can raise it"
+            message = "the request could cost more than is left of what this server may spend (sampler.engine.max_cost); ask for less"
             raise ApiError(message, 429, code="insufficient_quota", retry_s=_BROKE_RETRY_S)
         names = [f"{identity}-{position}" for position in range(len(decodings))]
         draws = [
