@@ -73,9 +73,13 @@ class Doorman:
         """Whether one more may come in."""
         return self.here < self._room
 
-    async def __aenter__(self) -> None:
+    def knock(self) -> None:
+        """Raise `ApiError` (503) where one more may not come in."""
         if not self.room:
             raise ApiError(f"the server has {self.here} requests in work or waiting; try again", 503, code="overloaded")
+
+    async def __aenter__(self) -> None:
+        self.knock()
         self.here += 1
         try:
             await self._slots.acquire()
@@ -176,6 +180,11 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = (), met
         finally:
             metrics.took("total", time.monotonic() - start)
 
+    async def read(http: Request) -> bytes:
+        # Not a thing is done for a request that will be turned away: when there are many, each takes from those that are not.
+        door.knock()
+        return await limits.read(http, config.serving)
+
     async def completed(http: Request, request: protocol.SampleRequest) -> Response:
         scorer = catalogue.chooser(request)
         decodings = protocol.decodings_for(request, config, scored=scorer is not None)
@@ -195,19 +204,19 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = (), met
     @api.post("/v1/chat/completions", **schema.takes(protocol.ChatRequest, protocol.ChatCompletion, streams=True))
     async def chat(http: Request) -> Response:
         """Sample candidates for the last message, score them, return the best."""
-        request = protocol.parse(await limits.read(http, config.serving))
+        request = protocol.parse(await read(http))
         protocol.check_length((message.content for message in request.messages), config, "messages")
         return await completed(http, request)
 
     @api.post("/v1/completions", **schema.takes(protocol.TextRequest, protocol.TextCompletion, streams=True))
     async def text(http: Request) -> Response:
         """Sample continuations of a prompt as it stands, score them, return the best."""
-        request = protocol.parse_text(await limits.read(http, config.serving))
+        request = protocol.parse_text(await read(http))
         protocol.check_length([request.prompt], config, "prompt")
         return await completed(http, request)
 
     async def judged(kind: type[scoring.R], http: Request) -> tuple[scoring.R, Scored]:
-        request = scoring.parse(kind, await limits.read(http, config.serving), config.serving)
+        request = scoring.parse(kind, await read(http), config.serving)
         scorer = catalogue.judge(request.model)
         return request, await working(lambda: _score(backend, scorer, *request.pairs()))
 

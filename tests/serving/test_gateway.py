@@ -358,6 +358,22 @@ async def test_beyond_work_and_queue_requests_are_turned_away_at_once_and_the_re
         assert (await http.post("/v1/chat/completions", json=BODY)).status_code == 200
 
 
+async def test_a_request_that_is_turned_away_is_not_even_read():
+    read = []
+
+    async def body():
+        read.append("started")
+        yield json.dumps(BODY).encode()
+
+    async with client(Echo(wait=0.3), max_concurrency=1, max_queue=0) as http:
+        http.headers["Content-Type"] = "application/json"
+        busy = asyncio.ensure_future(http.post("/v1/chat/completions", json=BODY))
+        await asyncio.sleep(0.1)
+        assert (await http.post("/v1/chat/completions", content=body())).status_code == 503 and read == []
+        assert (await busy).status_code == 200
+        assert (await http.post("/v1/chat/completions", content=body())).status_code == 200 and read == ["started"]
+
+
 async def test_with_keys_every_path_but_health_and_the_page_wants_one():
     key, sha256 = new_key()
     entry = {"name": "a", "sha256": sha256, "requests_per_minute": 4, "candidates_per_minute": 9}
