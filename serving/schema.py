@@ -127,7 +127,7 @@ def takes(body: type[BaseModel], answer: type[BaseModel], *, streams: bool = Fal
     responses = errors(400, 404, 408, 413, 415, 503, 504, *((502,) if streams else ()))
     if streams:  # as those that sample do
         events = 'data: {"object": "chat.completion.chunk", "choices": [...], ...}\n\ndata: [DONE]\n\n'
-        responses[200] = {"content": {"text/event-stream": {"schema": {"type": "string"}, "example": events}}}
+        responses[200] = {"content": {"text/event-stream": {"schema": {"description": "Server-sent events"}, "example": events}}}
     return {
         "response_model": answer,
         "responses": responses,
