@@ -682,6 +682,26 @@ Replicas = Annotated[Scaling, BeforeValidator(_always)]
 _ONE = Scaling(max=1)
 
 
+class AdaptiveConfig(Section):
+    """When a request's candidates are enough before all of `serving.candidates` are drawn: see `serving/adaptive.py`.
+
+    Off unless one of the first two is set here or in a request. The prior says what scores the scorer gives before this
+    instruction's own are known; `python -m benchmarks.adaptive` fits its mean and spread on train rows.
+    """
+
+    min_gain: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Stop when another candidate is expected to raise the best score by less, in units of the score; null or 0 never stops."""
+    target_score: float | None = Field(None, allow_inf_nan=False)
+    """Stop as soon as the best candidate scores this much; null never stops."""
+    round_size: int = Field(4, ge=1)
+    """Candidates of each round after the first, which has the greedy ones. Fewer save more tokens and take more time."""
+    prior_mean: float = 0.25
+    prior_std: float = Field(0.15, gt=0)
+    """Of the scores of different responses to one instruction."""
+    prior_weight: float = Field(2.0, gt=0)
+    """Number of the instruction's own scores that count as much as the prior."""
+
+
 class ServingConfig(Section):
     """The server of `cappy serve`."""
 
@@ -744,6 +764,7 @@ class ServingConfig(Section):
     """Seconds between the signs of life of a streamed answer while its candidates are sampled and scored."""
     access_log: bool = True
     """Whether the gateway writes a line of JSON for each request it answered, without prompts and keys, to Ray's `logs/serve` folder."""
+    adaptive: AdaptiveConfig = AdaptiveConfig()
 
     @model_validator(mode="after")
     def _within(self) -> ServingConfig:

@@ -51,17 +51,18 @@ class Catalogue:
     def chooser(self, request: SampleRequest) -> str | None:
         """Return the scorer that chooses among a request's candidates, `cappy.scorer` before the one of `model`; None is none.
 
-        Raises `ApiError`: 404 for a name that is not served or has no LLM, 400 for a floor of scores where nothing scores.
+        Raises `ApiError`: 404 for a name that is not served or has no LLM, 400 for what wants a score where nothing scores.
         """
         served = self._find(request.model, [name for name, each in self.models.items() if each.llm])
         asked = request.cappy.scorer
-        if asked is None and served.scorer is None and request.cappy.min_score is not None:
-            raise ApiError(
-                f"cappy.min_score={request.cappy.min_score:g} wants a score, and model={request.model!r} is the LLM alone; "
-                f"name a scorer in cappy.scorer, or leave it out",
-                param="cappy.min_score",
-                code="invalid_value",
-            )
+        for name in ("min_score", "min_gain", "target_score") if asked is None and served.scorer is None else ():
+            if (value := getattr(request.cappy, name)) is not None:
+                raise ApiError(
+                    f"cappy.{name}={value:g} wants a score, and model={request.model!r} is the LLM alone; "
+                    f"name a scorer in cappy.scorer, or leave it out",
+                    param=f"cappy.{name}",
+                    code="invalid_value",
+                )
         if asked is None:
             return served.scorer
         if asked not in self.scorers:

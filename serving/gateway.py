@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
-import random
 import re
 import time
 import uuid
@@ -26,9 +24,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 from cluster.config import Config, DecodingConfig, Fallback
-from generation.engines import Candidate, request_seed
 from generation.prompts import Message
-from serving import limits, protocol, schema, scoring
+from serving import boosting, limits, protocol, schema, scoring
 from serving.catalogue import Catalogue
 from serving.keys import Caller, Keyring
 from serving.metrics import Metrics
@@ -189,15 +186,18 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = (), met
         scorer = catalogue.chooser(request)
         decodings = protocol.decodings_for(request, config, scored=scorer is not None)
         http.scope["caller"].sample(sum(decoding.n for decoding in decodings))
-        answering = asyncio.ensure_future(working(lambda: _complete(request, scorer, decodings, config, backend, metrics)))
+        news: asyncio.Queue[str | None] = asyncio.Queue()
+        answering = asyncio.ensure_future(working(lambda: _complete(request, scorer, decodings, config, backend, metrics, news)))
+        answering.add_done_callback(lambda _: news.put_nowait(None))
         try:
             # A stream begins as late as may be: what is refused at once then has a status of its own.
-            await asyncio.wait({answering}, timeout=config.serving.keep_alive_s if request.stream else None)
+            first = await _next(news, config.serving.keep_alive_s if request.stream else None)
         except asyncio.CancelledError:
             answering.cancel()
             raise
         if request.stream and not (answering.done() and answering.exception()):
-            return StreamingResponse(_events(answering, request, config.serving.keep_alive_s, http), media_type="text/event-stream")
+            events = _events(first, news, answering, request, config.serving.keep_alive_s, http)
+            return StreamingResponse(events, media_type="text/event-stream")
         answer = answering.result()
         return JSONResponse(answer.model_dump(exclude={"cappy"} if answer.cappy is None else None))
 
@@ -301,84 +301,109 @@ async def _complete(
     config: Config,
     backend: Backend,
     metrics: Metrics,
+    news: asyncio.Queue[str | None],
 ) -> protocol.Completion:
-    start = time.monotonic()
+    """Draw and score the candidates and answer with the best; `news` gets the events of a stream's progress, where asked for."""
+    identity, created = uuid.uuid4().hex, int(time.time())
     prompt = protocol.prompt_for(request, config.sampler.prompt.system)
-    sampled = await backend.sample(prompt, decodings, _seeds(request.seed, decodings))
-    candidates = sampled["candidates"]
-    drawn = time.monotonic()
-    metrics.took("sampling", drawn - start)
-    cost = sampled.get("cost")
-    metrics.sampled(candidates, sampled["prompt_tokens"], cost)
-    fallback: Fallback | None = None
-    scores, preferences, version = [math.nan] * len(candidates), protocol.fallback_preferences(candidates, "first"), None
-    try:
-        if scorer is not None:
-            async with asyncio.timeout(config.serving.scorer_timeout_s):
-                scores, preferences, version = await _judge(request, scorer, candidates, config, backend)
-    except (TimeoutError, ApiError) as error:
-        fallback = request.cappy.fallback or config.serving.fallback
-        if fallback == "none":
-            if isinstance(error, ApiError):
-                raise
-            late = f"the scorer gave no answer within serving.scorer_timeout_s={config.serving.scorer_timeout_s:g}; try again"
-            raise ApiError(late, 503, code="scorer_late") from None
+
+    def tell(pool: boosting.Pool) -> None:
+        news.put_nowait(_event(protocol.progress(request, pool.candidates, pool.scores, identity=identity, created=created)))
+
+    def score(responses: Sequence[str]) -> Awaitable[Scored]:
+        assert scorer is not None
+        return _score(backend, scorer, [request.instruction] * len(responses), responses)
+
+    pool = await boosting.draw(
+        decodings,
+        lambda drawn, seeds: backend.sample(prompt, drawn, seeds),
+        score if scorer else None,
+        seed=request.seed,
+        n=request.n,
+        stopping=protocol.stopping_for(request, config) if scorer else None,
+        scorer_timeout_s=config.serving.scorer_timeout_s,
+        tell=tell if request.cappy.progress else None,
+    )
+    metrics.drew(pool)
+    fallback = _fallback(request, pool, config)
+    if fallback:
         metrics.fell_back(fallback)
-        preferences = protocol.fallback_preferences(candidates, fallback)
+    if fallback or scorer is None:
+        preferences = protocol.fallback_preferences(pool.candidates, fallback or "first")
     else:
-        metrics.scored({candidate["response"]: score for candidate, score in zip(candidates, scores, strict=True)}.values())
-    done = time.monotonic()
-    metrics.took("scoring", done - drawn)
+        weight = pool.logprob_weight if config.serving.selection == "blend" else None
+        preferences = protocol.preferences(pool.candidates, pool.scores, weight)
     answer = protocol.completion(
         request,
-        candidates,
-        scores,
+        pool.candidates,
+        pool.scores,
         preferences,
-        prompt_tokens=sampled["prompt_tokens"],
+        prompt_tokens=pool.prompt_tokens,
         scorer=scorer,
-        version=version,
-        latency=protocol.Latency(sampling_s=round(drawn - start, 4), scoring_s=round(done - drawn, 4)),
-        identity=uuid.uuid4().hex,
-        created=int(time.time()),
+        version=pool.version,
+        latency=protocol.Latency(sampling_s=round(pool.sampling_s, 4), scoring_s=round(pool.scoring_s, 4)),
+        identity=identity,
+        created=created,
         fallback=fallback,
-        cost=cost,
+        cost=pool.cost,
+        stopped=pool.stopped,
     )
     if answer.cappy and answer.cappy.abstained:
         metrics.abstained()
     return answer
 
 
-async def _judge(
-    request: protocol.SampleRequest, scorer: str, candidates: Sequence[Candidate], config: Config, backend: Backend
-) -> tuple[list[float], list[float], str | None]:
-    """Return each candidate's score, what it is ranked by, and the scorer's version."""
-    responses = protocol.distinct(candidates)
-    scored = await _score(backend, scorer, [request.instruction] * len(responses), responses)
-    score_of = dict(zip(responses, scored["scores"], strict=True))
-    scores = [score_of[candidate["response"]] for candidate in candidates]
-    weight = scored.get("logprob_weight") if config.serving.selection == "blend" else None
-    return scores, protocol.preferences(candidates, scores, weight), scored.get("version")
+def _fallback(request: protocol.SampleRequest, pool: boosting.Pool, config: Config) -> Fallback | None:
+    """Return what chooses where the scorer failed before it scored any, else None. Raises `ApiError` (503) where nothing is declared."""
+    if pool.failure is None or pool.scored:
+        return None
+    fallback = request.cappy.fallback or config.serving.fallback
+    if fallback != "none":
+        return fallback
+    if isinstance(pool.failure, ApiError):
+        raise pool.failure
+    late = f"the scorer gave no answer within serving.scorer_timeout_s={config.serving.scorer_timeout_s:g}; try again"
+    raise ApiError(late, 503, code="scorer_late")
+
+
+async def _next(news: asyncio.Queue[str | None], keep_alive_s: float | None) -> str | None:
+    """Return the next event of a stream, a comment as a sign of life where none comes in time, None once the answer is there."""
+    try:
+        async with asyncio.timeout(keep_alive_s):
+            return await news.get()
+    except TimeoutError:
+        return ": sampling\n\n"
 
 
 async def _events(
-    answering: asyncio.Task[protocol.Completion], request: protocol.SampleRequest, keep_alive_s: float, http: Request
+    first: str | None,
+    news: asyncio.Queue[str | None],
+    answering: asyncio.Task[protocol.Completion],
+    request: protocol.SampleRequest,
+    keep_alive_s: float,
+    http: Request,
 ) -> AsyncIterator[str]:
-    """Yield server-sent events: comments as signs of life until the answer is there, its chunks, and the end mark."""
+    """Yield server-sent events: progress and signs of life until the answer is there, its chunks, and the end mark."""
     try:
-        while not (await asyncio.wait({answering}, timeout=keep_alive_s))[0]:
-            yield ": sampling\n\n"
+        event = first
+        while event is not None:
+            yield event
+            event = await _next(news, keep_alive_s)
         try:
             answer = answering.result()
         except Exception as error:
             told = error if isinstance(error, ApiError) else _hidden(http, error)
-            yield f"data: {json.dumps(told.body)}\n\n"
+            yield _event(told.body)
             return
-        usage = bool(request.stream_options and request.stream_options.include_usage)
-        for chunk in protocol.chunks(answer, usage=usage):
-            yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        for chunk in protocol.chunks(answer, usage=request.wants_usage):
+            yield _event(chunk)
         yield "data: [DONE]\n\n"
     finally:  # the client may have gone
         answering.cancel()
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 async def _score(backend: Backend, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
@@ -387,13 +412,6 @@ async def _score(backend: Backend, scorer: str, instructions: Sequence[str], res
     parts = await asyncio.gather(*(backend.score(scorer, instructions[cut], responses[cut]) for cut in cuts))
     scores = [each for part in parts for each in part["scores"]]
     return {**parts[-1], "scores": scores, "tokens": [each for part in parts for each in part["tokens"]]}
-
-
-def _seeds(seed: int | None, decodings: Sequence[DecodingConfig]) -> list[int]:
-    """One 31-bit seed a decoding: from the request's own seed, else by chance."""
-    if seed is None:
-        return [random.getrandbits(31) for _ in decodings]
-    return [request_seed(seed, "", decoding.name) for decoding in decodings]
 
 
 async def _api_error(_: Request, error: Exception) -> JSONResponse:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from math import isfinite
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from generation.engines import Candidate
+from serving.boosting import Pool
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -32,6 +31,9 @@ class Metrics:
         self._fallbacks = Counter("cappy_serving_fallbacks", "Answers chosen without the scorer", ["how"], registry=self.registry)
         self._retries = Counter("cappy_serving_scorer_retries", "Calls of the scorer sent again", registry=self.registry)
         self._cost = Counter("cappy_serving_cost_dollars", "What sampling at an endpoint with prices cost", registry=self.registry)
+        self._stopped = Counter(
+            "cappy_serving_stopped", "Pools that grew no further in rounds, or whose scorer failed", ["why"], registry=self.registry
+        )
         self._abstentions = Counter("cappy_serving_abstentions", "Answers withheld below `min_score`", registry=self.registry)
         self.working = Gauge("cappy_serving_requests_here", "Requests in work or waiting", registry=self.registry)
 
@@ -43,18 +45,19 @@ class Metrics:
         """Note the seconds of a stage: `queue`, `sampling`, `scoring`, or `total` for what the models work on."""
         self._seconds.labels(stage).observe(seconds)
 
-    def sampled(self, candidates: Sequence[Candidate], prompt_tokens: int, cost: float | None) -> None:
-        """Count a pool; its cost in dollars is None where none is known."""
-        self._cost.inc(cost or 0.0)
+    def drew(self, pool: Pool) -> None:
+        """Count a pool: its candidates, tokens and dollars, the scores of its different responses, its time, and why it grew no further."""
+        candidates = pool.candidates
+        self._cost.inc(pool.cost or 0.0)
         self._candidates.inc(len(candidates))
-        self._tokens.labels("prompt").inc(prompt_tokens)
+        self._tokens.labels("prompt").inc(pool.prompt_tokens)
         self._tokens.labels("sampled").inc(sum(candidate["tokens"] for candidate in candidates))
-
-    def scored(self, scores: Iterable[float]) -> None:
-        """Note the scores of different responses."""
-        for score in scores:
-            if isfinite(score):
-                self._scores.observe(score)
+        for score in filter(isfinite, pool.score_of.values()):
+            self._scores.observe(score)
+        self.took("sampling", pool.sampling_s)
+        self.took("scoring", pool.scoring_s)
+        if pool.stopped:
+            self._stopped.labels(pool.stopped).inc()
 
     def retried(self) -> None:
         """Count a call of the scorer that is sent again."""

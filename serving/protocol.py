@@ -17,11 +17,12 @@ from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict, Ty
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cluster.config import Config, DecodingConfig, Fallback
+from cluster.config import AdaptiveConfig, Config, DecodingConfig, Fallback
 from cluster.errors import CappyError
 from generation.engines import Candidate
 from generation.prompts import Message
 from serving import strict_json
+from serving.adaptive import Stopped
 from training.blend import blended
 
 M = TypeVar("M", bound=BaseModel)
@@ -172,6 +173,13 @@ class CappyOptions(Shape):
     """How to choose when the scorer is down or late; the server's `serving.fallback` when null."""
     scorer: str | None = None
     """The name of the scorer that chooses; the one `model` names when null."""
+    min_gain: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Draw no more candidates when the next is expected to raise the best score by less; 0 draws them all."""
+    target_score: float | None = Field(None, allow_inf_nan=False)
+    """Draw no more candidates once the best (with `n` choices the n-th) scores this much. Where a request gives neither of the two, the
+    server's `serving.adaptive` decides."""
+    progress: bool = False
+    """Whether a stream tells of the candidates as they are drawn and scored."""
 
 
 class StreamOptions(Shape):
@@ -213,7 +221,14 @@ class SampleRequest(Shape):
     def _streamable(self) -> SampleRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams; give it with stream=true")
+        if self.cappy.progress and not self.stream:
+            raise ValueError("cappy.progress is for streams; give it with stream=true")
         return self
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def length(self) -> tuple[str, int | None]:
@@ -350,6 +365,10 @@ class CappyAnswer(Shape):
     """How the choices were chosen, where the scorer was down or late."""
     abstained: bool = False
     """Whether no candidate reached `min_score`."""
+    drawn: int
+    """Candidates that were drawn."""
+    stopped: Stopped | None = None
+    """Why no more were: the target or the least gain was reached, all were drawn, or the scorer failed; null where there were no rounds."""
     scorer: str | None
     """Its name; null where the model is the LLM alone."""
     scorer_version: str | None = None
@@ -542,6 +561,14 @@ def decodings_for(request: SampleRequest, config: Config, scored: bool = True) -
     return decodings
 
 
+def stopping_for(request: SampleRequest, config: Config) -> AdaptiveConfig | None:
+    """Return when the request's candidates are enough, None where all are to be drawn."""
+    options, settings = request.cappy, config.serving.adaptive
+    if options.min_gain is not None or options.target_score is not None:
+        settings = settings.model_copy(update={"min_gain": options.min_gain, "target_score": options.target_score})
+    return settings if settings.min_gain or settings.target_score is not None else None
+
+
 def _fit(decoding: DecodingConfig, count: int, request: SampleRequest, config: Config) -> DecodingConfig:
     """Give a decoding its number of candidates and the request's own length and stop strings."""
     name, asked = request.length
@@ -644,11 +671,12 @@ def completion(
     version: str | None = None,
     fallback: Fallback | None = None,
     cost: float | None = None,
+    stopped: Stopped | None = None,
 ) -> Completion:
     """Return the answer: the `request.n` most preferred candidates as choices, or a refusal where the best is below `min_score`.
 
     A text completion has no refusals: its text is empty then. All candidates stand under `cappy` when asked, `cost` (dollars) wherever
-    it is known; `fallback` says how `preferences` came about without the scorer.
+    it is known; `fallback` says how `preferences` came about without the scorer, `stopped` why no more candidates were drawn.
     """
     chosen = select(candidates, preferences, request.n)
     least = request.cappy.min_score
@@ -667,19 +695,14 @@ def completion(
         answer = TextCompletion(**common, choices=_text_choices(winners))
     else:
         answer = ChatCompletion(**common, choices=_chat_choices(winners, refusal))
-    if request.cappy.return_candidates or fallback or abstained or cost is not None:
+    if request.cappy.return_candidates or fallback or abstained or stopped or cost is not None:
         shown = rank(candidates, preferences) if request.cappy.return_candidates else []
         answer.cappy = CappyAnswer(
-            candidates=[
-                ScoredCandidate(
-                    **candidates[position],
-                    score=scores[position] if math.isfinite(scores[position]) else None,
-                    chosen=position in chosen,
-                )
-                for position in shown
-            ],
+            candidates=[_scored(candidates[position], scores[position], position in chosen) for position in shown],
             fallback=fallback,
             abstained=abstained,
+            drawn=len(candidates),
+            stopped=stopped,
             scorer=scorer,
             scorer_version=version,
             sampled_tokens=sum(candidate["tokens"] for candidate in candidates),
@@ -703,6 +726,21 @@ def _text_choices(winners: Sequence[Candidate]) -> list[TextChoice]:
         TextChoice(index=index, text=each.get("text", each["response"]), finish_reason=each["finish_reason"])
         for index, each in enumerate(winners)
     ] or [TextChoice(index=0, text="", finish_reason="stop")]
+
+
+def _scored(candidate: Candidate, score: float, chosen: bool) -> ScoredCandidate:
+    return ScoredCandidate(**candidate, score=score if math.isfinite(score) else None, chosen=chosen)
+
+
+def progress(
+    request: SampleRequest, candidates: Sequence[Candidate], scores: Sequence[float], *, identity: str, created: int
+) -> dict[str, Any]:
+    """Return a chunk without choices that tells of the candidates so far, in the order drawn; none is chosen yet."""
+    kind = TextCompletion.chunk if isinstance(request, TextRequest) else ChatCompletion.chunk
+    same = {"id": f"{request.identity}-{identity}", "object": kind, "created": created, "model": request.model}
+    same |= {"usage": None} if request.wants_usage else {}
+    told = [_scored(candidate, score, False).model_dump() for candidate, score in zip(candidates, scores, strict=True)]
+    return {**same, "choices": [], "cappy": {"progress": told}}
 
 
 def chunks(answer: Completion, *, usage: bool) -> list[dict[str, Any]]:

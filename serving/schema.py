@@ -64,6 +64,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             ],
             "fallback": None,
             "abstained": False,
+            "drawn": 1,
+            "stopped": None,
             "scorer": "cappy-scorer",
             "scorer_version": "0f3a8c21",
             "sampled_tokens": 3,

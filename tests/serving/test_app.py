@@ -253,6 +253,27 @@ def test_openais_client_reads_a_stream(ai):
 
 
 @pytest.mark.slow
+def test_rounds_draw_until_the_target_and_a_stream_tells_of_each(ai):
+    def draw(stream=False, **cappy):
+        extra = {"candidates": 7, "return_candidates": True, "progress": stream, **cappy}
+        return ai.chat.completions.create(model="cappy", messages=QUESTION, max_tokens=8, stream=stream, extra_body={"cappy": extra})
+
+    plain, easy, hard = draw(), draw(target_score=-1e9), draw(target_score=1e9)
+    assert (easy.model_extra["cappy"]["drawn"], easy.model_extra["cappy"]["stopped"]) == (1, "target_score")
+    assert [each["decoding"] for each in easy.model_extra["cappy"]["candidates"]] == ["greedy"]
+    assert (hard.model_extra["cappy"]["drawn"], hard.model_extra["cappy"]["stopped"]) == (7, "candidates")
+    assert plain.usage.prompt_tokens == easy.usage.prompt_tokens == hard.usage.prompt_tokens
+    for options in ({}, {"target_score": 1e9}):
+        stream = list(draw(stream=True, **options))
+        steps = [chunk.model_extra["cappy"]["progress"] for chunk in stream if not chunk.choices]
+        assert len(steps) > 2 and len(steps[0]) < len(steps[-1]) == 7
+        shown = stream[-1].model_extra["cappy"]["candidates"]
+        assert sorted((each["score"], each["response"]) for each in steps[-1]) == sorted(
+            (each["score"], each["response"]) for each in shown
+        )
+
+
+@pytest.mark.slow
 def test_openais_client_gets_text_completions_whole_and_streamed(ai):
     told = {"model": "cappy", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
     whole = ai.completions.create(**told)

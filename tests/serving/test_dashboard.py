@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.boosting import Pool
 from serving.metrics import Metrics
 
 BOARD = json.loads((Path(__file__).parents[2] / "docs" / "grafana.json").read_text(encoding="utf-8"))
@@ -21,7 +22,7 @@ def told():
     metrics = Metrics()
     metrics.answered("/v1/chat/completions", 200)
     metrics.took("total", 1.0)
-    metrics.sampled([{"response": "", "decoding": "greedy", "tokens": 1, "finish_reason": "stop", "logprob": None}], 1, 0.0)
+    metrics.drew(Pool())
     metrics.fell_back("first")
     families = text_string_to_metric_families(metrics.text().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}

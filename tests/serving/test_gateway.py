@@ -3,6 +3,7 @@ import json
 import logging
 
 import httpx
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -451,6 +452,144 @@ async def test_below_min_score_the_answer_is_a_refusal(least, refused):
     assert choice["message"]["refusal"] == "no candidate scored 3.5 (cappy.min_score); the best of 8 scored 3.000"
     assert answer["cappy"]["abstained"]
     assert [json.loads(each)["choices"][0]["delta"].get("refusal") for each in data[:-1]] == [None, choice["message"]["refusal"], None]
+
+
+# Echo's pool of five, in rounds of two: "", "x" and "xx", "" and "x".
+ROUNDS = {"candidates": 5, "adaptive": {"round_size": 2, "prior_mean": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("cappy", "drawn", "stopped"),
+    [
+        ({}, 5, None),
+        ({"target_score": 1}, 3, "target_score"),
+        ({"target_score": 9}, 5, "candidates"),
+        ({"min_gain": 5.0}, 3, "min_gain"),
+        ({"min_gain": 1e-9}, 5, "candidates"),
+        ({"min_gain": 5.0, "candidates": 1}, 1, "candidates"),
+    ],
+)
+async def test_an_adaptive_request_draws_no_more_than_it_needs_and_says_why(cappy, drawn, stopped):
+    class Counting(Echo):
+        count = 0
+
+        async def sample(self, prompt, decodings, seeds):
+            """Number the candidates over all calls."""
+            sampled = await super().sample(prompt, decodings, seeds)
+            for number, each in enumerate(sampled["candidates"], self.count):
+                each |= {"response": "x" * (number % 4), "tokens": number, "logprob": -9.0}
+            self.count += len(sampled["candidates"])
+            return sampled
+
+    backend = Counting()
+    async with client(backend, **ROUNDS) as http:
+        answer = (await http.post("/v1/chat/completions", json={**BODY, "cappy": cappy})).json()
+        metrics = (await http.get("/metrics")).text
+    assert backend.count == drawn and answer["choices"][0]["message"]["content"] == "x" * min(drawn - 1, 3)
+    assert answer["usage"]["prompt_tokens"] == 4
+    if stopped:
+        told = answer["cappy"]
+        assert (told["drawn"], told["stopped"], told["sampled_tokens"], told["candidates"]) == (drawn, stopped, sum(range(drawn)), [])
+        assert f'cappy_serving_stopped_total{{why="{stopped}"}} 1.0' in metrics
+    else:
+        assert "cappy" not in answer and "cappy_serving_stopped_total{" not in metrics
+    assert f"cappy_serving_candidates_total {drawn}.0" in metrics and 'cappy_serving_tokens_total{kind="prompt"} 4.0' in metrics
+    assert 'cappy_serving_seconds_count{stage="sampling"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(("cappy", "drawn"), [({}, 3), ({"min_gain": 0}, 5), ({"target_score": 9.0}, 5), ({"min_gain": 9}, 3)])
+async def test_the_server_decides_when_it_is_enough_where_the_request_does_not(cappy, drawn):
+    settings = {**ROUNDS, "adaptive": {**ROUNDS["adaptive"], "target_score": 0}}
+    async with client(Echo(), **settings) as http:
+        body = {**BODY, "cappy": {**cappy, "return_candidates": True}}
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+    assert answer["cappy"]["drawn"] == len(answer["cappy"]["candidates"]) == drawn
+
+
+async def test_drawn_in_rounds_an_answer_may_still_be_withheld_or_chosen_without_the_scorer():
+    async with client(Echo(), **ROUNDS) as http:
+        body = {**BODY, "cappy": {"target_score": 1.0, "min_score": 2.0}}
+        told = (await http.post("/v1/chat/completions", json=body)).json()["cappy"]
+    assert (told["abstained"], told["stopped"], told["drawn"]) == (True, "target_score", 3)
+    async with client(Sure(**DOWN), fallback="self_score", **ROUNDS) as http:
+        answer = (await http.post("/v1/chat/completions", json={**BODY, "n": 3, "cappy": {"target_score": 1.0}})).json()
+    assert [each["message"]["content"] for each in answer["choices"]] == ["x", "xx", "xxx"]
+    assert (answer["cappy"]["fallback"], answer["cappy"]["stopped"], answer["cappy"]["drawn"]) == ("self_score", "scorer", 3)
+
+
+def ai(backend, **serving):
+    """OpenAI's own client, talking to the application without a network."""
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=client(backend, **serving))
+
+
+class Seeded(Echo):
+    """Draws by the seed of each decoding, whatever is drawn with it."""
+
+    async def sample(self, prompt, decodings, seeds):
+        sampled = await super().sample(prompt, decodings, seeds)
+        numbers = [seed + number for decoding, seed in zip(decodings, seeds, strict=True) for number in range(decoding.n)]
+        for number, each in zip(numbers, sampled["candidates"], strict=True):
+            each |= {"response": "x" * (1 + number % 9), "tokens": number % 5, "logprob": -9.0}
+        return sampled
+
+
+@pytest.mark.parametrize("cappy", [{}, {"target_score": 99}])
+async def test_openais_client_reads_a_stream_with_progress(cappy):
+    told = {"model": "cappy", "messages": BODY["messages"], "seed": 1}
+    extra = {"candidates": 5, "return_candidates": True, **cappy}
+    async with ai(Seeded(wait=0.05), keep_alive_s=0.01) as talking:
+        plain = await talking.chat.completions.create(**told, extra_body={"cappy": extra})
+        stream = await talking.chat.completions.create(
+            **told, stream=True, stream_options={"include_usage": True}, extra_body={"cappy": {**extra, "progress": True}}
+        )
+        chunks = [chunk async for chunk in stream]
+    *before, last = [chunk for chunk in chunks if not chunk.choices]
+    steps = [chunk.model_extra["cappy"]["progress"] for chunk in before]
+    assert chunks[: len(before)] == before and len({(chunk.id, chunk.created, chunk.object) for chunk in chunks}) == 1
+    assert [len(step) for step in steps] == sorted(len(step) for step in steps) and len(steps[-1]) == 5
+    assert steps[0][0]["score"] is None and all(each["score"] == len(each["response"]) for each in steps[-1])
+    assert not any(each["chosen"] for step in steps for each in step)
+    assert steps[0][0].keys() == plain.model_extra["cappy"]["candidates"][0].keys()
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == plain.choices[0].message.content
+    assert last.usage == plain.usage
+    ours, theirs = ({k: v for k, v in each.model_extra["cappy"].items() if k != "latency"} for each in (last, plain))
+    assert ours == theirs and ours["drawn"] == 5
+
+
+async def test_progress_is_told_while_candidates_are_drawn_and_a_late_error_after_it():
+    class Slow(Echo):
+        async def sample(self, prompt, decodings, seeds):
+            self.wait = 0 if decodings[0].temperature == 0 else 30
+            return await super().sample(prompt, decodings, seeds)
+
+    body = {**BODY, "stream": True, "cappy": {"progress": True}}
+    async with client(Slow(), timeout_s=0.5) as http:
+        data, _ = events((await http.post("/v1/chat/completions", json=body)).text)
+    *steps, error = map(json.loads, data)
+    assert [[each["decoding"] for each in step["cappy"]["progress"]] for step in steps] == [["greedy"]] * len(steps) and steps
+    assert error["error"]["code"] == "timeout"
+
+
+async def test_the_llm_alone_draws_no_rounds_and_its_text_streams_progress_too():
+    body = {**TEXT, "model": "cappy-llm", "n": 2, "stream": True, "cappy": {"progress": True}}
+    backend = Echo()
+    async with client(backend, adaptive={"target_score": 0}) as http:
+        chunks = [json.loads(each) for each in events((await http.post("/v1/completions", json=body)).text)[0][:-1]]
+        refused = (await http.post("/v1/completions", json={**body, "cappy": {"min_gain": 0.1}})).json()
+    told = [each["cappy"]["progress"] for each in chunks if not each["choices"]]
+    assert {each["object"] for each in chunks} == {"text_completion"} and len({each["id"] for each in chunks}) == 1
+    assert [each["score"] for each in told[-1]] == [None, None] and backend.read == []
+    assert refused["error"]["param"] == "cappy.min_gain" and "is the LLM alone" in refused["error"]["message"]
+
+
+async def test_progress_without_the_scorer_shows_no_scores_and_ends_in_the_fallback():
+    body = {**BODY, "stream": True, "cappy": {"progress": True, "fallback": "self_score"}}
+    async with client(Sure(**DOWN)) as http:
+        data, _ = events((await http.post("/v1/chat/completions", json=body)).text)
+    chunks = [json.loads(each) for each in data[:-1]]
+    steps = [each["cappy"]["progress"] for each in chunks if not each["choices"]]
+    assert len(steps[-1]) == 8 and {each["score"] for each in steps[-1]} == {None}
+    assert chunks[-1]["cappy"]["fallback"] == "self_score"
 
 
 async def test_each_answer_has_a_number_the_clients_own_where_it_is_plain():

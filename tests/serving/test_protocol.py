@@ -120,6 +120,8 @@ def test_length_and_stop_strings_of_the_request_reach_every_decoding():
         ({"cappy": {"x" * 5000: 1}}, f"cappy.{'x' * 80}", "x is not known"),
         ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options is for streams; give it with stream=true"),
+        ({"cappy": {"progress": True}}, "cappy.progress", "cappy.progress is for streams; give it with stream=true"),
+        ({"cappy": {"min_gain": -0.1}}, "cappy.min_gain", "cappy.min_gain=-0.1"),
         ({"stream": "yes"}, "stream", 'stream="yes": Input should be a valid boolean'),
         ({"tools": [{"type": "function"}]}, "tools", "tools="),
         ({"logprobs": True}, "logprobs", "logprobs=true"),

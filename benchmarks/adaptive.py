@@ -1,0 +1,234 @@
+r"""The quality/cost curve: drawing until another candidate is not expected to pay, against a fixed number of candidates.
+
+Replays the pool of a published set instead of sampling anew: the candidates of a decoding are independent draws of one distribution, so
+any order of them was as likely as the one drawn. Each instruction is replayed in several random orders (greedy first, then the decodings
+in turn, as `serve` draws), cut after n candidates, and stopped by `serving.adaptive`'s own rule at each setting of a grid. What it
+assumes: the rounds of a server differ from the set's draws by their seeds alone, and the whole pool is the most a request may draw.
+
+    S='--set workspace=runs/curve --set source.train_rows=64 --set source.validation_rows=48'
+    D='sampler.decodings=[{"name": "greedy", "temperature": 0, "max_tokens": 32, "stop": ["\n"]},
+       {"name": "temperature", "n": 16, "temperature": 0.9, "max_tokens": 32, "stop": ["\n"]},
+       {"name": "top-k", "n": 16, "top_k": 40, "max_tokens": 32, "stop": ["\n"]}]'
+    cappy generate demo $S --set "$D"
+    cappy train    demo $S --set "$D"
+    python -m benchmarks.adaptive --set runs/curve/dataset --scorer runs/curve/scorer --plot docs/adaptive.svg --json -
+
+The prior of the rule is fitted on train rows, and a setting chosen there: the least that is drawn for a selection Rouge-L at most
+`--tolerance` points below the whole pool's. The figures are of validation rows: averages over tasks, 95 % bootstrap intervals over
+instructions. The scorer has seen the train rows, so its scores there are better than on new ones, which makes the choice a guess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.config import AdaptiveConfig, DecodingConfig
+from cluster.errors import CappyError
+from cluster.progress import Bar, say
+from evaluation import metrics
+from evaluation.comparison import Row
+from evaluation.metrics import Floats
+from evaluation.run import read_rows, score_rows
+from generation.dataset import RegressionSet
+from serving import adaptive, protocol
+
+MIN_GAINS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
+TARGETS = (0.3, 0.5, 0.7, 0.9)
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+MEASURES = ("rouge_l", "tokens", "candidates")
+"""What a replay comes to: the pick's Rouge-L, tokens sampled, candidates drawn.
+
+Letters in names of arrays: R rows, W ways to draw, M measures, B bootstrap samples."""
+
+Way = int | AdaptiveConfig
+"""A number of candidates, or the settings that stop."""
+
+
+def grid(prior: AdaptiveConfig, size: int) -> dict[str, Way]:
+    """Every way to draw that is compared; `all` is the whole pool of `size`."""
+    ways: dict[str, Way] = {f"n={2**power}": 2**power for power in range(size.bit_length()) if 2**power < size}
+    ways["all"] = size
+    ways |= {f"min_gain={gain:g}": prior.model_copy(update={"min_gain": gain}) for gain in MIN_GAINS}
+    return ways | {f"target_score={target:g}": prior.model_copy(update={"target_score": target}) for target in TARGETS}
+
+
+def fitted_prior(rows: Sequence[Row], round_size: int) -> AdaptiveConfig:
+    """Return the rule with a prior of these rows: mean and spread of the scores of an instruction's different responses."""
+    own = [np.array(list({each["response"]: each["score"] for each in row["candidates"] if each["response"]}.values())) for row in rows]
+    mean = float(np.mean([scores.mean() for scores in own if len(scores)]))
+    variance = float(np.mean([scores.var(ddof=1) for scores in own if len(scores) > 1]))
+    return AdaptiveConfig(round_size=round_size, prior_mean=round(mean, 3), prior_std=round(variance**0.5, 3))
+
+
+def replay(rounds: Sequence[Sequence[dict[str, Any]]], ways: Mapping[str, Way]) -> Floats:
+    """Return what each way comes to on one order of a pool, [W, M]."""
+    drawn: Any = [candidate for round_ in rounds for candidate in round_]
+    scores = [candidate["score"] for candidate in drawn]
+    ends = np.cumsum([len(round_) for round_ in rounds]).tolist()
+    points = np.empty((len(ways), len(MEASURES)))
+    for place, way in enumerate(ways.values()):
+        end = way if isinstance(way, int) else next((e for e in ends[:-1] if adaptive.why_stop(drawn[:e], scores[:e], way)), ends[-1])
+        pick = protocol.rank(drawn[:end], scores[:end])[0]
+        points[place] = drawn[pick]["label"], sum(each["tokens"] for each in drawn[:end]), end
+    return points
+
+
+def replay_all(
+    rows: Sequence[Row], decodings: Sequence[DecodingConfig], ways: Mapping[str, Way], round_size: int, orders: int, seed: int
+) -> Floats:
+    """Return what each way comes to on each row, averaged over random orders of its pool, [R, W, M]."""
+    plan = adaptive.rounds(decodings, 1, round_size)
+    points_RWM = np.zeros((len(rows), len(ways), len(MEASURES)))
+    with Bar("replaying", len(rows), "instructions") as bar:
+        for place, row in enumerate(rows):
+            rng = np.random.default_rng([seed, place])
+            for _ in range(orders):
+                shuffled = [row["candidates"][position] for position in rng.permutation(len(row["candidates"]))]
+                left = {decoding.name: iter([each for each in shuffled if each["decoding"] == decoding.name]) for decoding in decodings}
+                rounds = [[next(left[part.name]) for part in parts for _ in range(part.n)] for parts in plan]
+                points_RWM[place] += replay(rounds, ways) / orders
+            bar.advance()
+    return points_RWM
+
+
+def averages(points_RWM: Floats, rows: Sequence[Row], seed: int) -> tuple[Floats, Floats]:
+    """Return the averages over tasks of each way and measure, [W, M], and their bootstrap samples, [B, W, M]."""
+    _, tasks_R = np.unique([row["dataset"] for row in rows], return_inverse=True)
+    flat_RX = points_RWM.reshape(len(rows), -1)
+    shape = points_RWM.shape[1:]
+    samples_BX = metrics.bootstrap(flat_RX, tasks_R, RESAMPLES, seed).mean(axis=1)
+    return metrics.macro_average(flat_RX, tasks_R).reshape(shape), samples_BX.reshape(-1, *shape)
+
+
+def choose(points_WM: Floats, ways: Mapping[str, Way], tolerance: float) -> str:
+    """Return the `min_gain` with the fewest tokens whose Rouge-L is at most `tolerance` points below the whole pool's, else the least."""
+    names = list(ways)
+    least = points_WM[names.index("all"), 0] - tolerance / 100
+    good = [name for place, name in enumerate(names) if name.startswith("min_gain") and points_WM[place, 0] >= least]
+    return min(good, key=lambda name: points_WM[names.index(name), 1]) if good else f"min_gain={MIN_GAINS[0]:g}"
+
+
+def report(points_WM: Floats, samples_BWM: Floats, ways: Mapping[str, Way], chosen: str) -> dict[str, Any]:
+    """Return the curve, each way also against the whole pool (paired), and for the chosen one the fixed number of the same Rouge-L."""
+    names = list(ways)
+    points_WM, samples_BWM = points_WM * [100, 1, 1], samples_BWM * [100, 1, 1]
+    whole, mine = names.index("all"), names.index(chosen)
+    curve: dict[str, Any] = {}
+    for place, name in enumerate(names):
+        curve[name] = {measure: _estimate(points_WM[place, at], samples_BWM[:, place, at]) for at, measure in enumerate(MEASURES)}
+        less = points_WM[place, 0] - points_WM[whole, 0], samples_BWM[:, place, 0] - samples_BWM[:, whole, 0]
+        share = points_WM[place, 1] / points_WM[whole, 1], samples_BWM[:, place, 1] / samples_BWM[:, whole, 1]
+        curve[name] |= {"rouge_l_minus_all": _estimate(*less), "tokens_share_of_all": _estimate(*share)}
+    fixed = [place for place, way in enumerate(ways.values()) if isinstance(way, int)]
+    # The fixed curve, made to rise, read at the chosen way's Rouge-L; where it never gets there no number is enough.
+    rising = np.maximum.accumulate(points_WM[fixed, 0])
+    same = float(np.interp(points_WM[mine, 0], rising, points_WM[fixed, 1])) if points_WM[mine, 0] <= rising[-1] else None
+    return {"curve": curve, "chosen": {"setting": chosen, "tokens_of_fixed_n_at_same_rouge_l": same and round(same, 1)}}
+
+
+def _estimate(mean: float, samples_B: Floats) -> dict[str, float]:
+    low, high = metrics.interval(samples_B, CONFIDENCE)
+    return {"mean": round(float(mean), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
+
+
+def plot(curve: Mapping[str, Any]) -> bytes:
+    """Return the curve as SVG: Rouge-L against tokens sampled, a line for each way to say when it is enough."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    fixed = [name for name in curve if name.startswith("n=")] + ["all"]
+    lines = {
+        "a fixed number of candidates": (fixed, "#777777", "o--", -12),
+        "until the expected gain is below min_gain": ([name for name in curve if name.startswith("min_gain")], "#1f5fa8", "o-", 6),
+        "until the best score reaches target_score": ([name for name in curve if name.startswith("target")], "#c8552d", "s:", -12),
+    }
+    for title, (names, colour, style, above) in lines.items():
+        tokens, points = ([curve[name][measure]["mean"] for name in names] for measure in ("tokens", "rouge_l"))
+        axes.plot(tokens, points, style, color=colour, label=title, markersize=4)
+        for name, x, y in zip(names, tokens, points, strict=True):
+            axes.annotate(name.split("=")[-1], (x, y), xytext=(0, above), textcoords="offset points", fontsize=7, color=colour, ha="center")
+    low, high = ([curve[name]["rouge_l"][end] for name in fixed] for end in ("low", "high"))
+    axes.fill_between([curve[name]["tokens"]["mean"] for name in fixed], low, high, color="#777777", alpha=0.12)
+    axes.set_xlabel("tokens sampled an instruction")
+    axes.set_ylabel("Rouge-L of the pick, points, average over tasks")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    sink = io.BytesIO()
+    # Without a salt and a date the picture is the same for the same figures.
+    with matplotlib.rc_context({"svg.hashsalt": "cappy-ray"}):
+        figure.savefig(sink, format="svg", metadata={"Date": None})
+    return sink.getvalue()
+
+
+def load(dataset: RegressionSet, split: str, scorer: Any, decodings: Sequence[DecodingConfig]) -> list[Row]:
+    """Return a split's rows with scored candidates; a row that lacks some (or their token counts) cannot be replayed and is left out."""
+    rows, _ = read_rows(dataset, split)
+    size = sum(decoding.n for decoding in decodings)
+    whole = [row for row in rows if len(row["candidates"]) == size and all(each["tokens"] is not None for each in row["candidates"])]
+    if not whole:
+        raise CappyError(f"--set {dataset.uri} has no {split} row with all {size} candidates of its sampler's decodings")
+    say(f"{split}: {len(whole)} of {len(rows)} rows with {size} candidates each")
+    return score_rows(scorer, whole)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", required=True, help="a published set with sampled candidates")
+    parser.add_argument("--scorer", required=True, help="the scorer trained on it")
+    parser.add_argument("--orders", type=int, default=10, help="random orders each pool is replayed in")
+    parser.add_argument("--round-size", type=int, default=AdaptiveConfig().round_size)
+    parser.add_argument("--tolerance", type=float, default=0.5, help="points of Rouge-L the chosen setting may lose on train rows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", help="where the SVG goes")
+    parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
+    options = parser.parse_args()
+    from training.scorer import Scorer
+
+    dataset = RegressionSet(options.set, "--set")
+    decodings = [DecodingConfig.model_validate(each) for each in dataset.manifest["config"]["sampler"]["decodings"]]
+    scorer = Scorer.load(options.scorer, dtype="float32", setting="--scorer")
+    rows = {split: load(dataset, split, scorer, decodings) for split in ("train", "validation")}
+    prior = fitted_prior(rows["train"], options.round_size)
+    ways = grid(prior, sum(decoding.n for decoding in decodings))
+    points = {split: replay_all(rows[split], decodings, ways, options.round_size, options.orders, options.seed) for split in rows}
+    chosen = choose(averages(points["train"], rows["train"], options.seed)[0], ways, options.tolerance)
+    result = {
+        "set": options.set,
+        "scorer": options.scorer,
+        "tasks": len({row["dataset"] for row in rows["validation"]}),
+        "rows": {split: len(each) for split, each in rows.items()},
+        "orders": options.orders,
+        "prior": prior.model_dump(include={"prior_mean", "prior_std", "prior_weight", "round_size"}),
+        **report(*averages(points["validation"], rows["validation"], options.seed), ways, chosen),
+    }
+    for name, figures in result["curve"].items():
+        rouge, tokens, drawn = (figures[measure] for measure in MEASURES)
+        estimate = f"{rouge['mean']:6.2f} ({rouge['low']:.1f} to {rouge['high']:.1f})"
+        less = figures["rouge_l_minus_all"]
+        mark = "  chosen on train rows" if name == chosen else ""
+        versus = f"{less['mean']:+7.2f} ({less['low']:+.1f} to {less['high']:+.1f})"
+        print(f"{name:<18}{estimate}{versus} against all{tokens['mean']:9.1f} tokens{drawn['mean']:7.2f} candidates{mark}")
+    if options.plot:
+        Path(options.plot).write_bytes(plot(result["curve"]))
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""A request's pool: candidates drawn in rounds and scored as they come, until there are enough. Knows no HTTP and no Ray.
+
+`draw` is given two functions, one that samples and one that scores, and returns a `Pool`. Each different response is scored once.
+A scorer that fails costs the scores of the responses it was asked for then, and ends the drawing; the pool says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.config import AdaptiveConfig, DecodingConfig
+from generation.engines import Candidate, request_seed
+from serving import adaptive, protocol
+from serving.adaptive import Stopped
+from serving.protocol import ApiError, Sampled, Scored
+
+Sample = Callable[[Sequence[DecodingConfig], Sequence[int]], Awaitable[Sampled]]
+"""Draws the candidates of some decodings, with a seed for each."""
+Score = Callable[[Sequence[str]], Awaitable[Scored]]
+"""Scores responses to the request's instruction."""
+
+
+@dataclass
+class Pool:
+    """What was drawn and scored so far."""
+
+    parts: list[list[Candidate]] = field(default_factory=list)
+    """Candidates by the call that drew them, in the order asked for; empty while a call is under way."""
+    score_of: dict[str, float] = field(default_factory=dict)
+    """Raw logit by response, NaN where the scorer was asked and gave none yet."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt, counted once: the same prompt is drawn from in each round, and the engine keeps it."""
+    cost: float | None = None
+    """Dollars all calls cost, where the LLM is an endpoint with prices."""
+    sampling_s: float = 0.0
+    scoring_s: float = 0.0
+    version: str | None = None
+    """Of the scorer, where it has one: see `Scored`."""
+    logprob_weight: float | None = None
+    """The blend's weight, where one was fitted with the scorer."""
+    stopped: Stopped | None = None
+    """Why the drawing ended, where it went in rounds or the scorer failed."""
+    failure: ApiError | TimeoutError | None = None
+    """What the scorer failed with; a time-out where it was late."""
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        return [candidate for part in self.parts for candidate in part]
+
+    @property
+    def scores(self) -> list[float]:
+        """The score of each candidate, NaN where it has none."""
+        return [self.score_of.get(candidate["response"], math.nan) for candidate in self.candidates]
+
+    @property
+    def scored(self) -> bool:
+        """Whether any candidate can be chosen by its score."""
+        return not self.failure or any(not math.isnan(score) for score in self.score_of.values())
+
+
+async def draw(
+    decodings: Sequence[DecodingConfig],
+    sample: Sample,
+    score: Score | None,
+    *,
+    seed: int | None,
+    n: int,
+    stopping: AdaptiveConfig | None,
+    scorer_timeout_s: float,
+    tell: Callable[[Pool], None] | None = None,
+) -> Pool:
+    """Return the pool of `decodings`: all of it, or with `stopping` as much as `n` choices need; without `score` nothing is scored.
+
+    `tell` is called whenever candidates arrived or got scores; so that there is something to tell, a pool that is not drawn in rounds
+    is then sampled decoding by decoding, all at once. Raises what `sample` raises.
+    """
+    pool = Pool()
+    rounds = [list(decodings)] if stopping is None else adaptive.rounds(decodings, n, stopping.round_size)
+    # The LLM's probabilities are at temperature 1: a hotter decoding repeats itself less than they say.
+    likelihoods = all(decoding.temperature <= 1 for decoding in decodings)
+    for number, drawn in enumerate(rounds):
+        calls = [[decoding] for decoding in drawn] if tell and stopping is None else [drawn]
+        await _round(pool, calls, number, sample, score, seed, scorer_timeout_s, tell or (lambda _: None))
+        if pool.failure:
+            pool.stopped = "scorer"
+        elif stopping:
+            pool.stopped = adaptive.why_stop(pool.candidates, pool.scores, stopping, n, likelihoods=likelihoods)
+        if pool.stopped:
+            return pool
+    pool.stopped = "candidates" if stopping else None
+    return pool
+
+
+async def _round(
+    pool: Pool,
+    calls: Sequence[Sequence[DecodingConfig]],
+    number: int,
+    sample: Sample,
+    score: Score | None,
+    seed: int | None,
+    scorer_timeout_s: float,
+    tell: Callable[[Pool], None],
+) -> None:
+    """Draw and score what some calls give, at once; add it to the pool."""
+    start = drawn = time.monotonic()
+    places = range(len(pool.parts), len(pool.parts) + len(calls))
+    pool.parts += [[] for _ in calls]
+
+    async def one(place: int, decodings: Sequence[DecodingConfig]) -> None:
+        nonlocal drawn
+        sampled = await sample(decodings, _seeds(seed, decodings, number))
+        drawn = max(drawn, time.monotonic())
+        pool.parts[place] = sampled["candidates"]
+        pool.prompt_tokens = sampled["prompt_tokens"]
+        if (cost := sampled.get("cost")) is not None:
+            pool.cost = (pool.cost or 0.0) + cost
+        new = [response for response in protocol.distinct(sampled["candidates"]) if response not in pool.score_of]
+        pool.score_of |= dict.fromkeys(new, math.nan)
+        tell(pool)
+        if not new or score is None:
+            return
+        try:
+            async with asyncio.timeout(scorer_timeout_s):
+                scored = await score(new)
+        except (TimeoutError, ApiError) as error:
+            pool.failure = error
+            return
+        pool.score_of |= zip(new, scored["scores"], strict=True)
+        pool.version, pool.logprob_weight = scored.get("version"), scored.get("logprob_weight")
+        tell(pool)
+
+    tasks = [asyncio.ensure_future(one(place, decodings)) for place, decodings in zip(places, calls, strict=True)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        # After one failed, or the client went away, nobody reads the others.
+        for task in tasks:
+            task.cancel()
+    pool.sampling_s += drawn - start
+    pool.scoring_s += time.monotonic() - drawn
+
+
+def _seeds(seed: int | None, decodings: Sequence[DecodingConfig], number: int) -> list[int]:
+    """One 31-bit seed a decoding: from the request's own seed and the number of the round, else by chance."""
+    if seed is None:
+        return [random.getrandbits(31) for _ in decodings]
+    return [request_seed(seed, str(number) if number else "", decoding.name) for decoding in decodings]
