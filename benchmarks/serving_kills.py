@@ -4,10 +4,12 @@
 
 `cappy serve` as in `benchmarks.serving`, under an open load at `--rate` of what it can do.
 
-- `scorer_1`, `scorer_2`: one and two scorer replicas; every five seconds the one that runs longest gets SIGKILL. All requests must be
-  answered (`slowest_s`: the latest of them).
-- `llm`: its replica gets SIGKILL once. Only requests that were under way then may fail, each with 503. `recovery_s` is from the kill to
-  the first answer to a request sent after it; `engines_left` counts processes of the dead replica's engine that outlive it.
+- `scorer_1`, `scorer_2`: one and two scorer replicas; every five seconds the one that runs longest gets SIGKILL, where Serve has any
+  running: with one replica and often with two there is none then, and requests wait for the next. All must be answered (`slowest_s`:
+  the latest of them). `down` is the share of those moments that found none running.
+- `llm`: eight requests at once, and half a second later its replica gets SIGKILL. Only requests that were under way then may fail, each
+  with 503. `recovery_s` is from the kill to the first answer to a request sent after it; `engines_left` counts processes of the dead
+  replica's engine that outlive it.
 - `update`: 50 requests at once, and a second later every deployment gets a changed setting (`serve.run` from another process, as `serve
   deploy` does it); the load goes on meanwhile. All must be answered. `longest_gap_s`: the longest time without any answer.
 """
@@ -17,28 +19,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
+from ray import serve
 
 from benchmarks import servers, serving
 from benchmarks.load import Answer, arrivals, opened
-from cluster.config import Config, load
+from cluster.config import Config
 from cluster.progress import say
-from cluster.runtime import ray_session
+from serving import app
 
 _KILL_EVERY_S = 5.0
 _LLM_KILL_S = 15.0
+_LLM_HAS = 8
 _AT_ONCE = 50
 _ENGINE_ENDS_S = 15.0
 
@@ -53,20 +59,21 @@ def failures(answers: Sequence[Answer]) -> dict[str, Any]:
 
 async def scorers_killed(server: servers.Server, bodies: list[Any], moments: list[float]) -> dict[str, Any]:
     loading = asyncio.create_task(opened(server.chat, bodies, moments))
-    kills = 0
-    for _ in range(int(moments[-1] / _KILL_EVERY_S)):
+    kills, looks = 0, int(moments[-1] / _KILL_EVERY_S)
+    for _ in range(looks):
         await asyncio.sleep(_KILL_EVERY_S)
-        running = server.of("scorer")
-        if running:
-            running[0].kill()
+        # Those that run are older than those that start; a replica is not killed before it ever served.
+        if await asyncio.to_thread(running, "Scorer"):
+            server.of("scorer")[0].kill()
             kills += 1
     answers = await loading
-    return {"kills": kills, **failures(answers), "slowest_s": round(max(serving.latencies(answers)), 2)}
+    slowest = round(max(serving.latencies(answers)), 2)
+    return {"kills": kills, "down": round(1 - kills / looks, 2), **failures(answers), "slowest_s": slowest}
 
 
 async def llm_killed(server: servers.Server, bodies: list[Any], moments: list[float]) -> dict[str, Any]:
     start = time.perf_counter()
-    loading = asyncio.create_task(opened(server.chat, bodies, moments))
+    loading = asyncio.create_task(opened(server.chat, bodies, sorted([*moments, *[_LLM_KILL_S - 0.5] * _LLM_HAS])))
     await asyncio.sleep(_LLM_KILL_S)
     (replica,) = server.of("llm")
     engines = replica.children(recursive=True)
@@ -86,17 +93,12 @@ async def llm_killed(server: servers.Server, bodies: list[Any], moments: list[fl
     }
 
 
-async def updated(server: servers.Server, bodies: list[Any], moments: list[float], config: Config, folder: Path) -> dict[str, Any]:
+async def updated(server: servers.Server, bodies: list[Any], moments: list[float], config: Config) -> dict[str, Any]:
     start = time.perf_counter()
     before = set(server.family())
     loading = asyncio.create_task(opened(server.chat, bodies, [0.0] * _AT_ONCE + moments))
     await asyncio.sleep(1)
-    path = folder / "update.yaml"
-    path.write_text(config.to_yaml())
-    environment = {**os.environ, "RAY_ADDRESS": ray_address(server), "RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-m", "benchmarks.serving_kills", "--update", str(path)]
-    process = await asyncio.create_subprocess_exec(*command, env=environment)
-    code = await process.wait()
+    await asyncio.to_thread(serve.run, app.build(config), name=app.APPLICATION, route_prefix="/")
     took = time.perf_counter() - start - 1
     say(f"the update took {took:.1f} s")
     answers = await loading
@@ -104,7 +106,7 @@ async def updated(server: servers.Server, bodies: list[Any], moments: list[float
     ends = sorted(each.due + each.latency for each in answers if each.status == 200)
     return {
         **failures(answers),
-        "updated": code == 0 and {"gateway", "llm", "scorer"} <= new,
+        "updated": {"gateway", "llm", "scorer"} <= new,
         "update_s": round(took, 1),
         "in_flight": sum(each.due + each.latency > 1 for each in answers[:_AT_ONCE]),
         "longest_gap_s": round(max(two - one for one, two in pairwise(ends)), 2),
@@ -112,24 +114,25 @@ async def updated(server: servers.Server, bodies: list[Any], moments: list[float
     }
 
 
-def ray_address(server: servers.Server) -> str:
-    """Return where the server's own Ray is joined."""
+@contextmanager
+def joined(server: servers.Server) -> Iterator[None]:
+    """Have the server's own Ray joined inside the block."""
+    words = []
     for _, process in server.family().values():
         with suppress(psutil.Error):
-            for word in process.cmdline():
-                if word.startswith("--gcs-address="):
-                    return word.removeprefix("--gcs-address=")
-    raise LookupError("no process of the server's says where its Ray is")
+            words += process.cmdline()
+    address = next(word.removeprefix("--gcs-address=") for word in words if word.startswith("--gcs-address="))
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-def update(path: str) -> None:
-    """Give the running server another config; returns once that is what runs."""
-    from ray import serve
-
-    from serving import app
-
-    with ray_session():
-        serve.run(app.build(load(path)), name=app.APPLICATION, route_prefix="/")
+def running(deployment: str) -> int:
+    """Return how many replicas of a deployment Serve sends requests to."""
+    return int(serve.status().applications[app.APPLICATION].deployments[deployment].replica_states.get("RUNNING", 0))
 
 
 def changed(config: Config, **settings: Any) -> Config:
@@ -152,7 +155,7 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
         if not wanted:
             continue
         served = changed(config, serving={"scorer_replicas": count, "max_queue": 2 * _AT_ONCE})
-        with servers.ours(served, folder) as server:
+        with servers.ours(served, folder) as server, joined(server):
             rate = serving.RATES[options.rate] * serving.capacity(server, prompts, options)
             say(f"{rate:.2f} requests a second")
             for name in wanted:
@@ -168,7 +171,7 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
                         sampler={"engine": {**served.sampler.engine.model_dump(), "max_num_seqs": 48}},
                         scorer_path=str(folder / "scorer-2"),
                     )
-                    note(name, asyncio.run(updated(server, bodies, moments, other, folder)))
+                    note(name, asyncio.run(updated(server, bodies, moments, other)))
                 else:
                     note(name, asyncio.run(scorers_killed(server, bodies, moments)))
                 servers.wait_healthy(server)
@@ -180,12 +183,8 @@ def main() -> int:
     made.description = __doc__.splitlines()[0] if __doc__ else None
     victims = ("scorer_1", "scorer_2", "llm", "update")
     made.add_argument("--victims", nargs="+", choices=victims, default=list(victims))
-    made.add_argument("--update", metavar="CONFIG", help=argparse.SUPPRESS)
     made.set_defaults(rate="light", seconds=120.0)
     options = made.parse_args()
-    if options.update:
-        update(options.update)
-        return 0
     with tempfile.TemporaryDirectory(prefix="cappy-serving-kills-") as name:
         config, prompts = serving.prepare(options, Path(name))
         results = run(config, Path(name), prompts, options)
