@@ -100,3 +100,64 @@ def test_what_is_saved_is_what_was_loaded(tmp_path: Path):
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert saved.state_dict().keys() == plain.state_dict().keys()
     assert all(torch.equal(saved.state_dict()[name], weight) for name, weight in plain.state_dict().items())
+
+
+def attention_of(kind: Any, scale: float, tokens: int = 12) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A packed bfloat16 model's first self-attention with queries `scale` times as large, what it reads, and a mask of padding."""
+    model = model_of(kind).eval()
+    own = model.base_model.encoder.layer[0].attention.self
+    with torch.no_grad():
+        own.query.weight *= scale
+    lean.pack_for_cpu(model.bfloat16())
+    hidden = torch.randn(4, tokens, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    kept = torch.arange(tokens) < torch.tensor([tokens, 3, tokens - 1, tokens])[:, None]
+    return own, hidden, kept[:, None, None].expand(4, 1, tokens, tokens)
+
+
+def exact(own: Any, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Softmax attention in float64 from the weights of `own`."""
+    query, key, value = (
+        (hidden.double() @ layer.weight.double().T + layer.bias.double()).unflatten(-1, (4, 8)).transpose(1, 2)
+        for layer in (own.query, own.key, own.value)
+    )
+    scores = (query @ key.transpose(2, 3) * own.scaling).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e5])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_attention_on_cpu_is_exact_attention_whatever_the_size_of_its_exponents(kind: Any, scale: float):
+    own, hidden, mask = attention_of(kind, scale)
+    with torch.inference_mode():
+        read, _ = own(hidden, mask)
+        torch_s = torch.nn.functional.scaled_dot_product_attention(
+            *(layer(hidden).unflatten(-1, (4, 8)).transpose(1, 2) for layer in (own.query, own.key, own.value)), attn_mask=mask
+        )
+        truth = exact(own, hidden, mask)
+    theirs = (torch_s.transpose(1, 2).flatten(2) - truth).abs().mean()
+    assert own.forward.__func__ is lean._attend
+    assert not torch.isnan(read).any()
+    assert (read - truth).abs().mean() < 2 * theirs + 1e-3
+
+
+def test_attention_on_cpu_in_blocks_is_attention_at_once(monkeypatch: pytest.MonkeyPatch):
+    own, hidden, mask = attention_of(BertConfig, 1.0)
+    with torch.inference_mode():
+        whole, _ = own(hidden, mask)
+        monkeypatch.setattr(lean, "_BLOCK", 2 * 12 * 12 * 3)
+        blocks, _ = own(hidden, mask)
+    assert torch.equal(whole, blocks)
+
+
+def test_attention_on_cpu_falls_back_where_a_query_is_far_below_the_others():
+    own, hidden, mask = attention_of(BertConfig, 1.0)
+    with torch.no_grad():
+        own.query.bias.zero_()
+        own.key.bias.zero_()
+    hidden = hidden.clone()
+    hidden[0, 0] *= 300  # its exponents reach thousands, those of the same head's other tokens do not
+    with torch.inference_mode():
+        read, _ = own(hidden, mask)
+        truth = exact(own, hidden, mask)
+    assert not torch.isnan(read).any()
+    assert (read[0, 1:] - truth[0, 1:]).abs().max() < 0.05 * truth[0, 1:].abs().max()
