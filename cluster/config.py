@@ -750,6 +750,13 @@ class ServingConfig(Section):
     """Gateways; each has limits of its own."""
     llm_gpus: int | None = Field(None, ge=0)
     """GPUs of an LLM replica; null is what the engine needs, or none where the cluster has none yet when the server starts."""
+    scorer_gpus: float = Field(0.0, ge=0)
+    """GPUs, or the share of one, a scorer replica has to itself; with 0 it uses one it sees, beside whoever else does, else the CPU."""
+    scorer_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the scorers; `auto` is bfloat16 where the hardware multiplies it, which moves a score by up to about 0.01."""
+    scorer_threads: int = Field(8, ge=1)
+    """Threads a scorer replica computes with on CPU, as far as the machine has cores. Few threads hold up an LLM on the same cores for
+    longer than many."""
     max_concurrency: int = Field(32, ge=1)
     """Requests a gateway works on at once."""
     max_queue: int = Field(64, ge=0)

@@ -143,7 +143,7 @@ def build(config: Config) -> serve.Application:
     scorer = serve.deployment(Scorer).options(
         name="Scorer",
         max_ongoing_requests=room,
-        ray_actor_options={"num_cpus": 1},
+        ray_actor_options={"num_cpus": 1, "num_gpus": serving.scorer_gpus},
         **replica_options(serving.scorer_replicas),
         **surge,
         **common,
@@ -163,7 +163,7 @@ def build(config: Config) -> serve.Application:
     patience_s = _PATIENCE * serving.timeout_s
     further = further_scorers(config)
     main = models.absolute(config.scorer_uri)
-    scorers = scorer.bind(serving.scorer_name, main, further, serving.scorers_loaded, serving.reload_s)
+    scorers = scorer.bind(serving, main, further)
     return gateway.bind(config, tuple(further), llm.bind(config.sampler, patience_s, ledger), scorers)
 
 

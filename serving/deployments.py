@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from cluster.config import DecodingConfig, SamplerConfig
+from cluster.config import DecodingConfig, SamplerConfig, ServingConfig
 from cluster.errors import CappyError
 from generation import engines
 from generation.engines import NoAnswer, PromptTooLong, RowError
@@ -140,12 +141,17 @@ class LLM:
 class Scorer:
     """The trained scorers. Requests that wait while a batch is scored are scored together in the next one.
 
-    `main` stays, of `further` (URIs by name) a replica holds `room` at most; each is replaced when it is published anew, which is
-    looked for every `reload_s` seconds.
+    The main one, at `main_uri`, stays; of `further` (URIs by name) a replica holds `serving.scorers_loaded` at most. Each is replaced
+    when it is published anew, which is looked for every `serving.reload_s` seconds.
     """
 
-    def __init__(self, main: str, main_uri: str, further: Mapping[str, str], room: int, reload_s: float) -> None:
-        self.shelf = Shelf(main, main_uri, further, room=room, reload_s=reload_s)
+    def __init__(self, serving: ServingConfig, main_uri: str, further: Mapping[str, str]) -> None:
+        import torch
+
+        # Ray gives every worker one thread for its own share.
+        torch.set_num_threads(min(serving.scorer_threads, len(os.sched_getaffinity(0))))
+        room, dtype = serving.scorers_loaded, serving.scorer_dtype
+        self.shelf = Shelf(serving.scorer_name, main_uri, further, room=room, reload_s=serving.reload_s, dtype=dtype)
 
         async def here(name: str) -> str:
             return name

@@ -21,7 +21,7 @@ from cluster import models, storage
 from cluster.errors import CappyError
 
 if TYPE_CHECKING:
-    from training.scorer import Scorer
+    from training.scorer import Dtype, Scorer
 
 logger = logging.getLogger("ray.serve")
 # Seconds the request that finds a scorer due for a look waits for new weights; they answer the next one where they take longer.
@@ -63,7 +63,7 @@ class _Place:
 class Shelf:
     """Scorers by name. `main` is loaded here and now and stays; of `further` at most `room` are held.
 
-    `clock` gives seconds. Raises `CappyError` where the main one cannot be loaded.
+    `dtype` is as `Scorer.load` takes it, `clock` gives seconds. Raises `CappyError` where the main one cannot be loaded.
     """
 
     def __init__(
@@ -74,11 +74,12 @@ class Shelf:
         *,
         room: int,
         reload_s: float,
+        dtype: Dtype,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.main, self._room, self._reload_s, self._clock = main, room, reload_s, clock
+        self.main, self._room, self._reload_s, self._dtype, self._clock = main, room, reload_s, dtype, clock
         self._places = {name: _Place(uri, f"scorer {name!r}: path") for name, uri in further.items()}
-        self._places[main] = _Place(main_uri, "scorer_path", look(main_uri, "scorer_path", None), clock())
+        self._places[main] = _Place(main_uri, "scorer_path", look(main_uri, "scorer_path", None, dtype), clock())
         self._used: OrderedDict[str, None] = OrderedDict()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="scorers")
 
@@ -114,7 +115,7 @@ class Shelf:
         """Look at where a scorer is and load what is new there; return what is held then."""
         before = place.held
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._threads, look, place.uri, place.setting, before)
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, look, place.uri, place.setting, before, self._dtype)
         except Exception as error:  # whatever is wrong with one scorer, the server goes on
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, CappyError) else str(error)
             if reason != place.trouble:
@@ -140,7 +141,7 @@ class Shelf:
             gone.held, gone.looked = None, float("-inf")
 
 
-def look(uri: str, setting: str, held: Held | None) -> Held:
+def look(uri: str, setting: str, held: Held | None, dtype: Dtype) -> Held:
     """Return `held` if it is what is published at `uri`, else what is there, loaded.
 
     Raises `CappyError` naming `setting` where that is no scorer, is not published any more, or changes meanwhile.
@@ -155,7 +156,7 @@ def look(uri: str, setting: str, held: Held | None) -> Held:
     if version is not None:
         _check_weights(uri, setting)
     with _loading:
-        model = Scorer.load(uri, dtype="float32", setting=setting)
+        model = Scorer.load(uri, dtype, setting=setting)
     if version_of(uri) != version:
         raise CappyError(f"{setting}={uri} was published anew, or taken back, while it was loaded")
     return Held(model, version, model.logprob_weight)

@@ -180,6 +180,7 @@ def server(scorer, tmp_path_factory):
         f"scorer_path={scorer}",
         f"serving.scorers={further}",
         "serving.reload_s=0.5",
+        "serving.scorer_dtype=float32",
         "serving.body_timeout_s=2",
     ]
     settings += ["sampler.engine.max_model_len=1024"]

@@ -53,11 +53,19 @@ def clock():
 
 
 def opened(uris, clock, room=2):
-    return Shelf("main", uris["main"], {name: uri for name, uri in uris.items() if name != "main"}, room=room, reload_s=10, clock=clock)
+    further = {name: uri for name, uri in uris.items() if name != "main"}
+    return Shelf("main", uris["main"], further, room=room, reload_s=10, dtype="float32", clock=clock)
 
 
 def own(uri):
     return Scorer.load(uri, device="cpu").score(*PAIRS).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_all_scorers_are_loaded_in_the_arithmetic_asked_for(uris, dtype):
+    shelf = Shelf("main", uris["main"], {"a": uris["a"]}, room=1, reload_s=10, dtype=dtype)
+    for name in ("main", "a"):
+        assert str((await shelf.get(name)).model.model.dtype) == f"torch.{dtype}"
 
 
 async def score(shelf, name):
@@ -144,7 +152,7 @@ async def test_a_scorer_that_cannot_be_loaded_is_no_matter_of_the_others_and_ans
     clock.now += 11
     assert await score(shelf, "b") == own(uris["b"])
     with pytest.raises(CappyError, match="scorer_path"):
-        Shelf("main", str(uris["b"]) + "/nothing", {}, room=1, reload_s=10)
+        Shelf("main", str(uris["b"]) + "/nothing", {}, room=1, reload_s=10, dtype="float32")
 
 
 async def test_a_store_that_hangs_holds_up_only_the_scorer_it_keeps(uris, clock, monkeypatch):
