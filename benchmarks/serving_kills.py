@@ -2,7 +2,8 @@
 
     python -m benchmarks.serving_kills --json -
 
-`cappy serve` as in `benchmarks.serving`, under an open load at `--rate` of what it can do.
+`cappy serve` as in `benchmarks.serving`, under an open load at `--rate` of what it can do. Answers the LLM's likelihood chose because
+no scorer was there in time (`--set serving.fallback=self_score --set serving.scorer_timeout_s=8`) count as answered, and are told.
 
 - `scorer_1`, `scorer_2`: one and two scorer replicas; every five seconds the one that runs longest gets SIGKILL, where Serve has any
   running: with one replica and often with two there is none then, and requests wait for the next. All must be answered (`slowest_s`:
@@ -50,11 +51,13 @@ _ENGINE_ENDS_S = 15.0
 
 
 def failures(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What failed, by status and code, with an example of what the client was told."""
+    """What failed, by status and code, with an example of what the client was told, and how many were chosen without the scorer."""
     bad = serving.wrong(answers)
     told = [each.tree.get("error", {}) for each in bad]
     kinds = Counter(f"{each.status} {error.get('code')}" for each, error in zip(bad, told, strict=True))
-    return {"answers": len(answers), "failed": len(bad), **({"kinds": dict(kinds), "told": told[0].get("message")} if bad else {})}
+    fallbacks = sum(bool(each.tree.get("cappy", {}).get("fallback")) for each in answers)
+    counts = {"answers": len(answers), "failed": len(bad), "fallbacks": fallbacks}
+    return {**counts, **({"kinds": dict(kinds), "told": told[0].get("message")} if bad else {})}
 
 
 async def scorers_killed(server: servers.Server, bodies: list[Any], moments: list[float]) -> dict[str, Any]:
