@@ -35,6 +35,8 @@ CHECKPOINTS = "_checkpoints"
 _SCORING_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Pairs tokenised and sorted together when scoring, so that memory stays flat however many there are.
 _SCORING_PAIRS = 8192
+# Pairs a tokenizer is given at once: what it returns takes a hundred times the memory of the tokens.
+_TOKENISED_PAIRS = 256
 # The names under which encoder families keep the dropout on attention probabilities.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 
@@ -72,11 +74,21 @@ def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequenc
     if len(instructions) != len(responses):
         raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
     typed = "token_type_ids" in tokenizer.model_input_names
-    if not instructions:
-        return _end_to_end([], [] if typed else None, 0, 0)
-    batch = tokenizer(
-        list(instructions), list(responses), return_token_type_ids=typed, return_attention_mask=False, truncation=False, verbose=False
+    pieces = [_end_to_end([], [] if typed else None, 0, 0)]
+    for start in range(0, len(instructions), _TOKENISED_PAIRS):
+        some = slice(start, start + _TOKENISED_PAIRS)
+        pieces.append(_encode_piece(tokenizer, list(instructions[some]), list(responses[some]), max_length, typed))
+    return Encoded(
+        np.concatenate([piece.tokens for piece in pieces]),
+        np.concatenate([piece.types for piece in pieces]) if typed else None,
+        np.cumsum(np.concatenate([[0], *(piece.lengths for piece in pieces)])),
+        sum(piece.cut_pairs for piece in pieces),
+        sum(piece.cut_responses for piece in pieces),
     )
+
+
+def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str], max_length: int, typed: bool) -> Encoded:
+    batch = tokenizer(instructions, responses, return_token_type_ids=typed, return_attention_mask=False, truncation=False, verbose=False)
     ids: list[list[int]] = batch["input_ids"]
     types: list[list[int]] | None = batch["token_type_ids"] if typed else None
     cut_pairs = cut_responses = 0

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -171,37 +171,37 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
     untouched, whole = trained
     config = untouched.model_copy(update={"scorer_path": str(tmp_path / "scorer")})
     process = launch(config, tmp_path)
-    _wait_for_step(process, config, 20)
+    wait_for_step(process, config, 20)
     _worker_of(process).kill()
-    _wait_for(process, config, lambda: "going on from step" in (tmp_path / "log").read_text())
-    _wait_for_step(process, config, _last_step(config) + 20)
+    wait_for(process, config, lambda: "going on from step" in (tmp_path / "log").read_text())
+    wait_for_step(process, config, last_step(config) + 20)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for each in reversed(family):  # the driver first: Ray would go on for some seconds without it
         with suppress(psutil.NoSuchProcess):
             each.kill()
     psutil.wait_procs(family, 30)
-    newest = max(Path(config.scorer_uri, CHECKPOINTS).glob(f"*/{_last_step(config):08d}-*"))
+    newest = max(Path(config.scorer_uri, CHECKPOINTS).glob(f"*/{last_step(config):08d}-*"))
     (newest / "state.json").write_text("{}")
     assert threading.current_thread() is threading.main_thread()  # where signals are handled
-    at = _last_step(config)
+    at = last_step(config)
     threading.Thread(target=_terminate_me_after, args=(config, at + 20)).start()
     with pytest.raises(Stopped) as stopped:
         trainer.run(config)
     assert f"{newest}: state.json does not match its SHA-256" in capfd.readouterr().err
-    assert f"stopped on SIGTERM after step {_last_step(config)} of {whole['steps']}, which is saved" in str(stopped.value)
+    assert f"stopped on SIGTERM after step {last_step(config)} of {whole['steps']}, which is saved" in str(stopped.value)
     resumed = trainer.run(config)
     assert whole["train_mse"] == resumed["train_mse"]
     left, right = weights(untouched.scorer_uri), weights(config.scorer_uri)
     assert all(np.array_equal(left[name], right[name]) for name in left)
 
 
-def launch(config: Config, folder: Path) -> subprocess.Popen[str]:
-    """Run `trainer.run` in a process of its own, with its own Ray; standard error goes to `folder/log`."""
+def launch(config: Config, folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Run `trainer.run` in a process of its own, with its own Ray unless told; standard error goes to `folder/log`."""
     (folder / "run.py").write_text(RUN)
     (folder / "run.yaml").write_text(config.to_yaml())
     return subprocess.Popen(
         [sys.executable, str(folder / "run.py"), str(folder / "run.yaml")],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})},
         stdout=subprocess.DEVNULL,
         stderr=(folder / "log").open("a"),
         text=True,
@@ -213,15 +213,15 @@ def _run_folder(config: Config) -> str:
     return storage.join(config.scorer_uri, CHECKPOINTS, min(names, default="none"))
 
 
-def _last_step(config: Config) -> int:
+def last_step(config: Config) -> int:
     return checkpoint.last_step(_run_folder(config))
 
 
-def _wait_for_step(process: subprocess.Popen[str], config: Config, step: int) -> None:
-    _wait_for(process, config, lambda: _last_step(config) >= step)
+def wait_for_step(process: subprocess.Popen[str], config: Config, step: int) -> None:
+    wait_for(process, config, lambda: last_step(config) >= step)
 
 
-def _wait_for(process: subprocess.Popen[str], config: Config, reached: Callable[[], bool]) -> None:
+def wait_for(process: subprocess.Popen[str], config: Config, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
     while not reached():
         assert process.poll() is None and time.monotonic() < deadline, Path(config.scorer_uri).with_name("log").read_text()
@@ -230,9 +230,9 @@ def _wait_for(process: subprocess.Popen[str], config: Config, reached: Callable[
 
 def _terminate_me_after(config: Config, step: int) -> None:
     deadline = time.monotonic() + 240
-    while _last_step(config) < step and time.monotonic() < deadline:
+    while last_step(config) < step and time.monotonic() < deadline:
         time.sleep(0.05)
-    if _last_step(config) >= step:
+    if last_step(config) >= step:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
