@@ -1,11 +1,23 @@
-"""Ports of this machine: whether one can be listened on, and one that nobody listens on."""
+"""Hosts and ports of this machine: whether one can be listened on, one that nobody listens on, and which other machines do not reach."""
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 
 from cluster.errors import CappyError, UsageError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""What this machine is called by itself."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server at `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check(host: str, port: int, settings: str) -> None:

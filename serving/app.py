@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import signal
@@ -251,7 +250,7 @@ def welcome(config: Config, url: str, further: Sequence[str] = ()) -> str:
     ]
     if further:
         lines.insert(1, f"  {len(further)} more scorers, loaded when asked for, e.g. model {serving.pair(further[0])!r}")
-    if not _loopback(serving.host) and not serving.api_keys:
+    if not ports.is_loopback(serving.host) and not serving.api_keys:
         lines.insert(2, f"  note: serving.host={serving.host} is reachable from other machines, and anyone may ask: there are no API keys")
     return "\n".join(lines)
 
@@ -264,7 +263,7 @@ def refuse(config: Config) -> None:
 
 def _refuse_open(serving: ServingConfig) -> None:
     """Refuse to let other machines ask without a key, unless told so."""
-    if not _loopback(serving.host) and not serving.api_keys and not serving.allow_no_keys:
+    if not ports.is_loopback(serving.host) and not serving.api_keys and not serving.allow_no_keys:
         raise UsageError(
             f"serving.host={serving.host} is reachable from other machines and serving.api_keys is empty; `cappy serve --new-key NAME` "
             f"makes one, or set serving.allow_no_keys=true behind a gateway of your own"
@@ -278,13 +277,6 @@ def _refuse_useless(config: Config) -> None:
         decodings_for(plain, config)
     except ApiError as error:
         raise UsageError(f"every request would be refused: {error}") from None
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def http_options(serving: ServingConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
+from cluster import ports
 from cluster.config import Config, DecodingConfig, Fallback
 from generation.prompts import Message
 from serving import boosting, limits, protocol, schema, scoring
@@ -137,21 +138,34 @@ class Watch:
 
 
 class Guard:
-    """Lets those with a known key in, to every path but /health and the page; the scope's `caller` says who they are."""
+    """Lets those with a known key in, to every path but /health and the page; the scope's `caller` says who they are.
 
-    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
-        self.app, self.keyring = app, keyring
+    With `own_names` it also wants one of these in the header Host: without keys, a page of another site could otherwise ask through
+    its reader's browser, once it has a name of its own resolve to this machine (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, own_names: frozenset[str] | None) -> None:
+        self.app, self.keyring, self.own_names = app, keyring, own_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN:
             headers = Headers(scope=scope)
             try:
+                if self.own_names and _name(headers.get("host", "")) not in self.own_names:
+                    names = ", ".join(sorted(self.own_names))
+                    raise ApiError(f"without API keys this server answers to {names} alone, by the header Host", 403, code="forbidden")
                 scope["caller"] = self.keyring.caller(headers.get("authorization"), headers.get("x-api-key"))
                 scope["caller"].enter()
             except ApiError as error:
                 await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def _name(host: str) -> str:
+    """Return a Host header without its port."""
+    name, _, port = host.rpartition(":")
+    return (name if name and port.isdigit() else host).strip("[]").lower()
 
 
 def build_api(config: Config, backend: Backend, further: Sequence[str] = (), metrics: Metrics | None = None) -> FastAPI:
@@ -286,7 +300,9 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = (), met
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     schema.complete(api, keys=bool(config.serving.api_keys))
-    api.add_middleware(Guard, keyring=Keyring(config.serving.api_keys))
+    serving = config.serving
+    own_names = frozenset({*ports.LOOPBACK, serving.host}) if not serving.api_keys and ports.is_loopback(serving.host) else None
+    api.add_middleware(Guard, keyring=Keyring(serving.api_keys), own_names=own_names)
     api.add_middleware(limits.Limits)
     api.add_middleware(Watch, metrics=metrics, access_log=config.serving.access_log)
     api.add_exception_handler(ApiError, _api_error)

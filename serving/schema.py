@@ -15,6 +15,7 @@ from serving.protocol import ErrorAnswer
 ERRORS = {
     400: "The request is wrong: `param` names the field, the message what would be right",
     401: "No API key, or one this server does not know",
+    403: "The header Host has no name of this machine, which is all a server without keys answers to",
     404: "The model, or the path, is not served here",
     408: "The body was not here in time",
     413: "The body is too large",
@@ -27,7 +28,7 @@ ERRORS = {
     503: "A model is down, or too many requests wait; `Retry-After` says when to come back",
     504: "No answer within the server's time limit",
 }
-_OF_EVERY_ROUTE = (401, 414, 429, 431, 500)
+_OF_EVERY_ROUTE = (401, 403, 414, 429, 431, 500)
 
 _SCORER = {"model": "cappy-scorer"}
 _SCORER_USAGE = {"prompt_tokens": 23, "total_tokens": 23, "completion_tokens": 0}
@@ -152,7 +153,9 @@ def complete(api: FastAPI, *, keys: bool) -> None:
             for status, response in operation["responses"].items():
                 if status != "200":  # JSON where the route's own answer is something else, too
                     response["content"] = {"application/json": next(iter(response["content"].values()))}
-            if not keys:
+            if keys:
+                operation["responses"].pop("403", None)
+            else:
                 operation["responses"].pop("401", None)
                 if "502" not in operation["responses"]:  # where sampling may cost money
                     operation["responses"].pop("429", None)

@@ -94,7 +94,7 @@ class Behind(Echo):
 async def ask(llm, **fields):
     """A gateway's answer with `llm` behind it."""
     api = build_api(Config(serving=ServingConfig()), Behind(llm))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://test") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as http:
         answer = await http.post("/v1/chat/completions", json={**BODY, **fields})
         return answer, (await http.get("/metrics")).text
 

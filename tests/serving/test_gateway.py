@@ -1,4 +1,5 @@
 import asyncio
+import hashlib
 import json
 import logging
 
@@ -54,7 +55,7 @@ class Echo:
 
 def client(backend, further=(), **serving):
     transport = httpx.ASGITransport(build_api(Config(serving=ServingConfig(**serving)), backend, further), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 async def test_the_best_candidate_answers_and_each_response_is_scored_once():
@@ -337,7 +338,7 @@ async def test_a_client_that_leaves_a_stream_cancels_its_sampling():
         if b"sampling" in message.get("body", b""):
             gone.set()
 
-    headers = [(b"content-type", b"application/json")]
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "headers": headers}
     await asyncio.wait_for(api(scope, receive, send), 10)
     await asyncio.sleep(0)
@@ -519,7 +520,7 @@ async def test_drawn_in_rounds_an_answer_may_still_be_withheld_or_chosen_without
 
 def ai(backend, **serving):
     """OpenAI's own client, talking to the application without a network."""
-    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", max_retries=0, http_client=client(backend, **serving))
+    return openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=client(backend, **serving))
 
 
 class Seeded(Echo):
@@ -690,3 +691,32 @@ async def test_health_is_ok_only_while_both_models_are_ready():
     async with client(Echo(up=False)) as http:
         response = await http.get("/health")
     assert (response.status_code, response.json()["llm"]) == (503, False)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("LOCALHOST", 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example:8000", 403),
+    ],
+)
+async def test_a_server_without_keys_answers_to_the_names_of_this_machine_alone(host, status):
+    async with client(Echo()) as http:
+        answer = await http.get("/v1/models", headers={"Host": host})
+        assert answer.status_code == status
+        assert (await http.get("/health", headers={"Host": host})).status_code == 200
+    if status == 403:
+        assert answer.json()["error"]["code"] == "forbidden"
+
+
+@pytest.mark.parametrize(
+    "serving", [{"api_keys": [{"name": "a", "sha256": hashlib.sha256(b"cappy-k").hexdigest()}]}, {"host": "0.0.0.0", "allow_no_keys": True}]
+)
+async def test_a_server_with_keys_or_behind_a_gateway_answers_to_any_name(serving):
+    async with client(Echo(), **serving) as http:
+        answer = await http.get("/v1/models", headers={"Host": "llm.example", "Authorization": "Bearer cappy-k"})
+        assert answer.status_code == 200
