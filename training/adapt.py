@@ -89,7 +89,7 @@ def adapt(config: Config, task: Task, base: Base, *, threads: int = 1, gpu: bool
         )
     tables: tuple[pa.Table, ...] = sides(rows, config.adapt.gate_fraction) if len(rows) else ()
     training = config.adapt.training(config.training)
-    scorer, wrapped = _trainable(config, training, base, torch.device("cuda" if gpu else "cpu"))
+    scorer, wrapped = trainable(config, training, base, torch.device("cuda" if gpu else "cpu"))
     before = _measure(scorer, tables, dataset.greedy())
     trained, lines = _fit(scorer, pairs, training, config)
     after = _measure(scorer, tables, dataset.greedy())
@@ -226,7 +226,7 @@ def _measure(scorer: Scorer, tables: Sequence[pa.Table], greedy: str | None) -> 
     return [validation.measure(table, scorer.score, greedy).metrics() for table in tables]
 
 
-def _trainable(config: Config, training: TrainingConfig, base: Base, device: torch.device) -> tuple[Scorer, Any]:
+def trainable(config: Config, training: TrainingConfig, base: Base, device: torch.device) -> tuple[Scorer, Any]:
     """Return the base ready to be trained, as a scorer, and with adapters peft's model around it (else None)."""
     setting = "adapt.base" if base.scorer else "scorer.encoder"
     folder = models.resolve(base.name, setting)

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from cluster import lease, models, storage
 from cluster.config import Config, differences
 from cluster.errors import Stopped, UsageError
@@ -119,11 +121,11 @@ def _base(config: Config) -> Base:
         return Base(config.scorer.encoder, False, lora.weights_sha256(folder), None, config.scorer.max_length)
     folder = models.resolve(name, "adapt.base")
     scorer = Scorer.load(name, device="cpu", setting="adapt.base")
-    if config.adapt.method == "lora":
-        lora.wrap(scorer.model, config.adapt.lora, config.seed)
     manifest = folder / storage.MANIFEST
     writer = storage.read_json(str(manifest)).get("writer") if manifest.exists() else None
-    return Base(name, True, lora.weights_sha256(folder), writer, scorer.max_length)
+    base = Base(name, True, lora.weights_sha256(folder), writer, scorer.max_length)
+    adapt.trainable(config, config.adapt.training(config.training), base, torch.device("cpu"))
+    return base
 
 
 def _say_where_it_differs(config: Config, dataset: RegressionSet) -> None:

@@ -37,6 +37,17 @@ def test_folders_of_tasks_are_plain_and_differ():
     assert all("/" not in folder and not folder.startswith((".", "_")) and folder != "results.json" for folder in folders)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_base_is_seen_to_be_trainable_before_anything_is_spent(method: str, encoder: Path, tmp_path: Path):
+    base = published_scorer(encoder, str(tmp_path / "scorer"))
+    found = adapt_tasks._base(settings(tmp_path, encoder, base=base, method=method))
+    assert (found.name, found.scorer, found.max_length) == (base, True, 32)
+    if method == "lora":
+        wrong = settings(tmp_path, encoder, base=base, method="lora", lora={"targets": ["nowhere"]})
+        with pytest.raises(CappyError, match="nowhere"):
+            adapt_tasks._base(wrong)
+
+
 def test_only_what_adapt_wrote_is_cleared(tmp_path: Path):
     (tmp_path / "tense").mkdir()
     (tmp_path / "tense/thesis.txt").write_text("mine")
