@@ -46,7 +46,7 @@ class SlowLLM(SyntheticLLM):
         super().__init__(config)
         self.log = log
 
-    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:
         with Path(self.log).open("a") as log:
             log.write(f"{request_id.split('-')[0]} {time.time()} {os.getpid()}\n")
         await asyncio.sleep(0.5)

@@ -45,10 +45,10 @@ class SyntheticLLM:
     def bill(self, request_id: str) -> float:
         return 0.0
 
-    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:
         await asyncio.sleep(0)
         return [
-            Candidate(response=text(seed + draw), decoding=decoding.name, tokens=9, finish_reason="stop", logprob=-1.0)
+            Candidate(response=text((seed or 0) + draw), decoding=decoding.name, tokens=9, finish_reason="stop", logprob=-1.0)
             for draw in range(decoding.n)
         ]
 

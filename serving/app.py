@@ -57,7 +57,7 @@ class Backend:
         self._looking: asyncio.Task[dict[str, bool]] | None = None
         self._looked = 0.0
 
-    async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
+    async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None]) -> Sampled:
         sampled: Sampled = await answer(self.llm.sample.remote(prompt, decodings, seeds), "the LLM")
         return sampled
 

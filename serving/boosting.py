@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from serving import adaptive, protocol
 from serving.adaptive import Stopped
 from serving.protocol import ApiError, Sampled, Scored
 
-Sample = Callable[[Sequence[DecodingConfig], Sequence[int]], Awaitable[Sampled]]
+Sample = Callable[[Sequence[DecodingConfig], Sequence[int | None]], Awaitable[Sampled]]
 """Draws the candidates of some decodings, with a seed for each."""
 Score = Callable[[Sequence[str]], Awaitable[Scored]]
 """Scores responses to the request's instruction."""
@@ -145,8 +144,8 @@ async def _round(
     pool.scoring_s += time.monotonic() - drawn
 
 
-def _seeds(seed: int | None, decodings: Sequence[DecodingConfig], number: int) -> list[int]:
-    """One 31-bit seed a decoding: from the request's own seed and the number of the round, else by chance."""
+def _seeds(seed: int | None, decodings: Sequence[DecodingConfig], number: int) -> Sequence[int | None]:
+    """One 31-bit seed a decoding, from the request's own seed and the number of the round; none where it has none."""
     if seed is None:
-        return [random.getrandbits(31) for _ in decodings]
+        return [None] * len(decodings)
     return [request_seed(seed, str(number) if number else "", decoding.name) for decoding in decodings]

@@ -56,8 +56,8 @@ class LLM:
         # A form the model does not have is told now and not to the first client.
         self.engine.encode([{"role": "user", "content": "?"}], self.form, room=1, drop_shots=False)
 
-    async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Sampled:
-        """Return the candidates of one prompt, decoding by decoding; `seeds` holds one for each.
+    async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None]) -> Sampled:
+        """Return the candidates of one prompt, decoding by decoding; `seeds` holds one for each, None for chance.
 
         A prompt that is a text is continued as it stands; the turns of a conversation get the form the config says.
         Raises `ApiError` for a prompt the engine cannot take, an engine that died, and whatever an endpoint answers but candidates.

@@ -48,7 +48,9 @@ T = TypeVar("T")
 class Backend(Protocol):
     """The models as the gateway sees them; each call raises `ApiError` for what the client should be told."""
 
-    def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int]) -> Awaitable[Sampled]:
+    def sample(
+        self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None]
+    ) -> Awaitable[Sampled]:
         """Return the candidates of a conversation, or of a text that is continued as it stands."""
 
     def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Awaitable[Scored]:

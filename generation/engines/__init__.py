@@ -74,8 +74,8 @@ class LLM(Protocol):
     def encode(self, turns: Sequence[Message], form: str, room: int) -> Any:
         """Return the `Prompt` of some turns with at least `room` tokens left for a candidate. Raises `PromptTooLong`."""
 
-    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
-        """Return the `decoding.n` candidates of one prompt.
+    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:
+        """Return the `decoding.n` candidates of one prompt; without `seed` by chance, which engines that sample in batches do faster.
 
         Raises `RowError` for a prompt it will never answer, any other `CappyError` where no prompt will be answered.
         """

@@ -112,7 +112,9 @@ class Endpoint:
         text = prompts.text_of(turns, form)
         return list(turns) if text is None else text
 
-    async def sample(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+    async def sample(
+        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, seed: int | None, request_id: str
+    ) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt.
 
         Raises `PromptTooLong` or another `RowError` for this row, `CappyError` where no row will be answered.
@@ -124,9 +126,9 @@ class Endpoint:
             if len(candidates) < decoding.n:
                 self._refused.add("n")
                 rest = range(len(candidates), decoding.n)
+                seeds = [None if seed is None else request_seed(seed, str(draw), decoding.name) for draw in rest]
                 single = (
-                    self._ask(prompt, decoding, 1, request_seed(seed, str(draw), decoding.name), f"{request_id}-{draw}", account)
-                    for draw in rest
+                    self._ask(prompt, decoding, 1, own, f"{request_id}-{draw}", account) for draw, own in zip(rest, seeds, strict=True)
                 )
                 # All end before any error is raised, so that the bill is complete.
                 answers = await asyncio.gather(*single, return_exceptions=True)
@@ -155,7 +157,7 @@ class Endpoint:
         """Nothing runs beside: connections end with the process."""
 
     async def _ask(
-        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int, request_id: str, account: _Account
+        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int | None, request_id: str, account: _Account
     ) -> list[Candidate]:
         """Return the candidates of one answer, at most `n`, none where the server refuses `n`."""
         tries = AsyncRetrying(
@@ -170,7 +172,7 @@ class Endpoint:
         raise AssertionError("tenacity returns or raises")
 
     async def _try(
-        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int, request_id: str, account: _Account
+        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int | None, request_id: str, account: _Account
     ) -> list[Candidate]:
         """Send the request, again after each cool-down, and again without each option the server refuses. Raises `_Again`."""
         while True:
@@ -193,7 +195,7 @@ class Endpoint:
             if refused == "n":
                 return []
 
-    def _body(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int) -> dict[str, Any]:
+    def _body(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int | None) -> dict[str, Any]:
         limit = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
         body: dict[str, Any] = {
             "model": self.model,
@@ -210,7 +212,7 @@ class Endpoint:
             body["min_tokens"] = decoding.min_tokens
         if decoding.stop:
             body["stop"] = list(decoding.stop)
-        if "seed" not in self._refused:
+        if seed is not None and "seed" not in self._refused:
             body["seed"] = seed
         if "logprobs" not in self._refused:
             body["logprobs"] = 1 if isinstance(prompt, str) else True

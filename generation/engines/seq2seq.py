@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,8 +102,9 @@ class Seq2Seq:
             )
         return ids
 
-    async def sample(self, prompt: Sequence[int], decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+    async def sample(self, prompt: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt. A call cancelled before its batch starts is left out of it."""
+        seed = random.getrandbits(31) if seed is None else seed
         request = _Request(tuple(prompt), decoding, seed, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         if self._worker is None or self._worker.done():

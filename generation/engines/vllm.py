@@ -54,7 +54,7 @@ class Engine:
             )
         return ids
 
-    async def sample(self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int, request_id: str) -> list[Candidate]:
+    async def sample(self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt. Cancelling the call stops the engine's work on it."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt

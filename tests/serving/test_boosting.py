@@ -54,6 +54,13 @@ async def test_without_stopping_the_pool_is_one_call_with_the_seeds_of_its_decod
     assert (pool.stopped, pool.prompt_tokens) == (None, 7)
 
 
+@pytest.mark.parametrize("stopping", [None, AdaptiveConfig(target_score=9, round_size=2)])
+async def test_without_a_seed_the_engine_draws_by_chance(stopping):
+    models = Models("x", "xx", "x", "xxx", "")
+    await models.draw(stopping, seed=None)
+    assert models.seeds and set(models.seeds) == {None}
+
+
 async def test_rounds_end_where_the_target_is_reached_and_a_response_met_again_is_not_scored_again():
     models = Models("x", "x", "xxx", "xxxx")
     pool = await models.draw(AdaptiveConfig(target_score=0.3, round_size=2))
