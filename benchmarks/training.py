@@ -3,9 +3,10 @@
 `python -m benchmarks.training --json -`, on a machine with nothing else to do. Real T0 pairs, MiniLM, fused AdamW, 32 pairs a step,
 bfloat16 autocast where the CPU multiplies it. Every side cuts the same pairs into its own steps: ours by `loop.plan`, padding to 512
 in drawn order through a plain loop, the Trainer in drawn order (`dynamic`) and in that of its own `LengthGroupedSampler` (`grouped`).
-A side's steps, sorted by length, are dealt to rounds, so that each round holds short and long steps alike; sides take turns, and ratios
-are medians over the rounds. A clock runs while steps are taken, not while a side is built. As shipped, we train at attention dropout
-0 and the others at the encoder's own 0.1; `equal_dropout` is both at 0.
+A side's steps, sorted by length, are dealt to rounds, so that each round holds short and long steps alike; of the side that pads and of
+the Trainer in drawn order a part of them, being slow. Sides take turns, and ratios are medians over the rounds. A clock runs while
+steps are taken, not while a side is built. As shipped, we train at attention dropout 0 and the others at the encoder's own 0.1;
+`equal_dropout` is both at 0.
 """
 
 from __future__ import annotations

@@ -301,9 +301,9 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = (), met
         """Tell Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    schema.complete(api, keys=bool(config.serving.api_keys))
     serving = config.serving
     own_names = frozenset({*ports.LOOPBACK, serving.host}) if not serving.api_keys and ports.is_loopback(serving.host) else None
+    schema.complete(api, keys=bool(serving.api_keys), own_names=own_names is not None)
     api.add_middleware(Guard, keyring=Keyring(serving.api_keys), own_names=own_names)
     api.add_middleware(limits.Limits)
     api.add_middleware(Watch, metrics=metrics, access_log=config.serving.access_log)

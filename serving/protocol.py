@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict, TypeVar
 
@@ -236,9 +237,9 @@ class SampleRequest(Shape):
         return "max_tokens", self.max_tokens
 
     @property
+    @abstractmethod
     def instruction(self) -> str:
         """The bare instruction the scorer reads."""
-        raise NotImplementedError
 
 
 class ChatRequest(SampleRequest):

@@ -143,8 +143,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer, "description": ERRORS[status]} for status in sorted({*statuses, *_OF_EVERY_ROUTE})}
 
 
-def complete(api: FastAPI, *, keys: bool) -> None:
-    """Add to the schema what stands nowhere else: the models of the bodies, examples, and how to show a key where there are `keys`."""
+def complete(api: FastAPI, *, keys: bool, own_names: bool) -> None:
+    """Add to the schema what stands nowhere else: the models of the bodies, examples, and how to show a key where there are `keys`.
+
+    `own_names` is whether a request must name this machine (`gateway.Guard`).
+    """
     tree = api.openapi()  # which keeps it: what is changed here is what is served
     models = tree["components"]["schemas"]
     for path in tree["paths"].values():
@@ -153,9 +156,9 @@ def complete(api: FastAPI, *, keys: bool) -> None:
             for status, response in operation["responses"].items():
                 if status != "200":  # JSON where the route's own answer is something else, too
                     response["content"] = {"application/json": next(iter(response["content"].values()))}
-            if keys:
+            if not own_names:
                 operation["responses"].pop("403", None)
-            else:
+            if not keys:
                 operation["responses"].pop("401", None)
                 if "502" not in operation["responses"]:  # where sampling may cost money
                     operation["responses"].pop("429", None)

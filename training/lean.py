@@ -1,6 +1,6 @@
 """The same scores for less work: what a forward pass of a scorer computes and nobody reads is left out. Torch alone, no files.
 
-Both changes are made to the modules of a loaded model, in place; weights, their names and what is saved stay as they were.
+The changes are made to the modules of a loaded model, in place; weights, their names and what is saved stay as they were.
 Shapes: B pairs, T tokens of the longest, H hidden size, A heads, D size of a head.
 """
 
@@ -23,7 +23,7 @@ def read_first_token_only(model: Any) -> None:
     training as in scoring. Scores and gradients are those of the plain model but for the order of sums. Other families, and
     attention other than torch's, stay as they are.
     """
-    if model.config.model_type in _FAMILIES and model.config._attn_implementation == "sdpa" and not model.config.is_decoder:
+    if _with_torchs_attention(model):
         last = model.base_model.encoder.layer[-1]
         last.forward = MethodType(_first_token, last)
 
@@ -39,19 +39,26 @@ def reads_first_token_only(model: Any) -> bool:
     return model.config.model_type in _FAMILIES and "forward" in vars(model.base_model.encoder.layer[-1])
 
 
+def _with_torchs_attention(model: Any) -> bool:
+    config = model.config
+    return config.model_type in _FAMILIES and config._attn_implementation == "sdpa" and not config.is_decoder
+
+
+def _by_head(own: Any, project: nn.Linear, hidden_BTH: Tensor) -> Tensor:
+    """Return a projection of some tokens, (B, A, T, D)."""
+    projected_BTH: Tensor = project(hidden_BTH)
+    return projected_BTH.unflatten(-1, (-1, own.attention_head_size)).transpose(1, 2)
+
+
 def _first_token(layer: Any, hidden_BTH: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
     """Return a layer's output for the first token, (B, 1, H). `attention_mask` is (B, 1, T or 1, T) or absent."""
     attention = layer.attention
     own = attention.self
     first_B1H = hidden_BTH[:, :1]
-    query_BA1D, key_BATD, value_BATD = (
-        project(hidden).unflatten(-1, (-1, own.attention_head_size)).transpose(1, 2)
-        for project, hidden in ((own.query, first_B1H), (own.key, hidden_BTH), (own.value, hidden_BTH))
-    )
     read_BA1D = nn.functional.scaled_dot_product_attention(
-        query_BA1D,
-        key_BATD,
-        value_BATD,
+        _by_head(own, own.query, first_B1H),
+        _by_head(own, own.key, hidden_BTH),
+        _by_head(own, own.value, hidden_BTH),
         attn_mask=None if attention_mask is None else attention_mask[:, :, :1],
         dropout_p=own.dropout.p if layer.training else 0.0,
         scale=own.scaling,
@@ -81,20 +88,33 @@ _LARGEST_EXPONENT, _SMALLEST_SUM = 60.0, 1e-30
 
 
 def _attend(own: Any, hidden_BTH: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """Return what self-attention reads, (B, T, H), in bfloat16 on CPU: half the time of torch's own. `attention_mask` is bool (B, 1, T, T).
+    """Return what self-attention reads in bfloat16 on CPU, (B, T, H). `attention_mask` is (B, 1, T, T), the same for all queries.
 
-    softmax(q k^T) v with v and a column of ones multiplied by exp(q k^T): the column gives the denominators, and rows of zeros in
-    both leave padding out. Keys are taken less their mean, which changes no softmax and keeps the exponents small; where they are
-    not, torch's attention is asked.
+    Torch's attention answers where `_attend_by_blocks` cannot, or where the mask is not of the kind transformers makes today.
     """
-    query_BATD, key_BATD, value_BATD = (
-        project(hidden_BTH).unflatten(-1, (-1, own.attention_head_size)).transpose(1, 2) for project in (own.query, own.key, own.value)
-    )
+    query_BATD, key_BATD, value_BATD = (_by_head(own, project, hidden_BTH) for project in (own.query, own.key, own.value))
+    read_BATD = None
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        kept_BT1 = None if attention_mask is None else attention_mask[:, 0, 0, :, None]
+        read_BATD = _attend_by_blocks(query_BATD, key_BATD, value_BATD, kept_BT1, own.scaling)
+    if read_BATD is None:
+        read_BATD = nn.functional.scaled_dot_product_attention(
+            query_BATD, key_BATD, value_BATD, attn_mask=attention_mask, scale=own.scaling
+        )
+    return read_BATD.transpose(1, 2).flatten(2), None
+
+
+def _attend_by_blocks(query_BATD: Tensor, key_BATD: Tensor, value_BATD: Tensor, kept_BT1: Tensor | None, scaling: float) -> Tensor | None:
+    """Return softmax(scaling q k^T) v over the tokens that are `kept` (bool), (B, A, T, D); None where its sums leave bfloat16's range.
+
+    v and a column of ones are multiplied by exp(q k^T): the column gives the denominators, and rows of zeros in both leave padding
+    out. Keys are taken less their mean, which changes no softmax and keeps exponents small; heads with large ones are shifted.
+    """
     B, A, T, D = query_BATD.shape
-    ones_BAT1 = value_BATD.new_ones(1, 1, 1, 1).expand(B, A, T, 1)
-    values_BATE = torch.cat((value_BATD, ones_BAT1), dim=-1)
-    if attention_mask is not None:
-        values_BATE *= attention_mask[:, :, 0, :, None]
+    values_BATE = torch.cat((value_BATD, value_BATD.new_ones(B, A, T, 1)), dim=-1)
+    if kept_BT1 is not None:
+        values_BATE *= kept_BT1[:, None]
+    # G counts the heads of all pairs, E is D and the column.
     query_GTD, values_GTE = (each.reshape(B * A, T, -1) for each in (query_BATD, values_BATE))
     key_GDT = (key_BATD - key_BATD.mean(dim=2, keepdim=True)).reshape(B * A, T, D).transpose(1, 2)
     block = max(1, _BLOCK // (2 * T * T))
@@ -103,29 +123,25 @@ def _attend(own: Any, hidden_BTH: Tensor, attention_mask: Tensor | None = None, 
     for start in range(0, B * A, block):
         some = slice(start, start + block)
         into = scores_GTT[: len(query_GTD[some])]
-        torch.baddbmm(into, query_GTD[some], key_GDT[some], beta=0, alpha=own.scaling, out=into)
+        torch.baddbmm(into, query_GTD[some], key_GDT[some], beta=0, alpha=scaling, out=into)
         excess_G = into.flatten(1).amax(dim=1) - _LARGEST_EXPONENT
         if excess_G.max() > 0:
             into -= excess_G.clamp_(min=0)[:, None, None]
         torch.bmm(into.exp_(), values_GTE[some], out=read_GTE[some])
-    if read_GTE[..., -1].min() > _SMALLEST_SUM:
-        read_BATD = (read_GTE[..., :-1] / read_GTE[..., -1:]).view(B, A, T, D)
-    else:
-        read_BATD = nn.functional.scaled_dot_product_attention(
-            query_BATD, key_BATD, value_BATD, attn_mask=attention_mask, scale=own.scaling
-        )
-    return read_BATD.transpose(1, 2).flatten(2), None
+    if not read_GTE[..., -1].min() > _SMALLEST_SUM:  # NaN included
+        return None
+    return (read_GTE[..., :-1] / read_GTE[..., -1:]).view(B, A, T, D)
 
 
 def pack_for_cpu(model: Any) -> None:
     """Make the linear layers of a model that stays on the CPU, in evaluation mode, `PackedLinear`s. Costs its weights a second time.
 
-    In bfloat16 the attention of BERT and RoBERTa scorers is `_attend`.
+    In bfloat16 BERT and RoBERTa scorers attend by `_attend`, in about half the time of torch's kernel (docs/training.md).
     """
     if not torch.backends.mkldnn.is_available():
         return
-    if model.config.model_type in _FAMILIES and model.config._attn_implementation == "sdpa" and not model.config.is_decoder:
-        for layer in model.base_model.encoder.layer if model.dtype == torch.bfloat16 else ():
+    if _with_torchs_attention(model) and model.dtype == torch.bfloat16:
+        for layer in model.base_model.encoder.layer:
             layer.attention.self.forward = MethodType(_attend, layer.attention.self)
     for module in model.modules():
         if type(module) is nn.Linear:

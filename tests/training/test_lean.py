@@ -140,6 +140,13 @@ def test_attention_on_cpu_is_exact_attention_whatever_the_size_of_its_exponents(
     assert (read - truth).abs().mean() < 2 * theirs + 1e-3
 
 
+def test_attention_on_cpu_takes_masks_that_are_added_as_torch_does():
+    own, hidden, mask = attention_of(BertConfig, 1.0)
+    added = torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+    with torch.inference_mode():
+        assert torch.allclose(own(hidden, added)[0], own(hidden, mask)[0], atol=1e-2)
+
+
 def test_attention_on_cpu_in_blocks_is_attention_at_once(monkeypatch: pytest.MonkeyPatch):
     own, hidden, mask = attention_of(BertConfig, 1.0)
     with torch.inference_mode():

@@ -40,11 +40,11 @@ def endpoint(server, **settings):
     return Endpoint("fox-1", EndpointConfig(kind="endpoint", base_url=server.url, **settings))
 
 
-def samples(llm, *decodings, form="chat"):
+def samples(llm, *decodings, form="chat", seed=5):
     """The candidates of the same prompt under each decoding, one after the other."""
 
     async def collect():
-        return [await llm.sample(llm.encode(TURNS, form, 8), decoding, 5, "row-1") for decoding in decodings]
+        return [await llm.sample(llm.encode(TURNS, form, 8), decoding, seed, "row-1") for decoding in decodings]
 
     return asyncio.run(collect())
 
@@ -226,6 +226,13 @@ def test_fewer_answers_than_asked_are_made_up_by_single_requests(server):
     pool = sample(endpoint(server), WARM)
     assert [body.get("n") for body in server.bodies] == [3, None, None]
     assert len({candidate["response"] for candidate in pool}) == 3
+
+
+def test_without_a_seed_the_server_draws_by_chance_also_where_n_is_made_up(server):
+    server.reply = lambda body, number: good(body, [f"draw {number}"])
+    (pool,) = samples(endpoint(server), WARM, seed=None)
+    assert [body.get("n") for body in server.bodies] == [3, None, None] and len(pool) == 3
+    assert not any("seed" in body for body in server.bodies)
 
 
 def test_options_a_server_refuses_are_left_out_from_then_on(server):

@@ -21,12 +21,16 @@ def engine(folder, kind=Seq2Seq, **settings):
 
 
 def draw(llm, texts, *decodings, seed=7):
-    """The candidates of each text, decoding by decoding, all asked for at once."""
+    """The candidates of each text, decoding by decoding, all asked for at once; without `seed` by chance."""
 
     async def collect():
         prompts = [llm.encode(messages(text), "raw", 16) for text in texts]
         return await asyncio.gather(
-            *(llm.sample(prompt, decoding, seed + number, f"{number}") for number, prompt in enumerate(prompts) for decoding in decodings)
+            *(
+                llm.sample(prompt, decoding, None if seed is None else seed + number, f"{number}")
+                for number, prompt in enumerate(prompts)
+                for decoding in decodings
+            )
         )
 
     return asyncio.run(collect())
@@ -90,6 +94,8 @@ def test_seeds_and_draws_differ(seq2seq):
     first, second = draw(llm, ["a fox"], WARM, seed=1)[0], draw(llm, ["a fox"], WARM, seed=2)[0]
     assert len({each["response"] for each in [*first, *second]}) > 4
     assert [each["response"] for each in first] == [each["response"] for each in draw(llm, ["a fox"], WARM, seed=1)[0]]
+    chance = [draw(llm, ["a fox"], WARM, seed=None)[0] for _ in range(2)]
+    assert [each["response"] for each in chance[0]] != [each["response"] for each in chance[1]]
 
 
 def test_a_smaller_n_draws_the_first_of_a_larger_one(seq2seq):
