@@ -54,10 +54,9 @@ class Prompts:
         self._candidates = options.candidates
         self.place = 0
 
-    def ours(self, count: int, *, shown: bool = False) -> list[Body]:
-        """Ask for the best of the candidates; `shown` has all of them, and the latencies, in the answer."""
-        cappy = {"candidates": self._candidates, "return_candidates": shown}
-        return [{**body, "cappy": cappy} for body in self._next(count)]
+    def ours(self, count: int) -> list[Body]:
+        """Ask for the best of the candidates; the answers tell where the time went."""
+        return [{**body, "cappy": {"candidates": self._candidates}} for body in self._next(count)]
 
     def vllms(self, count: int) -> list[Body]:
         return [{**body, "n": self._candidates} for body in self._next(count)]
@@ -97,8 +96,7 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
                 rates[side].append(len(full) / seconds(full))
                 rate = rate or RATES[options.rate] * rates[side][-1]
                 moments = arrivals(rate, options.seconds, options.seed + turn)
-                shown = draw(len(moments)) if side == "vllm" else prompts.ours(len(moments), shown=True)
-                part = asyncio.run(opened(server.chat, shown, moments))
+                part = asyncio.run(opened(server.chat, draw(len(moments)), moments))
             answers[side] += part
             errors += wrong([*full, *part], choices)
             middle, late = quantiles(latencies(part), 0.5, 0.99)

@@ -57,8 +57,10 @@ class Backend:
         self._looking: asyncio.Task[dict[str, bool]] | None = None
         self._looked = 0.0
 
-    async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None]) -> Sampled:
-        sampled: Sampled = await answer(self.llm.sample.remote(prompt, decodings, seeds), "the LLM")
+    async def sample(
+        self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None], logprobs: bool
+    ) -> Sampled:
+        sampled: Sampled = await answer(self.llm.sample.remote(prompt, decodings, seeds, logprobs), "the LLM")
         return sampled
 
     async def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Scored:

@@ -56,7 +56,9 @@ class LLM:
         # A form the model does not have is told now and not to the first client.
         self.engine.encode([{"role": "user", "content": "?"}], self.form, room=1, drop_shots=False)
 
-    async def sample(self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None]) -> Sampled:
+    async def sample(
+        self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None], logprobs: bool = True
+    ) -> Sampled:
         """Return the candidates of one prompt, decoding by decoding; `seeds` holds one for each, None for chance.
 
         A prompt that is a text is continued as it stands; the turns of a conversation get the form the config says.
@@ -73,7 +75,7 @@ class LLM:
             raise ApiError(message, 429, code="insufficient_quota", retry_s=_BROKE_RETRY_S)
         names = [f"{identity}-{position}" for position in range(len(decodings))]
         draws = [
-            asyncio.ensure_future(self.engine.sample(encoded, decoding, seed, name))
+            asyncio.ensure_future(self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs))
             for decoding, seed, name in zip(decodings, seeds, names, strict=True)
         ]
         try:

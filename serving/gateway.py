@@ -49,9 +49,9 @@ class Backend(Protocol):
     """The models as the gateway sees them; each call raises `ApiError` for what the client should be told."""
 
     def sample(
-        self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None]
+        self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None], logprobs: bool
     ) -> Awaitable[Sampled]:
-        """Return the candidates of a conversation, or of a text that is continued as it stands."""
+        """Return the candidates of a conversation, or of a text that is continued as it stands; without `logprobs` maybe without them."""
 
     def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Awaitable[Scored]:
         """Return the raw logit of each pair by the scorer of that name; the lists are of equal length."""
@@ -332,9 +332,10 @@ async def _complete(
         assert scorer is not None
         return _score(backend, scorer, [request.instruction] * len(responses), responses)
 
+    logprobs = protocol.logprobs_wanted(request, config, scored=scorer is not None)
     pool = await boosting.draw(
         decodings,
-        lambda drawn, seeds: backend.sample(prompt, drawn, seeds),
+        lambda drawn, seeds: backend.sample(prompt, drawn, seeds, logprobs),
         score if scorer else None,
         seed=request.seed,
         n=request.n,
@@ -375,7 +376,7 @@ def _fallback(request: protocol.SampleRequest, pool: boosting.Pool, config: Conf
     """Return what chooses where the scorer failed before it scored any, else None. Raises `ApiError` (503) where nothing is declared."""
     if pool.failure is None or pool.scored:
         return None
-    fallback = request.cappy.fallback or config.serving.fallback
+    fallback = protocol.fallback_for(request, config)
     if fallback != "none":
         return fallback
     if isinstance(pool.failure, ApiError):

@@ -358,7 +358,8 @@ class Latency(Shape):
 
 
 class CappyAnswer(Shape):
-    """Our extension of the answer: on request, where the scorer did not choose or chose none, and where sampling costs money."""
+    """Our extension of the answer, for a request that has it too, where the scorer did not choose or chose none, and where sampling
+    costs money."""
 
     candidates: list[ScoredCandidate]
     """Every candidate, best first, where asked for."""
@@ -570,6 +571,23 @@ def stopping_for(request: SampleRequest, config: Config) -> AdaptiveConfig | Non
     return settings if settings.min_gain or settings.target_score is not None else None
 
 
+def fallback_for(request: SampleRequest, config: Config) -> Fallback:
+    """Return what chooses for a request when the scorer cannot."""
+    return request.cappy.fallback or config.serving.fallback
+
+
+def logprobs_wanted(request: SampleRequest, config: Config, scored: bool) -> bool:
+    """Return whether anything reads the candidates' log-probabilities, which take the LLM's time.
+
+    They are shown with the candidates, choose in a blend and in a fallback to them, and tell adaptive drawing how likely a repeat is.
+    """
+    options = request.cappy
+    if options.return_candidates or options.progress:
+        return True
+    chooses = config.serving.selection == "blend" or fallback_for(request, config) == "self_score"
+    return scored and (chooses or stopping_for(request, config) is not None)
+
+
 def _fit(decoding: DecodingConfig, count: int, request: SampleRequest, config: Config) -> DecodingConfig:
     """Give a decoding its number of candidates and the request's own length and stop strings."""
     name, asked = request.length
@@ -676,8 +694,8 @@ def completion(
 ) -> Completion:
     """Return the answer: the `request.n` most preferred candidates as choices, or a refusal where the best is below `min_score`.
 
-    A text completion has no refusals: its text is empty then. All candidates stand under `cappy` when asked, `cost` (dollars) wherever
-    it is known; `fallback` says how `preferences` came about without the scorer, `stopped` why no more candidates were drawn.
+    A text completion has no refusals: its text is empty then. The answer to a request with anything in `cappy` has it too, with all
+    candidates where asked; `cost` (dollars) stands there wherever it is known; `fallback` says how `preferences` came about without the scorer, `stopped` why no more candidates were drawn.
     """
     chosen = select(candidates, preferences, request.n)
     least = request.cappy.min_score
@@ -696,7 +714,7 @@ def completion(
         answer = TextCompletion(**common, choices=_text_choices(winners))
     else:
         answer = ChatCompletion(**common, choices=_chat_choices(winners, refusal))
-    if request.cappy.return_candidates or fallback or abstained or stopped or cost is not None:
+    if request.cappy.model_fields_set or fallback or abstained or stopped or cost is not None:
         shown = rank(candidates, preferences) if request.cappy.return_candidates else []
         answer.cappy = CappyAnswer(
             candidates=[_scored(candidates[position], scores[position], position in chosen) for position in shown],

@@ -40,7 +40,7 @@ class Candidate(TypedDict):
     """`stop` (end of text or a stop string) or `length` (max_tokens reached)."""
     logprob: float | None
     """Sum of the natural log-probabilities of the sampled tokens under the model at temperature 1; None where an endpoint
-    does not tell."""
+    does not tell, or nobody asked."""
 
 
 class RowError(CappyError):
@@ -92,6 +92,11 @@ class ServedLLM(LLM, Protocol):
 
     def encode(self, turns: Sequence[Message], form: str, room: int, drop_shots: bool = True) -> Any:
         """Return the `Prompt`; with `drop_shots=False` (a client's own conversation, which is not ours to shorten) of all turns."""
+
+    async def sample(
+        self, prompt: Any, decoding: DecodingConfig, seed: int | None, request_id: str, *, logprobs: bool = True
+    ) -> list[Candidate]:
+        """Return the candidates; without `logprobs` maybe without their log-probabilities, which take vLLM a pass over its vocabulary."""
 
     def prompt_tokens(self, prompt: Any, request_id: str) -> int:
         """Return the tokens of a prompt; an endpoint counts them in the `sample` of that id, which must have ended and not been billed."""

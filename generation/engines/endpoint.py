@@ -113,7 +113,7 @@ class Endpoint:
         return list(turns) if text is None else text
 
     async def sample(
-        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, seed: int | None, request_id: str
+        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, seed: int | None, request_id: str, *, logprobs: bool = True
     ) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt.
 
@@ -122,13 +122,14 @@ class Endpoint:
         account = _Account(left=self.most(prompt, decoding))
         try:
             whole = decoding.n == 1 or "n" not in self._refused
-            candidates = await self._ask(prompt, decoding, decoding.n, seed, request_id, account) if whole else []
+            candidates = await self._ask(prompt, decoding, decoding.n, seed, logprobs, request_id, account) if whole else []
             if len(candidates) < decoding.n:
                 self._refused.add("n")
                 rest = range(len(candidates), decoding.n)
                 seeds = [None if seed is None else request_seed(seed, str(draw), decoding.name) for draw in rest]
                 single = (
-                    self._ask(prompt, decoding, 1, own, f"{request_id}-{draw}", account) for draw, own in zip(rest, seeds, strict=True)
+                    self._ask(prompt, decoding, 1, own, logprobs, f"{request_id}-{draw}", account)
+                    for draw, own in zip(rest, seeds, strict=True)
                 )
                 # All end before any error is raised, so that the bill is complete.
                 answers = await asyncio.gather(*single, return_exceptions=True)
@@ -157,7 +158,14 @@ class Endpoint:
         """Nothing runs beside: connections end with the process."""
 
     async def _ask(
-        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int | None, request_id: str, account: _Account
+        self,
+        prompt: list[prompts.Message] | str,
+        decoding: DecodingConfig,
+        n: int,
+        seed: int | None,
+        logprobs: bool,
+        request_id: str,
+        account: _Account,
     ) -> list[Candidate]:
         """Return the candidates of one answer, at most `n`, none where the server refuses `n`."""
         tries = AsyncRetrying(
@@ -166,17 +174,24 @@ class Endpoint:
         try:
             async for attempt in tries:
                 with attempt:
-                    return await self._try(prompt, decoding, n, seed, request_id, account)
+                    return await self._try(prompt, decoding, n, seed, logprobs, request_id, account)
         except _Again as error:
             raise _no_answer(f"endpoint gave no answer in {self.config.tries} tries, last: {error}", late=error.late) from None
         raise AssertionError("tenacity returns or raises")
 
     async def _try(
-        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int | None, request_id: str, account: _Account
+        self,
+        prompt: list[prompts.Message] | str,
+        decoding: DecodingConfig,
+        n: int,
+        seed: int | None,
+        logprobs: bool,
+        request_id: str,
+        account: _Account,
     ) -> list[Candidate]:
         """Send the request, again after each cool-down, and again without each option the server refuses. Raises `_Again`."""
         while True:
-            body = self._body(prompt, decoding, n, seed)
+            body = self._body(prompt, decoding, n, seed, logprobs)
             try:
                 response = await self._send(prompt, body, n * decoding.max_tokens, request_id, account)
             except _Again as error:
@@ -195,7 +210,9 @@ class Endpoint:
             if refused == "n":
                 return []
 
-    def _body(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int | None) -> dict[str, Any]:
+    def _body(
+        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int | None, logprobs: bool
+    ) -> dict[str, Any]:
         limit = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
         body: dict[str, Any] = {
             "model": self.model,
@@ -214,7 +231,7 @@ class Endpoint:
             body["stop"] = list(decoding.stop)
         if seed is not None and "seed" not in self._refused:
             body["seed"] = seed
-        if "logprobs" not in self._refused:
+        if logprobs and "logprobs" not in self._refused:
             body["logprobs"] = 1 if isinstance(prompt, str) else True
         return body
 

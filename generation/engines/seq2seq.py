@@ -102,8 +102,13 @@ class Seq2Seq:
             )
         return ids
 
-    async def sample(self, prompt: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:
-        """Return the `decoding.n` candidates of one prompt. A call cancelled before its batch starts is left out of it."""
+    async def sample(
+        self, prompt: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str, *, logprobs: bool = True
+    ) -> list[Candidate]:
+        """Return the `decoding.n` candidates of one prompt, with log-probabilities in any case.
+
+        A call cancelled before its batch starts is left out of it.
+        """
         seed = random.getrandbits(31) if seed is None else seed
         request = _Request(tuple(prompt), decoding, seed, asyncio.get_running_loop().create_future())
         self._waiting.append(request)

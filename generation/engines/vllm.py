@@ -54,7 +54,9 @@ class Engine:
             )
         return ids
 
-    async def sample(self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:
+    async def sample(
+        self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str, *, logprobs: bool = True
+    ) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt. Cancelling the call stops the engine's work on it."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
@@ -69,7 +71,7 @@ class Engine:
             max_tokens=decoding.max_tokens,
             stop=list(decoding.stop) or None,
             seed=seed,
-            logprobs=0,
+            logprobs=0 if logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         outputs: list[Any] = []
@@ -84,7 +86,7 @@ class Engine:
                 decoding=decoding.name,
                 tokens=len(output.token_ids),
                 finish_reason=output.finish_reason or "stop",
-                logprob=float(output.cumulative_logprob or 0.0),
+                logprob=float(output.cumulative_logprob or 0.0) if logprobs else None,
             )
             for output in sorted(outputs, key=lambda output: output.index)
         ]

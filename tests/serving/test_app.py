@@ -130,12 +130,12 @@ async def test_an_llm_that_is_lost_fails_its_own_request_alone_and_what_it_tells
     both = backend(Handle(LOST[0], told.as_instanceof_cause(), {"candidates": []}), Handle(True))
     both.llm.sample = both.llm
     with pytest.raises(ApiError, match="the LLM went down") as caught:
-        await both.sample([], [], [])
+        await both.sample([], [], [], False)
     assert caught.value.status == 503 and both.llm.calls == 1
     with pytest.raises(ApiError, match="later") as caught:
-        await both.sample([], [], [])
+        await both.sample([], [], [], False)
     assert caught.value.headers == {"Retry-After": "30"}
-    assert await both.sample([], [], []) == {"candidates": []}
+    assert await both.sample([], [], [], False) == {"candidates": []}
 
 
 @pytest.mark.parametrize(("status", "well"), [("HEALTHY", True), ("UPSCALING", True), ("UNHEALTHY", False), ("DEPLOY_FAILED", False)])
@@ -228,7 +228,7 @@ def test_openais_client_gets_the_candidates_the_scorer_likes_best(ai, scorer):
     np.testing.assert_allclose(scores, own, atol=1e-4)
     assert cappy["sampled_tokens"] == sum(candidate["tokens"] for candidate in candidates)
     assert answer.usage.completion_tokens == sum(candidate["tokens"] for candidate in candidates if candidate["chosen"])
-    assert all(candidate["tokens"] <= 24 for candidate in candidates)
+    assert all(candidate["tokens"] <= 24 and candidate["logprob"] < 0 for candidate in candidates)
     print(f"\n6 candidates: {cappy['latency']}")
 
 

@@ -25,8 +25,9 @@ class Echo:
         self.scorer_error, self.scorer_wait = scorer_error, scorer_wait
         self.asked, self.read, self.scorers, self.cancelled = [], [], [], 0
 
-    async def sample(self, prompt, decodings, seeds):
+    async def sample(self, prompt, decodings, seeds, logprobs):
         self.asked.append(prompt)
+        self.logprobs = logprobs
         try:
             await asyncio.sleep(self.wait)
         except asyncio.CancelledError:
@@ -67,11 +68,41 @@ async def test_the_best_candidate_answers_and_each_response_is_scored_once():
     assert backend.read == [(["hi"] * 4, ["", "x", "xx", "xxx"])]
 
 
+@pytest.mark.parametrize(
+    ("serving", "extra", "wanted"),
+    [
+        ({}, {}, False),
+        ({}, {"cappy": {"candidates": 3}}, False),
+        ({}, {"cappy": {"return_candidates": True}}, True),
+        ({}, {"stream": True, "cappy": {"progress": True}}, True),
+        ({}, {"cappy": {"fallback": "self_score"}}, True),
+        ({}, {"cappy": {"min_gain": 0.01}}, True),
+        ({"fallback": "self_score"}, {}, True),
+        ({"fallback": "self_score"}, {"cappy": {"fallback": "first"}}, False),
+        ({"selection": "blend"}, {}, True),
+        ({"selection": "blend"}, {"model": "cappy-llm"}, False),
+        ({"adaptive": {"target_score": 0.9}}, {}, True),
+    ],
+)
+async def test_the_llm_is_asked_for_log_probabilities_only_where_something_reads_them(serving, extra, wanted):
+    backend = Echo()
+    async with client(backend, **serving) as http:
+        assert (await http.post("/v1/chat/completions", json=BODY | extra)).status_code == 200
+    assert backend.logprobs is wanted
+
+
+async def test_a_request_with_extras_is_told_where_its_time_went_and_its_candidates_only_where_asked():
+    async with client(Echo()) as http:
+        told = (await http.post("/v1/chat/completions", json={**BODY, "cappy": {"candidates": 3}})).json()["cappy"]
+        assert "cappy" not in (await http.post("/v1/chat/completions", json={**BODY, "cappy": {}})).json()
+    assert told["drawn"] == 3 and told["candidates"] == [] and set(told["latency"]) == {"sampling_s", "scoring_s"}
+
+
 @pytest.mark.parametrize(("selection", "best"), [("blend", "xx"), ("scorer", "xxx")])
 async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is_told_to(selection, best):
     class Surer(Echo):
-        async def sample(self, prompt, decodings, seeds):
-            sampled = await super().sample(prompt, decodings, seeds)
+        async def sample(self, prompt, decodings, seeds, logprobs):
+            sampled = await super().sample(prompt, decodings, seeds, logprobs)
             for each in sampled["candidates"]:
                 each |= {"tokens": 2, "logprob": -4.0 if each["response"] == "xxx" else -1.0}
             return sampled
@@ -213,8 +244,8 @@ TEXT = {"model": "cappy", "prompt": " Once upon a"}
 
 async def test_a_text_completion_continues_the_prompt_as_it_stands_and_the_scorer_reads_it():
     class Spaced(Echo):
-        async def sample(self, prompt, decodings, seeds):
-            sampled = await super().sample(prompt, decodings, seeds)
+        async def sample(self, prompt, decodings, seeds, logprobs):
+            sampled = await super().sample(prompt, decodings, seeds, logprobs)
             for each in sampled["candidates"]:
                 each["text"] = f" {each['response']}"
             return sampled
@@ -277,8 +308,8 @@ def events(text):
 
 async def test_a_stream_keeps_alive_while_sampling_and_gives_the_winner_in_chunks_then_the_usage():
     class Wordy(Echo):
-        async def sample(self, prompt, decodings, seeds):
-            sampled = await super().sample(prompt, decodings, seeds)
+        async def sample(self, prompt, decodings, seeds, logprobs):
+            sampled = await super().sample(prompt, decodings, seeds, logprobs)
             for each in sampled["candidates"]:
                 each["response"] = " ".join(each["response"]) + "\nend"
             return sampled
@@ -399,8 +430,8 @@ async def test_with_keys_every_path_but_health_and_the_page_wants_one():
 class Sure(Echo):
     """Is the surer of a response the shorter it is; an empty one it never gives."""
 
-    async def sample(self, prompt, decodings, seeds):
-        sampled = await super().sample(prompt, decodings, seeds)
+    async def sample(self, prompt, decodings, seeds, logprobs):
+        sampled = await super().sample(prompt, decodings, seeds, logprobs)
         for each in sampled["candidates"]:
             each["response"] += "x"
             each |= {"tokens": 2, "logprob": -2.0 * len(each["response"])}
@@ -446,7 +477,8 @@ async def test_below_min_score_the_answer_is_a_refusal(least, refused):
         answer = (await http.post("/v1/chat/completions", json=body)).json()
         data, _ = events((await http.post("/v1/chat/completions", json={**body, "stream": True})).text)
     if not refused:
-        assert [each["message"]["content"] for each in answer["choices"]] == ["xxx", "xx"] and "cappy" not in answer
+        assert [each["message"]["content"] for each in answer["choices"]] == ["xxx", "xx"]
+        assert answer["cappy"]["abstained"] is False
         return
     (choice,) = answer["choices"]
     assert choice["message"]["content"] is None and answer["usage"]["completion_tokens"] == 0
@@ -474,9 +506,9 @@ async def test_an_adaptive_request_draws_no_more_than_it_needs_and_says_why(capp
     class Counting(Echo):
         count = 0
 
-        async def sample(self, prompt, decodings, seeds):
+        async def sample(self, prompt, decodings, seeds, logprobs):
             """Number the candidates over all calls."""
-            sampled = await super().sample(prompt, decodings, seeds)
+            sampled = await super().sample(prompt, decodings, seeds, logprobs)
             for number, each in enumerate(sampled["candidates"], self.count):
                 each |= {"response": "x" * (number % 4), "tokens": number, "logprob": -9.0}
             self.count += len(sampled["candidates"])
@@ -526,8 +558,8 @@ def ai(backend, **serving):
 class Seeded(Echo):
     """Draws by the seed of each decoding, whatever is drawn with it."""
 
-    async def sample(self, prompt, decodings, seeds):
-        sampled = await super().sample(prompt, decodings, seeds)
+    async def sample(self, prompt, decodings, seeds, logprobs):
+        sampled = await super().sample(prompt, decodings, seeds, logprobs)
         numbers = [seed + number for decoding, seed in zip(decodings, seeds, strict=True) for number in range(decoding.n)]
         for number, each in zip(numbers, sampled["candidates"], strict=True):
             each |= {"response": "x" * (1 + number % 9), "tokens": number % 5, "logprob": -9.0}
@@ -559,9 +591,9 @@ async def test_openais_client_reads_a_stream_with_progress(cappy):
 
 async def test_progress_is_told_while_candidates_are_drawn_and_a_late_error_after_it():
     class Slow(Echo):
-        async def sample(self, prompt, decodings, seeds):
+        async def sample(self, prompt, decodings, seeds, logprobs):
             self.wait = 0 if decodings[0].temperature == 0 else 30
-            return await super().sample(prompt, decodings, seeds)
+            return await super().sample(prompt, decodings, seeds, logprobs)
 
     body = {**BODY, "stream": True, "cappy": {"progress": True}}
     async with client(Slow(), timeout_s=0.5) as http:

@@ -40,11 +40,11 @@ def endpoint(server, **settings):
     return Endpoint("fox-1", EndpointConfig(kind="endpoint", base_url=server.url, **settings))
 
 
-def samples(llm, *decodings, form="chat", seed=5):
+def samples(llm, *decodings, form="chat", seed=5, **how):
     """The candidates of the same prompt under each decoding, one after the other."""
 
     async def collect():
-        return [await llm.sample(llm.encode(TURNS, form, 8), decoding, seed, "row-1") for decoding in decodings]
+        return [await llm.sample(llm.encode(TURNS, form, 8), decoding, seed, "row-1", **how) for decoding in decodings]
 
     return asyncio.run(collect())
 
@@ -70,6 +70,12 @@ def test_a_chat_request_says_all_that_the_decoding_says(server, monkeypatch):
         {"response": text, "text": text, "decoding": "warm", "tokens": 3, "finish_reason": "stop", "logprob": -1.5}
         for text in ("answer 5 0", "answer 5 1", "answer 5 2")
     ]
+
+
+@pytest.mark.parametrize("form", ["chat", "raw"])
+def test_log_probabilities_that_nobody_reads_are_not_asked_for(server, form):
+    ((candidate,),) = samples(endpoint(server), ONE, form=form, logprobs=False)
+    assert "logprobs" not in server.bodies[0] and candidate["logprob"] is None
 
 
 def test_the_raw_form_asks_for_a_completion_of_the_text(server):
