@@ -1,6 +1,6 @@
 """Servers for benchmarks, each in a session of its own, with the memory and CPU time of what belongs to it: ours, and vLLM's own.
 
-Both have the same LLM: its weights, the engine's arguments and the engine's environment come from the same functions.
+Both have the same LLM: its weights and the engine's arguments come from the same functions, and each the environment that suits it.
 """
 
 from __future__ import annotations
@@ -173,6 +173,9 @@ def _become_vllm(config: Config, port: str) -> None:
     engine = config.sampler.engine
     assert isinstance(engine, VLLMConfig)
     set_environment(engine, has_gpu())
+    # How threads and processes wait is as vLLM has it: it is alone on the machine, and so at its best.
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        os.environ.pop(name, None)
     folder = models.resolve(config.sampler.model, "sampler.model")
     # Sampling as the request says and not as the model's makers advise, and no line a request: what ours does.
     flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", config.serving.model_name]

@@ -19,6 +19,7 @@ from typing import Any
 import tenacity
 
 from cluster.errors import CappyError, UsageError
+from cluster.openmp import wait_briefly
 from cluster.progress import say, silence
 
 
@@ -31,8 +32,7 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Embedded workers inherit it: with busy waiting, OpenMP threads slow down several times once a core is shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly()  # embedded workers inherit it
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
 

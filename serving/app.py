@@ -206,6 +206,8 @@ def run(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
         models.resolve(config.sampler.model, "sampler.model")
     url = base_url(serving)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # Ten looks a second at deployments that rarely change would take a tenth of what a request may cost beside sampling.
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     joined = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
     progress.say(f"serve: loading {config.sampler.model} and the scorer {config.scorer_uri}")
     # Signals after Ray, whose start installs handlers of its own.

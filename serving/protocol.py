@@ -695,7 +695,8 @@ def completion(
     """Return the answer: the `request.n` most preferred candidates as choices, or a refusal where the best is below `min_score`.
 
     A text completion has no refusals: its text is empty then. The answer to a request with anything in `cappy` has it too, with all
-    candidates where asked; `cost` (dollars) stands there wherever it is known; `fallback` says how `preferences` came about without the scorer, `stopped` why no more candidates were drawn.
+    candidates where asked; `cost` (dollars) stands there wherever it is known; `fallback` says how `preferences` came about without the
+    scorer, `stopped` why no more candidates were drawn.
     """
     chosen = select(candidates, preferences, request.n)
     least = request.cappy.min_score

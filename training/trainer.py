@@ -22,6 +22,7 @@ from typing import Any
 from cluster import lease, models, storage
 from cluster.config import Config, fingerprint
 from cluster.errors import CappyError, Stopped, UsageError
+from cluster.openmp import wait_briefly
 from cluster.progress import Bar, say
 from cluster.runtime import clean_error, code_version, on_sigterm, ray_session
 from generation.dataset import RegressionSet
@@ -171,7 +172,7 @@ def _train(config: Config, checkpoints: str, successor: str, size: Size, total: 
             failure_config=FailureConfig(max_failures=training.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
             # Threads that spin at every barrier bring training to a halt on a machine with other work (10 times slower at load 5).
-            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}},
+            worker_runtime_env={"env_vars": wait_briefly()},
         ),
     )
     say(f"starting {training.workers} worker(s) on {'GPU' if gpus else 'CPU'}: {size.pairs:,} pairs, {training.epochs} epochs")

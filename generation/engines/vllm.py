@@ -15,6 +15,7 @@ from typing import Any
 from cluster import models
 from cluster.config import DecodingConfig, VLLMConfig
 from cluster.errors import CappyError
+from cluster.openmp import wait_briefly
 from generation import prompts
 from generation.engines import Candidate, PromptTooLong, has_gpu, tokens
 
@@ -144,8 +145,10 @@ def set_environment(config: VLLMConfig, gpu: bool) -> None:
         # By default the CPU engine leaves one core idle and takes its cache size from the environment alone.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.cpu_kv_cache_gib))))
-        # OpenMP's busy waiting makes threads several times slower once anything else wants a core.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if config.tensor_parallel == 1:
+            # The model in the scheduler's own process: in one of its own, either spins on a core while it waits for the other.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        wait_briefly()
         # Ray gives every worker OMP_NUM_THREADS=1 for its own share; the engine is meant to have the machine.
         os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
 
