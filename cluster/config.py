@@ -759,8 +759,9 @@ class ServingConfig(Section):
     longer than many."""
     max_concurrency: int = Field(32, ge=1)
     """Requests a gateway works on at once."""
-    max_queue: int = Field(64, ge=0)
-    """Requests that may wait for their turn; the next is answered 503 at once."""
+    max_queue: int = Field(20, ge=0)
+    """Requests that may wait for their turn; the next is answered 503 at once. Fewer than are worked on: so that in an overload what is
+    answered takes at most twice as long as at capacity."""
     timeout_s: float = Field(120.0, gt=0)
     """Seconds until a request is given up."""
     scorer_timeout_s: float = Field(30.0, gt=0)
