@@ -166,6 +166,8 @@ class CappyOptions(Shape):
     model_config = ConfigDict(strict=True, extra="forbid")
     candidates: int | None = Field(None, ge=1)
     """Candidates to sample and score; the server's `serving.candidates` (at least `n`) when null."""
+    decodings: Annotated[list[str], Field(min_length=1, max_length=64, fail_fast=True)] | None = None
+    """Names of the server's decodings to sample with; all of them when null. Not together with `temperature` or `top_p`."""
     return_candidates: bool = False
     """Whether the answer carries every candidate with its score under `cappy`."""
     min_score: float | None = Field(None, allow_inf_nan=False)
@@ -524,18 +526,52 @@ def pool_size(request: SampleRequest, config: Config, scored: bool = True) -> in
                 code="invalid_value",
             )
         return 1
+    named = named_decodings(request, config)
+    if named and all(decoding.temperature == 0 for decoding in named):
+        if max(request.n, asked or 1) > len(named):
+            raise ApiError(
+                f"the {len(named)} of cappy.decodings are greedy and draw one candidate each; name one that samples too, or ask for less",
+                param="cappy.decodings",
+                code="invalid_value",
+            )
+        return asked or len(named)
     return asked or (max(config.serving.candidates, request.n) if scored else request.n)
+
+
+def named_decodings(request: SampleRequest, config: Config) -> list[DecodingConfig]:
+    """Return the decodings the request names, in the server's order; none where it names none.
+
+    Raises `ApiError` (400) for a name the server does not have, or where the request says beside how to sample.
+    """
+    names = request.cappy.decodings or []
+    served = [decoding.name for decoding in config.sampler.decodings]
+    for name in names:
+        if name not in served:
+            raise ApiError(
+                f"cappy.decodings: {short(name)} is not one of this server's: {', '.join(served)}",
+                param="cappy.decodings",
+                code="invalid_value",
+            )
+    for field in ("temperature", "top_p") if names else ():
+        if (value := getattr(request, field)) is not None:
+            raise ApiError(
+                f"{field}={value:g} and cappy.decodings both say how to sample; give one of them",
+                param="cappy.decodings",
+                code="invalid_value",
+            )
+    return [decoding for decoding in config.sampler.decodings if decoding.name in names]
 
 
 def decodings_for(request: SampleRequest, config: Config, scored: bool = True) -> list[DecodingConfig]:
     """Return the decodings whose `n` add up to the request's pool of candidates.
 
-    They are the sampler's own: greedy ones first with one candidate each, then the others in turn, one candidate a round, so
-    that the pool is as varied as its size allows. A request that gives `temperature` or `top_p` draws its whole pool so.
-    Raises `ApiError` (400) for a pool, a token limit or the product of both beyond what the server allows.
+    They are the sampler's own, or those of them the request names: greedy ones first with one candidate each, then the others in turn, one
+    candidate a round, so that the pool is as varied as its size allows. A request that gives `temperature` or `top_p` draws its whole pool
+    so.
+    Raises `ApiError` (400) for a pool, a token limit or the product of both beyond what the server allows, and for such names.
     """
     size = pool_size(request, config, scored)
-    own = config.sampler.decodings
+    own = named_decodings(request, config) or config.sampler.decodings
     if request.temperature is not None or request.top_p is not None:
         temperature = 1.0 if request.temperature is None else request.temperature
         plain = DecodingConfig(

@@ -53,6 +53,13 @@ def test_a_temperature_in_the_request_replaces_the_decodings():
     assert (decoding.n, decoding.temperature) == (1, 0.0)
 
 
+def test_a_request_names_the_decodings_it_is_drawn_with():
+    named = {"decodings": ["top-p", "sample", "greedy"]}
+    assert pool({"cappy": {**named, "candidates": 6}}) == [("greedy", 1), ("sample", 3), ("top-p", 2)]
+    assert pool({"cappy": {"decodings": ["top-k"]}}) == [("top-k", 8)]
+    assert pool({"cappy": {"decodings": ["greedy"]}}) == pool({"cappy": {"decodings": ["greedy", "greedy"]}}) == [("greedy", 1)]
+
+
 def test_a_sampler_of_greedy_alone_fills_its_pool_at_temperature_1():
     config = Config(sampler=SamplerConfig(decodings=(GREEDY,)))
     assert pool({"cappy": {"candidates": 4}}, config) == [("greedy", 1), ("sample", 3)]
@@ -110,8 +117,13 @@ def test_length_and_stop_strings_of_the_request_reach_every_decoding():
         ({"n": 65}, "n", "n=65 is above this server's limit of 64"),
         ({"n": 4, "cappy": {"candidates": 3}}, "n", "n=4 choices cannot come out of cappy.candidates=3"),
         ({"cappy": {"candidates": 65}}, "cappy.candidates", "limit of 64"),
-        ({"cappy": {"candidate": 5}}, "cappy.candidate", "`cappy` takes candidates, return_candidates"),
+        ({"cappy": {"candidate": 5}}, "cappy.candidate", "`cappy` takes candidates, decodings, return_candidates"),
         ({"temperature": 0, "n": 2}, "temperature", "same candidate"),
+        ({"cappy": {"decodings": ["beam"]}}, "cappy.decodings", '"beam" is not one of this server\'s: greedy, sample'),
+        ({"cappy": {"decodings": ["greedy"], "candidates": 2}}, "cappy.decodings", "greedy and draw one candidate each"),
+        ({"n": 2, "cappy": {"decodings": ["greedy"]}}, "cappy.decodings", "greedy and draw one candidate each"),
+        ({"top_p": 0.5, "cappy": {"decodings": ["sample"]}}, "cappy.decodings", "top_p=0.5 and cappy.decodings both"),
+        ({"cappy": {"decodings": []}}, "cappy.decodings", "at least 1 item"),
         ({"temperature": 3}, "temperature", "temperature=3"),
         ({"top_p": 0}, "top_p", "top_p=0"),
         ({"max_tokens": 2048}, "max_tokens", "above the 2047 tokens"),
