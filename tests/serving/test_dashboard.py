@@ -22,7 +22,7 @@ def told():
     metrics = Metrics()
     metrics.answered("/v1/chat/completions", 200)
     metrics.took("total", 1.0)
-    metrics.drew(Pool())
+    metrics.drew(Pool(stopped="candidates"))
     metrics.fell_back("first")
     families = text_string_to_metric_families(metrics.text().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
@@ -35,6 +35,12 @@ def test_each_metric_and_label_of_the_dashboard_is_told_by_the_gateway(expressio
     labels |= {label for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(", ")}
     assert metrics and set(metrics) <= set(told)
     assert all(labels - OF_THE_SCRAPE <= told[metric] for metric in metrics)
+
+
+def test_the_dashboard_shows_all_that_is_told(told):
+    shown = {name for expression in EXPRESSIONS for name in re.findall(r"cappy_\w+", expression)}
+    families = {re.sub(r"_(total|bucket|sum|count|created)$", "", name) for name in told}
+    assert families == {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in shown}
 
 
 def test_the_dashboard_can_be_imported_with_any_prometheus():
