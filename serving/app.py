@@ -112,7 +112,7 @@ class Gateway:
         self.backend = Backend(llm, scorer, config.serving, self.metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.config, self.backend, self.further, self.metrics)
+        return build_api(self.config, self.backend, self.further, self.metrics, proxied=True)
 
 
 def build(config: Config) -> serve.Application:

@@ -93,10 +93,13 @@ class Doorman:
 
 
 class Watch:
-    """Gives each request a number (`X-Request-Id`: the client's own where it is a plain one), counts its answer and logs it."""
+    """Gives each request a number (`X-Request-Id`: the client's own where it is a plain one), counts its answer and logs it.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
-        self.app, self.metrics, self.access_log = app, metrics, access_log
+    `proxied`: in front is Ray Serve's proxy, which gives a request without a number one and puts the number it came with in the answer.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool, proxied: bool) -> None:
+        self.app, self.metrics, self.access_log, self.proxied = app, metrics, access_log, proxied
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,7 +114,8 @@ class Watch:
             size += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = scope["request_id"]
+                if not (self.proxied and scope["request_id"] == given):
+                    MutableHeaders(scope=message)["X-Request-Id"] = scope["request_id"]
             await send(message)
 
         try:
@@ -170,8 +174,13 @@ def _name(host: str) -> str:
     return (name if name and port.isdigit() else host).strip("[]").lower()
 
 
-def build_api(config: Config, backend: Backend, further: Sequence[str] = (), metrics: Metrics | None = None) -> FastAPI:
-    """Return the web application that answers with `backend`'s models: the LLM, the main scorer and the `further` ones, by name."""
+def build_api(
+    config: Config, backend: Backend, further: Sequence[str] = (), metrics: Metrics | None = None, *, proxied: bool = False
+) -> FastAPI:
+    """Return the web application that answers with `backend`'s models: the LLM, the main scorer and the `further` ones, by name.
+
+    `proxied` says whether Ray Serve's proxy is in front of it.
+    """
     # No redirects: where to is made of the client's own Host header.
     api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     started = int(time.time())
@@ -306,7 +315,7 @@ def build_api(config: Config, backend: Backend, further: Sequence[str] = (), met
     schema.complete(api, keys=bool(serving.api_keys), own_names=own_names is not None)
     api.add_middleware(Guard, keyring=Keyring(serving.api_keys), own_names=own_names)
     api.add_middleware(limits.Limits)
-    api.add_middleware(Watch, metrics=metrics, access_log=config.serving.access_log)
+    api.add_middleware(Watch, metrics=metrics, access_log=config.serving.access_log, proxied=proxied)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
     return api

@@ -409,6 +409,9 @@ def test_the_page_is_there_and_each_answer_is_one_line_of_json_in_rays_log(serve
     url, process, _ = server
     shown = httpx.get(url, headers={"X-Request-Id": "page-1"})
     assert shown.status_code == 200 and "<title>Cappy on Ray</title>" in shown.text
+    assert shown.headers.get_list("x-request-id") == ["page-1"]
+    (number,) = httpx.get(f"{url}/v1/models").headers.get_list("x-request-id")
+    assert number
     family = psutil.Process(process.pid).children(recursive=True)
     (file,) = {each.path for child in family for each in child.open_files() if "replica_cappy_Gateway" in each.path}
     deadline = time.monotonic() + 30
