@@ -31,6 +31,8 @@ else
 	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps -r $(LOCK) || $(PIP) install --no-deps -r $(LOCK)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 endif
+	@# Neither uv nor a machine with PYTHONDONTWRITEBYTECODE writes bytecode, and every Ray worker would compile anew what it imports.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@$(BIN)/cappy doctor
 	@touch $@
 
