@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from cluster.config import ServingConfig
 
 CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -115,6 +116,7 @@ def requests(serving: ServingConfig, key: str | None = None) -> list[Hostile]:
     return [
         *_bodies(write, serving),
         *_fields(write, serving),
+        *_texts(write, serving),
         *_scoring(write, serving),
         *_http(write, serving),
         *(_keys(write) if key else ()),
@@ -197,6 +199,21 @@ def _fields(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         yield Hostile(f"model = {model[:20]}", 404, "model_not_found", write.post(CHAT, {"model": model, "messages": HI}))
     nul = {"model": serving.model_name, "messages": [{"role": "user", "content": "a\0b"}], "max_tokens": 2, "cappy": {"candidates": 2}}
     yield Hostile("NUL in a prompt, a character like others", 200, None, write.post(CHAT, nul))
+
+
+def _texts(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
+    """Text completions that ask for too much, or for what no candidate has."""
+    for name, code, fields in (
+        ("many prompts at once", "invalid_value", {"prompt": ["x"] * 50_000}),
+        ("a prompt of token ids", "invalid_value", {"prompt": [1 << 40]}),
+        ("an empty prompt", "invalid_value", {"prompt": ""}),
+        ("a prompt above the characters allowed", "context_length_exceeded", {"prompt": "x " * serving.max_prompt_chars}),
+        ("echo of the prompt", "unsupported_parameter", {"prompt": "x", "echo": True}),
+        ("best_of = 10^9", "unsupported_parameter", {"prompt": "x", "best_of": 10**9}),
+        ("decodings that are paths", "invalid_value", {"prompt": "x", "cappy": {"decodings": ["../../etc/passwd"]}}),
+        ("100,000 decodings", "invalid_value", {"prompt": "x", "cappy": {"decodings": ["greedy"] * 100_000}}),
+    ):
+        yield Hostile(f"completions: {name}", 400, code, write.post(TEXT, {"model": serving.model_name, **fields}))
 
 
 def _scoring(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
