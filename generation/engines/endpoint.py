@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
@@ -59,6 +59,16 @@ class _Account:
     spent: float = 0.0
     prompt_tokens: int | None = None
     """As the server counted them."""
+
+
+class _Asked(NamedTuple):
+    """What one request to the endpoint asks for: `n` of the decoding's candidates."""
+
+    prompt: list[prompts.Message] | str
+    decoding: DecodingConfig
+    n: int
+    seed: int | None
+    logprobs: bool
 
 
 class Pace:
@@ -122,14 +132,14 @@ class Endpoint:
         account = _Account(left=self.most(prompt, decoding))
         try:
             whole = decoding.n == 1 or "n" not in self._refused
-            candidates = await self._ask(prompt, decoding, decoding.n, seed, logprobs, request_id, account) if whole else []
+            asked = _Asked(prompt, decoding, decoding.n, seed, logprobs)
+            candidates = await self._ask(asked, request_id, account) if whole else []
             if len(candidates) < decoding.n:
                 self._refused.add("n")
                 rest = range(len(candidates), decoding.n)
                 seeds = [None if seed is None else request_seed(seed, str(draw), decoding.name) for draw in rest]
                 single = (
-                    self._ask(prompt, decoding, 1, own, logprobs, f"{request_id}-{draw}", account)
-                    for draw, own in zip(rest, seeds, strict=True)
+                    self._ask(asked._replace(n=1, seed=own), f"{request_id}-{draw}", account) for draw, own in zip(rest, seeds, strict=True)
                 )
                 # All end before any error is raised, so that the bill is complete.
                 answers = await asyncio.gather(*single, return_exceptions=True)
@@ -157,49 +167,31 @@ class Endpoint:
     def close(self) -> None:
         """Nothing runs beside: connections end with the process."""
 
-    async def _ask(
-        self,
-        prompt: list[prompts.Message] | str,
-        decoding: DecodingConfig,
-        n: int,
-        seed: int | None,
-        logprobs: bool,
-        request_id: str,
-        account: _Account,
-    ) -> list[Candidate]:
-        """Return the candidates of one answer, at most `n`, none where the server refuses `n`."""
+    async def _ask(self, asked: _Asked, request_id: str, account: _Account) -> list[Candidate]:
+        """Return the candidates of one answer, at most `asked.n`, none where the server refuses `n`."""
         tries = AsyncRetrying(
             stop=stop_after_attempt(self.config.tries), wait=_BACK_OFF, retry=retry_if_exception_type(_Again), reraise=True
         )
         try:
             async for attempt in tries:
                 with attempt:
-                    return await self._try(prompt, decoding, n, seed, logprobs, request_id, account)
+                    return await self._try(asked, request_id, account)
         except _Again as error:
             raise _no_answer(f"endpoint gave no answer in {self.config.tries} tries, last: {error}", late=error.late) from None
         raise AssertionError("tenacity returns or raises")
 
-    async def _try(
-        self,
-        prompt: list[prompts.Message] | str,
-        decoding: DecodingConfig,
-        n: int,
-        seed: int | None,
-        logprobs: bool,
-        request_id: str,
-        account: _Account,
-    ) -> list[Candidate]:
+    async def _try(self, asked: _Asked, request_id: str, account: _Account) -> list[Candidate]:
         """Send the request, again after each cool-down, and again without each option the server refuses. Raises `_Again`."""
         while True:
-            body = self._body(prompt, decoding, n, seed, logprobs)
+            body = self._body(asked)
             try:
-                response = await self._send(prompt, body, n * decoding.max_tokens, request_id, account)
+                response = await self._send(asked.prompt, body, asked.n * asked.decoding.max_tokens, request_id, account)
             except _Again as error:
                 if error.cooling:
                     continue
                 raise
             if response.status_code == 200:
-                return self._candidates(response, decoding)[:n]
+                return self._candidates(response, asked.decoding)[: asked.n]
             code, parameter, message = self._error(response)
             refused = next((name for name in _OPTIONAL if name in body and _refuses(name, parameter, message)), None)
             if response.status_code == 413 or code == "context_length_exceeded" or _TOO_LONG.search(message):
@@ -210,9 +202,8 @@ class Endpoint:
             if refused == "n":
                 return []
 
-    def _body(
-        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, n: int, seed: int | None, logprobs: bool
-    ) -> dict[str, Any]:
+    def _body(self, asked: _Asked) -> dict[str, Any]:
+        prompt, decoding, n, seed, logprobs = asked
         limit = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
         body: dict[str, Any] = {
             "model": self.model,
