@@ -6,6 +6,7 @@ Shapes: B pairs, T tokens of the longest, H hidden size, A heads, D size of a he
 
 from __future__ import annotations
 
+import os
 from types import MethodType
 from typing import Any
 
@@ -81,6 +82,9 @@ class PackedLinear(nn.Linear):  # type: ignore[misc]
         return output
 
 
+# What oneDNN, and torch's wrapper of it, keep of each shape of batch they have met. Their own limit of 1024 each is gigabytes; batches of
+# pairs hardly come twice in the same shape, and the layers of one pass find these.
+_CACHES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 # Bytes of attention scores computed at once, which then are still in the core's cache when they are read.
 _BLOCK = 3 << 20
 # Exponents of e below which sums stay in bfloat16's range, and the least sum whose terms cannot have dropped below it.
@@ -136,10 +140,13 @@ def _attend_by_blocks(query_BATD: Tensor, key_BATD: Tensor, value_BATD: Tensor, 
 def pack_for_cpu(model: Any) -> None:
     """Make the linear layers of a model that stays on the CPU, in evaluation mode, `PackedLinear`s. Costs its weights a second time.
 
-    In bfloat16 BERT and RoBERTa scorers attend by `_attend`, in about half the time of torch's kernel (docs/training.md).
+    In bfloat16 BERT and RoBERTa scorers attend by `_attend`, in about half the time of torch's kernel (docs/training.md). The first
+    call in a process keeps oneDNN's caches small, where the environment says nothing else.
     """
     if not torch.backends.mkldnn.is_available():
         return
+    for name, capacity in _CACHES.items():
+        os.environ.setdefault(name, capacity)
     if _with_torchs_attention(model) and model.dtype == torch.bfloat16:
         for layer in model.base_model.encoder.layer:
             layer.attention.self.forward = MethodType(_attend, layer.attention.self)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +171,28 @@ def test_attention_on_cpu_falls_back_where_a_query_is_far_below_the_others():
         truth = exact(own, hidden, mask)
     assert not torch.isnan(read).any()
     assert (read[0, 1:] - truth[0, 1:]).abs().max() < 0.05 * truth[0, 1:].abs().max()
+
+
+_MANY_SHAPES = """
+import psutil, torch
+from transformers import AutoModelForSequenceClassification, BertConfig
+from training import lean
+torch.set_num_threads(1)
+config = BertConfig(vocab_size=50, hidden_size=256, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, num_labels=1)
+model = AutoModelForSequenceClassification.from_config(config).eval()
+lean.pack_for_cpu(model)
+for tokens in range(2, 402):
+    with torch.inference_mode():
+        model(input_ids=torch.ones((1, tokens), dtype=torch.long))
+    if tokens in (101, 401):
+        print(psutil.Process().memory_info().rss >> 20)
+"""
+
+
+@pytest.mark.slow
+def test_batches_of_ever_new_shapes_do_not_fill_the_memory():
+    unset = {name: value for name, value in os.environ.items() if name not in lean._CACHES}
+    told = subprocess.run([sys.executable, "-c", _MANY_SHAPES], env=unset, capture_output=True, text=True, check=True)
+    early, late = map(int, told.stdout.split())
+    # With oneDNN's own limits it is some 400 MiB.
+    assert late - early < 100
