@@ -65,6 +65,9 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
         if outcomes:
             say(f"{len(outcomes)} of {len(tasks)} tasks are done already; going on")
         pending = [task for task in tasks if task.name not in outcomes]
+        for task in tasks:
+            if task.name in outcomes:  # it may have been stopped between publishing and this
+                storage.tidy(storage.join(task.uri, CHECKPOINTS))
         for task in pending:
             _clear(task)
         closing = on_sigterm("leaving the tasks at work, which begin afresh when the same command goes on", lambda: None)
