@@ -6,7 +6,8 @@
 
 All of them: real BIG-bench prompts (the demo's, with its shots, in chat form), SmolLM2 on vLLM, a MiniLM scorer whose head is drawn.
 `cappy serve` is asked for one choice out of `--candidates`, vLLM's server for as many samples of the same prompts; weights, engine
-settings, temperature, length and stop strings are the same. They run by turns, never at the same time.
+settings, temperature, length and stop strings are the same. How threads and processes wait is each server's own.
+They run by turns, never at the same time.
 
 - `throughput_ratio`: answers a second of `--clients` clients without a pause, ours over vLLM's, medians over the turns.
 - `added_latency_p50`, `_p99`: over our answers in an open load (Poisson arrivals at `--rate` of vLLM's rate above), quantiles of an

@@ -760,8 +760,8 @@ class ServingConfig(Section):
     max_concurrency: int = Field(32, ge=1)
     """Requests a gateway works on at once."""
     max_queue: int = Field(20, ge=0)
-    """Requests that may wait for their turn; the next is answered 503 at once. Fewer than are worked on: so that in an overload what is
-    answered takes at most twice as long as at capacity."""
+    """Requests that may wait for their turn; the next is answered 503 at once. Fewer than are worked on, so that in an overload what is
+    answered takes about twice as long as at capacity (docs/serving.md, Load)."""
     timeout_s: float = Field(120.0, gt=0)
     """Seconds until a request is given up."""
     scorer_timeout_s: float = Field(30.0, gt=0)

@@ -502,8 +502,9 @@ def check_length(texts: Iterable[str], config: Config, param: str) -> None:
         )
 
 
-def pool_size(request: SampleRequest, config: Config, scored: bool = True) -> int:
-    """Return how many candidates to sample: of a pool that is not `scored` no more than `n`, unless asked.
+def pool_size(request: SampleRequest, config: Config, named: Sequence[DecodingConfig], scored: bool) -> int:
+    """Return how many candidates to sample: of a pool that is not `scored` no more than `n`, unless asked; of `named` decodings that
+    are all greedy one each.
 
     Raises `ApiError` (400) where `n`, `candidates` and the server's limit do not fit.
     """
@@ -526,7 +527,6 @@ def pool_size(request: SampleRequest, config: Config, scored: bool = True) -> in
                 code="invalid_value",
             )
         return 1
-    named = named_decodings(request, config)
     if named and all(decoding.temperature == 0 for decoding in named):
         if max(request.n, asked or 1) > len(named):
             raise ApiError(
@@ -566,12 +566,12 @@ def decodings_for(request: SampleRequest, config: Config, scored: bool = True) -
     """Return the decodings whose `n` add up to the request's pool of candidates.
 
     They are the sampler's own, or those of them the request names: greedy ones first with one candidate each, then the others in turn, one
-    candidate a round, so that the pool is as varied as its size allows. A request that gives `temperature` or `top_p` draws its whole pool
-    so.
+    candidate a round, so that the pool is as varied as its size allows. With `temperature` or `top_p` the whole pool is drawn as they say.
     Raises `ApiError` (400) for a pool, a token limit or the product of both beyond what the server allows, and for such names.
     """
-    size = pool_size(request, config, scored)
-    own = named_decodings(request, config) or config.sampler.decodings
+    named = named_decodings(request, config)
+    size = pool_size(request, config, named, scored)
+    own = named or config.sampler.decodings
     if request.temperature is not None or request.top_p is not None:
         temperature = 1.0 if request.temperature is None else request.temperature
         plain = DecodingConfig(
@@ -615,13 +615,14 @@ def fallback_for(request: SampleRequest, config: Config) -> Fallback:
 def logprobs_wanted(request: SampleRequest, config: Config, scored: bool) -> bool:
     """Return whether anything reads the candidates' log-probabilities, which take the LLM's time.
 
-    They are shown with the candidates, choose in a blend and in a fallback to them, and tell adaptive drawing how likely a repeat is.
+    They are shown with the candidates, choose in a blend and in a fallback to them, and tell drawing by `min_gain` of repeats.
     """
     options = request.cappy
     if options.return_candidates or options.progress:
         return True
     chooses = config.serving.selection == "blend" or fallback_for(request, config) == "self_score"
-    return scored and (chooses or stopping_for(request, config) is not None)
+    stopping = stopping_for(request, config)
+    return scored and (chooses or bool(stopping and stopping.min_gain))
 
 
 def _fit(decoding: DecodingConfig, count: int, request: SampleRequest, config: Config) -> DecodingConfig:

@@ -66,10 +66,10 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
             say(f"{len(outcomes)} of {len(tasks)} tasks are done already; going on")
         pending = [task for task in tasks if task.name not in outcomes]
         for task in tasks:
-            if task.name in outcomes:  # it may have been stopped between publishing and this
+            if task.name in outcomes:  # it may have been stopped between publishing and tidying
                 storage.tidy(storage.join(task.uri, CHECKPOINTS))
-        for task in pending:
-            _clear(task)
+            else:
+                _clear(task)
         closing = on_sigterm("leaving the tasks at work, which begin afresh when the same command goes on", lambda: None)
         with closing as told, Bar("adapting", len(tasks), "tasks", done=len(outcomes)) as bar:
             for task, outcome in _adapt(config, base, pending, told):

@@ -58,7 +58,10 @@ class Engine:
     async def sample(
         self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str, *, logprobs: bool = True
     ) -> list[Candidate]:
-        """Return the `decoding.n` candidates of one prompt. Cancelling the call stops the engine's work on it."""
+        """Return the `decoding.n` candidates of one prompt, without `logprobs` with None for theirs.
+
+        Cancelling the call stops the engine's work on it.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind

@@ -81,7 +81,9 @@ async def test_the_best_candidate_answers_and_each_response_is_scored_once():
         ({"fallback": "self_score"}, {"cappy": {"fallback": "first"}}, False),
         ({"selection": "blend"}, {}, True),
         ({"selection": "blend"}, {"model": "cappy-llm"}, False),
-        ({"adaptive": {"target_score": 0.9}}, {}, True),
+        ({"adaptive": {"min_gain": 0.01}}, {}, True),
+        ({"adaptive": {"target_score": 0.9}}, {}, False),
+        ({"adaptive": {"min_gain": 0.01}}, {"cappy": {"target_score": 0.9}}, False),
     ],
 )
 async def test_the_llm_is_asked_for_log_probabilities_only_where_something_reads_them(serving, extra, wanted):

@@ -25,7 +25,7 @@ from tests.training.test_adapt import publish_tasks, published_scorer, settings,
 from training import adapt, adapt_tasks
 from training.adapt import Task
 from training.adapted import published
-from training.scorer import Scorer
+from training.scorer import CHECKPOINTS, Scorer
 
 NAMES = ["colors/old", "lonely", "sides"]
 
@@ -99,7 +99,10 @@ def test_a_task_that_fails_leaves_the_others_alone(adapted: tuple[Config, dict[s
 def test_the_same_command_does_not_do_a_finished_task_again(adapted: tuple[Config, dict[str, Any]], capfd: pytest.CaptureFixture[str]):
     config, result = adapted
     manifest = storage.read_manifest(result["tasks"][0]["uri"], "scorer", "adapt")
+    # What is there when a run is stopped between publishing and tidying.
+    storage.write_bytes(f"{result['tasks'][0]['uri']}/{CHECKPOINTS}/adapting", b"")
     again = adapt_tasks.run(config)
+    assert not storage.list_files(f"{result['tasks'][0]['uri']}/{CHECKPOINTS}")
     assert "2 of 3 tasks are done already" in capfd.readouterr().err
     assert {**again, "seconds": 0} == {**json.loads(json.dumps(result)), "seconds": 0}
     assert storage.read_manifest(result["tasks"][0]["uri"], "scorer", "adapt") == manifest
