@@ -14,7 +14,7 @@ from tests.faults import KINDS, FaultyProxy
 from tests.generation.fixed_llm import FixedLLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_ray")]
-ROWS = 30
+ROWS = 60
 
 
 @pytest.fixture
