@@ -72,6 +72,17 @@ async def opened(url: str, bodies: Iterable[Body], moments: Sequence[float]) -> 
         return list(await asyncio.gather(*tasks))
 
 
+def rate(answers: Sequence[Answer], clients: int) -> float:
+    """Return the answers a second of a closed load while all its clients were busy: between the first and the last `clients` answers.
+
+    Without that one long request at the end would decide, which the server has then to itself.
+    """
+    ends = sorted(answer.due + answer.latency for answer in answers)
+    if len(ends) < 3 * clients:
+        raise ValueError(f"{len(ends)} answers to {clients} clients say nothing of a rate; ask for {3 * clients} at least")
+    return (len(ends) - 2 * clients) / (ends[-clients - 1] - ends[clients - 1])
+
+
 def seconds(answers: Sequence[Answer]) -> float:
     """Return how long a load took, from its first request to its last answer."""
     return max(answer.due + answer.latency for answer in answers)

@@ -4,12 +4,14 @@
     python -m benchmarks.serving --minutes 30 --rate moderate --json - # half an hour: errors, memory
     python -m benchmarks.serving --overload --json -                   # ten times what it can do, for a minute
 
-All of them: real BIG-bench prompts (the demo's, with its shots, in chat form), SmolLM2 on vLLM, a MiniLM scorer whose head is drawn.
+All of them: real BIG-bench prompts (the demo's, in chat form), SmolLM2 on vLLM, a MiniLM scorer whose head is drawn.
+`--answers lines` (32 tokens at most) has the demo's shots and ends where the line does, `free` (128 at most) is the bare instruction.
 `cappy serve` is asked for one choice out of `--candidates`, vLLM's server for as many samples of the same prompts; weights, engine
 settings, temperature, length and stop strings are the same. How threads and processes wait is each server's own.
 They run by turns, never at the same time.
 
-- `throughput_ratio`: answers a second of `--clients` clients without a pause, ours over vLLM's, medians over the turns.
+- `throughput_ratio`: answers a second of `--clients` clients without a pause, ours over vLLM's, medians over the turns. Counted while all
+  of them are busy: the first and the last `--clients` answers are left out.
 - `added_latency_p50`, `_p99`: over our answers in an open load (Poisson arrivals at `--rate` of vLLM's rate above), quantiles of an
   answer's `scoring_s` / `sampling_s`, as the gateway takes them: handing over, waiting and scoring, against sampling.
 - `extra_latency_p50`, `_p99`: the same quantiles of whole answers in that load seen by the client, ours less vLLM's, over our median
@@ -33,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import servers
-from benchmarks.load import Answer, Body, arrivals, closed, opened, quantiles, seconds
+from benchmarks.load import Answer, Body, arrivals, closed, opened, quantiles, rate, seconds
 from cluster.config import Config, load
 from cluster.progress import say
 from generation import instructions
@@ -50,8 +52,10 @@ class Prompts:
     def __init__(self, config: Config, options: argparse.Namespace) -> None:
         rows = [each[1] for each in instructions.prepared(config) if isinstance(each, tuple)]
         random.Random(options.seed).shuffle(rows)
-        same = {"model": config.serving.model_name, "max_tokens": options.max_tokens, "temperature": 0.9, "stop": ["\n"]}
-        self._bodies = [{**same, "messages": messages(row["instruction"], row["shots"], None)} for row in rows]
+        lines = options.answers == "lines"
+        same: Body = {"model": config.serving.model_name, "max_tokens": 32 if lines else 128, "temperature": 0.9}
+        same |= {"stop": ["\n"]} if lines else {}
+        self._bodies = [{**same, "messages": messages(row["instruction"], row["shots"] if lines else [], None)} for row in rows]
         self._candidates = options.candidates
         self.place = 0
 
@@ -81,9 +85,10 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
     rates: dict[str, list[float]] = {"vllm": [], "ours": []}
     answers: dict[str, list[Answer]] = {"vllm": [], "ours": []}
     cpu: dict[str, Counter[str]] = {"vllm": Counter(), "ours": Counter()}
+    loaded = {"vllm": 0.0, "ours": 0.0}
     errors: list[Answer] = []
     for turn in range(options.turns):
-        rate = 0.0
+        offered = 0.0
         place = prompts.place
         for side, start in (("vllm", servers.vllms), ("ours", servers.ours)):
             prompts.place = place  # each has all its prompts for the first time
@@ -94,16 +99,17 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
                 before = server.cpu_seconds()
                 full = asyncio.run(closed(server.chat, draw(options.requests), options.clients))
                 cpu[side].update({role: spent - before.get(role, 0.0) for role, spent in server.cpu_seconds().items()})
-                rates[side].append(len(full) / seconds(full))
-                rate = rate or RATES[options.rate] * rates[side][-1]
-                moments = arrivals(rate, options.seconds, options.seed + turn)
+                loaded[side] += seconds(full)
+                rates[side].append(rate(full, options.clients))
+                offered = offered or RATES[options.rate] * rates[side][-1]
+                moments = arrivals(offered, options.seconds, options.seed + turn)
                 part = asyncio.run(opened(server.chat, draw(len(moments)), moments))
             answers[side] += part
             errors += wrong([*full, *part], choices)
             middle, late = quantiles(latencies(part), 0.5, 0.99)
             say(
                 f"turn {turn + 1} of {options.turns}, {side}: {rates[side][-1]:.2f} answers/s; "
-                f"at {rate:.2f}/s p50 {middle:.2f} s, p99 {late:.2f} s"
+                f"at {offered:.2f}/s p50 {middle:.2f} s, p99 {late:.2f} s"
             )
     times = [each.tree["cappy"]["latency"] for each in answers["ours"] if each.status == 200]
     shares = [each["scoring_s"] / each["sampling_s"] for each in times]
@@ -124,7 +130,7 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
         **_rounded("scoring_s", quantiles([each["scoring_s"] for each in times], 0.5, 0.99), 4),
         "tokens_per_answer": round(statistics.mean(each.tree["cappy"]["sampled_tokens"] for each in answers["ours"]), 1),
         "vllm_tokens_per_answer": round(statistics.mean(each.tree["usage"]["completion_tokens"] for each in answers["vllm"]), 1),
-        "cpu": {side: _shares(each, rates[side], options.requests) for side, each in cpu.items()},
+        "cpu": {side: _shares(each, loaded[side]) for side, each in cpu.items()},
         "requests": options.requests,
         "clients": options.clients,
         "open_answers": len(answers["ours"]),
@@ -133,18 +139,18 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
     }
 
 
-def _shares(spent: Counter[str], rates: Sequence[float], requests: int) -> dict[str, float]:
+def _shares(spent: Counter[str], loaded_s: float) -> dict[str, float]:
     """CPU seconds by role as shares of the machine's while the load ran."""
-    whole = sum(requests / rate for rate in rates) * (os.cpu_count() or 1)
+    whole = loaded_s * (os.cpu_count() or 1)
     return {role: round(each / whole, 3) for role, each in spent.most_common() if each / whole >= 0.001}
 
 
 def soak(config: Config, folder: Path, prompts: Prompts, options: argparse.Namespace) -> dict[str, Any]:
     """A steady load for minutes: errors, and each kind of process's memory in the first and the last quarter of it."""
     with servers.ours(config, folder) as server:
-        rate = RATES[options.rate] * capacity(server, prompts, options)
-        moments = arrivals(rate, 60 * options.minutes, options.seed)
-        say(f"{len(moments)} requests in {options.minutes:g} minutes, {rate:.2f} a second")
+        offered = RATES[options.rate] * capacity(server, prompts, options)
+        moments = arrivals(offered, 60 * options.minutes, options.seed)
+        say(f"{len(moments)} requests in {options.minutes:g} minutes, {offered:.2f} a second")
         with servers.MemoryWatch(server) as watch:
             answers = asyncio.run(opened(server.chat, prompts.ours(len(moments)), moments))
     quarter = len(watch.looks) // 4
@@ -158,7 +164,7 @@ def soak(config: Config, folder: Path, prompts: Prompts, options: argparse.Names
         "errors": len(bad),
         "answers": len(answers),
         "minutes": options.minutes,
-        "rate": round(rate, 3),
+        "rate": round(offered, 3),
         **_rounded("latency", quantiles(latencies(answers), 0.5, 0.99), 3),
         "memory_mib": memory,
         "memory_growth": round(max(last / first for first, last in memory.values()), 3),
@@ -174,15 +180,15 @@ def overload(config: Config, folder: Path, prompts: Prompts, options: argparse.N
     with servers.ours(config, folder) as server, servers.MemoryWatch(server, 1.0) as watch:
         asyncio.run(closed(server.chat, prompts.ours(_WARM), options.clients))
         full = asyncio.run(closed(server.chat, prompts.ours(options.requests), config.serving.max_concurrency))
-        capacity = len(full) / seconds(full)
+        capacity = rate(full, config.serving.max_concurrency)
         say(f"capacity: {capacity:.2f} answers/s with {config.serving.max_concurrency} clients")
         parts = {}
-        for name, rate, length in (
+        for name, offered, length in (
             ("before", RATES["moderate"] * capacity, _BEFORE_S),
             ("over", options.times * capacity, options.seconds),
             ("after", RATES["moderate"] * capacity, _BEFORE_S),
         ):
-            moments = arrivals(rate, length, options.seed)
+            moments = arrivals(offered, length, options.seed)
             began = len(watch.looks)
             parts[name] = asyncio.run(opened(server.chat, prompts.ours(len(moments)), moments))
             peak = max(sum(look.values()) for _, look in watch.looks[began:])
@@ -216,7 +222,7 @@ def capacity(server: servers.Server, prompts: Prompts, options: argparse.Namespa
     """Answers a second of `--clients` clients without a pause."""
     asyncio.run(closed(server.chat, prompts.ours(_WARM), options.clients))
     full = asyncio.run(closed(server.chat, prompts.ours(options.requests), options.clients))
-    return len(full) / seconds(full)
+    return rate(full, options.clients)
 
 
 def _rounded(name: str, values: Sequence[float], digits: int) -> dict[str, float]:
@@ -227,9 +233,11 @@ def parser() -> argparse.ArgumentParser:
     """What `serving_kills` takes as well."""
     made = argparse.ArgumentParser()
     made.add_argument("--candidates", type=int, default=8)
-    made.add_argument("--max-tokens", type=int, default=32)
+    made.add_argument(
+        "--answers", choices=["lines", "free"], default="lines", help="lines: with shots, to the end of the line; free: neither"
+    )
     made.add_argument("--clients", type=int, default=16, help="requests under way at once in the loads without a pause")
-    made.add_argument("--requests", type=int, default=96, help="requests of a load without a pause")
+    made.add_argument("--requests", type=int, default=128, help="requests of a load without a pause")
     made.add_argument("--rate", choices=list(RATES), default="moderate", help=f"of an open load, as a share of capacity: {RATES}")
     made.add_argument("--seconds", type=float, default=60.0, help="length of an open load")
     made.add_argument("--seed", type=int, default=20261126)
@@ -242,6 +250,9 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Config, Prompts]
     """Return the servers' config and the prompts; writes the scorer."""
     servers.write_scorer(folder / "scorer", options.seed)
     settings = [f"workspace={folder}", "sampler.prompt.form=chat", *options.overrides]
+    if options.answers == "free":
+        # A server's own stop strings hold for every request.
+        settings.append("sampler.decodings=[{name: sample, n: 8, max_tokens: 128}]")
     config = load("demo", settings)
     return config, Prompts(config, options)
 

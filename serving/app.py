@@ -30,10 +30,10 @@ from generation import engines
 from generation.prompts import Message
 from serving.catalogue import further_scorers
 from serving.client import curl_command
-from serving.deployments import LLM, UNAVAILABLE, Scorer, answer
+from serving.deployments import LLM, UNAVAILABLE, Scorer, answer, answering
 from serving.gateway import build_api
 from serving.metrics import Metrics
-from serving.protocol import ApiError, ChatMessage, ChatRequest, Sampled, Scored, decodings_for
+from serving.protocol import ApiError, ChatMessage, ChatRequest, Early, Sampled, Scored, decodings_for
 
 APPLICATION = "cappy"
 # What `training.scorer.CHECKPOINTS` names, without loading torch here.
@@ -54,14 +54,29 @@ class Backend:
 
     def __init__(self, llm: Any, scorer: Any, serving: ServingConfig, metrics: Metrics) -> None:
         self.llm, self.scorer, self.serving, self.metrics = llm, scorer, serving, metrics
+        self._in_parts = llm.options(stream=True).in_parts
         self._looking: asyncio.Task[dict[str, bool]] | None = None
         self._looked = 0.0
 
     async def sample(
-        self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None], logprobs: bool
+        self,
+        prompt: Sequence[Message] | str,
+        decodings: Sequence[DecodingConfig],
+        seeds: Sequence[int | None],
+        logprobs: bool,
+        early: Early | None,
     ) -> Sampled:
-        sampled: Sampled = await answer(self.llm.sample.remote(prompt, decodings, seeds, logprobs), "the LLM")
-        return sampled
+        if early is None:
+            whole: Sampled = await answer(self.llm.sample.remote(prompt, decodings, seeds, logprobs), "the LLM")
+            return whole
+        parts = self._in_parts.remote(prompt, decodings, seeds, logprobs)
+        with answering(parts, "the LLM"):
+            async for part in parts:
+                if not isinstance(part, dict):
+                    early(part)
+        # The last part is the pool.
+        whole = part
+        return whole
 
     async def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
         # Every replica has the main one; others are asked for where they are loaded already.

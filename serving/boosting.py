@@ -16,10 +16,10 @@ from cluster.config import AdaptiveConfig, DecodingConfig
 from generation.engines import Candidate, request_seed
 from serving import adaptive, protocol
 from serving.adaptive import Stopped
-from serving.protocol import ApiError, Sampled, Scored
+from serving.protocol import ApiError, Early, Sampled, Scored
 
-Sample = Callable[[Sequence[DecodingConfig], Sequence[int | None]], Awaitable[Sampled]]
-"""Draws the candidates of some decodings, with a seed for each."""
+Sample = Callable[[Sequence[DecodingConfig], Sequence[int | None], Early | None], Awaitable[Sampled]]
+"""Draws the candidates of some decodings, with a seed for each; may tell early which have ended, to be scored meanwhile."""
 Score = Callable[[Sequence[str]], Awaitable[Scored]]
 """Scores responses to the request's instruction."""
 
@@ -71,9 +71,12 @@ async def draw(
     n: int,
     stopping: AdaptiveConfig | None,
     scorer_timeout_s: float,
+    early: bool,
     tell: Callable[[Pool], None] | None = None,
 ) -> Pool:
     """Return the pool of `decodings`: all of it, or with `stopping` as much as `n` choices need; without `score` nothing is scored.
+
+    With `early` candidates that have ended are scored while others are sampled: sooner done, for more calls of smaller batches.
 
     `tell` is called whenever candidates arrived or got scores; so that there is something to tell, a pool that is not drawn in rounds
     is then sampled decoding by decoding, all at once. Raises what `sample` raises.
@@ -84,7 +87,7 @@ async def draw(
     likelihoods = all(decoding.temperature <= 1 for decoding in decodings)
     for number, drawn in enumerate(rounds):
         calls = [[decoding] for decoding in drawn] if tell and stopping is None else [drawn]
-        await _round(pool, calls, number, sample, score, seed, scorer_timeout_s, tell or (lambda _: None))
+        await _round(pool, calls, number, sample, score, seed, scorer_timeout_s, early, tell or (lambda _: None))
         if pool.failure:
             pool.stopped = "scorer"
         elif stopping:
@@ -103,6 +106,7 @@ async def _round(
     score: Score | None,
     seed: int | None,
     scorer_timeout_s: float,
+    early: bool,
     tell: Callable[[Pool], None],
 ) -> None:
     """Draw and score what some calls give, at once; add it to the pool."""
@@ -112,26 +116,43 @@ async def _round(
 
     async def one(place: int, decodings: Sequence[DecodingConfig]) -> None:
         nonlocal drawn
-        sampled = await sample(decodings, _seeds(seed, decodings, number))
-        drawn = max(drawn, time.monotonic())
-        pool.parts[place] = sampled["candidates"]
-        pool.prompt_tokens = sampled["prompt_tokens"]
-        if (cost := sampled.get("cost")) is not None:
-            pool.cost = (pool.cost or 0.0) + cost
-        new = [response for response in protocol.distinct(sampled["candidates"]) if response not in pool.score_of]
-        pool.score_of |= dict.fromkeys(new, math.nan)
-        tell(pool)
-        if not new or score is None:
-            return
+        asked: dict[asyncio.Task[Scored], list[str]] = {}
+        all_there = asyncio.Event()
+
+        def ask(responses: Sequence[str]) -> None:
+            new = [response for response in dict.fromkeys(responses) if response not in pool.score_of]
+            pool.score_of |= dict.fromkeys(new, math.nan)
+            if new and score:
+                asked[asyncio.create_task(_score(score, new, all_there))] = new
+
         try:
-            async with asyncio.timeout(scorer_timeout_s):
-                scored = await score(new)
-        except (TimeoutError, ApiError) as error:
-            pool.failure = error
-            return
-        pool.score_of |= zip(new, scored["scores"], strict=True)
-        pool.version, pool.logprob_weight = scored.get("version"), scored.get("logprob_weight")
-        tell(pool)
+            sampled = await sample(decodings, _seeds(seed, decodings, number), ask if score and early else None)
+            drawn = max(drawn, time.monotonic())
+            pool.parts[place] = sampled["candidates"]
+            pool.prompt_tokens = sampled["prompt_tokens"]
+            if (cost := sampled.get("cost")) is not None:
+                pool.cost = (pool.cost or 0.0) + cost
+            all_there.set()
+            ask(protocol.distinct(sampled["candidates"]))
+            tell(pool)
+            if not asked:
+                return
+            await asyncio.wait(asked, timeout=scorer_timeout_s)
+            for task, responses in asked.items():
+                try:
+                    scored = task.result()
+                except (ApiError, TimeoutError) as error:
+                    pool.failure = error
+                    continue
+                except asyncio.InvalidStateError:
+                    pool.failure = TimeoutError()
+                    continue
+                pool.score_of |= zip(responses, scored["scores"], strict=True)
+                pool.version, pool.logprob_weight = scored.get("version"), scored.get("logprob_weight")
+            tell(pool)
+        finally:
+            for task in asked:
+                task.cancel()
 
     tasks = [asyncio.ensure_future(one(place, decodings)) for place, decodings in zip(places, calls, strict=True)]
     try:
@@ -142,6 +163,18 @@ async def _round(
             task.cancel()
     pool.sampling_s += drawn - start
     pool.scoring_s += time.monotonic() - drawn
+
+
+async def _score(score: Score, responses: Sequence[str], all_there: asyncio.Event) -> Scored:
+    """Score responses; those asked for early, and in vain, once more when the whole pool is there."""
+    early = not all_there.is_set()
+    try:
+        return await score(responses)
+    except ApiError:
+        if not early:
+            raise
+        await all_there.wait()
+        return await score(responses)
 
 
 def _seeds(seed: int | None, decodings: Sequence[DecodingConfig], number: int) -> Sequence[int | None]:

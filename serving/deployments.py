@@ -11,7 +11,8 @@ import itertools
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ray import serve
@@ -21,19 +22,22 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from cluster.config import DecodingConfig, SamplerConfig, ServingConfig
 from cluster.errors import CappyError
 from generation import engines
-from generation.engines import NoAnswer, PromptTooLong, RowError
+from generation.engines import Candidate, NoAnswer, PromptTooLong, RowError
 from generation.prompts import Message
+from serving.batching import Batcher, Pairs
 from serving.ledger import Ledger
-from serving.protocol import ApiError, Sampled, Scored
-from serving.shelf import Held, ScorerUnavailable, Shelf
+from serving.protocol import ApiError, Early, Sampled, Scored
+from serving.shelf import ScorerUnavailable, Shelf
 
 logger = logging.getLogger("ray.serve")
 UNAVAILABLE = "unavailable"
 # When a server without money asks to be tried again: nothing but its operator helps.
 _BROKE_RETRY_S = 3600.0
-
-Pairs = tuple[Held, list[str], list[str]]
-"""A scorer, and the instructions and responses of a request to it."""
+# When the responses that have ended are told, so that they are scored while the last ones are sampled: once they are so great a share
+# of a pool, which has so many at least; and not where the rest ends with them, in the same step of the engine.
+_EARLY_SHARE = 0.75
+_EARLY_OF = 4
+_TOGETHER_S = 0.005
 
 
 class EngineDown(CappyError):
@@ -56,11 +60,31 @@ class LLM:
         # A form the model does not have is told now and not to the first client.
         self.engine.encode([{"role": "user", "content": "?"}], self.form, room=1, drop_shots=False)
 
+    async def in_parts(
+        self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None], logprobs: bool
+    ) -> AsyncIterator[Sequence[str] | Sampled]:
+        """Yield what `sample` tells early, and then what it returns."""
+        parts: asyncio.Queue[Sequence[str] | None] = asyncio.Queue()
+        sampling = asyncio.ensure_future(self.sample(prompt, decodings, seeds, logprobs, parts.put_nowait))
+        sampling.add_done_callback(lambda _: parts.put_nowait(None))
+        try:
+            while (part := await parts.get()) is not None:
+                yield part
+            yield sampling.result()
+        finally:
+            sampling.cancel()
+
     async def sample(
-        self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None], logprobs: bool = True
+        self,
+        prompt: Sequence[Message] | str,
+        decodings: Sequence[DecodingConfig],
+        seeds: Sequence[int | None],
+        logprobs: bool = True,
+        early: Early | None = None,
     ) -> Sampled:
         """Return the candidates of one prompt, decoding by decoding; `seeds` holds one for each, None for chance.
 
+        `early` is told the responses that have ended while the last ones are sampled, once where at all.
         A prompt that is a text is continued as it stands; the turns of a conversation get the form the config says.
         Raises `ApiError` for a prompt the engine cannot take, an engine that died, and whatever an endpoint answers but candidates.
         """
@@ -74,12 +98,23 @@ class LLM:
             message = "the request could cost more than is left of what this server may spend (sampler.engine.max_cost); ask for less"
             raise ApiError(message, 429, code="insufficient_quota", retry_s=_BROKE_RETRY_S)
         names = [f"{identity}-{position}" for position in range(len(decodings))]
+        responses: list[str] = []
+        enough, count = asyncio.Event(), sum(decoding.n for decoding in decodings)
+
+        def ended(candidate: Candidate) -> None:
+            responses.append(candidate["response"])
+            if len(responses) >= _EARLY_SHARE * count:
+                enough.set()
+
         draws = [
-            asyncio.ensure_future(self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs))
+            asyncio.ensure_future(self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs, ended=ended))
             for decoding, seed, name in zip(decodings, seeds, names, strict=True)
         ]
+        all_drawn = asyncio.gather(*draws)
         try:
-            pools = await asyncio.gather(*draws)
+            if early and count >= _EARLY_OF and await _before(enough, all_drawn):
+                early(list(responses))
+            pools = await all_drawn
             prompt_tokens = self.engine.prompt_tokens(encoded, names[0])
         except Exception as error:
             raise self._told(error, param) from None
@@ -153,6 +188,7 @@ class Scorer:
         # Ray gives every worker one thread for its own share.
         torch.set_num_threads(min(serving.scorer_threads, len(os.sched_getaffinity(0))))
         room, dtype = serving.scorers_loaded, serving.scorer_dtype
+        self._batcher = Batcher(score_together)
         self.shelf = Shelf(serving.scorer_name, main_uri, further, room=room, reload_s=serving.reload_s, dtype=dtype)
 
         async def here(name: str) -> str:
@@ -171,13 +207,7 @@ class Scorer:
             raise ApiError(f"{error} now; try again later, or name another", 503, code="scorer_unavailable") from None
         if name != self.shelf.main:
             await self._announce(name)
-        scored: Scored = await self._together((held, instructions, responses))
-        return scored
-
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)  # type: ignore[untyped-decorator]
-    async def _together(self, requests: list[Pairs]) -> list[Scored]:
-        # In a thread, so that the replica's event loop goes on collecting the next batch and answering health checks.
-        return await asyncio.to_thread(score_together, requests)
+        return await self._batcher.score(held, instructions, responses)
 
     async def ready(self) -> bool:
         """Whether the main scorer can answer."""
@@ -202,14 +232,32 @@ def score_together(requests: Sequence[Pairs]) -> list[Scored]:
     return [scored[place] for place in range(len(requests))]
 
 
-async def answer(response: Any, name: str) -> Any:
-    """Await a call of a deployment; `name` is what the client is told failed.
+async def _before(enough: asyncio.Event, all_drawn: asyncio.Future[Any]) -> bool:
+    """Return, once there are enough or all is drawn, whether the rest takes longer."""
+    waiting = asyncio.ensure_future(enough.wait())
+    try:
+        await asyncio.wait([waiting, all_drawn], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([all_drawn], timeout=_TOGETHER_S)
+        return not all_drawn.done()
+    finally:
+        waiting.cancel()
 
-    Cancelling this cancels the call in its replica. Raises `ApiError`: what the replica raised, or 503 while the deployment
+
+async def answer(response: Any, name: str) -> Any:
+    """Await a call of a deployment; see `answering`."""
+    with answering(response, name):
+        return await response
+
+
+@contextmanager
+def answering(response: Any, name: str) -> Iterator[None]:
+    """Await a call of a deployment, or all it yields, in the block; `name` is what the client is told failed.
+
+    Cancelling the block cancels the call in its replica. Raises `ApiError`: what the replica raised, or 503 while the deployment
     cannot answer (code `UNAVAILABLE` where a replica was lost). Other errors are bugs and pass through.
     """
     try:
-        return await response
+        yield
     except asyncio.CancelledError:
         response.cancel()
         raise

@@ -31,12 +31,15 @@ from serving.catalogue import Catalogue
 from serving.keys import Caller, Keyring
 from serving.metrics import Metrics
 from serving.page import page
-from serving.protocol import ApiError, Sampled, Scored
+from serving.protocol import ApiError, Early, Sampled, Scored
 
 logger = logging.getLogger("ray.serve")
 _PAIRS_AT_ONCE = 64
 """Pairs a call of the scorer takes: a long list is spread over its replicas, and others' requests are scored between."""
 _PLAIN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_QUIET = 0.25
+"""Share of `serving.max_concurrency` up to which a request's candidates are scored as they end. Above it requests wait for each other, and
+what more and smaller batches cost them is more than what they save."""
 _POSTS = "POST /v1/chat/completions, /v1/completions, /v1/score, /v1/rerank, /v2/rerank, /v1/classify"
 _OPEN = ("/", "/health")
 """Paths that want no key: they tell nothing and cost nothing."""
@@ -49,9 +52,17 @@ class Backend(Protocol):
     """The models as the gateway sees them; each call raises `ApiError` for what the client should be told."""
 
     def sample(
-        self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None], logprobs: bool
+        self,
+        prompt: Sequence[Message] | str,
+        decodings: Sequence[DecodingConfig],
+        seeds: Sequence[int | None],
+        logprobs: bool,
+        early: Early | None,
     ) -> Awaitable[Sampled]:
-        """Return the candidates of a conversation, or of a text that is continued as it stands; without `logprobs` maybe without them."""
+        """Return the candidates of a conversation, or of a text that is continued as it stands; without `logprobs` maybe without them.
+
+        `early`, where there is one, may be told responses that have ended while others have not.
+        """
 
     def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Awaitable[Scored]:
         """Return the raw logit of each pair by the scorer of that name; the lists are of equal length."""
@@ -212,7 +223,12 @@ def build_api(
         decodings = protocol.decodings_for(request, config, scored=scorer is not None)
         http.scope["caller"].sample(sum(decoding.n for decoding in decodings))
         news: asyncio.Queue[str | None] = asyncio.Queue()
-        answering = asyncio.ensure_future(working(lambda: _complete(request, scorer, decodings, config, backend, metrics, news)))
+
+        def complete() -> Awaitable[protocol.Completion]:
+            quiet = door.here <= _QUIET * config.serving.max_concurrency
+            return _complete(request, scorer, decodings, config, backend, metrics, news, early=quiet)
+
+        answering = asyncio.ensure_future(working(complete))
         answering.add_done_callback(lambda _: news.put_nowait(None))
         try:
             # A stream begins as late as may be: what is refused at once then has a status of its own.
@@ -329,8 +345,13 @@ async def _complete(
     backend: Backend,
     metrics: Metrics,
     news: asyncio.Queue[str | None],
+    *,
+    early: bool,
 ) -> protocol.Completion:
-    """Draw and score the candidates and answer with the best; `news` gets the events of a stream's progress, where asked for."""
+    """Draw and score the candidates and answer with the best; `news` gets the events of a stream's progress, where asked for.
+
+    `early`: see `boosting.draw`.
+    """
     identity, created = uuid.uuid4().hex, int(time.time())
     prompt = protocol.prompt_for(request, config.sampler.prompt.system)
 
@@ -344,12 +365,13 @@ async def _complete(
     logprobs = protocol.logprobs_wanted(request, config, scored=scorer is not None)
     pool = await boosting.draw(
         decodings,
-        lambda drawn, seeds: backend.sample(prompt, drawn, seeds, logprobs),
+        lambda drawn, seeds, early: backend.sample(prompt, drawn, seeds, logprobs, early),
         score if scorer else None,
         seed=request.seed,
         n=request.n,
         stopping=protocol.stopping_for(request, config) if scorer else None,
         scorer_timeout_s=config.serving.scorer_timeout_s,
+        early=early,
         tell=tell if request.cappy.progress else None,
     )
     metrics.drew(pool)

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict, TypeVar
 
 import numpy as np
@@ -64,6 +64,10 @@ class Shape(BaseModel):
     """Something sent or got; the docstrings of its fields are the schema's descriptions."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+Early = Callable[[Sequence[str]], None]
+"""Is told responses that have ended before the whole pool has."""
 
 
 class Sampled(TypedDict):

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
 from cluster import models
@@ -60,6 +60,8 @@ class NoAnswer(RowError):
     """Whether it took a request and gave no answer in time."""
 
 
+Ended = Callable[[Candidate], None]
+"""Is told each candidate of a call as soon as it is there, and so before the call returns them all."""
 Prompt = list[int] | list[Message] | str
 """What an engine's `encode` returns and its `sample` takes: token ids, or for an endpoint the messages or the raw text."""
 
@@ -94,9 +96,19 @@ class ServedLLM(LLM, Protocol):
         """Return the `Prompt`; with `drop_shots=False` (a client's own conversation, which is not ours to shorten) of all turns."""
 
     async def sample(
-        self, prompt: Any, decoding: DecodingConfig, seed: int | None, request_id: str, *, logprobs: bool = True
+        self,
+        prompt: Any,
+        decoding: DecodingConfig,
+        seed: int | None,
+        request_id: str,
+        *,
+        logprobs: bool = True,
+        ended: Ended | None = None,
     ) -> list[Candidate]:
-        """Return the candidates; without `logprobs` maybe without their log-probabilities, which take vLLM a pass over its vocabulary."""
+        """Return the candidates, and tell `ended` each of them as it comes: one by one, or as the engine has them.
+
+        Without `logprobs` maybe without their log-probabilities, which take vLLM a pass over its vocabulary.
+        """
 
     def prompt_tokens(self, prompt: Any, request_id: str) -> int:
         """Return the tokens of a prompt; an endpoint counts them in the `sample` of that id, which must have ended and not been billed."""

@@ -28,7 +28,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from cluster.config import DecodingConfig, EndpointConfig
 from cluster.errors import CappyError
 from generation import prompts
-from generation.engines import Candidate, NoAnswer, PromptTooLong, RowError, api_key, request_seed
+from generation.engines import Candidate, Ended, NoAnswer, PromptTooLong, RowError, api_key, request_seed
 
 # A prompt has at most a token a byte, beside what the chat template puts around it: its own system text, and each turn's marks.
 _TEMPLATE_TOKENS = 128
@@ -123,7 +123,14 @@ class Endpoint:
         return list(turns) if text is None else text
 
     async def sample(
-        self, prompt: list[prompts.Message] | str, decoding: DecodingConfig, seed: int | None, request_id: str, *, logprobs: bool = True
+        self,
+        prompt: list[prompts.Message] | str,
+        decoding: DecodingConfig,
+        seed: int | None,
+        request_id: str,
+        *,
+        logprobs: bool = True,
+        ended: Ended | None = None,
     ) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt.
 
@@ -147,6 +154,9 @@ class Endpoint:
                     if isinstance(answer, BaseException):
                         raise answer
                     candidates += answer
+            if ended:
+                for candidate in candidates:
+                    ended(candidate)
             return candidates
         finally:
             if request_id in self._accounts:

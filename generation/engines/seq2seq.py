@@ -26,7 +26,7 @@ from cluster import models
 from cluster.config import DecodingConfig, Seq2SeqConfig
 from cluster.errors import CappyError
 from generation import prompts
-from generation.engines import Candidate, PromptTooLong, has_gpu, tokens
+from generation.engines import Candidate, Ended, PromptTooLong, has_gpu, tokens
 
 # What one row asks for arrives within this; a batch that runs takes far longer.
 _GATHER_S = 0.002
@@ -103,7 +103,14 @@ class Seq2Seq:
         return ids
 
     async def sample(
-        self, prompt: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str, *, logprobs: bool = True
+        self,
+        prompt: Sequence[int],
+        decoding: DecodingConfig,
+        seed: int | None,
+        request_id: str,
+        *,
+        logprobs: bool = True,
+        ended: Ended | None = None,
     ) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt, with log-probabilities in any case.
 
@@ -114,7 +121,11 @@ class Seq2Seq:
         self._waiting.append(request)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await request.answer
+        candidates = await request.answer
+        if ended:
+            for candidate in candidates:
+                ended(candidate)
+        return candidates
 
     def most(self, prompt: Sequence[int], decoding: DecodingConfig) -> float:
         return 0.0

@@ -6,6 +6,7 @@ default decodings draw a greedy candidate in place of the paper's beam, and `bea
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from cluster.config import DecodingConfig, VLLMConfig
 from cluster.errors import CappyError
 from cluster.openmp import wait_briefly
 from generation import prompts
-from generation.engines import Candidate, PromptTooLong, has_gpu, tokens
+from generation.engines import Candidate, Ended, PromptTooLong, has_gpu, tokens
 
 
 class Engine:
@@ -56,18 +57,45 @@ class Engine:
         return ids
 
     async def sample(
-        self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str, *, logprobs: bool = True
+        self,
+        token_ids: Sequence[int],
+        decoding: DecodingConfig,
+        seed: int | None,
+        request_id: str,
+        *,
+        logprobs: bool = True,
+        ended: Ended | None = None,
     ) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt, without `logprobs` with None for theirs.
 
         Cancelling the call stops the engine's work on it.
         """
+        # vLLM refuses an id it is still working on, and a request may be repeated while its first call winds up.
+        unique = f"{request_id}-{uuid.uuid4().hex[:8]}"
+
+        async def one(draw: int) -> Candidate:
+            candidate = await self._one(token_ids, decoding, None if seed is None else seed + draw, f"{unique}-{draw}", logprobs)
+            if ended:
+                ended(candidate)
+            return candidate
+
+        # What vLLM makes of `n` itself, with the same seeds; but of its own it tells none before all are there.
+        draws = [asyncio.ensure_future(one(draw)) for draw in range(decoding.n)]
+        try:
+            return list(await asyncio.gather(*draws))
+        finally:
+            for draw in draws:
+                draw.cancel()
+
+    async def _one(
+        self, token_ids: Sequence[int], decoding: DecodingConfig, seed: int | None, request_id: str, logprobs: bool
+    ) -> Candidate:
+        """Return one candidate."""
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            n=decoding.n,
             temperature=decoding.temperature,
             top_p=decoding.top_p,
             top_k=decoding.top_k or 0,
@@ -78,22 +106,16 @@ class Engine:
             logprobs=0 if logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        outputs: list[Any] = []
-        # vLLM refuses an id it is still working on, and a request may be repeated while its first call winds up.
-        unique = f"{request_id}-{uuid.uuid4().hex[:8]}"
-        async for step in self.llm.generate(TokensPrompt(prompt_token_ids=list(token_ids)), params, unique):
-            outputs = step.outputs
-        return [
-            Candidate(
-                response=output.text.strip(),
-                text=output.text,
-                decoding=decoding.name,
-                tokens=len(output.token_ids),
-                finish_reason=output.finish_reason or "stop",
-                logprob=float(output.cumulative_logprob or 0.0) if logprobs else None,
-            )
-            for output in sorted(outputs, key=lambda output: output.index)
-        ]
+        (step,) = [step async for step in self.llm.generate(tokens_input(list(token_ids)), params, request_id)]
+        (output,) = step.outputs
+        return Candidate(
+            response=output.text.strip(),
+            text=output.text,
+            decoding=decoding.name,
+            tokens=len(output.token_ids),
+            finish_reason=output.finish_reason or "stop",
+            logprob=float(output.cumulative_logprob or 0.0) if logprobs else None,
+        )
 
     def most(self, token_ids: Sequence[int], decoding: DecodingConfig) -> float:
         return 0.0

@@ -2,12 +2,13 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from benchmarks.load import arrivals, closed, opened, quantiles, seconds
+from benchmarks.load import Answer, arrivals, closed, opened, quantiles, rate, seconds
 
 
 def test_arrivals_come_at_their_rate_and_again_with_their_seed():
@@ -61,3 +62,12 @@ async def test_clients_without_a_pause_send_every_body_once(server):
 async def test_a_broken_connection_is_an_answer_too():
     (answer,) = await opened("http://127.0.0.1:9/", [{}], [0.0])
     assert answer.status == 0 and "Connect" in answer.tree["error"]["message"]
+
+
+def test_a_rate_counts_only_while_all_clients_are_busy():
+    """Two clients, an answer a second each, but for the last one, which takes a minute."""
+    answers = [Answer(float(turn), 1.0, 200) for turn in range(6) for _ in range(2)]
+    answers[-1] = replace(answers[-1], latency=60.0)
+    assert rate(answers, 2) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="12 answers to 5 clients say nothing of a rate; ask for 15 at least"):
+        rate(answers, 5)

@@ -81,7 +81,7 @@ class Handle:
 
     def __init__(self, *ends):
         self.ends, self.calls = ends, 0
-        self.score = self.ready = self
+        self.score = self.ready = self.sample = self.in_parts = self
 
     def remote(self, *_):
         end = self.ends[min(self.calls, len(self.ends) - 1)]
@@ -96,6 +96,39 @@ class Handle:
 
     def options(self, **_):
         return self
+
+
+class Parts(Handle):
+    """A handle of the LLM, whose calls yield: each its own end, or `all_at_once` all of them; None never comes."""
+
+    def __init__(self, *ends, all_at_once=False):
+        super().__init__(*ends)
+        self.all_at_once, self.cancelled = all_at_once, False
+
+    def remote(self, *_):
+        ends = self.ends if self.all_at_once else self.ends[self.calls : self.calls + 1]
+        self.calls += 1
+        return Stream(self, ends)
+
+
+class Stream:
+    def __init__(self, handle, ends):
+        self.handle, self.ends = handle, iter(ends)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        for end in self.ends:
+            if isinstance(end, Exception):
+                raise end
+            if end is None:
+                await asyncio.Event().wait()
+            return end
+        raise StopAsyncIteration
+
+    def cancel(self):
+        self.handle.cancelled = True
 
 
 LOST = (ActorDiedError(), ActorUnavailableError("it is restarting", None), DeploymentUnavailableError(DeploymentID("Scorer")))
@@ -125,17 +158,33 @@ async def test_a_scorer_that_stays_away_is_a_503_in_its_time_and_a_bug_is_not_as
     assert broken.scorer.calls == 1
 
 
-async def test_an_llm_that_is_lost_fails_its_own_request_alone_and_what_it_tells_the_client_arrives_whole():
+@pytest.mark.parametrize("in_parts", [False, True])
+async def test_an_llm_that_is_lost_fails_its_own_request_alone_and_what_it_tells_the_client_arrives_whole(in_parts):
     told = RayTaskError("sample", "a traceback", ApiError("later", 503, code="overloaded", retry_s=30.0))
-    both = backend(Handle(LOST[0], told.as_instanceof_cause(), {"candidates": []}), Handle(True))
-    both.llm.sample = both.llm
+    ends = (LOST[0], told.as_instanceof_cause(), {"candidates": []})
+    both = backend(Parts(*ends) if in_parts else Handle(*ends), Handle(True))
+    asked = ([], [], [], False, [].append if in_parts else None)
     with pytest.raises(ApiError, match="the LLM went down") as caught:
-        await both.sample([], [], [], False)
+        await both.sample(*asked)
     assert caught.value.status == 503 and both.llm.calls == 1
     with pytest.raises(ApiError, match="later") as caught:
-        await both.sample([], [], [], False)
+        await both.sample(*asked)
     assert caught.value.headers == {"Retry-After": "30"}
-    assert await both.sample([], [], [], False) == {"candidates": []}
+    assert await both.sample(*asked) == {"candidates": []}
+
+
+async def test_what_an_llm_tells_early_is_told_on_and_a_request_given_up_is_given_up_in_the_replica():
+    heard = []
+    assert await backend(Parts(["x", "xx"], {"candidates": []}, all_at_once=True), Handle(True)).sample(
+        [], [], [], False, heard.append
+    ) == {"candidates": []}
+    assert heard == [["x", "xx"]]
+    stuck = backend(Parts(["x"], None, all_at_once=True), Handle(True))
+    sampling = asyncio.create_task(stuck.sample([], [], [], False, heard.append))
+    await asyncio.sleep(0.05)
+    sampling.cancel()
+    await asyncio.wait([sampling])
+    assert sampling.cancelled() and stuck.llm.cancelled and heard == [["x", "xx"], ["x"]]
 
 
 @pytest.mark.parametrize(("status", "well"), [("HEALTHY", True), ("UPSCALING", True), ("UNHEALTHY", False), ("DEPLOY_FAILED", False)])

@@ -22,7 +22,7 @@ class Models:
         self.texts, self.turns, self.wait, self.broken_after = list(texts), turns or {}, wait, broken_after
         self.drawn, self.seeds, self.read = [], [], []
 
-    async def sample(self, decodings, seeds):
+    async def sample(self, decodings, seeds, early):
         self.drawn.append([(each.name, each.n) for each in decodings])
         self.seeds += seeds
         names = [each.name for each in decodings for _ in range(each.n)]
@@ -41,8 +41,9 @@ class Models:
         await asyncio.sleep(self.wait)
         return {"scores": [len(each) / 10 for each in responses], "tokens": []}
 
-    def draw(self, stopping=None, n=1, seed=5, tell=None, timeout_s=5):
-        return boosting.draw(DECODINGS, self.sample, self.score, seed=seed, n=n, stopping=stopping, scorer_timeout_s=timeout_s, tell=tell)
+    def draw(self, stopping=None, n=1, seed=5, tell=None, timeout_s=5, early=True):
+        how = {"seed": seed, "n": n, "stopping": stopping, "scorer_timeout_s": timeout_s, "early": early, "tell": tell}
+        return boosting.draw(DECODINGS, self.sample, self.score, **how)
 
 
 async def test_without_stopping_the_pool_is_one_call_with_the_seeds_of_its_decodings():
@@ -111,7 +112,7 @@ async def test_one_decoding_that_fails_fails_the_whole_and_stops_the_others():
     class Half(Models):
         cancelled = 0
 
-        async def sample(self, decodings, seeds):
+        async def sample(self, decodings, seeds, early):
             if decodings[0].name == "b":
                 raise ApiError("down", 503)
             try:
@@ -125,3 +126,86 @@ async def test_one_decoding_that_fails_fails_the_whole_and_stops_the_others():
         await models.draw(tell=lambda _: None)
     await asyncio.sleep(0)
     assert models.cancelled == 2
+
+
+class Staggered(Models):
+    """The first `ended` candidates end before the others, which wait for `go`; `failing` calls of the scorer fail first."""
+
+    def __init__(self, *texts, ended, failing=0, **more):
+        super().__init__(*texts, **more)
+        self.ended, self.failing, self.go, self.asked = ended, failing, asyncio.Event(), 0
+
+    async def sample(self, decodings, seeds, early):
+        sampled = await super().sample(decodings, seeds, early)
+        if early:
+            early([each["response"] for each in sampled["candidates"][: self.ended]])
+        await self.go.wait()
+        return sampled
+
+    async def score(self, responses):
+        self.asked += 1
+        if self.asked <= self.failing:
+            raise ApiError("down", 503)
+        return await super().score(responses)
+
+
+async def test_what_has_ended_is_scored_while_the_rest_is_sampled_and_the_rest_alone_adds_to_the_time():
+    models = Staggered("x", "xx", "x", "xx", "xxx", ended=4, wait=0.2)
+    drawing = asyncio.create_task(models.draw())
+    await asyncio.sleep(0.3)
+    assert models.read == [["x", "xx"]] and not drawing.done()
+    models.wait = 0.0
+    models.go.set()
+    pool = await drawing
+    assert models.read == [["x", "xx"], ["xxx"]] and pool.scores == [0.1, 0.2, 0.1, 0.2, 0.3]
+    assert pool.sampling_s >= 0.3 and pool.scoring_s < 0.2 and pool.failure is None
+
+
+async def test_a_scorer_still_busy_with_what_ended_early_is_waited_for_and_not_asked_again():
+    models = Staggered("x", "xx", "x", "xx", "x", ended=4, wait=0.2)
+    models.go.set()
+    pool = await models.draw()
+    assert models.read == [["x", "xx"]] and pool.scores == [0.1, 0.2, 0.1, 0.2, 0.1] and pool.scoring_s >= 0.15
+    late = Staggered("x", "xx", "x", "xx", "x", ended=4, wait=5)
+    late.go.set()
+    assert isinstance((await late.draw(timeout_s=0.05)).failure, TimeoutError)
+
+
+async def test_all_is_scored_at_the_end_where_early_is_not_wanted():
+    models = Staggered("x", "xx", "x", "xx", "xxx", ended=4)
+    models.go.set()
+    assert (await models.draw(early=False)).scores == [0.1, 0.2, 0.1, 0.2, 0.3] and models.read == [["x", "xx", "xxx"]]
+
+
+@pytest.mark.parametrize("failing", [1, 9])
+async def test_what_was_scored_early_in_vain_is_asked_again_when_all_is_there(failing):
+    models = Staggered("x", "xx", "x", "xx", "xxx", ended=4, failing=failing)
+    drawing = asyncio.create_task(models.draw())
+    await asyncio.sleep(0.05)
+    assert models.asked == 1
+    models.go.set()
+    pool = await drawing
+    assert models.asked == 3
+    if failing == 1:
+        assert sorted(models.read) == [["x", "xx"], ["xxx"]] and pool.scores == [0.1, 0.2, 0.1, 0.2, 0.3] and pool.failure is None
+    else:
+        assert isinstance(pool.failure, ApiError) and not pool.scored
+
+
+async def test_a_request_given_up_while_some_of_it_is_scored_stops_the_scorer():
+    stopped = []
+
+    class Watched(Staggered):
+        async def score(self, responses):
+            try:
+                return await super().score(responses)
+            except asyncio.CancelledError:
+                stopped.append(responses)
+                raise
+
+    drawing = asyncio.create_task(Watched("x", "xx", "x", "xx", "xxx", ended=4, wait=5).draw())
+    await asyncio.sleep(0.05)
+    drawing.cancel()
+    await asyncio.wait([drawing])
+    await asyncio.sleep(0)
+    assert stopped == [["x", "xx"]]

@@ -3,12 +3,14 @@
 import asyncio
 import math
 import pickle
+import time
 
 import httpx
 import pytest
 
 from cluster.config import Config, DecodingConfig, SamplerConfig, ServingConfig
 from cluster.errors import CappyError
+from generation.engines import NoAnswer
 from generation.engines.seq2seq import Seq2Seq
 from generation.prompts import messages
 from serving.deployments import LLM
@@ -187,6 +189,58 @@ async def test_the_ceiling_holds_across_servers_and_a_cancelled_request_counts_i
     assert charged() <= settings["max_cost"]
     assert await until_refused(endpoint(server, ledger=tmp_path, **settings)) == 0
     assert await until_refused(endpoint(server, ledger=tmp_path, **settings | {"max_cost": 4 * most})) > 0
+
+
+class Staggered:
+    """An engine whose decodings take `delays` of seconds, or fail after theirs."""
+
+    def __init__(self, engine, delays, failing=()):
+        self.engine, self.delays, self.failing, self.cancelled = engine, delays, failing, []
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    async def sample(self, prompt, decoding, *rest, **more):
+        try:
+            await asyncio.sleep(self.delays[decoding.name])
+        except asyncio.CancelledError:
+            self.cancelled.append(decoding.name)
+            raise
+        if decoding.name in self.failing:
+            raise NoAnswer("not now")
+        return await self.engine.sample(prompt, decoding, *rest, **more)
+
+
+@pytest.mark.parametrize(
+    ("beam", "warm", "told"),
+    [(0.4, 0.0, True), (0.0, 0.4, False), (0.0, 0.0, False)],
+    ids=["three of four", "one of four", "all at once"],
+)
+async def test_most_of_a_pool_is_told_while_the_rest_is_sampled_and_only_then(t5, beam, warm, told):
+    llm = seq2seq(t5)
+    llm.engine = Staggered(llm.engine, {"beam": beam, "warm": warm})
+    parts = [(part, time.monotonic()) async for part in llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True)]
+    pool = parts[-1][0]
+    assert [each["decoding"] for each in pool["candidates"]] == ["beam", "warm", "warm", "warm"]
+    assert len(parts) == 1 + told
+    if told:
+        assert parts[0][0] == [each["response"] for each in pool["candidates"][1:]]
+        assert parts[1][1] - parts[0][1] > 0.2
+
+
+async def test_what_fails_after_most_of_a_pool_fails_the_whole_and_what_nobody_awaits_is_stopped(t5):
+    llm = seq2seq(t5)
+    llm.engine = Staggered(llm.engine, {"beam": 0.3, "warm": 0.0}, failing=("beam",))
+    parts = llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True)
+    assert len(await anext(parts)) == 3
+    with pytest.raises(ApiError, match="takes no requests now"):
+        await anext(parts)
+    llm.engine.delays, llm.engine.failing = {"beam": 30, "warm": 0.0}, ()
+    parts = llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True)
+    await anext(parts)
+    await parts.aclose()
+    await asyncio.sleep(0.05)
+    assert llm.engine.cancelled == ["beam"]
 
 
 def test_an_api_error_leaves_a_replica_whole():

@@ -25,7 +25,7 @@ class Echo:
         self.scorer_error, self.scorer_wait = scorer_error, scorer_wait
         self.asked, self.read, self.scorers, self.cancelled = [], [], [], 0
 
-    async def sample(self, prompt, decodings, seeds, logprobs):
+    async def sample(self, prompt, decodings, seeds, logprobs, early=None):
         self.asked.append(prompt)
         self.logprobs = logprobs
         try:
@@ -103,8 +103,8 @@ async def test_a_request_with_extras_is_told_where_its_time_went_and_its_candida
 @pytest.mark.parametrize(("selection", "best"), [("blend", "xx"), ("scorer", "xxx")])
 async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is_told_to(selection, best):
     class Surer(Echo):
-        async def sample(self, prompt, decodings, seeds, logprobs):
-            sampled = await super().sample(prompt, decodings, seeds, logprobs)
+        async def sample(self, prompt, decodings, seeds, logprobs, early=None):
+            sampled = await super().sample(prompt, decodings, seeds, logprobs, early)
             for each in sampled["candidates"]:
                 each |= {"tokens": 2, "logprob": -4.0 if each["response"] == "xxx" else -1.0}
             return sampled
@@ -246,8 +246,8 @@ TEXT = {"model": "cappy", "prompt": " Once upon a"}
 
 async def test_a_text_completion_continues_the_prompt_as_it_stands_and_the_scorer_reads_it():
     class Spaced(Echo):
-        async def sample(self, prompt, decodings, seeds, logprobs):
-            sampled = await super().sample(prompt, decodings, seeds, logprobs)
+        async def sample(self, prompt, decodings, seeds, logprobs, early=None):
+            sampled = await super().sample(prompt, decodings, seeds, logprobs, early)
             for each in sampled["candidates"]:
                 each["text"] = f" {each['response']}"
             return sampled
@@ -310,8 +310,8 @@ def events(text):
 
 async def test_a_stream_keeps_alive_while_sampling_and_gives_the_winner_in_chunks_then_the_usage():
     class Wordy(Echo):
-        async def sample(self, prompt, decodings, seeds, logprobs):
-            sampled = await super().sample(prompt, decodings, seeds, logprobs)
+        async def sample(self, prompt, decodings, seeds, logprobs, early=None):
+            sampled = await super().sample(prompt, decodings, seeds, logprobs, early)
             for each in sampled["candidates"]:
                 each["response"] = " ".join(each["response"]) + "\nend"
             return sampled
@@ -432,8 +432,8 @@ async def test_with_keys_every_path_but_health_and_the_page_wants_one():
 class Sure(Echo):
     """Is the surer of a response the shorter it is; an empty one it never gives."""
 
-    async def sample(self, prompt, decodings, seeds, logprobs):
-        sampled = await super().sample(prompt, decodings, seeds, logprobs)
+    async def sample(self, prompt, decodings, seeds, logprobs, early=None):
+        sampled = await super().sample(prompt, decodings, seeds, logprobs, early)
         for each in sampled["candidates"]:
             each["response"] += "x"
             each |= {"tokens": 2, "logprob": -2.0 * len(each["response"])}
@@ -508,9 +508,9 @@ async def test_an_adaptive_request_draws_no_more_than_it_needs_and_says_why(capp
     class Counting(Echo):
         count = 0
 
-        async def sample(self, prompt, decodings, seeds, logprobs):
+        async def sample(self, prompt, decodings, seeds, logprobs, early=None):
             """Number the candidates over all calls."""
-            sampled = await super().sample(prompt, decodings, seeds, logprobs)
+            sampled = await super().sample(prompt, decodings, seeds, logprobs, early)
             for number, each in enumerate(sampled["candidates"], self.count):
                 each |= {"response": "x" * (number % 4), "tokens": number, "logprob": -9.0}
             self.count += len(sampled["candidates"])
@@ -560,8 +560,8 @@ def ai(backend, **serving):
 class Seeded(Echo):
     """Draws by the seed of each decoding, whatever is drawn with it."""
 
-    async def sample(self, prompt, decodings, seeds, logprobs):
-        sampled = await super().sample(prompt, decodings, seeds, logprobs)
+    async def sample(self, prompt, decodings, seeds, logprobs, early=None):
+        sampled = await super().sample(prompt, decodings, seeds, logprobs, early)
         numbers = [seed + number for decoding, seed in zip(decodings, seeds, strict=True) for number in range(decoding.n)]
         for number, each in zip(numbers, sampled["candidates"], strict=True):
             each |= {"response": "x" * (1 + number % 9), "tokens": number % 5, "logprob": -9.0}
@@ -593,9 +593,9 @@ async def test_openais_client_reads_a_stream_with_progress(cappy):
 
 async def test_progress_is_told_while_candidates_are_drawn_and_a_late_error_after_it():
     class Slow(Echo):
-        async def sample(self, prompt, decodings, seeds, logprobs):
+        async def sample(self, prompt, decodings, seeds, logprobs, early=None):
             self.wait = 0 if decodings[0].temperature == 0 else 30
-            return await super().sample(prompt, decodings, seeds, logprobs)
+            return await super().sample(prompt, decodings, seeds, logprobs, early)
 
     body = {**BODY, "stream": True, "cappy": {"progress": True}}
     async with client(Slow(), timeout_s=0.5) as http:
