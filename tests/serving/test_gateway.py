@@ -59,6 +59,25 @@ def client(backend, further=(), **serving):
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
+async def test_candidates_are_scored_as_they_end_while_few_requests_are_here_and_never_without_a_scorer():
+    class Asked(Echo):
+        def __init__(self):
+            super().__init__(wait=0.1)
+            self.early = []
+
+        async def sample(self, prompt, decodings, seeds, logprobs, early=None):
+            self.early.append(early is not None)
+            return await super().sample(prompt, decodings, seeds, logprobs, early)
+
+    backend = Asked()
+    async with client(backend, max_concurrency=8) as http:
+        await asyncio.gather(*(http.post("/v1/chat/completions", json=BODY) for _ in range(4)))
+        assert backend.early == [True, True, False, False]
+        await http.post("/v1/chat/completions", json=BODY)
+        await http.post("/v1/chat/completions", json={**BODY, "model": "cappy-llm"})
+        assert backend.early[4:] == [True, False]
+
+
 async def test_the_best_candidate_answers_and_each_response_is_scored_once():
     backend = Echo()
     async with client(backend) as http:
