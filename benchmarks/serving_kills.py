@@ -135,7 +135,9 @@ def joined(server: servers.Server) -> Iterator[None]:
 
 def running(deployment: str) -> int:
     """Return how many replicas of a deployment Serve sends requests to."""
-    return int(serve.status().applications[app.APPLICATION].deployments[deployment].replica_states.get("RUNNING", 0))
+    known = serve.status().applications[app.APPLICATION].deployments
+    # Serve's status has none of them for a moment when its controller is asked in the wrong one.
+    return int(known[deployment].replica_states.get("RUNNING", 0)) if deployment in known else 0
 
 
 def changed(config: Config, **settings: Any) -> Config:
