@@ -135,9 +135,7 @@ def joined(server: servers.Server) -> Iterator[None]:
 
 def running(deployment: str) -> int:
     """Return how many replicas of a deployment Serve sends requests to."""
-    known = serve.status().applications[app.APPLICATION].deployments
-    # Serve's status has none of them for a moment when its controller is asked in the wrong one.
-    return int(known[deployment].replica_states.get("RUNNING", 0)) if deployment in known else 0
+    return int(serve.status().applications[app.APPLICATION].deployments[deployment].replica_states.get("RUNNING", 0))
 
 
 def changed(config: Config, **settings: Any) -> Config:
@@ -161,6 +159,9 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
             continue
         served = changed(config, serving={"scorer_replicas": count, "max_queue": 2 * _AT_ONCE})
         with servers.ours(served, folder) as server, joined(server):
+            # It is healthy with the first of them, and gives up where others are lost before all have run once.
+            while running("Scorer") < count:
+                time.sleep(0.5)
             rate = serving.RATES[options.rate] * serving.capacity(server, prompts, options)
             say(f"{rate:.2f} requests a second")
             for name in wanted:
