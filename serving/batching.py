@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from serving.protocol import Scored
+from serving.protocol import Scored, joined
 from serving.shelf import Held
 
 Pairs = tuple[Held, Sequence[str], Sequence[str]]
@@ -84,7 +84,7 @@ class Batcher:
                 parts[piece.place] = part
                 known = [each for each in parts if each is not None]
                 if len(known) == len(parts) and not piece.request.answer.done():
-                    piece.request.answer.set_result(_joined(known))
+                    piece.request.answer.set_result(joined(known))
 
     def _take(self) -> list[_Piece]:
         """Take the next pieces that fit a batch, one at least, all of the scorer of the first."""
@@ -122,9 +122,3 @@ def _pieces(lengths: Sequence[int], budget: int) -> list[tuple[int, int]]:
             tokens = 0
         tokens += length
     return list(itertools.pairwise([*cuts, len(lengths)]))
-
-
-def _joined(parts: Sequence[Scored]) -> Scored:
-    """Return the answer to a request from its pieces'."""
-    scores = [score for part in parts for score in part["scores"]]
-    return {**parts[-1], "scores": scores, "tokens": [count for part in parts for count in part["tokens"]]}

@@ -39,7 +39,7 @@ class Pool:
     sampling_s: float = 0.0
     scoring_s: float = 0.0
     version: str | None = None
-    """Of the scorer, where it has one: see `Scored`."""
+    """Of the scorer that answered last, where it has one: see `Scored`. One published anew in between leaves scores of both."""
     logprob_weight: float | None = None
     """The blend's weight, where one was fitted with the scorer."""
     stopped: Stopped | None = None
@@ -137,15 +137,15 @@ async def _round(
             tell(pool)
             if not asked:
                 return
-            await asyncio.wait(asked, timeout=scorer_timeout_s)
+            _, late = await asyncio.wait(asked, timeout=scorer_timeout_s)
             for task, responses in asked.items():
+                if task in late:
+                    pool.failure = TimeoutError()
+                    continue
                 try:
                     scored = task.result()
                 except (ApiError, TimeoutError) as error:
                     pool.failure = error
-                    continue
-                except asyncio.InvalidStateError:
-                    pool.failure = TimeoutError()
                     continue
                 pool.score_of |= zip(responses, scored["scores"], strict=True)
                 pool.version, pool.logprob_weight = scored.get("version"), scored.get("logprob_weight")

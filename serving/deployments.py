@@ -100,7 +100,7 @@ class LLM:
         names = [f"{identity}-{position}" for position in range(len(decodings))]
         responses: list[str] = []
         enough, count = asyncio.Event(), sum(decoding.n for decoding in decodings)
-        listens = early is not None and count >= _EARLY_OF
+        tell = early if count >= _EARLY_OF else None
 
         def ended(candidate: Candidate) -> None:
             responses.append(candidate["response"])
@@ -108,13 +108,13 @@ class LLM:
                 enough.set()
 
         draws = [
-            asyncio.ensure_future(self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs, ended=ended if listens else None))
+            asyncio.ensure_future(self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs, ended=ended if tell else None))
             for decoding, seed, name in zip(decodings, seeds, names, strict=True)
         ]
         all_drawn = asyncio.gather(*draws)
         try:
-            if early and listens and await _before(enough, all_drawn):
-                early(list(responses))
+            if tell and await _before(enough, all_drawn):
+                tell(list(responses))
             pools = await all_drawn
             prompt_tokens = self.engine.prompt_tokens(encoded, names[0])
         except Exception as error:

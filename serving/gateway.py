@@ -460,8 +460,7 @@ async def _score(backend: Backend, scorer: str, instructions: Sequence[str], res
     """Score pairs, some of them in each call; what else is told of the scorer is from the last."""
     cuts = [slice(start, start + _PAIRS_AT_ONCE) for start in range(0, len(responses), _PAIRS_AT_ONCE)]
     parts = await asyncio.gather(*(backend.score(scorer, instructions[cut], responses[cut]) for cut in cuts))
-    scores = [each for part in parts for each in part["scores"]]
-    return {**parts[-1], "scores": scores, "tokens": [each for part in parts for each in part["tokens"]]}
+    return protocol.joined(parts)
 
 
 async def _api_error(_: Request, error: Exception) -> JSONResponse:

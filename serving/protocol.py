@@ -79,6 +79,12 @@ class Sampled(TypedDict):
     """Dollars, where an endpoint has prices."""
 
 
+def joined(parts: Sequence[Scored]) -> Scored:
+    """Return what the scorer gave back for some pairs from what it gave back for parts of them, in order; the rest is the last one's."""
+    scores = [score for part in parts for score in part["scores"]]
+    return {**parts[-1], "scores": scores, "tokens": [count for part in parts for count in part["tokens"]]}
+
+
 class Scored(TypedDict):
     """What the scorer gives back for some pairs, in their order."""
 

@@ -12,6 +12,7 @@ from cluster import storage
 from cluster.config import LoraConfig, ScorerConfig, TrainingConfig
 from cluster.errors import CappyError
 from serving import shelf
+from serving.batching import Batcher
 from serving.deployments import score_together
 from serving.shelf import ScorerUnavailable, Shelf
 from tests.training import conftest
@@ -200,3 +201,28 @@ async def test_a_batch_is_scored_scorer_by_scorer_and_each_request_gets_its_own(
         np.testing.assert_allclose(scored["scores"], np.array(own(uris[name]))[some], atol=1e-6)
         assert scored["version"] == held[name].version and len(scored["tokens"]) == len(PAIRS[0][some])
         assert "logprob_weight" not in scored
+
+
+async def test_requests_at_once_that_fill_many_batches_get_the_scores_they_get_alone(uris, clock):
+    """Real scorers, two of them, each request long enough for several pieces."""
+    shelf = opened(uris, clock)
+    sizes, calls = (90, 3, 70, 1), []
+
+    def counted(pieces):
+        calls.append(sum(len(responses) for _, _, responses in pieces))
+        return score_together(pieces)
+
+    batcher = Batcher(counted)
+    asked = [
+        (name, [f"say after me {number} " * 12] * size) for number, (name, size) in enumerate(zip(("main", "a") * 2, sizes, strict=True))
+    ]
+    responses = [[f"a red fox {place}" for place in range(len(instructions))] for _, instructions in asked]
+    held = {name: await shelf.get(name) for name in ("main", "a")}
+    answers = await asyncio.gather(
+        *(batcher.score(held[name], instructions, mine) for (name, instructions), mine in zip(asked, responses, strict=True))
+    )
+    assert sum(calls) == sum(sizes) and len(calls) > 4
+    for (name, instructions), mine, scored in zip(asked, responses, answers, strict=True):
+        alone = held[name].model.score(instructions, mine)
+        np.testing.assert_allclose(scored["scores"], alone, atol=1e-6)
+        assert scored["version"] == held[name].version and len(scored["tokens"]) == len(mine)
