@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -41,7 +42,10 @@ def good(body: dict[str, Any], texts: list[str] | None = None, tokens: int = 3, 
 
 
 class OpenAIServer:
-    """Answers with `reply(body, number)`, requests counted from 0, after `delay_s`; keeps what it saw."""
+    """Answers with `reply(body, number)`, requests counted from 0, after `delay_s`; keeps what it saw.
+
+    The first answers wait until `together` requests are here, ten seconds at most: however slow the machine, as many as may come do.
+    """
 
     def __init__(self) -> None:
         self.reply: Callable[[dict[str, Any], int], Answer] = lambda body, number: good(body)
@@ -65,6 +69,7 @@ class OpenAIServer:
         self.billed = [0, 0]
         """Prompt and sampled tokens of all good answers: what a provider would charge."""
         self.most_at_once = self._at_once = 0
+        self.together = 1
 
     def close(self) -> None:
         self._server.should_exit = True
@@ -86,6 +91,10 @@ class OpenAIServer:
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(10):
+                    while self.most_at_once < self.together:
+                        await asyncio.sleep(0.01)
             await asyncio.sleep(self.delay_s)
             status, headers, answer = self.reply(body, number)
         finally:

@@ -257,7 +257,7 @@ def test_options_a_server_refuses_are_left_out_from_then_on(server):
 
 
 def test_rates_space_the_requests_and_concurrency_limits_them(server):
-    server.delay_s = 1
+    server.delay_s, server.together = 1, 3
     llm = endpoint(server, requests_per_minute=300, concurrency=3)
 
     async def collect():
