@@ -5,7 +5,7 @@
 `cappy serve` as in `benchmarks.serving`, under an open load at `--rate` of what it can do. Answers the LLM's likelihood chose because
 no scorer was there in time (`--set serving.fallback=self_score --set serving.scorer_timeout_s=8`) count as answered, and are told.
 
-- `scorer_1`, `scorer_2`, `scorer_4`: so many scorer replicas; every five seconds the one that runs longest gets SIGKILL, where Serve has
+- `scorer_1`, `scorer_2`, `scorer_3`: so many scorer replicas; every five seconds the one that runs longest gets SIGKILL, where Serve has
   any running: with one replica and often with two there is none then, and requests wait for the next. All must be answered
   (`slowest_s`: the latest of them). `down` is the share of those moments that found none running.
 - `llm`: eight requests at once, and half a second later its replica gets SIGKILL. Only requests that were under way then may fail, each
@@ -153,7 +153,7 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
         results[name] = result
         say(f"{name}: {result}")
 
-    for count in (1, 2, 4):
+    for count in (1, 2, 3):
         wanted = [name for name in options.victims if name == f"scorer_{count}" or (count == 2 and name in ("llm", "update"))]
         if not wanted:
             continue
@@ -187,7 +187,7 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
 def main() -> int:
     made = serving.parser()
     made.description = __doc__.splitlines()[0] if __doc__ else None
-    victims = ("scorer_1", "scorer_2", "scorer_4", "llm", "update")
+    victims = ("scorer_1", "scorer_2", "scorer_3", "llm", "update")
     made.add_argument("--victims", nargs="+", choices=victims, default=list(victims))
     made.set_defaults(rate="light", seconds=120.0)
     options = made.parse_args()
