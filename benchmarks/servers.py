@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import psutil
@@ -123,12 +124,15 @@ def ours(config: Config, folder: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def vllms(config: Config, folder: Path) -> Iterator[Server]:
-    """vLLM's own OpenAI server at a free port with the LLM of a config, as `cappy serve` runs it."""
+def vllms(config: Config, folder: Path, settings: Literal["ours", "own"] = "ours") -> Iterator[Server]:
+    """vLLM's own OpenAI server at a free port with the LLM of a config.
+
+    Its engine has `ours`, the settings that `cappy serve` gives it, or its `own`, as `vllm serve` has them but for the cores: all of them.
+    """
     port = ports.free()
     path = folder / "vllm.yaml"
     path.write_text(config.to_yaml())
-    with _running(["-m", "benchmarks.servers", str(path), str(port)], port, folder / "vllm.log", {}) as server:
+    with _running(["-m", "benchmarks.servers", str(path), str(port), settings], port, folder / "vllm.log", {}) as server:
         yield server
 
 
@@ -168,7 +172,7 @@ def wait_healthy(server: Server, process: subprocess.Popen[bytes] | None = None)
     raise CappyError(f"{server.url} did not become healthy")
 
 
-def _become_vllm(config: Config, port: str) -> None:
+def _become_vllm(config: Config, port: str, settings: str) -> None:
     """Replace this process by vLLM's server."""
     engine = config.sampler.engine
     assert isinstance(engine, VLLMConfig)
@@ -180,7 +184,8 @@ def _become_vllm(config: Config, port: str) -> None:
     # Sampling as the request says and not as the model's makers advise, and no line a request: what ours does.
     flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", config.serving.model_name]
     flags += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
-    for name, value in engine_arguments(folder, engine, has_gpu()).items():
+    arguments = engine_arguments(folder, engine, has_gpu()) if settings == "ours" else {"model": str(folder)}
+    for name, value in arguments.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
@@ -190,4 +195,4 @@ def _become_vllm(config: Config, port: str) -> None:
 
 
 if __name__ == "__main__":
-    _become_vllm(load(sys.argv[1]), sys.argv[2])
+    _become_vllm(load(sys.argv[1]), *sys.argv[2:])

@@ -7,11 +7,12 @@
 All of them: real BIG-bench prompts (the demo's, in chat form), SmolLM2 on vLLM, a MiniLM scorer whose head is drawn.
 `--answers lines` (32 tokens at most) has the demo's shots and ends where the line does, `free` (128 at most) is the bare instruction.
 `cappy serve` is asked for one choice out of `--candidates`, vLLM's server for as many samples of the same prompts; weights, engine
-settings, temperature, length and stop strings are the same. How threads and processes wait is each server's own.
-They run by turns, never at the same time.
+settings, temperature, length and stop strings are the same. How threads and processes wait is each server's own. Against vLLM's server
+ours has the LLM twice, each with half the cores (docs/serving.md, Replicas). They run by turns, never at the same time.
 
 - `throughput_ratio`: answers a second of `--clients` clients without a pause, ours over vLLM's, medians over the turns. Counted while all
   of them are busy: the first and the last `--clients` answers are left out.
+- `plain_throughput_ratio`: the same over vLLM's server as it comes, with settings of its own for its engine; it is given all cores.
 - `added_latency_p50`, `_p99`: over our answers in an open load (Poisson arrivals at `--rate` of vLLM's rate above), quantiles of an
   answer's `scoring_s` / `sampling_s`, as the gateway takes them: handing over, waiting and scoring, against sampling.
 - `extra_latency_p50`, `_p99`: the same quantiles of whole answers in that load seen by the client, ours less vLLM's, over our median
@@ -82,7 +83,7 @@ def latencies(answers: Sequence[Answer]) -> list[float]:
 
 def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Namespace) -> dict[str, Any]:
     """Both servers by turns, each started for its turn."""
-    rates: dict[str, list[float]] = {"vllm": [], "ours": []}
+    rates: dict[str, list[float]] = {"plain": [], "vllm": [], "ours": []}
     answers: dict[str, list[Answer]] = {"vllm": [], "ours": []}
     cpu: dict[str, Counter[str]] = {"vllm": Counter(), "ours": Counter()}
     loaded = {"vllm": 0.0, "ours": 0.0}
@@ -90,6 +91,12 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
     for turn in range(options.turns):
         offered = 0.0
         place = prompts.place
+        with servers.vllms(config, folder, settings="own") as server:
+            asyncio.run(closed(server.chat, prompts.vllms(_WARM), options.clients))
+            full = asyncio.run(closed(server.chat, prompts.vllms(options.requests), options.clients))
+        rates["plain"].append(rate(full, options.clients))
+        errors += wrong(full, options.candidates)
+        say(f"turn {turn + 1} of {options.turns}, vllm as it comes: {rates['plain'][-1]:.2f} answers/s")
         for side, start in (("vllm", servers.vllms), ("ours", servers.ours)):
             prompts.place = place  # each has all its prompts for the first time
             choices = options.candidates if side == "vllm" else 1
@@ -115,14 +122,16 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
     shares = [each["scoring_s"] / each["sampling_s"] for each in times]
     sampling = statistics.median(each["sampling_s"] for each in times)
     seen = {side: quantiles(latencies(each), 0.5, 0.99) for side, each in answers.items()}
-    ours, vllm = (statistics.median(rates[side]) for side in ("ours", "vllm"))
+    ours, vllm, plain = (statistics.median(rates[side]) for side in ("ours", "vllm", "plain"))
     return {
         "throughput_ratio": round(ours / vllm, 3),
+        "plain_throughput_ratio": round(ours / plain, 3),
         **_rounded("added_latency", quantiles(shares, 0.5, 0.99), 3),
         "errors": len(errors),
         **_rounded("extra_latency", [(mine - theirs) / sampling for mine, theirs in zip(seen["ours"], seen["vllm"], strict=True)], 3),
         "answers_per_second": round(ours, 3),
         "vllm_answers_per_second": round(vllm, 3),
+        "plain_answers_per_second": round(plain, 3),
         "answers_per_second_by_turn": {side: [round(each, 3) for each in rates[side]] for side in rates},
         **_rounded("latency", seen["ours"], 3),
         **_rounded("vllm_latency", seen["vllm"], 3),
@@ -246,15 +255,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def prepare(options: argparse.Namespace, folder: Path) -> tuple[Config, Prompts]:
-    """Return the servers' config and the prompts; writes the scorer."""
+def prepare(options: argparse.Namespace, folder: Path, *more: str) -> tuple[Config, Prompts]:
+    """Return the servers' config, with `more` settings where the options have no others, and the prompts; writes the scorer."""
     servers.write_scorer(folder / "scorer", options.seed)
-    settings = [f"workspace={folder}", "sampler.prompt.form=chat", *options.overrides]
+    settings = [f"workspace={folder}", "sampler.prompt.form=chat", *more, *options.overrides]
     if options.answers == "free":
         # A server's own stop strings hold for every request.
         settings.append("sampler.decodings=[{name: sample, n: 8, max_tokens: 128}]")
     config = load("demo", settings)
     return config, Prompts(config, options)
+
+
+def _twice() -> tuple[str, ...]:
+    """What a server of an LLM on CPU has that is to answer much: two replicas of it, and a compiled model, as vLLM's server has."""
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    return "serving.llm_replicas=2", f"sampler.engine.cpu_threads={threads}", "sampler.engine.compile=true"
 
 
 def main() -> int:
@@ -267,7 +282,7 @@ def main() -> int:
     options = made.parse_args()
     mode = soak if options.minutes else overload if options.overload else compare
     with tempfile.TemporaryDirectory(prefix="cappy-serving-") as name:
-        config, prompts = prepare(options, Path(name))
+        config, prompts = prepare(options, Path(name), *(_twice() if mode is compare else ()))
         result = mode(config, Path(name), prompts, options)
     for key, value in result.items():
         print(f"{key:<28} {value}")

@@ -232,6 +232,9 @@ class VLLMConfig(Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     cpu_kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache of a replica on a machine without a GPU, in GiB."""
+    cpu_threads: int | None = Field(None, ge=1)
+    """Threads a replica computes with on a machine without a GPU, as far as it has cores; null is all of them. Where other processes
+    want the cores too, several replicas of few threads give more answers than one of many, whose threads wait for each other."""
     compile: bool | None = None
     """CUDA graphs and torch.compile; null means yes on GPU, no on CPU, where it costs a minute to start and gains little."""
 

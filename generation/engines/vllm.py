@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cluster import models
 from cluster.config import DecodingConfig, VLLMConfig
 from cluster.errors import CappyError
+from cluster.niceness import give_way
 from cluster.openmp import wait_briefly
 from generation import prompts
 from generation.engines import Candidate, Ended, PromptTooLong, has_gpu, tokens
@@ -32,10 +35,13 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        before = set(psutil.Process().children(recursive=True))
         try:
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(folder, config, gpu)))
         except ValueError as error:
             raise CappyError(f"{setting}={model}: vLLM refused the model or its settings: {_first_line(error)}") from None
+        if not gpu:
+            give_way(set(psutil.Process().children(recursive=True)) - before)
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -181,7 +187,8 @@ def set_environment(config: VLLMConfig, gpu: bool) -> None:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         wait_briefly()
         # Ray gives every worker OMP_NUM_THREADS=1 for its own share; the engine is meant to have the machine.
-        os.environ["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        os.environ["OMP_NUM_THREADS"] = str(min(config.cpu_threads or cores, cores))
 
 
 def _first_line(error: Exception) -> str:
