@@ -33,6 +33,7 @@ _ROLES = {
     "ProxyActor": "proxy",
     "ServeController": "controller",
     "VLLM::": "engine",
+    "multiprocessing.spawn": "engine",  # one whose title did not take
     "cluster.cli": "driver",
     "api_server": "server",
 }
