@@ -37,7 +37,8 @@ class Engine:
 
         before = set(psutil.Process().children(recursive=True))
         try:
-            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(folder, config, gpu)))
+            arguments = engine_arguments(folder, config, gpu) | ({} if gpu else _shared_prompts())
+            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except ValueError as error:
             raise CappyError(f"{setting}={model}: vLLM refused the model or its settings: {_first_line(error)}") from None
         if not gpu:
@@ -189,6 +190,14 @@ def set_environment(config: VLLMConfig, gpu: bool) -> None:
         # Ray gives every worker OMP_NUM_THREADS=1 for its own share; the engine is meant to have the machine.
         cores = len(os.sched_getaffinity(0))
         os.environ["OMP_NUM_THREADS"] = str(min(config.cpu_threads or cores, cores))
+
+
+def _shared_prompts() -> dict[str, Any]:
+    """Have candidates of one prompt prefill it once (`siblings.py`)."""
+    from vllm.config import KVTransferConfig
+
+    connector = "generation.engines.siblings"
+    return {"kv_transfer_config": KVTransferConfig(kv_connector="SiblingConnector", kv_connector_module_path=connector, kv_role="kv_both")}
 
 
 def _first_line(error: Exception) -> str:
