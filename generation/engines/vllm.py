@@ -37,7 +37,8 @@ class Engine:
 
         before = set(psutil.Process().children(recursive=True))
         try:
-            arguments = engine_arguments(folder, config, gpu) | ({} if gpu else _shared_prompts())
+            alone = not gpu and config.tensor_parallel == 1
+            arguments = engine_arguments(folder, config, gpu) | (_shared_prompts() if alone else {})
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except ValueError as error:
             raise CappyError(f"{setting}={model}: vLLM refused the model or its settings: {_first_line(error)}") from None
