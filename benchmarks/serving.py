@@ -31,7 +31,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,7 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
         offered = 0.0
         place = prompts.place
         with servers.vllms(config, folder, settings="own") as server:
-            asyncio.run(closed(server.chat, prompts.vllms(_WARM), options.clients))
-            full = asyncio.run(closed(server.chat, prompts.vllms(options.requests), options.clients))
+            full = busy(server, prompts.vllms, options)
         rates["plain"].append(rate(full, options.clients))
         errors += wrong(full, options.candidates)
         say(f"turn {turn + 1} of {options.turns}, vllm as it comes: {rates['plain'][-1]:.2f} answers/s")
@@ -157,7 +156,7 @@ def _shares(spent: Counter[str], loaded_s: float) -> dict[str, float]:
 def soak(config: Config, folder: Path, prompts: Prompts, options: argparse.Namespace) -> dict[str, Any]:
     """A steady load for minutes: errors, and each kind of process's memory in the first and the last quarter of it."""
     with servers.ours(config, folder) as server:
-        offered = RATES[options.rate] * capacity(server, prompts, options)
+        offered = RATES[options.rate] * rate(busy(server, prompts.ours, options), options.clients)
         moments = arrivals(offered, 60 * options.minutes, options.seed)
         say(f"{len(moments)} requests in {options.minutes:g} minutes, {offered:.2f} a second")
         with servers.MemoryWatch(server) as watch:
@@ -227,11 +226,10 @@ def _ratios(one: Sequence[Answer], two: Sequence[Answer]) -> list[float]:
     return [mine / theirs for mine, theirs in pairs]
 
 
-def capacity(server: servers.Server, prompts: Prompts, options: argparse.Namespace) -> float:
-    """Answers a second of `--clients` clients without a pause."""
-    asyncio.run(closed(server.chat, prompts.ours(_WARM), options.clients))
-    full = asyncio.run(closed(server.chat, prompts.ours(options.requests), options.clients))
-    return rate(full, options.clients)
+def busy(server: servers.Server, draw: Callable[[int], list[Body]], options: argparse.Namespace) -> list[Answer]:
+    """Return the answers to `--requests` bodies, from `--clients` clients without a pause, after a few to warm up."""
+    asyncio.run(closed(server.chat, draw(_WARM), options.clients))
+    return asyncio.run(closed(server.chat, draw(options.requests), options.clients))
 
 
 def _rounded(name: str, values: Sequence[float], digits: int) -> dict[str, float]:

@@ -39,6 +39,7 @@ from ray import serve
 
 from benchmarks import servers, serving
 from benchmarks.load import Answer, arrivals, opened
+from benchmarks.load import rate as capacity
 from cluster.config import Config
 from cluster.progress import say
 from serving import app
@@ -162,7 +163,7 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
             # It is healthy with the first of them, and gives up where others are lost before all have run once.
             while running("Scorer") < count:
                 time.sleep(0.5)
-            rate = serving.RATES[options.rate] * serving.capacity(server, prompts, options)
+            rate = serving.RATES[options.rate] * capacity(serving.busy(server, prompts.ours, options), options.clients)
             say(f"{rate:.2f} requests a second")
             for name in wanted:
                 moments = arrivals(rate, options.seconds, options.seed)

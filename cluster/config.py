@@ -236,7 +236,8 @@ class VLLMConfig(Section):
     """Threads a replica computes with on a machine without a GPU, as far as it has cores; null is all of them. Where other processes
     want the cores too, several replicas of few threads give more answers than one of many, whose threads wait for each other."""
     compile: bool | None = None
-    """CUDA graphs and torch.compile; null means yes on GPU, no on CPU, where it costs a minute to start and gains little."""
+    """CUDA graphs and torch.compile; null means yes on GPU, no on CPU, where it takes up to a minute to start and gives a tenth more
+    tokens."""
 
     decides: ClassVar = ("kind", "dtype", "max_model_len")
     """The settings the candidates depend on; a run goes on only with the same."""

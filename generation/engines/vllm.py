@@ -38,7 +38,7 @@ class Engine:
         before = set(psutil.Process().children(recursive=True))
         try:
             alone = not gpu and config.tensor_parallel == 1
-            arguments = engine_arguments(folder, config, gpu) | (_shared_prompts() if alone else {})
+            arguments = engine_arguments(folder, config, gpu) | (shared_prompts() if alone else {})
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except ValueError as error:
             raise CappyError(f"{setting}={model}: vLLM refused the model or its settings: {_first_line(error)}") from None
@@ -193,7 +193,7 @@ def set_environment(config: VLLMConfig, gpu: bool) -> None:
         os.environ["OMP_NUM_THREADS"] = str(min(config.cpu_threads or cores, cores))
 
 
-def _shared_prompts() -> dict[str, Any]:
+def shared_prompts() -> dict[str, Any]:
     """Have candidates of one prompt prefill it once (`siblings.py`)."""
     from vllm.config import KVTransferConfig
 

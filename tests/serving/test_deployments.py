@@ -1,6 +1,7 @@
 """The LLM deployment's class in this process: a tiny T5 with random weights, and an endpoint on loopback."""
 
 import asyncio
+import collections
 import math
 import pickle
 
@@ -191,34 +192,41 @@ async def test_the_ceiling_holds_across_servers_and_a_cancelled_request_counts_i
 
 
 class Staggered:
-    """An engine whose decodings take `delays` of seconds, or fail after theirs."""
+    """An engine whose decodings are sampled `after` another has ended (or what a test calls so), or fail then."""
 
-    def __init__(self, engine, delays, failing=()):
-        self.engine, self.delays, self.failing, self.cancelled = engine, delays, failing, []
+    def __init__(self, engine, after, failing=()):
+        self.engine, self.after, self.failing, self.cancelled = engine, after, failing, []
+        self.ended = collections.defaultdict(asyncio.Event)
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
     async def sample(self, prompt, decoding, *rest, **more):
         try:
-            await asyncio.sleep(self.delays[decoding.name])
+            if decoding.name in self.after:
+                await self.ended[self.after[decoding.name]].wait()
         except asyncio.CancelledError:
             self.cancelled.append(decoding.name)
             raise
         if decoding.name in self.failing:
             raise NoAnswer("not now")
-        return await self.engine.sample(prompt, decoding, *rest, **more)
+        pool = await self.engine.sample(prompt, decoding, *rest, **more)
+        self.ended[decoding.name].set()
+        return pool
 
 
 @pytest.mark.parametrize(
-    ("beam", "warm", "told"),
-    [(2.0, 0.0, True), (0.0, 0.4, False), (0.0, 0.0, False)],
+    ("after", "told"),
+    [({"beam": "told"}, True), ({"warm": "beam"}, False), ({}, False)],
     ids=["three of four", "one of four", "all at once"],
 )
-async def test_most_of_a_pool_is_told_while_the_rest_is_sampled_and_only_then(t5, beam, warm, told):
+async def test_most_of_a_pool_is_told_while_the_rest_is_sampled_and_only_then(t5, after, told):
     llm = seq2seq(t5)
-    llm.engine = Staggered(llm.engine, {"beam": beam, "warm": warm})
-    parts = [part async for part in llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True)]
+    llm.engine = Staggered(llm.engine, after)
+    parts = []
+    async for part in llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True):
+        parts.append(part)
+        llm.engine.ended["told"].set()
     pool = parts[-1]
     assert [each["decoding"] for each in pool["candidates"]] == ["beam", "warm", "warm", "warm"]
     assert len(parts) == 1 + told
@@ -228,12 +236,13 @@ async def test_most_of_a_pool_is_told_while_the_rest_is_sampled_and_only_then(t5
 
 async def test_what_fails_after_most_of_a_pool_fails_the_whole_and_what_nobody_awaits_is_stopped(t5):
     llm = seq2seq(t5)
-    llm.engine = Staggered(llm.engine, {"beam": 0.3, "warm": 0.0}, failing=("beam",))
+    llm.engine = Staggered(llm.engine, {"beam": "told"}, failing=("beam",))
     parts = llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True)
     assert len(await anext(parts)) == 3
+    llm.engine.ended["told"].set()
     with pytest.raises(ApiError, match="takes no requests now"):
         await anext(parts)
-    llm.engine.delays, llm.engine.failing = {"beam": 30, "warm": 0.0}, ()
+    llm.engine.after, llm.engine.failing = {"beam": "never"}, ()
     parts = llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True)
     await anext(parts)
     await parts.aclose()

@@ -145,7 +145,7 @@ def test_candidates_of_an_engine_are_those_of_one_that_prefills_each_alone():
     warm, greedy = DecodingConfig(name="warm", n=6, max_tokens=12), DecodingConfig(name="greedy", n=1, temperature=0.0, max_tokens=12)
 
     async def sample(shared):
-        with mock.patch.object(vllm, "_shared_prompts", vllm._shared_prompts if shared else dict):
+        with mock.patch.object(vllm, "shared_prompts", vllm.shared_prompts if shared else dict):
             engine = vllm.Engine("smollm2-135m-instruct", VLLMConfig(max_model_len=256, max_num_seqs=16, dtype="float32"))
         try:
             # Prompts that end in many places of a block.

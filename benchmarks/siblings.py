@@ -1,0 +1,87 @@
+"""Pools of candidates a second of vLLM's engine alone on CPU: the end of a prompt prefilled once for all of them, or once for each.
+
+    python -m benchmarks.siblings --json -
+
+The prompts of `benchmarks.serving`, `--candidates` each, `--clients` of them at once; an engine with `generation/engines/siblings.py` and
+one without by turns, never at the same time, with the same settings (`--set`). A rate is counted while all clients are busy.
+
+- `speedup`: median over the turns of the rate with it over the rate without it in the same turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks import serving
+from benchmarks.load import Answer, rate
+from cluster.config import Config, VLLMConfig
+from cluster.progress import say
+from generation.engines import vllm
+
+_WARM = 24
+
+
+async def pools(config: Config, bodies: Sequence[dict[str, Any]], clients: int, candidates: int) -> float:
+    """Start an engine and return how many pools a second it samples for the bodies, after the first few."""
+    assert isinstance(config.sampler.engine, VLLMConfig)
+    engine = vllm.Engine(config.sampler.model, config.sampler.engine)
+    decoding = config.sampler.decodings[0].model_copy(
+        update={"n": candidates, "temperature": bodies[0]["temperature"], "max_tokens": bodies[0]["max_tokens"], "top_k": None}
+    )
+    answers: list[Answer] = []
+
+    async def client(waiting: Iterator[tuple[int, list[int]]]) -> None:
+        for number, ids in waiting:
+            due = time.perf_counter()
+            await engine.sample(ids, decoding, None, str(number), logprobs=False)
+            answers.append(Answer(due, time.perf_counter() - due, 200))
+
+    try:
+        prompts = [engine.encode(body["messages"], config.sampler.prompt.form, decoding.max_tokens) for body in bodies]
+        for some in (prompts[:_WARM], prompts[_WARM:]):
+            answers.clear()
+            waiting = iter(enumerate(some))
+            await asyncio.gather(*(client(waiting) for _ in range(clients)))
+        return rate(answers, clients)
+    finally:
+        engine.close()
+
+
+def main() -> int:
+    made = serving.parser()
+    made.description = __doc__.splitlines()[0] if __doc__ else None
+    made.add_argument("--turns", type=int, default=3)
+    options: argparse.Namespace = made.parse_args()
+    rates: dict[str, list[float]] = {"each": [], "once": []}
+    with tempfile.TemporaryDirectory(prefix="cappy-siblings-") as name:
+        config, prompts = serving.prepare(options, Path(name))
+        bodies = prompts.ours(_WARM + options.requests)
+    for turn in range(options.turns):
+        for side, shared in (("each", dict), ("once", vllm.shared_prompts)):
+            with mock.patch.object(vllm, "shared_prompts", shared):
+                rates[side].append(asyncio.run(pools(config, bodies, options.clients, options.candidates)))
+            say(f"turn {turn + 1} of {options.turns}, prefilled {side}: {rates[side][-1]:.2f} pools/s")
+    result = {
+        "speedup": round(statistics.median(once / each for once, each in zip(rates["once"], rates["each"], strict=True)), 3),
+        "pools_per_second": {side: [round(value, 3) for value in values] for side, values in rates.items()},
+        **{name: getattr(options, name) for name in ("answers", "candidates", "clients", "requests")},
+    }
+    for key, value in result.items():
+        print(f"{key:<28} {value}")
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
