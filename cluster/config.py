@@ -759,8 +759,8 @@ class ServingConfig(Section):
     scorer_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the scorers; `auto` is bfloat16 where the hardware multiplies it, which moves a score by up to about 0.01."""
     scorer_threads: int = Field(8, ge=1)
-    """Threads a scorer replica computes with on CPU, as far as the machine has cores. Few threads hold up an LLM on the same cores for
-    longer than many."""
+    """Threads a scorer replica computes with on CPU, as far as the machine has cores, each in a batch of its own where enough waits. Few
+    threads hold up an LLM on the same cores for longer than many."""
     max_concurrency: int = Field(32, ge=1)
     """Requests a gateway works on at once."""
     max_queue: int = Field(20, ge=0)

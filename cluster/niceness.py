@@ -8,14 +8,14 @@ from contextlib import suppress
 
 import psutil
 
-_STEPS = 5
+_STEPS = 10
 _LEAST = 19
 
 
 def give_way(processes: Iterable[psutil.Process]) -> None:
-    """Have processes leave the cores to others that want them: each thread `5` steps of niceness more than it has, 19 at most.
+    """Have processes leave the cores to others that want them: each thread `10` steps of niceness more than it has, 19 at most.
 
-    For those that compute without end beside others that have a little to do and somebody waiting for it: these then get about three
+    For those that compute without end beside others that have a little to do and somebody waiting for it: these then get about nine
     times the share (docs/serving.md, Load). Nobody loses a core that would be idle. What the threads start later inherits it.
     """
     for process in processes:

@@ -1,6 +1,10 @@
-"""Pairs of many requests, scored together: what waits while a batch is scored goes into the next ones. Knows no Ray and no HTTP.
+"""Pairs of many requests, scored in batches: what waits while others are scored goes into the next ones. Knows no Ray and no HTTP.
 
-A batch is bounded by tokens, and a request of more is scored in pieces, so that nobody waits long for a long request of somebody
+On a CPU batches are scored side by side, each with one of the cores: threads that share a batch wait for each other at every layer, and
+so wait for all that the slowest of them waits for, where an LLM wants the same cores. Only where less waits than there are cores does a
+batch get several.
+
+A batch is bounded by tokens, and a request of more is scored in several, so that nobody waits long for a long request of somebody
 else. Who is next: the request with the least sum of its arrival and its length, both in tokens, where the clock of arrivals is the
 tokens scored so far. So a short request overtakes a long one, but only for as long as the long one would take by itself.
 """
@@ -10,115 +14,140 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from serving.protocol import Scored, joined
+from serving.protocol import Scored
 from serving.shelf import Held
 
-Pairs = tuple[Held, Sequence[str], Sequence[str]]
-"""A scorer, and the instructions and responses it reads."""
-# Tokens of a batch by device. On a CPU a scorer of 22 million weights reads so many in less than a tenth of a second.
+Score = Callable[[Held, Sequence[str], Sequence[str], int], Scored]
+"""Scores the pairs of some instructions and responses with so many threads."""
+# Tokens of a batch at most, by device. On a CPU core a scorer of 22 million weights reads so many in less than a tenth of a second.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-# Characters of a token, about; what a request really has is known when it is scored.
+# And what is not shared out among threads: fewer tokens in each of more batches would cost more than it saves.
+_UNSHARED_TOKENS = 512
+# Characters of a token, about; what a pair really has is known when it is scored.
 _CHARACTERS = 4
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request's pieces as they are scored."""
+    """A request as its pairs are scored."""
 
     answer: asyncio.Future[Scored]
-    parts: list[Scored | None] = field(default_factory=list)
+    held: Held
+    scores: list[float]
+    tokens: list[int]
+    left: int
 
 
 @dataclass(order=True)
-class _Piece:
-    """Some of a request's pairs; pieces are in the order they are scored in."""
+class _Pair:
+    """Pairs are in the order they are scored in: by request, the longest of one first, so that batches have pairs of like lengths."""
 
-    key: int
-    number: int
+    order: tuple[int, int, int]
     request: _Request = field(compare=False)
     place: int = field(compare=False)
-    pairs: Pairs = field(compare=False)
+    instruction: str = field(compare=False)
+    response: str = field(compare=False)
     tokens: int = field(compare=False)
 
 
 class Batcher:
-    """`score` answers the pairs of some requests at once, in a thread; what it raises fails the requests it was given."""
+    """`score` is called in `threads` threads, with that many to compute with in all of them; what it raises fails the requests in it."""
 
-    def __init__(self, score: Callable[[Sequence[Pairs]], list[Scored]]) -> None:
+    def __init__(self, score: Score, threads: int) -> None:
         self._score = score
-        self._waiting: list[_Piece] = []
+        self._threads = self._free = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="scoring")
+        self._waiting: list[_Pair] = []
+        self._tokens = 0  # of those that wait
         self._numbers = itertools.count()
         self._clock = 0
-        self._worker: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[None]] = set()
 
     async def score(self, held: Held, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
-        """Return the raw logits and token counts of pairs. Cancelling the call takes out of the queue what is not scored yet."""
+        """Return the raw logits and token counts of pairs. Cancelling the call takes out of the queue what is not scored yet.
+
+        Raises `ValueError` when the lists differ in length.
+        """
+        count = len(instructions)
         lengths = [_tokens(held, *pair) for pair in zip(instructions, responses, strict=True)]
-        request = _Request(asyncio.get_running_loop().create_future())
+        if not count:
+            return Scored(scores=[], tokens=[])
+        request = _Request(asyncio.get_running_loop().create_future(), held, [math.nan] * count, [0] * count, count)
         key = self._clock + sum(lengths)
-        for place, (start, end) in enumerate(_pieces(lengths, _BATCH_TOKENS[held.model.device.type])):
-            pairs = (held, instructions[start:end], responses[start:end])
-            heapq.heappush(self._waiting, _Piece(key, next(self._numbers), request, place, pairs, sum(lengths[start:end])))
-            request.parts.append(None)
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work())
+        for place, (length, instruction, response) in enumerate(zip(lengths, instructions, responses, strict=True)):
+            order = (key, -length, next(self._numbers))
+            heapq.heappush(self._waiting, _Pair(order, request, place, instruction, response, length))
+        self._tokens += sum(lengths)
+        self._start()
         return await request.answer
 
-    async def _work(self) -> None:
-        while batch := self._take():
-            try:
-                # In a thread, so that the event loop goes on taking requests and answering health checks.
-                scored = await asyncio.to_thread(self._score, [piece.pairs for piece in batch])
-            except Exception as error:
-                for piece in batch:
-                    if not piece.request.answer.done():
-                        piece.request.answer.set_exception(error)
-                continue
-            finally:
-                self._clock += sum(piece.tokens for piece in batch)
-            for piece, part in zip(batch, scored, strict=True):
-                parts = piece.request.parts
-                parts[piece.place] = part
-                known = [each for each in parts if each is not None]
-                if len(known) == len(parts) and not piece.request.answer.done():
-                    piece.request.answer.set_result(joined(known))
+    def _start(self) -> None:
+        """Begin as many batches as there are threads for."""
+        while self._free and (batch := self._take()):
+            # What is left of the threads is shared with the batches that are begun next.
+            threads = max(1, self._free // (1 + len(self._waiting)))
+            self._free -= threads
+            task = asyncio.create_task(self._run(batch, threads))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
 
-    def _take(self) -> list[_Piece]:
-        """Take the next pieces that fit a batch, one at least, all of the scorer of the first."""
-        batch: list[_Piece] = []
-        others: list[_Piece] = []
-        tokens = 0
+    async def _run(self, batch: Sequence[_Pair], threads: int) -> None:
+        texts = [pair.instruction for pair in batch], [pair.response for pair in batch]
+        try:
+            # Not in the event loop, which goes on taking requests and answering health checks.
+            scored = await asyncio.get_running_loop().run_in_executor(self._pool, self._score, batch[0].request.held, *texts, threads)
+        except Exception as error:
+            for pair in batch:
+                if not pair.request.answer.done():
+                    pair.request.answer.set_exception(error)
+        else:
+            for pair, score, tokens in zip(batch, scored["scores"], scored["tokens"], strict=True):
+                request = pair.request
+                request.scores[pair.place], request.tokens[pair.place] = score, tokens
+                request.left -= 1
+                if not request.left and not request.answer.done():
+                    request.answer.set_result({**scored, "scores": request.scores, "tokens": request.tokens})
+        finally:
+            self._free += threads
+            self._clock += sum(pair.tokens for pair in batch)
+            self._start()
+
+    def _take(self) -> list[_Pair]:
+        """Take the next pairs that make a batch, one at least, all of the scorer of the first.
+
+        A batch has no more than a thread's share of all that waits (guided self-scheduling: Polychronopoulos and Kuck, 1987), so that
+        the threads are done at about the same time.
+        """
+        batch: list[_Pair] = []
+        others: list[_Pair] = []
+        tokens, most = 0, 0.0
         while self._waiting:
-            piece = heapq.heappop(self._waiting)
-            if piece.request.answer.done():  # given up, or failed with another piece
+            pair = heapq.heappop(self._waiting)
+            if pair.request.answer.done():  # given up, or failed with another pair
+                self._tokens -= pair.tokens
                 continue
-            if batch and piece.pairs[0] is not batch[0].pairs[0]:
-                others.append(piece)
+            held = pair.request.held
+            if not batch:
+                most = min(_BATCH_TOKENS[held.model.device.type], max(_UNSHARED_TOKENS, self._tokens / self._threads))
+            elif held is not batch[0].request.held:
+                others.append(pair)
                 continue
-            tokens += piece.tokens
-            if batch and tokens > _BATCH_TOKENS[piece.pairs[0].model.device.type]:
-                others.append(piece)
+            if batch and tokens + pair.tokens > most:
+                others.append(pair)
                 break
-            batch.append(piece)
-        for piece in others:
-            heapq.heappush(self._waiting, piece)
+            tokens += pair.tokens
+            batch.append(pair)
+        for pair in others:
+            heapq.heappush(self._waiting, pair)
+        self._tokens -= tokens
         return batch
 
 
 def _tokens(held: Held, instruction: str, response: str) -> int:
     """Return about how many tokens a pair has."""
     return min(held.model.max_length, (len(instruction) + len(response)) // _CHARACTERS + 3)
-
-
-def _pieces(lengths: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """Return the (start, end) of pieces of at most `budget` tokens, or of one pair; one empty piece for no pairs."""
-    cuts, tokens = [0], 0
-    for place, length in enumerate(lengths):
-        if place > cuts[-1] and tokens + length > budget:
-            cuts.append(place)
-            tokens = 0
-        tokens += length
-    return list(itertools.pairwise([*cuts, len(lengths)]))

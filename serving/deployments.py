@@ -7,7 +7,6 @@ told leaves a replica as an `ApiError`, and what Serve raises in a replica's pla
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import uuid
@@ -24,10 +23,10 @@ from cluster.errors import CappyError
 from generation import engines
 from generation.engines import Candidate, NoAnswer, PromptTooLong, RowError
 from generation.prompts import Message
-from serving.batching import Batcher, Pairs
+from serving.batching import Batcher
 from serving.ledger import Ledger
 from serving.protocol import ApiError, Early, Sampled, Scored
-from serving.shelf import ScorerUnavailable, Shelf
+from serving.shelf import Held, ScorerUnavailable, Shelf
 
 logger = logging.getLogger("ray.serve")
 UNAVAILABLE = "unavailable"
@@ -177,7 +176,7 @@ class LLM:
 
 
 class Scorer:
-    """The trained scorers. Requests that wait while a batch is scored are scored together in the next one.
+    """The trained scorers. Pairs of requests that wait while others are scored are scored together (`batching.py`).
 
     The main one, at `main_uri`, stays; of `further` (URIs by name) a replica holds `serving.scorers_loaded` at most. Each is replaced
     when it is published anew, which is looked for every `serving.reload_s` seconds.
@@ -186,10 +185,9 @@ class Scorer:
     def __init__(self, serving: ServingConfig, main_uri: str, further: Mapping[str, str]) -> None:
         import torch
 
-        # Ray gives every worker one thread for its own share.
-        torch.set_num_threads(min(serving.scorer_threads, len(os.sched_getaffinity(0))))
         room, dtype = serving.scorers_loaded, serving.scorer_dtype
-        self._batcher = Batcher(score_together)
+        threads = 1 if torch.cuda.is_available() else min(serving.scorer_threads, len(os.sched_getaffinity(0)))
+        self._batcher = Batcher(score_pairs, threads)
         self.shelf = Shelf(serving.scorer_name, main_uri, further, room=room, reload_s=serving.reload_s, dtype=dtype)
 
         async def here(name: str) -> str:
@@ -215,22 +213,18 @@ class Scorer:
         return True
 
 
-def score_together(requests: Sequence[Pairs]) -> list[Scored]:
-    """Return the scores of each request, those of one scorer in one pass."""
-    scored: dict[int, Scored] = {}
-    # Serve keeps requests of different names apart; those of one name may have it from before and after a reload.
-    for held in {id(held): held for held, _, _ in requests}.values():
-        mine = [(place, texts, responses) for place, (each, texts, responses) in enumerate(requests) if each is held]
-        instructions = [instruction for _, texts, _ in mine for instruction in texts]
-        scores, tokens = held.model.score_and_count(instructions, [response for _, _, responses in mine for response in responses])
-        starts = [0, *itertools.accumulate(len(responses) for _, _, responses in mine)]
-        for (place, _, _), (start, end) in zip(mine, itertools.pairwise(starts), strict=True):
-            scored[place] = Scored(scores=scores[start:end].tolist(), tokens=tokens[start:end].tolist())
-            if held.version is not None:
-                scored[place]["version"] = held.version
-            if held.logprob_weight is not None:
-                scored[place]["logprob_weight"] = held.logprob_weight
-    return [scored[place] for place in range(len(requests))]
+def score_pairs(held: Held, instructions: Sequence[str], responses: Sequence[str], threads: int) -> Scored:
+    """Return the scores of pairs, computed on CPU with so many threads."""
+    import torch
+
+    torch.set_num_threads(threads)  # of this thread: others that score at the same time have their own
+    scores, tokens = held.model.score_and_count(instructions, responses)
+    scored = Scored(scores=scores.tolist(), tokens=tokens.tolist())
+    if held.version is not None:
+        scored["version"] = held.version
+    if held.logprob_weight is not None:
+        scored["logprob_weight"] = held.logprob_weight
+    return scored
 
 
 async def _before(enough: asyncio.Event, all_drawn: asyncio.Future[Any]) -> bool:

@@ -29,7 +29,7 @@ def test_every_thread_gives_way_by_five_steps_down_to_the_last(process, times):
     assert len(before) == 2
     for _ in range(times):
         give_way([process])
-    assert niceness(process) == [min(19, each + 5 * times) for each in before]
+    assert niceness(process) == [min(19, each + 10 * times) for each in before]
     assert niceness(psutil.Process()) == own
 
 
@@ -38,4 +38,4 @@ def test_a_process_that_has_ended_is_passed_over(process):
         gone = psutil.Process(ended.pid)
     before = niceness(process)
     give_way([gone, process])
-    assert niceness(process) == [min(19, each + 5) for each in before]
+    assert niceness(process) == [min(19, each + 10) for each in before]

@@ -13,7 +13,7 @@ from cluster.config import LoraConfig, ScorerConfig, TrainingConfig
 from cluster.errors import CappyError
 from serving import shelf
 from serving.batching import Batcher
-from serving.deployments import score_together
+from serving.deployments import score_pairs
 from serving.shelf import ScorerUnavailable, Shelf
 from tests.training import conftest
 from training import lora
@@ -192,27 +192,16 @@ async def test_adapters_are_merged_into_their_base(encoder, uris, clock, tmp_pat
     assert not np.allclose(scores, own(uris["main"]), atol=1e-5)
 
 
-async def test_a_batch_is_scored_scorer_by_scorer_and_each_request_gets_its_own(uris, clock):
-    shelf = opened(uris, clock)
-    held = {name: await shelf.get(name) for name in ("main", "a")}
-    asked = [("main", slice(0, 2)), ("a", slice(0, 3)), ("main", slice(2, 3))]
-    answers = score_together([(held[name], PAIRS[0][some], PAIRS[1][some]) for name, some in asked])
-    for (name, some), scored in zip(asked, answers, strict=True):
-        np.testing.assert_allclose(scored["scores"], np.array(own(uris[name]))[some], atol=1e-6)
-        assert scored["version"] == held[name].version and len(scored["tokens"]) == len(PAIRS[0][some])
-        assert "logprob_weight" not in scored
-
-
 async def test_requests_at_once_that_fill_many_batches_get_the_scores_they_get_alone(uris, clock):
-    """Real scorers, two of them, each request long enough for several pieces."""
+    """Real scorers, two of them, in several threads, each request long enough for several batches."""
     shelf = opened(uris, clock)
     sizes, calls = (90, 3, 70, 1), []
 
-    def counted(pieces):
-        calls.append(sum(len(responses) for _, _, responses in pieces))
-        return score_together(pieces)
+    def counted(held, instructions, responses, threads):
+        calls.append(len(responses))
+        return score_pairs(held, instructions, responses, threads)
 
-    batcher = Batcher(counted)
+    batcher = Batcher(counted, 4)
     asked = [
         (name, [f"say after me {number} " * 12] * size) for number, (name, size) in enumerate(zip(("main", "a") * 2, sizes, strict=True))
     ]
@@ -226,3 +215,4 @@ async def test_requests_at_once_that_fill_many_batches_get_the_scores_they_get_a
         alone = held[name].model.score(instructions, mine)
         np.testing.assert_allclose(scored["scores"], alone, atol=1e-6)
         assert scored["version"] == held[name].version and len(scored["tokens"]) == len(mine)
+        assert "logprob_weight" not in scored
