@@ -236,6 +236,14 @@ def _rounded(name: str, values: Sequence[float], digits: int) -> dict[str, float
     return {f"{name}_{share}": round(value, digits) for share, value in zip(("p50", "p99"), values, strict=True)}
 
 
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Print a result for people, and once more as JSON on the last line."""
+    for key, value in result.items():
+        print(f"{key:<28} {value}")
+    if as_json:
+        print(json.dumps(result))
+
+
 def parser() -> argparse.ArgumentParser:
     """What `serving_kills` takes as well."""
     made = argparse.ArgumentParser()
@@ -282,10 +290,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="cappy-serving-") as name:
         config, prompts = prepare(options, Path(name), *(_twice() if mode is compare else ()))
         result = mode(config, Path(name), prompts, options)
-    for key, value in result.items():
-        print(f"{key:<28} {value}")
-    if options.json:
-        print(json.dumps(result))
+    show(result, bool(options.json))
     return 0
 
 

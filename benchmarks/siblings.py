@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import tempfile
@@ -76,10 +75,7 @@ def main() -> int:
         "pools_per_second": {side: [round(value, 3) for value in values] for side, values in rates.items()},
         **{name: getattr(options, name) for name in ("answers", "candidates", "clients", "requests")},
     }
-    for key, value in result.items():
-        print(f"{key:<28} {value}")
-    if options.json:
-        print(json.dumps(result))
+    serving.show(result, bool(options.json))
     return 0
 
 
