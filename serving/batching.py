@@ -62,7 +62,8 @@ class Batcher:
         self._score = score
         self._threads = self._free = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="scoring")
-        self._waiting: list[_Pair] = []
+        # A heap for each scorer, by its identity: two versions of one are two.
+        self._waiting: dict[int, list[_Pair]] = {}
         self._tokens = 0  # of those that wait
         self._numbers = itertools.count()
         self._clock = 0
@@ -79,9 +80,10 @@ class Batcher:
             return Scored(scores=[], tokens=[])
         request = _Request(asyncio.get_running_loop().create_future(), held, [math.nan] * count, [0] * count, count)
         key = self._clock + sum(lengths)
+        waiting = self._waiting.setdefault(id(held), [])
         for place, (length, instruction, response) in enumerate(zip(lengths, instructions, responses, strict=True)):
             order = (key, -length, next(self._numbers))
-            heapq.heappush(self._waiting, _Pair(order, request, place, instruction, response, length))
+            heapq.heappush(waiting, _Pair(order, request, place, instruction, response, length))
         self._tokens += sum(lengths)
         self._start()
         return await request.answer
@@ -90,7 +92,7 @@ class Batcher:
         """Begin as many batches as there are threads for."""
         while self._free and (batch := self._take()):
             # What is left of the threads is shared with the batches that are begun next.
-            threads = max(1, self._free // (1 + len(self._waiting)))
+            threads = max(1, self._free // (1 + sum(map(len, self._waiting.values()))))
             self._free -= threads
             task = asyncio.create_task(self._run(batch, threads))
             self._running.add(task)
@@ -124,27 +126,21 @@ class Batcher:
         the threads are done at about the same time.
         """
         batch: list[_Pair] = []
-        others: list[_Pair] = []
-        tokens, most = 0, 0.0
-        while self._waiting:
-            pair = heapq.heappop(self._waiting)
-            if pair.request.answer.done():  # given up, or failed with another pair
+        while self._waiting and not batch:
+            waiting = min(self._waiting.values(), key=lambda pairs: pairs[0])
+            held, tokens = waiting[0].request.held, 0
+            most = min(_BATCH_TOKENS[held.model.device.type], max(_UNSHARED_TOKENS, self._tokens / self._threads))
+            while waiting:
+                alive = not waiting[0].request.answer.done()  # else given up, or failed with another pair
+                if alive and batch and tokens + waiting[0].tokens > most:
+                    break
+                pair = heapq.heappop(waiting)
                 self._tokens -= pair.tokens
-                continue
-            held = pair.request.held
-            if not batch:
-                most = min(_BATCH_TOKENS[held.model.device.type], max(_UNSHARED_TOKENS, self._tokens / self._threads))
-            elif held is not batch[0].request.held:
-                others.append(pair)
-                continue
-            if batch and tokens + pair.tokens > most:
-                others.append(pair)
-                break
-            tokens += pair.tokens
-            batch.append(pair)
-        for pair in others:
-            heapq.heappush(self._waiting, pair)
-        self._tokens -= tokens
+                if alive:
+                    tokens += pair.tokens
+                    batch.append(pair)
+            if not waiting:
+                del self._waiting[id(held)]
         return batch
 
 

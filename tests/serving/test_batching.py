@@ -155,6 +155,10 @@ async def test_what_is_given_up_is_not_read_and_what_fails_fails_its_batch_alone
     await asyncio.sleep(0)
     gone.cancel()
     await asyncio.sleep(0)
+    (elsewhere,) = reader.answered(batcher, held("other"), ["gone too"])
+    await asyncio.sleep(0)
+    elsewhere.cancel()
+    await asyncio.sleep(0)
     for _ in range(2):
         reader.go.release()
     assert (await first)["scores"] == [1.0]
