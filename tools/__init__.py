@@ -1,0 +1,1 @@
+"""Development tools of this repository. Nothing in the product imports them."""
