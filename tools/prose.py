@@ -143,6 +143,8 @@ def check(passage: Passage) -> Iterator[tuple[int, str, str, str]]:
             rule = BANNED[int(str(match.lastgroup)[1:])]
             following = re.match(r"\s+\w+", sentence[match.end() :])
             around = (sentence[: match.end()], sentence[: match.end()] + (following[0] if following else ""))
+            if question and rule.in_question:
+                continue
             if rule.unless and any(_UNLESS[rule].search(piece) for piece in around):
                 continue
             yield (

@@ -2,6 +2,7 @@
 
 A pattern is a regular expression without case. It begins and ends at a word boundary, and a space in it matches any white space.
 `unless` is searched in the text before the match and the match itself, so it can excuse a phrase by the words around it.
+`in_question` allows the pattern in a question.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ class Rule:
     pattern: str
     replacement: str
     unless: str = ""
+    in_question: bool = False
 
 
 # Software does not sleep, wake, knock, look, say, want, give way or go on.
@@ -62,19 +64,13 @@ PERSONIFICATION = (
 ACTORS = (
     Rule(r"nobody|nobody's|no one", "name the actor: no client, no process"),
     Rule(r"somebody|somebody's|someone|someone's|anybody|anyone|anyone's|everybody|everyone|everyone's", "name the actor"),
-    Rule(r"who", "name the actor: the client, the process, the user", _A_PERSON + r"(,? who)?$"),
+    Rule(r"who", "name the actor: the client, the process, the user", _A_PERSON + r"(,? who)?$", in_question=True),
     Rule(r"whoever|whomever|whom", "name the actor"),
     Rule(r"those (that|which|who|not|without|with|it|they|already)", "repeat the noun"),
     Rule(r"the (one|ones) (that|which|who|it|they)", "repeat the noun"),
-    Rule(r"one's|one another's|ours|theirs", "name the owner"),
+    Rule(r"one's|one another's|our|ours|theirs", "name the owner"),
     Rule(r"the (latter|former)", "repeat the noun"),
-    Rule(
-        r"what (is|isn't|are|was|were|has|have|had|can|cannot|could|may|might|must|should|will|would|does|do|did|goes|came|failed|"
-        r"comes|stands|stood|becomes|became|happens|happened|it|they|one|others|this|that|these|those|nobody|follows|fails|decides|"
-        r"counts|needs|takes|gives|makes|holds|keeps|remains|changes|changed|belongs|runs|ran|reads|uses|asks|answers|samples|costs)",
-        "name the thing: the value, the files, the settings",
-        r"^what",
-    ),
+    Rule(r"what", "name the thing: the value, the files, the settings", r"what (to|if)$", in_question=True),
     Rule(r"whatever", "any, all"),
     Rule(r"why (no|it|they|pools)", "the reason for"),
 )
@@ -132,7 +128,20 @@ WORDS = (
     Rule(r"kin|sister|its brother", "variant, compatible"),
     Rule(r"pace", "rate"),
     Rule(r"lifts?|lifted", "improve, remove"),
-    Rule(r"the road", "the steps"),
+    Rule(r"the (whole )?road", "the steps"),
+    Rule(r"but for", "except, apart from"),
+    Rule(r"(is|are|was|were) there", "exist", in_question=True),
+    Rule(r"by turns", "alternately"),
+    Rule(
+        r"here and now|not a thing|as (late|early|soon|few|little) as may be|next to nothing", "immediately, nothing, as late as possible"
+    ),
+    Rule(r"lets? go of", "release"),
+    Rule(r"from \w+( \w+){0,3} on(?=[.,;:)]|$)", "starting with, after", r"from (then|now) on$"),
+    Rule(
+        r"(answers|bytes|candidates|instructions|line|pairs|requests|responses|row|rows|shard|steps?|tasks?|tokens|unit|MB|GB) an? "
+        r"(second|minute|hour|dataset|epoch|instruction|machine|pair|process|row|run|shard|step|task|template|unit|worker)",
+        "per",
+    ),
     Rule(r"ground floor|at the door|doorman|way out|in the way", "name the component or the fix"),
     Rule(r"the books|its books", "state"),
     Rule(r"whoso|naught|nought|aught|betwixt|amongst|ere|nigh|yonder", "a modern word"),

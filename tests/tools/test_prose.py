@@ -26,13 +26,18 @@ def found(path: str, text: str) -> list[tuple[int, str]]:
         ("The gateway is told of the limit.", ["told"]),
         ("The set is labelled anew; mend the source and tidy the folder.", ["anew", "mend", "tidy"]),
         ("Removes those that are not used.", ["those that"]),
-        ("Publishes what is left.", ["what is"]),
+        ("Publishes what is left.", ["what"]),
         ("The path is no folder.", ["is no"]),
         ("Raises `CappyError` where the file is missing.", ["Raises `CappyError` where"]),
         ("Both ends are closed. What fails is sent again.", ["What"]),
         ("Which rows are taken is a function of the seed.", ["Which"]),
         ("The rows are sorted. Each takes two seconds.", ["Each takes"]),
         ("A server\nof its own answers.", ["of its own"]),
+        ("Set what vLLM reads. No file is there.", ["what", "is there"]),
+        (
+            "Equal but for the order; 40 tokens a second, by turns, from the first look on.",
+            ["but for", "tokens a second", "by turns", "from the first look on"],
+        ),
     ],
 )
 def test_banned_words_are_found(text, words):
@@ -51,6 +56,8 @@ def test_banned_words_are_found(text, words):
         "If scoring fails, those responses stay unscored.",
         "There is no limit. It is no longer read.",
         "What does it cost? Which GPU is needed?",
+        "And what does it cost? Is there a limit? The table shows what to change.",
+        "The tokens per second of a run. Read from line 3 on the screen.",
         "Users who want more set it higher; you want 8 candidates.",
         "Call `time.sleep`, `what_is` or `ask()`; see https://example.org/what-is/asks.",
         "Each replica takes 2 GiB. One decoding of each is greedy.",
@@ -157,9 +164,9 @@ def test_yaml_comments_and_page_text_are_read_and_values_are_not():
 
 
 def test_a_marker_with_a_reason_excepts_its_word_alone():
-    text = "<!-- prose: allow who: the name of a WHO table -->\nThe table who, not what is there.\n"
+    text = "<!-- prose: allow who: the name of a WHO table -->\nThe table who, not what it holds.\n"
     findings, excepted = prose.check_text("docs/page.md", text)
-    assert [(finding.line, finding.word) for finding in findings] == [(2, "what is")]
+    assert [(finding.line, finding.word) for finding in findings] == [(2, "what")]
     assert [finding.word for finding in excepted] == ["who"]
 
 
