@@ -1,8 +1,12 @@
 """One run at a destination: a lease in the store, kept alive by a heartbeat.
 
 Below `uri` stand `{number}.json`. To take the lease is to create the next number, which a conditional write grants to one of
-any racers. The holder rewrites its file every few seconds; a file that is released, whose process is gone from this machine,
-or that stands still while another watches it may be succeeded. Nobody's clock is compared with anybody else's.
+any racers. The holder rewrites its file every few seconds. Another run may take over when the file says `released`, when its
+process is gone from this machine, or when it did not change for `SILENCE_S` while the other run watched it.
+
+The holder counts its lease as lost in three cases: its last written heartbeat began more than `SILENCE_S` ago, a later number
+exists, or its own file is gone or another run's. It therefore stops before another run can take over, also after a pause such
+as SIGSTOP. No clock is compared with the clock of another process.
 """
 
 from __future__ import annotations
@@ -11,8 +15,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,86 +29,177 @@ from cluster.errors import CappyError
 from cluster.progress import say
 
 BEAT_S = 5.0
-"""Seconds between signs of life."""
+"""Interval between heartbeats, in seconds."""
 SILENCE_S = 30.0
-"""Seconds without one after which a holder counts as dead."""
+"""Time without a heartbeat after which a lease is lost, in seconds."""
+
+
+def clock() -> float:
+    """Return monotonic time in seconds. On Linux it includes the time the machine was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class LeaseLost(CappyError):
+    """Another run took over the destination, or may have."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What identifies a held lease in the store; it can be sent to worker processes."""
+
+    uri: str
+    number: int
+    run: str
+    """8 hex digits, unique to the run."""
+    setting: str
+
+    @property
+    def place(self) -> str:
+        return _place(self.uri, self.number)
+
+    @property
+    def successor(self) -> str:
+        """A file that exists once another run has taken over."""
+        return _place(self.uri, self.number + 1)
+
+    def check(self) -> None:
+        """Read the store, and raise `LeaseLost` where the lease is another run's or was removed by one that finished."""
+        try:
+            mine = storage.read_json(self.place).get("run") == self.run
+        except (FileNotFoundError, ValueError):
+            mine = False
+        if not mine or storage.exists(self.successor):
+            raise LeaseLost(
+                f"{self.setting}: lease lost: another run took over after {SILENCE_S:g} s without a heartbeat; "
+                f"this run stops and leaves the destination to that one"
+            )
 
 
 class Lease:
-    """A held lease; `check()` raises `CappyError` once another run has taken it over (this one was silent for too long)."""
+    """A held lease. Call `check` right before each step that deletes or publishes something."""
 
-    def __init__(self, uri: str, number: int, setting: str) -> None:
-        self._uri, self._number, self._setting = uri, number, setting
-        self.successor = _place(uri, number + 1)
-        """A file that is there once another run has taken over; what outlives the holder can look for it."""
+    def __init__(self, claim: Claim, taken: float, clock: Callable[[], float] = clock) -> None:
+        """Start the heartbeat; `taken` is when the write that took the lease began, by `clock`."""
+        self.claim = claim
+        self._last, self._clock = taken, clock
         self._beat = 0
-        self._lost = threading.Event()
+        self._lost: str | None = None
+        self._finished = False
         self._ended = threading.Event()
+        self._file = storage.FolderWriter(claim.uri, self.check)
         self._thread = threading.Thread(target=self._live, name="cappy-lease", daemon=True)
         self._thread.start()
 
-    def check(self) -> None:
-        if self._lost.is_set():
-            raise CappyError(f"{self._setting}: another run took over while this one gave no sign of life; it goes on, this one stops")
+    @property
+    def run(self) -> str:
+        return self.claim.run
+
+    @property
+    def successor(self) -> str:
+        return self.claim.successor
+
+    def check(self, look: bool = True) -> None:
+        """Raise `LeaseLost` once the lease is lost, by the clock and (with `look`) by reading the store."""
+        self._check_clock()
+        if look:
+            try:
+                self.claim.check()
+            except LeaseLost as error:
+                self._lost = str(error)
+                raise
+            self._check_clock()  # the process may have been stopped while it read
+
+    def finish(self) -> None:
+        """Tell `release` that the run published its result, so that no trace of the lease is needed."""
+        self._finished = True
 
     def release(self) -> None:
-        """Let the next run start at once."""
+        """Let the next run start at once. Writes nothing once the lease is lost."""
         self._ended.set()
         self._thread.join()
-        if not self._lost.is_set():
-            storage.write_json(_place(self._uri, self._number), {**_me(), "beat": self._beat, "released": True})
+        with suppress(CappyError, OSError):  # without it the next run waits for `SILENCE_S`
+            if self._finished:
+                self._remove()
+            else:
+                self._write(released=True)
+
+    def _check_clock(self) -> None:
+        silent = self._clock() - self._last
+        if self._lost is None and silent > SILENCE_S:
+            self._lost = (
+                f"{self.claim.setting}: lease lost: no heartbeat for {silent:.0f} s (the limit is {SILENCE_S:g} s), so another run may "
+                f"have taken over; this run stops, the same command resumes it"
+            )
+        if self._lost is not None:
+            raise LeaseLost(self._lost)
 
     def _live(self) -> None:
         while not self._ended.wait(BEAT_S):
-            self._beat += 1
+            began = self._clock()
             try:
-                if storage.exists(self.successor):
-                    self._lost.set()
-                    return
-                storage.write_json(_place(self._uri, self._number), {**_me(), "beat": self._beat})
-            except CappyError:  # the store does not answer: the next beat tries again
+                self._write()
+                self._check_clock()  # a write that took too long does not bring the lease back
+            except LeaseLost:
+                return
+            except (CappyError, OSError):  # the store does not answer: the next beat tries again
                 continue
+            self._last = began
+
+    def _write(self, **more: Any) -> None:
+        self._beat += 1
+        self._file.write_json(_name(self.claim.number), {**_me(), "run": self.run, "beat": self._beat, **more})
+
+    def _remove(self) -> None:
+        """Remove the files of this lease and of those before it; a later one is another run's."""
+        numbers = [number for number in _numbers(self.claim.uri) if number <= self.claim.number]
+        self.check()
+        storage.delete_files(self.claim.uri, [_name(number) for number in numbers])
+        storage.remove_empty_folder(self.claim.uri)
 
 
 @contextmanager
-def held(uri: str, setting: str) -> Iterator[Lease]:
+def held(uri: str, setting: str, clock: Callable[[], float] = clock) -> Iterator[Lease]:
     """Hold the lease kept at `uri` inside the block; `setting` names the destination in errors, e.g. `dataset=s3://...`.
 
-    Raises `CappyError` where another run holds it and lives.
+    `clock` gives monotonic seconds. Raises `CappyError` where another run holds the lease and is alive.
     """
-    lease = Lease(uri, _take(uri, setting), setting)
+    lease = _take(uri, setting, clock)
     try:
         yield lease
     finally:
         lease.release()
 
 
-def _take(uri: str, setting: str) -> int:
-    """Return the number of the lease just taken."""
-    number = max((int(name.split(".")[0]) for name in storage.list_files(uri)), default=0)
+def _take(uri: str, setting: str, clock: Callable[[], float]) -> Lease:
+    number = max(_numbers(uri), default=0)
     if number:
         _wait_until_dead(_place(uri, number), setting)
-    if not storage.create_json(_place(uri, number + 1), {**_me(), "beat": 0}):
+    claim = Claim(uri, number + 1, uuid.uuid4().hex[:8], setting)
+    began = clock()
+    if not storage.create_json(claim.place, {**_me(), "run": claim.run, "beat": 0}):
         raise CappyError(f"{setting}: another run started there at the same moment; it goes on, this one stops")
-    return number + 1
+    return Lease(claim, began, clock)
 
 
 def _wait_until_dead(place: str, setting: str) -> None:
-    holder = storage.read_json(place)
-    if _gone(holder):
-        return
-    say(f"{setting}: a run on {holder['host']} (process {holder['pid']}) was here; waiting up to {SILENCE_S:g} s for a sign of life")
-    deadline = time.monotonic() + SILENCE_S
-    while time.monotonic() < deadline:
-        time.sleep(min(1.0, BEAT_S / 2))
-        now = storage.read_json(place)
-        if _gone(now):
+    try:
+        holder = storage.read_json(place)
+        if _gone(holder):
             return
-        if now["beat"] != holder["beat"]:
-            raise CappyError(
-                f"{setting}: a run on {holder['host']} (process {holder['pid']}) is working there; "
-                f"wait for it, stop it, or choose another destination"
-            )
+        say(f"{setting}: a run on {holder['host']} (process {holder['pid']}) was here; waiting up to {SILENCE_S:g} s for a sign of life")
+        deadline = time.monotonic() + SILENCE_S
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, BEAT_S / 2))
+            now = storage.read_json(place)
+            if _gone(now):
+                return
+            if now["beat"] != holder["beat"]:
+                raise CappyError(
+                    f"{setting}: a run on {holder['host']} (process {holder['pid']}) is working there; "
+                    f"wait for it, stop it, or choose another destination"
+                )
+    except FileNotFoundError:  # the holder finished
+        return
 
 
 def _gone(holder: dict[str, Any]) -> bool:
@@ -130,4 +227,13 @@ def _me() -> dict[str, Any]:
 
 
 def _place(uri: str, number: int) -> str:
-    return storage.join(uri, f"{number:06d}.json")
+    return storage.join(uri, _name(number))
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}.json"
+
+
+def _numbers(uri: str) -> list[int]:
+    """The leases below `uri`; files that are still being written have another name."""
+    return [int(name[:6]) for name in storage.list_files(uri) if name[:6].isdigit() and name[6:] == ".json"]

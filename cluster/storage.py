@@ -19,7 +19,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -38,6 +38,11 @@ T = TypeVar("T")
 
 _CHUNK = 8 << 20
 _CONNECTIONS = 32
+# S3 takes at most this many parts in an upload.
+_MOST_PARTS = 10_000
+_PART_THREADS = 4
+# Times a conditional write is tried again after another writer of the same file was faster.
+_REPLACE_ATTEMPTS = 5
 # Times a call to the store is made; with every third one failing, all of these fail once in 60,000 times.
 _ATTEMPTS = 10
 # What S3 and its kin answer to a body that does not match its checksum, or that ended early.
@@ -50,6 +55,10 @@ _DAMAGED_ON_ARRIVAL = {
     "RequestTimeout",
     "SignatureDoesNotMatch",
 }
+# What it answers to a list of parts, which has no checksum, that was damaged.
+_DAMAGED_PART_LIST = {"InvalidPart", "InvalidPartOrder", "MalformedXML"}
+# What S3 answers to a conditional write while another write of the same object is under way.
+_CONFLICT = "ConditionalRequestConflict"
 
 
 def is_s3(uri: str) -> bool:
@@ -313,7 +322,7 @@ def _worth_another_try(error: BaseException) -> bool:
 
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or error.response.get("Error", {}).get("Code") in _DAMAGED_ON_ARRIVAL
+        return status >= 500 or error.response.get("Error", {}).get("Code") in {*_DAMAGED_ON_ARRIVAL, _CONFLICT}
     on_the_wire = _DamagedError | BotoCoreError | ResponseParserError | urllib3.exceptions.HTTPError
     return isinstance(error, on_the_wire) and not isinstance(error, NoCredentialsError)
 
@@ -406,9 +415,29 @@ def _delete(bucket: str, keys: Sequence[str]) -> None:
         raise _RefusedError(f"{answer['Errors'][0].get('Key')} cannot be deleted ({answer['Errors'][0].get('Code')})")
 
 
-def tidy(uri: str) -> None:
-    """Delete what a published folder no longer needs; where that fails it is in nobody's way, and only said."""
+def delete_files(uri: str, names: Sequence[str]) -> None:
+    """Remove the named files below `uri`; a file that is not there is fine."""
+    if not is_s3(uri):
+        for name in names:
+            Path(join(absolute(uri), name)).unlink(missing_ok=True)
+        return
+    bucket = _located(uri)[0]
+    keys = [_located(join(uri, name))[1] for name in names]
+    for start in range(0, len(keys), 1000):
+        _patiently(uri, partial(_delete, bucket, keys[start : start + 1000]))
+
+
+def remove_empty_folder(uri: str) -> None:
+    """Remove a folder on disk if nothing is in it; object storage has no empty folders."""
+    if not is_s3(uri):
+        with suppress(OSError):
+            Path(absolute(uri)).rmdir()
+
+
+def tidy(uri: str, check: Callable[[], None] = lambda: None) -> None:
+    """Delete what a published folder no longer needs, once `check` passed. A failure is only reported."""
     try:
+        check()
         delete(uri)
     except (CappyError, OSError) as error:
         say(f"what was made is published, but what the run left at {uri} could not be removed: {error}")
@@ -452,6 +481,174 @@ def _upload(file: str, bucket: str, key: str, extra: dict[str, Any]) -> None:
         _boto3(_ATTEMPTS).upload_file(file, bucket, key, ExtraArgs=extra)
     except S3UploadFailedError as error:
         raise error.__context__ or error from None
+
+
+def version(uri: str) -> str | None:
+    """Return a mark that changes whenever a file is written again: the ETag on S3, else inode, time and size. None: no such file."""
+    try:
+        if is_s3(uri):
+            bucket, key = _located(uri)
+            return str(_patiently(uri, lambda: _boto3().head_object(Bucket=bucket, Key=key))["ETag"])
+        state = Path(absolute(uri)).stat()
+        return f"{state.st_ino}-{state.st_mtime_ns}-{state.st_size}"
+    except FileNotFoundError:
+        return None
+
+
+class FolderWriter:
+    """Write files below one folder without replacing a file of a run that took over in the meantime.
+
+    Each write reads the file's `version`, calls `check`, and then writes only if the version is still the same: `If-Match` or
+    `If-None-Match` on S3, a hard link or a compared rename on disk. A file that another run wrote after `check` passed has
+    another version, so the write is refused and `check` is called again. Two windows remain. On disk, a rename follows the
+    last comparison by some microseconds. On S3, a file that was written again with the same bytes has the same ETag.
+
+    `check` raises `CappyError` once the folder is another run's, e.g. `Lease.check`. By default it raises once the folder has
+    a manifest.
+    """
+
+    def __init__(self, uri: str, check: Callable[[], None] | None = None) -> None:
+        self.uri = uri
+        self._check = check or partial(refuse_published_meanwhile, uri)
+
+    def write_bytes(self, name: str, data: bytes) -> dict[str, Any]:
+        """Write a whole file; return its entry for a manifest."""
+        uri = join(self.uri, name)
+        digest = hashlib.sha256(data).hexdigest()
+        if is_s3(uri):
+            self._write(uri, digest, lambda condition: _put(uri, data, **condition))
+        else:
+            with _beside(uri) as temporary:
+                temporary.write_bytes(data)
+                self._move(uri, temporary)
+        return {"bytes": len(data), "sha256": digest}
+
+    def write_json(self, name: str, value: Any) -> dict[str, Any]:
+        """Write a JSON file; return its entry for a manifest."""
+        return self.write_bytes(name, _json(value))
+
+    def upload_file(self, file: Path, name: str, *, move: bool = False) -> dict[str, Any]:
+        """Copy a local file; return its entry for a manifest. With `move` the file may be renamed instead: it is not used again."""
+        uri = join(self.uri, name)
+        digest = sha256(str(file))
+        entry = {"bytes": file.stat().st_size, "sha256": digest}
+        if is_s3(uri):
+            self._write(uri, digest, partial(_put_file, uri, file, entry))
+        elif move:
+            Path(absolute(uri)).parent.mkdir(parents=True, exist_ok=True)
+            self._move(uri, file)
+        else:
+            with _beside(uri) as temporary:
+                shutil.copyfile(file, temporary)
+                self._move(uri, temporary)
+        return entry
+
+    def upload_folder(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Copy every file of a local folder; return the entry of each for a manifest, by its path."""
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        return {name: self.upload_file(path, name) for name, path in files.items()}
+
+    def _write(self, uri: str, digest: str, send: Callable[[dict[str, str]], None]) -> None:
+        from botocore.exceptions import ClientError
+
+        for _ in range(_REPLACE_ATTEMPTS):
+            seen = version(uri)
+            self._check()
+            condition = {"IfNoneMatch": "*"} if seen is None else {"IfMatch": seen}
+            try:
+                _patiently(uri, partial(send, condition))
+                return
+            except (ClientError, FileNotFoundError):  # 412: another version; or the file to replace was removed
+                # Where the answer to an earlier try was lost, the other version is this one.
+                if _has_sha256(uri, digest):
+                    return
+        raise _contended(uri)
+
+    def _move(self, uri: str, file: Path) -> None:
+        target = Path(absolute(uri))
+        for _ in range(_REPLACE_ATTEMPTS):
+            seen = version(uri)
+            self._check()
+            if seen is None:
+                try:
+                    os.link(file, target)
+                except FileExistsError:
+                    continue
+                file.unlink()
+                return
+            if version(uri) == seen:
+                file.replace(target)
+                return
+        raise _contended(uri)
+
+
+def _contended(uri: str) -> CappyError:
+    return CappyError(f"{uri}: another process writes this file too; stop one of them, then run the command again")
+
+
+@contextmanager
+def _beside(uri: str) -> Iterator[Path]:
+    """A new name beside a file on disk, from which it can be renamed; whatever has that name afterwards is removed."""
+    target = Path(absolute(uri))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _has_sha256(uri: str, digest: str) -> bool:
+    """Whether an object was written with this SHA-256."""
+    bucket, key = _located(uri)
+    try:
+        head = _patiently(uri, lambda: _boto3().head_object(Bucket=bucket, Key=key))
+    except FileNotFoundError:
+        return False
+    return bool(head["Metadata"].get("sha256") == digest)
+
+
+def _put_file(uri: str, file: Path, entry: dict[str, Any], condition: dict[str, str]) -> None:
+    """Send a local file under a condition: `upload_file` of boto3 takes none for what it sends in parts."""
+    if entry["bytes"] <= _CHUNK:
+        _put(uri, file.read_bytes(), **condition)
+        return
+    from botocore.exceptions import ClientError
+
+    bucket, key = _located(uri)
+    client = _boto3()
+    named = {"Bucket": bucket, "Key": key}
+    begin = partial(client.create_multipart_upload, **named, ChecksumAlgorithm="SHA256", Metadata={"sha256": entry["sha256"]})
+    named["UploadId"] = _patiently(uri, begin)["UploadId"]
+    size = max(_CHUNK, -(-entry["bytes"] // _MOST_PARTS))
+
+    def send(number: int) -> dict[str, Any]:
+        with file.open("rb") as source:
+            source.seek((number - 1) * size)
+            data = source.read(size)
+        checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
+        part = partial(client.upload_part, **named, PartNumber=number, Body=data, ChecksumSHA256=checksum)
+        return {"PartNumber": number, "ETag": _patiently(uri, part)["ETag"], "ChecksumSHA256": checksum}
+
+    def complete() -> None:
+        try:
+            client.complete_multipart_upload(**named, MultipartUpload={"Parts": parts}, **condition)
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code")
+            if code in _DAMAGED_PART_LIST:
+                raise _DamagedError(f"the store refused the list of its parts ({code})") from None
+            # Where the answer to an earlier try was lost, the upload is over.
+            if code != "NoSuchUpload" or not _has_sha256(uri, entry["sha256"]):
+                raise
+
+    try:
+        with ThreadPoolExecutor(_PART_THREADS) as pool:
+            parts = list(pool.map(send, range(1, -(-entry["bytes"] // size) + 1)))
+        _patiently(uri, complete)
+    except BaseException:
+        with suppress(Exception):  # the first failure is the one to report
+            client.abort_multipart_upload(**named)
+        raise
 
 
 def download_folder(uri: str, folder: Path) -> None:
@@ -546,6 +743,16 @@ def refuse_published(uri: str, setting: str, verb: str) -> None:
         )
 
 
+def refuse_published_meanwhile(uri: str) -> None:
+    """Raise `CappyError` when another run published at `uri` since this one began."""
+    if _is_file(join(uri, MANIFEST)):
+        raise _published_meanwhile(uri)
+
+
+def _published_meanwhile(uri: str) -> CappyError:
+    return CappyError(f"{uri} was published by another run meanwhile; its result stands, this one is not published")
+
+
 def withdraw(uri: str, keep: str | None = None) -> None:
     """Take a published folder back, manifest first, so that no reader ever accepts a part of it; `keep` names a folder to leave."""
     delete(join(uri, MANIFEST))
@@ -562,7 +769,7 @@ def publish(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:
     Raises `CappyError` when another run published there first.
     """
     if not create_json(join(uri, MANIFEST), manifest):
-        raise CappyError(f"{uri} was published by another run meanwhile; its result stands, this one is not published")
+        raise _published_meanwhile(uri)
     return manifest
 
 

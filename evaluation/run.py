@@ -93,11 +93,12 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
 
     if overwrite:
         storage.withdraw(uri)
+    folder = storage.FolderWriter(uri)
     files = {
-        "results.json": storage.write_json(storage.join(uri, "results.json"), results),
-        "rows.parquet": storage.write_bytes(storage.join(uri, "rows.parquet"), _parquet(table)),
-        "report.html": storage.write_bytes(storage.join(uri, "report.html"), page.encode()),
-        "config.yaml": storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode()),
+        "results.json": folder.write_json("results.json", results),
+        "rows.parquet": folder.write_bytes("rows.parquet", _parquet(table)),
+        "report.html": folder.write_bytes("report.html", page.encode()),
+        "config.yaml": folder.write_bytes("config.yaml", config.to_yaml().encode()),
     }
     summary = summarise(uri, results)
     manifest = {

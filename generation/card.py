@@ -6,7 +6,7 @@ Both are functions of the manifest alone, so whoever has it can draw them again;
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -37,11 +37,15 @@ _COLUMNS = {
 _SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"), (10**8, "10M<n<100M")]
 
 
-def write(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write `README.md` and `labels.svg` beside a set; return its manifest, not yet published, with both among its files."""
+def write(uri: str, manifest: dict[str, Any], check: Callable[[], None] | None = None) -> dict[str, Any]:
+    """Write `README.md` and `labels.svg` beside a set; return its manifest, not yet published, with both among its files.
+
+    `check` is called before each write, see `storage.FolderWriter`.
+    """
+    folder = storage.FolderWriter(uri, check)
     made = {
-        "labels.svg": storage.write_bytes(storage.join(uri, "labels.svg"), histogram(manifest["summary"]["source_labels"])),
-        "README.md": storage.write_bytes(storage.join(uri, "README.md"), card(manifest).encode()),
+        "labels.svg": folder.write_bytes("labels.svg", histogram(manifest["summary"]["source_labels"])),
+        "README.md": folder.write_bytes("README.md", card(manifest).encode()),
     }
     return {**manifest, "files": manifest["files"] | made}
 

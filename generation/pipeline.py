@@ -8,7 +8,8 @@ The work is cut into units of `generate.unit_rows` instructions. Below `{dataset
 
 Finished units are never sampled again: started again after any interruption the run goes on where it was. At the end the
 units are merged into shards and the manifest is written, last; before that no reader accepts the folder. `_lease` keeps a
-second run away. On SIGTERM the units in flight end, and nothing else starts.
+second run away: a run that lost it stops before it deletes or publishes anything. On SIGTERM the units in flight end, and
+nothing else starts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pyarrow as pa
 from cluster import lease, storage
 from cluster.config import Config, differences, fingerprint
 from cluster.errors import CappyError, Stopped, UsageError
-from cluster.lease import Lease
+from cluster.lease import Lease, LeaseLost
 from cluster.progress import Bar, say
 from cluster.runtime import code_version, on_sigterm, ray_session
 from generation import annotate, card, dataset, engines, instructions, metrics, shards, units
@@ -55,20 +56,26 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
     engines.check(config.sampler)
     with metrics.exposed(config.generate) as progress, lease.held(storage.join(uri, _LEASE), f"dataset={uri}") as held:
         if overwrite:
+            held.check()
             storage.withdraw(uri, keep=_LEASE)
         storage.refuse_published(uri, "dataset", "generate")
+        shards.refuse_foreign(uri)
         staging = storage.join(uri, "_staging")
-        _claim(staging, config)
-        prepared = _prepare(staging, config)
-        stages = {"reading": time.monotonic() - start}
-        with ray_session():
-            rates = _sample(staging, prepared, config, load, held, progress)
-            stages["sampling"] = time.monotonic() - start - sum(stages.values())
-            merged = _merge(uri, staging, prepared, config)
-            stages["merging"] = time.monotonic() - start - sum(stages.values())
         held.check()
-        summary = _publish(uri, staging, merged, rates, config, stages)
-    storage.tidy(storage.join(uri, _LEASE))
+        _claim(staging, config)
+        prepared = _prepare(staging, config, held)
+        stages = {"reading": time.monotonic() - start}
+        try:
+            with ray_session():
+                rates = _sample(staging, prepared, config, load, held, progress)
+                stages["sampling"] = time.monotonic() - start - sum(stages.values())
+                merged = _merge(uri, staging, prepared, config, held)
+                stages["merging"] = time.monotonic() - start - sum(stages.values())
+            summary = _publish(uri, staging, merged, rates, config, stages, held)
+        except LeaseLost:
+            shards.remove_own(uri, held.run)
+            raise
+        held.finish()
     return summary
 
 
@@ -101,7 +108,7 @@ def _claim(staging: str, config: Config) -> None:
         )
 
 
-def _prepare(staging: str, config: Config) -> dict[str, Any]:
+def _prepare(staging: str, config: Config, held: Lease) -> dict[str, Any]:
     """Write the units before sampling, unless an earlier run did; return their counts."""
     place = storage.join(staging, "prepared.json")
     if storage.exists(place):
@@ -112,6 +119,7 @@ def _prepare(staging: str, config: Config) -> dict[str, Any]:
     failed = 0
 
     def flush(split: str) -> None:
+        held.check(look=False)
         units.write(units.place(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(waiting[split], PREPARED))
         numbers[split] += 1
         counts[split] += len(waiting[split])
@@ -133,10 +141,12 @@ def _prepare(staging: str, config: Config) -> dict[str, Any]:
             if waiting[split]:
                 flush(split)
         letters.flush()
+        held.check()
         storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
     _stop_above_error_rate(failed, failed + sum(counts.values()), config)
     storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
     result = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": failed}
+    held.check()
     storage.write_json(place, result)
     return result
 
@@ -183,7 +193,7 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
     closing = on_sigterm("finishing the units in flight; the same command goes on afterwards", gate.close.remote)
     with closing as told, Bar("sampling", total, "instructions", done=done) as bar:
         for result in plan(staging, pending, config, load, gate).iter_rows():
-            held.check()
+            held.check(look=False)
             failed += result["dead_letters"]
             spent += result["cost"]
             progress.add(result)
@@ -230,11 +240,11 @@ def _stop_above_error_rate(letters: int, rows: int, config: Config) -> None:
         )
 
 
-def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config) -> dict[str, Any]:
+def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config, held: Lease) -> dict[str, Any]:
     """Merge the finished units into shards, each a Ray task; return each shard's `entry`, `statistics` and `letters` by name."""
     import ray
 
-    storage.delete(storage.join(uri, "data"))
+    held.check()
     sizes = storage.list_files(storage.join(staging, "units"))
     merge = ray.remote(num_cpus=1)(shards.write)
     tasks: dict[Any, str] = {}
@@ -242,8 +252,9 @@ def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config) -> 
         # Named by what was prepared: a listing may lack one, and that must be noticed.
         mine = {name: sizes.get(f"{name}.parquet", 0) for name in _names(prepared) if name.startswith(f"{split}-")}
         for number, names in enumerate(shards.fill(mine, config.generate.shard_mib << 20)):
-            name = f"data/{split}/part-{number:05d}.parquet"
-            tasks[merge.remote(names, staging, storage.join(uri, name), config.generate.row_group_rows)] = name
+            name = shards.path(split, number, held.run)
+            target = storage.join(uri, name)
+            tasks[merge.remote(names, staging, target, config.generate.row_group_rows, held.claim.check)] = name
     merged: dict[str, Any] = {}
     pending = list(tasks)
     with Bar("merging units into shards", len(tasks), "shards") as bar:
@@ -261,7 +272,7 @@ def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config) -> 
 
 
 def _publish(
-    uri: str, staging: str, merged: dict[str, Any], rates: dict[str, Any], config: Config, stages: dict[str, float]
+    uri: str, staging: str, merged: dict[str, Any], rates: dict[str, Any], config: Config, stages: dict[str, float], held: Lease
 ) -> dict[str, Any]:
     """Write what stands beside the shards, then the manifest; `stages`: seconds each took, start-up of Ray and the LLM included."""
     counts: dict[str, Any] = {}
@@ -274,16 +285,17 @@ def _publish(
     if not total.get("instructions"):
         raise CappyError(f"{uri}: every row failed, nothing is published; the reasons stand below {staging}")
     dead_letters = 0
+    folder = storage.FolderWriter(uri, held.check)
     with _letters() as letters:
         for place in [storage.join(staging, "prepared", "dead_letters.jsonl"), *(shards.letters_of(staging, name) for name in merged)]:
             text = storage.read_bytes(place).decode()
             letters.write(text)
             dead_letters += text.count("\n")
         letters.flush()
-        files = {"dead_letters.jsonl": storage.upload_file(Path(letters.name), storage.join(uri, "dead_letters.jsonl"))}
-    files["config.yaml"] = storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
+        files = {"dead_letters.jsonl": folder.upload_file(Path(letters.name), "dead_letters.jsonl")}
+    files["config.yaml"] = folder.write_bytes("config.yaml", config.to_yaml().encode())
     overlap = storage.read_json(storage.join(staging, "prepared", "decontamination.json"))
-    files["decontamination.json"] = storage.write_json(storage.join(uri, "decontamination.json"), overlap)
+    files["decontamination.json"] = folder.write_json("decontamination.json", overlap)
     files |= {name: shard["entry"] for name, shard in merged.items()}
     left_out = {"dead_letters": dead_letters, "decontaminated": overlap["train_rows_left_out"]}
     summary = {"uri": uri, **total, "splits": counts, **left_out, "seconds": round(sum(stages.values()), 1)}
@@ -304,8 +316,11 @@ def _publish(
         "config": config.model_dump(mode="json"),
         "files": files,
     }
-    storage.publish(uri, card.write(uri, manifest))
-    storage.tidy(staging)
+    manifest = card.write(uri, manifest, held.check)
+    shards.remove_superseded(uri, merged, held.check)
+    held.check()
+    storage.publish(uri, manifest)
+    storage.tidy(staging, held.check)
     return summary
 
 

@@ -128,7 +128,7 @@ def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelCon
                 for table in tables:
                     statistics = dataset.add_statistics(statistics, dataset.statistics(table))
                 writer.write_table(pa.concat_tables(tables))
-        entry = storage.upload_file(new, storage.join(uri, name)) | {"rows": statistics["instructions"]}
+        entry = storage.FolderWriter(uri).upload_file(new, name) | {"rows": statistics["instructions"]}
     return {"name": name, "entry": entry, "statistics": statistics}
 
 
@@ -143,16 +143,17 @@ def _publish(
     config = {**manifest["config"], "generate": {**manifest["config"]["generate"], "label": label.model_dump(mode="json")}}
     plain = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
     kept = {}
+    folder = storage.FolderWriter(uri)
     for name in ("dead_letters.jsonl", "decontamination.json"):
         data = storage.read_bytes(storage.join(source.uri, name))
         if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
             raise _damaged(source.uri, name, "does not match the SHA-256 in its manifest")
-        kept[name] = storage.write_bytes(storage.join(uri, name), data)
+        kept[name] = folder.write_bytes(name, data)
     total: dict[str, Any] = {}
     for shard in shards:
         total = dataset.add_statistics(total, shard["statistics"])
     summary = {**manifest["summary"], **total, "uri": uri, "seconds": round(seconds, 1)}
-    kept["config.yaml"] = storage.write_bytes(storage.join(uri, "config.yaml"), plain)
+    kept["config.yaml"] = folder.write_bytes("config.yaml", plain)
     files = {shard["name"]: shard["entry"] for shard in shards} | kept
     made = {
         **{key: manifest[key] for key in ("kind", "version", "counts", "schema", "lineage")},

@@ -1,9 +1,13 @@
-"""From finished units to the published Parquet shards: which units make a shard, and writing one in bounded memory."""
+"""From finished units to the published Parquet shards: which units make a shard, its name, and writing it in bounded memory.
+
+A shard's name carries the run that wrote it, so no run ever writes over the shard of another one.
+"""
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import CappyError
+from cluster.errors import CappyError, UsageError
 from generation import dataset, units
-from generation.schema import DATASET
+from generation.schema import DATASET, SPLITS
+
+# Sets of older versions have shards without a run in their names.
+_NAME = re.compile(rf"data/(?:{'|'.join(SPLITS)})/part-\d{{5,}}(?:-([0-9a-f]{{8}}))?\.parquet")
 
 
 def fill(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
@@ -30,9 +37,44 @@ def fill(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
         yield group
 
 
-def write(names: Sequence[str], staging: str, target: str, row_group_rows: int) -> dict[str, Any]:
+def path(split: str, number: int, run: str) -> str:
+    """Return the path of a shard within its set; `run` is the 8 hex digits of the lease its writer holds."""
+    return f"data/{split}/part-{number:05d}-{run}.parquet"
+
+
+def refuse_foreign(uri: str) -> None:
+    """Raise `UsageError` where files below `data/` were not written by `cappy generate`: readers of `data/*` would take them for rows."""
+    strange = sorted(name for name in _files(uri) if not _NAME.fullmatch(name))
+    if strange:
+        raise UsageError(f"dataset={uri} holds other files, {strange[0]} first of {len(strange)}; move them away or choose another dataset")
+
+
+def remove_superseded(uri: str, published: Iterable[str], check: Callable[[], None]) -> None:
+    """Remove the shards that earlier runs left unpublished, once `check` passed; `published` are the paths to keep.
+
+    What another run writes after `check` has other names, so it stays.
+    """
+    left = sorted(name for name in _files(uri).difference(published) if _NAME.fullmatch(name))
+    check()
+    storage.delete_files(uri, left)
+
+
+def remove_own(uri: str, run: str) -> None:
+    """Remove the shards that one run wrote, at the end of a run that lost its lease."""
+    found = {name: _NAME.fullmatch(name) for name in _files(uri)}
+    storage.delete_files(uri, [name for name, match in found.items() if match and match[1] == run])
+
+
+def _files(uri: str) -> set[str]:
+    """The files below `data/`, without those that are still being written."""
+    names = {f"data/{name}" for name in storage.list_files(storage.join(uri, "data"))}
+    return {name for name in names if not name.split("/")[-1].startswith(".")}
+
+
+def write(names: Sequence[str], staging: str, target: str, row_group_rows: int, check: Callable[[], None]) -> dict[str, Any]:
     """Merge units into the shard `target`, their dead letters into `{staging}/letters`, one unit in memory at a time.
 
+    `check` raises where the run has lost its lease; it is called before anything is written.
     Returns `entry` (bytes, rows and SHA-256 for the manifest), `statistics`, `letters`, their number, and `cost` in dollars.
     """
     statistics: dict[str, Any] = {}
@@ -54,6 +96,7 @@ def write(names: Sequence[str], staging: str, target: str, row_group_rows: int) 
                     waiting.clear()
             if waiting:
                 writer.write_table(pa.concat_tables(waiting), row_group_size=row_group_rows)
+        check()
         entry = storage.upload_file(file, target) | {"rows": statistics["instructions"]}
     storage.write_bytes(letters_of(staging, target), "".join(f"{line}\n" for line in letters).encode())
     return {"entry": entry, "statistics": statistics, "letters": len(letters), "cost": cost}

@@ -61,7 +61,7 @@ def copy(source: str, destination: str) -> dict[str, Any]:
             if not sound:
                 with copying.scratch() as file:
                     copying.fetch(storage.join(source, name), files[name], file)
-                    copying.place(file, target)
+                    copying.place(file, name)
             return not sound
 
         copied = [name for name, moved in copying.each(one, files, _THREADS) if moved]
@@ -91,14 +91,14 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
                 copying.fetch(storage.join(source, name), shards[name], grouped)
                 rows = _explode(grouped, plain)
                 entry = {"bytes": plain.stat().st_size, "sha256": storage.sha256(str(plain)), "rows": rows}
-                copying.place(plain, storage.join(destination, name))
+                copying.place(plain, name)
             return entry
 
         written = dict(sorted(copying.each(one, shards, _PAIR_THREADS)))
         settings = manifest["files"]["config.yaml"]
         with copying.scratch() as file:
             copying.fetch(storage.join(source, "config.yaml"), settings, file)
-            copying.place(file, storage.join(destination, "config.yaml"))
+            copying.place(file, "config.yaml")
     for split, counts in manifest["counts"].items():
         found = sum(entry["rows"] for name, entry in written.items() if name.startswith(f"data/{split}/"))
         if found != counts["pairs"]:
@@ -127,6 +127,7 @@ class _Copying:
         remote = storage.is_s3(destination)
         # Beside a local destination, so that a finished file moves there in one rename.
         self._bench = storage.new_temporary_folder("copy") if remote else Path(destination, _BENCH)
+        self._folder = storage.FolderWriter(destination)
         self._bar = Bar("copying", files, "files")
         self._lock = threading.Lock()
         self._stopped = False
@@ -203,17 +204,14 @@ class _Copying:
                 self._moved(len(piece))
         return size, digest.hexdigest()
 
-    def place(self, file: Path, uri: str) -> None:
+    def place(self, file: Path, name: str) -> None:
         """Give a local file its name at the destination, whole."""
         try:
-            if storage.is_s3(uri):
-                storage.upload_file(file, uri)
-            else:
-                Path(uri).parent.mkdir(parents=True, exist_ok=True)
-                file.replace(uri)
+            self._folder.upload_file(file, name, move=True)
         except OSError as error:
+            reason = error.strerror or "the store broke off"
             raise CappyError(
-                f"{uri} could not be written ({error.strerror or 'the store broke off'}); run the same command to go on"
+                f"{storage.join(self._folder.uri, name)} could not be written ({reason}); run the same command to go on"
             ) from None
 
     def _moved(self, count: int) -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -66,10 +66,13 @@ class Task:
     """What decides the outcome, as a plain tree."""
 
 
-def adapt(config: Config, task: Task, base: Base, *, threads: int = 1, gpu: bool = False) -> dict[str, Any]:
+def adapt(
+    config: Config, task: Task, base: Base, *, threads: int = 1, gpu: bool = False, check: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Adapt to one task, publish the scorer if the gate lets it pass, and return the outcome, which `results.json` keeps.
 
-    The outcome's `state` is `published` or `rejected`. Raises `CappyError` where the task has no train rows, nothing for the
+    The outcome's `state` is `published` or `rejected`. `check` is called before each write and raises where the run has lost its
+    lease. Raises `CappyError` where the task has no train rows, nothing for the
     gate to compare, or a loss that is no number.
     """
     start = time.monotonic()
@@ -114,8 +117,8 @@ def adapt(config: Config, task: Task, base: Base, *, threads: int = 1, gpu: bool
         "identity": task.identity,
     }
     if state == "published":
-        return _publish(config, task, base, scorer, wrapped, result, lines, dataset)
-    storage.write_json(storage.join(task.uri, RESULTS), result)
+        return _publish(config, task, base, scorer, wrapped, result, lines, dataset, check)
+    storage.FolderWriter(task.uri, check).write_json(RESULTS, result)
     return result
 
 
@@ -295,6 +298,7 @@ def _publish(
     result: dict[str, Any],
     lines: list[dict[str, Any]],
     dataset: RegressionSet,
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """Write the scorer or its adapters, card, metrics, config and outcome, then the manifest; return the outcome."""
     target = storage.new_temporary_folder("adapted")
@@ -311,8 +315,10 @@ def _publish(
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (target / RESULTS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         # Until the manifest is there nobody takes the files for a scorer.
+        check()
         storage.write_bytes(unfinished, b"")
-        files = storage.upload_folder(target, task.uri)
+        files = storage.FolderWriter(task.uri, check).upload_folder(target)
+        check()
         storage.publish(
             task.uri,
             {
@@ -331,5 +337,5 @@ def _publish(
         )
     finally:
         shutil.rmtree(target)
-    storage.tidy(storage.join(task.uri, CHECKPOINTS))
+    storage.tidy(storage.join(task.uri, CHECKPOINTS), check)
     return result

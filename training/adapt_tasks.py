@@ -24,6 +24,7 @@ import torch
 from cluster import lease, models, storage
 from cluster.config import Config, differences
 from cluster.errors import Stopped, UsageError
+from cluster.lease import Lease
 from cluster.progress import Bar, say
 from cluster.runtime import clean_error, on_sigterm, ray_session
 from generation import engines, pipeline
@@ -55,7 +56,7 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
     config = _absolute(config)
     uri = storage.check(config.adapted_uri, "adapted_path")
     base = _base(config)
-    with lease.held(storage.join(uri, _LEASE), f"adapted_path={uri}"), ray_session():
+    with lease.held(storage.join(uri, _LEASE), f"adapted_path={uri}") as held, ray_session():
         if not storage.exists(storage.join(config.dataset_uri, storage.MANIFEST)):
             pipeline.run(config, load=load)
         dataset = RegressionSet(config.dataset_uri)
@@ -67,20 +68,21 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
         pending = [task for task in tasks if task.name not in outcomes]
         for task in tasks:
             if task.name in outcomes:  # it may have been stopped between publishing and tidying
-                storage.tidy(storage.join(task.uri, CHECKPOINTS))
+                storage.tidy(storage.join(task.uri, CHECKPOINTS), held.check)
             else:
+                held.check()
                 _clear(task)
         closing = on_sigterm("leaving the tasks at work, which begin afresh when the same command goes on", lambda: None)
         with closing as told, Bar("adapting", len(tasks), "tasks", done=len(outcomes)) as bar:
-            for task, outcome in _adapt(config, base, pending, told):
+            for task, outcome in _adapt(config, base, pending, told, held):
                 outcomes[task.name] = outcome
                 bar.advance()
                 say(describe(outcome))
             if len(outcomes) < len(tasks):
                 raise Stopped(f"stopped on SIGTERM; {len(outcomes)} of {len(tasks)} tasks came to an end, the same command does the rest")
         result = _summarise(uri, config, base, [outcomes[task.name] for task in tasks], time.monotonic() - start)
-        storage.write_json(storage.join(uri, RESULTS), result)
-    storage.tidy(storage.join(uri, _LEASE))
+        storage.FolderWriter(uri, held.check).write_json(RESULTS, result)
+        held.finish()
     return result
 
 
@@ -198,10 +200,10 @@ def _clear(task: Task) -> None:
     storage.withdraw(task.uri)
 
 
-def _adapt(config: Config, base: Base, tasks: list[Task], told: threading.Event) -> Iterator[tuple[Task, dict[str, Any]]]:
+def _adapt(config: Config, base: Base, tasks: list[Task], told: threading.Event, held: Lease) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Run tasks over the cluster and yield the outcome of each as it ends; one that fails has state `failed` and its `error`.
 
-    Ends early, its tasks cancelled, once `told` is set.
+    Ends early, its tasks cancelled, once `told` is set. Raises `LeaseLost` once another run took over.
     """
     import ray
 
@@ -216,8 +218,10 @@ def _adapt(config: Config, base: Base, tasks: list[Task], told: threading.Event)
     while (waiting or running) and not told.is_set():
         while waiting and len(running) < at_once:
             task = waiting.pop()
-            running[remote.remote(config, task, base, threads=settings.cpus_per_task, gpu=gpus > 0)] = task
+            reference = remote.remote(config, task, base, threads=settings.cpus_per_task, gpu=gpus > 0, check=held.claim.check)
+            running[reference] = task
         ready, _ = ray.wait(list(running), timeout=_LISTEN_S)
+        held.check(look=False)
         for reference in ready:
             task = running.pop(reference)
             try:

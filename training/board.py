@@ -45,9 +45,9 @@ class Board:
 def work(job: dict[str, Any]) -> None:
     """Train on one worker.
 
-    `job`: `config` as a plain tree, `size` of the train split (`training.size.Size`), `checkpoints` (the run's folder), `successor` (see
-    `Lease.successor`), `board` (the actor), `threads` of torch (null is a fair share). What the operator must mend is left on the
-    board, not raised: Ray Train would start again.
+    `job`: `config` as a plain tree, `size` of the train split (`training.size.Size`), `checkpoints` (the run's folder), `claim` (the
+    driver's `cluster.lease.Claim`), `board` (the actor), `threads` of torch (null is a fair share). What the operator must mend is
+    left on the board, not raised: Ray Train would start again.
     """
     import ray
     import ray.train

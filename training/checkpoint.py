@@ -136,11 +136,12 @@ def last_step(folder: str) -> int:
 class Writer:
     """Writes checkpoints below a run's folder, one at a time and beside the training, and keeps the newest `kept` of them.
 
-    It writes none once the file `successor` is there: workers may outlive their driver by some seconds, and another run then.
+    It writes and deletes nothing once the file `successor` exists or `check` raises: workers may outlive their driver by some
+    seconds, and another run may have begun by then.
     """
 
-    def __init__(self, folder: str, kept: int, successor: str) -> None:
-        self._folder, self._kept, self._successor = folder, kept, successor
+    def __init__(self, folder: str, kept: int, successor: str, check: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._kept, self._successor, self._check = folder, kept, successor, check
         self._pool = ThreadPoolExecutor(1, "cappy-checkpoint")
         self._pending: Future[None] | None = None
 
@@ -158,12 +159,14 @@ class Writer:
     def _write(self, state: State) -> None:
         if storage.exists(self._successor):
             raise CappyError(f"{self._folder}: another run has taken over; it goes on, this one ends")
+        self._check()
         mine = f"{state.step:08d}-{uuid.uuid4().hex[:8]}"
         write(storage.join(self._folder, mine), state)
         # What is not before this step is what a broken run left and readers passed over.
         before = [name for name, finished in sorted(_names(self._folder).items()) if finished and _step(name) < state.step]
         stay = {mine, *before[max(len(before) - self._kept + 1, 0) :]}
         for name in _names(self._folder).keys() - stay:
+            self._check()
             storage.delete(storage.join(self._folder, name))
 
 

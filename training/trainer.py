@@ -22,6 +22,7 @@ from typing import Any
 from cluster import lease, models, storage
 from cluster.config import Config, fingerprint
 from cluster.errors import CappyError, Stopped, UsageError
+from cluster.lease import Claim, Lease
 from cluster.openmp import wait_briefly
 from cluster.progress import Bar, say
 from cluster.runtime import clean_error, code_version, on_sigterm, ray_session
@@ -66,7 +67,9 @@ def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[s
     checkpoints = storage.join(uri, CHECKPOINTS)
     with lease.held(storage.join(checkpoints, _LEASE), f"scorer_path={uri}") as held:
         if overwrite:
+            held.check()
             storage.withdraw(uri, keep=CHECKPOINTS)
+            held.check()
             storage.withdraw(checkpoints, keep=_LEASE)
         storage.refuse_published(uri, "scorer_path", "train")
         mine = storage.join(checkpoints, name)
@@ -74,13 +77,15 @@ def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[s
         total = config.training.epochs * loop.steps_in_epoch(size, config.training)
         if checkpoint.last_step(mine) < total:
             with ray_session():
-                _train(config, mine, held.successor, size, total, work, watchers)
+                _train(config, mine, held.claim, size, total, work, watchers)
         state = checkpoint.newest(mine, say)
         if state is None or state.step < total:
             raise CappyError(f"{mine} was damaged while the run ended; the same command trains what is missing")
-        held.check()
-        summary = _publish(config, dataset, uri, state, start)
-    storage.tidy(checkpoints)
+        summary = _publish(config, dataset, uri, state, start, held)
+        for name in {name.split("/")[0] for name in storage.list_files(checkpoints)} - {_LEASE}:
+            storage.tidy(storage.join(checkpoints, name), held.check)
+        held.finish()
+    storage.remove_empty_folder(checkpoints)
     return summary
 
 
@@ -129,7 +134,7 @@ def _count(dataset: RegressionSet, place: str) -> Size:
     return size
 
 
-def _train(config: Config, checkpoints: str, successor: str, size: Size, total: int, work: Work, watchers: Watchers) -> None:
+def _train(config: Config, checkpoints: str, claim: Claim, size: Size, total: int, work: Work, watchers: Watchers) -> None:
     """Run the workers to the end; what they made is their last checkpoint. Raises `Stopped` where SIGTERM came before that."""
     # Ray Train's controller looks at its workers this often, and a finished run waits for it.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -156,7 +161,7 @@ def _train(config: Config, checkpoints: str, successor: str, size: Size, total: 
             "config": config.model_dump(mode="json"),
             "size": size,
             "checkpoints": checkpoints,
-            "successor": successor,
+            "claim": claim,
             "board": board,
             # Ray sets it to 1 in its workers, so what the operator set is carried there.
             "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
@@ -251,7 +256,7 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint.State, start: float) -> dict[str, Any]:
+def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint.State, start: float, held: Lease) -> dict[str, Any]:
     """Write model, card, metrics and config, then the manifest."""
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     model = new_model(folder, config.scorer, config.training, config.seed)
@@ -282,7 +287,8 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint
             (target / "calibration.svg").write_bytes(card.calibration_plot(progress["calibration"]))
         (target / "README.md").write_text(card.model_card(config, summary, dataset.manifest), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        files = storage.upload_folder(target, uri)
+        files = storage.FolderWriter(uri, held.check).upload_folder(target)
+        held.check()
         storage.publish(
             uri,
             {

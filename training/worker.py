@@ -62,7 +62,7 @@ class _Worker:
         self.per_epoch = loop.steps_in_epoch(self.size, config.training)
         self.total = self.per_epoch * config.training.epochs
         self.checkpoints: str = job["checkpoints"]
-        self.writer = checkpoint.Writer(self.checkpoints, config.training.checkpoints_kept, job["successor"])
+        self.writer = checkpoint.Writer(self.checkpoints, config.training.checkpoints_kept, job["claim"].successor, job["claim"].check)
         self.stop = loop.Agreement(self.world)
         threading.Thread(target=self._listen, name="cappy-stop", daemon=True).start()
         self.best = Best(self.checkpoints, config.training, writes=self.rank == 0)

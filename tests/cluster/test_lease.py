@@ -6,6 +6,7 @@ import pytest
 
 from cluster import lease, storage
 from cluster.errors import CappyError
+from cluster.lease import LeaseLost
 
 both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
 
@@ -31,9 +32,11 @@ def test_while_one_run_lives_another_is_refused_and_afterwards_let_in(place):
 
 
 def test_a_killed_process_of_this_machine_is_succeeded_at_once(tmp_path):
-    take = f"from cluster import lease\nlease.held({str(tmp_path)!r}, 'x').__enter__()\nimport os; os._exit(9)"
+    # The context manager is kept: collected as garbage, it would release the lease.
+    take = f"from cluster import lease\nholder = lease.held({str(tmp_path)!r}, 'x')\nholder.__enter__()\nimport os; os._exit(9)"
     assert subprocess.run([sys.executable, "-c", take]).returncode == 9
-    assert storage.read_json(f"{tmp_path}/000001.json")["beat"] == 0
+    left = storage.read_json(f"{tmp_path}/000001.json")
+    assert left["beat"] == 0 and "released" not in left
     start = time.monotonic()
     with lease.held(str(tmp_path), "x"):
         assert time.monotonic() - start < 1
@@ -49,7 +52,7 @@ def test_a_silent_run_elsewhere_is_succeeded_after_a_while_and_learns_of_it(tmp_
             assert time.monotonic() - start >= 1
             monkeypatch.setattr(lease, "BEAT_S", 0.1)
             silent._live()
-            with pytest.raises(CappyError, match="another run took over"):
+            with pytest.raises(LeaseLost, match=r"x: lease lost: "):
                 silent.check()
 
 
@@ -58,3 +61,102 @@ def test_of_two_at_the_same_moment_one_wins(place, monkeypatch):
     monkeypatch.setattr(storage, "list_files", lambda uri: {})  # both saw nobody
     with lease.held(place, "x"), pytest.raises(CappyError, match="another run started there at the same moment"), lease.held(place, "x"):
         raise AssertionError("two hold it")
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def no_heartbeat(monkeypatch):
+    """Real limits, and no heartbeat while a test runs."""
+    monkeypatch.setattr(lease, "BEAT_S", 1e6)
+    monkeypatch.setattr(lease, "SILENCE_S", 30.0)
+
+
+def files_of(place):
+    return {name: storage.read_bytes(f"{place}/{name}") for name in storage.list_files(place)}
+
+
+@both
+def test_a_lease_is_lost_by_the_holders_own_clock_though_nobody_took_over(place, no_heartbeat):
+    clock = Clock()
+    with lease.held(place, "dataset=x", clock) as held:
+        clock.now += 30
+        held.check()
+        taken = files_of(place)
+        clock.now += 1
+        with pytest.raises(LeaseLost, match=r"dataset=x: lease lost: no heartbeat for 31 s \(the limit is 30 s\)"):
+            held.check(look=False)
+        clock.now -= 31
+        with pytest.raises(LeaseLost):  # once lost it stays lost
+            held.check()
+    assert files_of(place) == taken  # nor did the release write
+
+
+def test_a_heartbeat_counts_from_when_its_write_began(tmp_path, monkeypatch):
+    clock = Clock()
+    with lease.held(str(tmp_path), "x", clock) as held:
+        monkeypatch.setattr(lease, "SILENCE_S", 30.0)
+        clock.now += 29
+        beat = held._beat
+        while held._beat < beat + 2:  # one that began after the clock moved is written
+            time.sleep(0.01)
+        clock.now += 29
+        held.check()
+
+
+def test_a_lost_lease_never_writes_its_file_again(tmp_path, no_heartbeat, monkeypatch):
+    clock = Clock()
+    with lease.held(str(tmp_path), "x", clock) as held:
+        before = files_of(str(tmp_path))
+        clock.now += 31
+        monkeypatch.setattr(lease, "BEAT_S", 0.0)
+        held._live()  # ends by itself
+        assert files_of(str(tmp_path)) == before
+
+
+@both
+def test_a_successor_is_noticed_before_any_heartbeat(place, no_heartbeat):
+    with lease.held(place, "dataset=x") as held:
+        storage.create_json(f"{place}/000002.json", {"run": "other"})
+        with pytest.raises(LeaseLost, match="another run took over"):
+            held.check()
+        with pytest.raises(LeaseLost, match="another run took over"):
+            held.claim.check()
+
+
+@both
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "taken anew"])
+def test_a_successor_that_finished_and_left_no_trace_is_noticed(place, again, no_heartbeat):
+    with lease.held(place, "dataset=x") as held:
+        storage.delete(place)
+        if again:
+            storage.create_json(f"{place}/000001.json", {"run": "another"})
+        with pytest.raises(LeaseLost, match="another run took over"):
+            held.check()
+    assert [storage.read_json(f"{place}/{name}")["run"] for name in storage.list_files(place)] == ["another"] * again
+
+
+@both
+def test_a_run_that_finished_leaves_no_lease(place):
+    for _ in range(2):
+        with lease.held(place, "x"):
+            pass
+    with lease.held(place, "x") as held:
+        assert len(storage.list_files(place)) == 3
+        held.finish()
+    assert not storage.exists(place)
+
+
+def test_runs_have_names_of_their_own(tmp_path):
+    with lease.held(str(tmp_path), "x") as first:
+        pass
+    with lease.held(str(tmp_path), "x") as second:
+        assert first.run != second.run and len(second.run) == 8

@@ -82,3 +82,15 @@ def test_a_store_that_never_answers_is_named_and_so_is_the_object(bucket, monkey
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         with pytest.raises(CappyError, match=rf"^{bucket}/o: the object store at {proxy.url} cannot be reached"):
             storage.read_bytes(f"{bucket}/o")
+
+
+@pytest.mark.parametrize("kind", ["unavailable", "reset", "lost_answer", "flipped_request"])
+def test_a_conditional_write_arrives_once_on_a_bad_wire(kind, bucket, monkeypatch, tmp_path):
+    folder = storage.FolderWriter(bucket, lambda: None)
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], (kind,), rate=0.3, seed=6) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        for size in (20_000, 20_000, 18 << 20, 18 << 20):
+            (tmp_path / "file").write_bytes(os.urandom(size))
+            entry = folder.upload_file(tmp_path / "file", "f")
+            assert entry["sha256"] == storage.sha256(f"{bucket}/f")
+        assert proxy.spoiled[kind] >= 3

@@ -1,15 +1,17 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from cluster import storage
+from cluster import lease, storage
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
 from generation import pipeline, shards, units
@@ -201,3 +203,88 @@ def test_an_llm_that_cannot_load_is_one_clean_error(rows, tmp_path):
     config = config_for(rows, tmp_path / "set", f"sampler.model={tmp_path}")
     with pytest.raises(CappyError, match=r"sampler.model=.*has no config.json"):
         jobs.submit("generate", config)
+
+
+# A run that stops itself before a step of the pipeline, as a suspended machine would.
+STOPPED = """
+import os, signal, sys
+from cluster.config import load
+from cluster.errors import CappyError
+from cluster.runtime import clean_error
+from generation import card, pipeline
+from tests.generation.fixed_llm import FixedLLM
+stop_before, *overrides = sys.argv[1:]
+module, name = {"merge": (pipeline, "_merge"), "card": (card, "write")}[stop_before]
+function = getattr(module, name)
+
+def stopped(*arguments):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return function(*arguments)
+
+setattr(module, name, stopped)
+try:
+    pipeline.run(load(None, overrides), load=FixedLLM)
+except CappyError as error:
+    print(clean_error(error), flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def wait_one_second(place, setting, wait=lease._wait_until_dead):
+    """What a run does before it takes over, with less patience; no other limit changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "SILENCE_S", 1.0)
+        wait(place, setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "stop_before"), [("s3", "merge"), ("disk", "card")], indirect=["place"])
+def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_set_alone(place, stop_before, rows, monkeypatch):
+    overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=7"]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, stop_before, *overrides], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        os.waitid(os.P_PID, driver.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # after its last unit
+        assert psutil.Process(driver.pid).status() == psutil.STATUS_STOPPED
+        monkeypatch.setattr(lease, "_wait_until_dead", wait_one_second)
+        assert pipeline.run(load(None, overrides), load=FixedLLM)["instructions"] == ROWS
+        before = storage.read_json(f"{place}/{storage.MANIFEST}")
+        driver.send_signal(signal.SIGCONT)
+        told = driver.communicate()[0]
+    finally:
+        driver.kill()
+    manifest = storage.read_json(f"{place}/{storage.MANIFEST}")
+    assert manifest == before and storage.verify(place, manifest) == []
+    assert set(storage.list_files(place)) == {*manifest["files"], storage.MANIFEST}
+    shown = {uri.removeprefix(f"{place}/") for uri in storage.glob(f"{place}/data/*/*.parquet")}
+    assert shown == {name for name in manifest["files"] if name.startswith("data/")}
+    assert driver.returncode == 1
+    assert told.startswith(f"dataset={place}: lease lost: another run took over") and told.count("\n") == 1
+
+
+@both
+def test_shards_that_earlier_runs_left_are_not_in_the_published_set(place, rows):
+    superseded = ["data/train/part-00000.parquet", "data/train/part-00007-0123abcd.parquet", "data/validation/part-00000-0123abcd.parquet"]
+    for name in superseded:
+        storage.write_bytes(f"{place}/{name}", b"left")
+    pipeline.run(config_for(rows, place), load=FixedLLM)
+    manifest = RegressionSet(place).manifest
+    assert set(storage.list_files(place)) == {*manifest["files"], storage.MANIFEST}
+    assert not set(superseded) & manifest["files"].keys()
+
+
+def test_other_files_among_the_shards_are_refused_before_anything_is_sampled(tmp_path, rows):
+    storage.write_bytes(f"{tmp_path}/set/data/train/mine.parquet", b"mine")
+    with pytest.raises(UsageError, match=r"dataset=.*/set holds other files, data/train/mine.parquet first of 1; move them away"):
+        pipeline.run(config_for(rows, tmp_path / "set"), load=FixedLLM)
+    assert set(storage.list_files(f"{tmp_path}/set/data")) == {"train/mine.parquet"}
+
+
+def test_shards_carry_their_run_and_every_reader_takes_them_from_the_manifest(unbroken):
+    uri, _ = unbroken
+    opened = RegressionSet(uri)
+    names = [name for name in opened.manifest["files"] if name.startswith("data/")]
+    assert all(re.fullmatch(r"data/(train|validation)/part-\d{5}-[0-9a-f]{8}\.parquet", name) for name in names)
+    assert sorted(storage.glob(f"{uri}/data/*/*.parquet")) == sorted(f"{uri}/{name}" for name in names)
+    assert [shard for split in ("train", "validation") for shard in opened.shards(split)] == sorted(f"{uri}/{name}" for name in names)
