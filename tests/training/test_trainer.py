@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
-from cluster import storage
+from cluster import lease, storage
 from cluster.config import Config, load
 from cluster.errors import CappyError, Stopped, UsageError
 from tests.training.conftest import publish, rows, settings
@@ -195,9 +195,9 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
     assert all(np.array_equal(left[name], right[name]) for name in left)
 
 
-def launch(config: Config, folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def launch(config: Config, folder: Path, environment: Mapping[str, str] | None = None, script: str = RUN) -> subprocess.Popen[str]:
     """Run `trainer.run` in a process of its own, with its own Ray unless told; standard error goes to `folder/log`."""
-    (folder / "run.py").write_text(RUN)
+    (folder / "run.py").write_text(script)
     (folder / "run.yaml").write_text(config.to_yaml())
     return subprocess.Popen(
         [sys.executable, str(folder / "run.py"), str(folder / "run.yaml")],
@@ -240,3 +240,56 @@ def _worker_of(process: subprocess.Popen[str]) -> psutil.Process:
     """The process Ray Train runs a driver's only worker in."""
     (found,) = [each for each in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())]
     return found
+
+
+STOPPED_RUN = """
+import os
+import signal
+import sys
+
+from cluster.config import load
+from cluster.errors import CappyError
+from training import trainer
+
+publish = trainer._publish
+
+def stopped(*arguments):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return publish(*arguments)
+
+if __name__ == "__main__":
+    trainer._publish = stopped
+    try:
+        trainer.run(load(sys.argv[1]))
+    except CappyError as error:
+        sys.exit(str(error))
+"""
+
+
+def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_scorer_alone(
+    encoder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+):
+    publish(str(tmp_path / "dataset"), 20, 5)
+    config = settings(str(tmp_path), encoder, epochs=1)
+    process = launch(config, tmp_path, script=STOPPED_RUN)
+    try:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # trained, not yet published
+        assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, (tmp_path / "log").read_text()
+
+        def wait_one_second(place: str, setting: str, wait: Callable[[str, str], None] = lease._wait_until_dead) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(lease, "SILENCE_S", 1.0)
+                wait(place, setting)
+
+        monkeypatch.setattr(lease, "_wait_until_dead", wait_one_second)
+        trainer.run(config.model_copy(update={"training": config.training.model_copy(update={"checkpoints_kept": 3})}))
+        before = storage.read_manifest(config.scorer_uri, "scorer", "train")
+        process.send_signal(signal.SIGCONT)
+        assert process.wait() == 1
+    finally:
+        process.kill()
+    assert storage.verify(config.scorer_uri, before) == []
+    assert storage.read_manifest(config.scorer_uri, "scorer", "train") == before
+    assert set(storage.list_files(config.scorer_uri)) == {*before["files"], storage.MANIFEST}
+    told = (tmp_path / "log").read_text().splitlines()[-1]
+    assert told.startswith(f"scorer_path={config.scorer_uri}: lease lost: another run took over")
