@@ -112,13 +112,13 @@ def test_a_heartbeat_counts_from_when_its_write_began(tmp_path, monkeypatch):
         held.check()
 
 
-def test_a_lost_lease_never_writes_its_file_again(tmp_path, no_heartbeat, monkeypatch):
+def test_a_lost_lease_never_writes_its_file_again(tmp_path, no_heartbeat):
     clock = Clock()
     with lease.held(str(tmp_path), "x", clock) as held:
         before = files_of(str(tmp_path))
         clock.now += 31
-        monkeypatch.setattr(lease, "BEAT_S", 0.0)
-        held._live()  # ends by itself
+        with pytest.raises(LeaseLost):
+            held._write()  # what the heartbeat does
         assert files_of(str(tmp_path)) == before
 
 
