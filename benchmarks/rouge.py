@@ -2,9 +2,11 @@
 
     python -m benchmarks.rouge --json -
 
-The pairs are real: each T0 training row's reference against a reference of another row of its dataset, or (every third) a
-prefix of its own, so that overlaps of all sizes occur. The baseline is `rouge_score.RougeScorer(["rougeL"],
-use_stemmer=True)` on the same pairs in the same process, one thread each, by turns of 10,000 pairs; seconds are CPU seconds.
+The texts are real: rows of BIG-bench tasks, or of `--data`. A response is a prefix of the row's own reference, a reference of
+another row of its dataset, or the start of the instruction (a third each), so that overlaps of all sizes occur.
+
+The baseline is `rouge_score.RougeScorer(["rougeL"], use_stemmer=True)` on the same pairs in the same process, one thread each,
+by turns of 10,000 pairs; seconds are CPU seconds.
 Ours runs once over all texts beforehand, untimed but stated as `cold`: that compiles it and stems each distinct word. It
 keeps words, never texts or labels. Each side gets its texts as it takes them: ours Arrow columns, the baseline Python strings;
 `from_python` is ours with the making of the columns out of strings.
@@ -17,30 +19,27 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rouge_score.rouge_scorer import RougeScorer
 
+from benchmarks.pairs import DATA_HELP, Row, read_rows
 from cluster.progress import Bar
 from generation.annotate import TEXTS, rouge_l_batch
 
 TURN = 10_000
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "t0_train.parquet"
-
 
 Pairs = list[tuple[str, list[str]]]
 
 
-def real_pairs(path: Path, count: int, seed: int) -> Pairs:
-    """Return `count` (response, references) pairs made of the texts of T0 training rows."""
-    rows = pq.read_table(path, columns=["dataset", "instruction", "references"]).to_pylist()
-    by_dataset: dict[str, list[dict[str, Any]]] = {}
+def real_pairs(rows: Sequence[Row], count: int, seed: int) -> Pairs:
+    """Return `count` (response, references) pairs made of the texts of rows."""
+    by_dataset: dict[str, list[Row]] = {}
     for row in rows:
         by_dataset.setdefault(row["dataset"], []).append(row)
     draw = random.Random(seed)
@@ -111,10 +110,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--pairs", type=int, default=500_000)
     parser.add_argument("--seed", type=int, default=20261121)
-    parser.add_argument("--data", type=Path, default=DATA, help="Parquet with dataset, instruction, references")
+    parser.add_argument("--data", type=Path, help=DATA_HELP)
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = parser.parse_args()
-    result = compare(real_pairs(options.data, options.pairs, options.seed))
+    result = compare(real_pairs(read_rows(options.data), options.pairs, options.seed))
     print(
         f"{result['pairs']:,} pairs: ours {result['pairs_per_second']:,}/s, rouge_score {result['baseline_pairs_per_second']:,}/s, "
         f"{result['speedup']}x; {result['mismatches']} labels differ ({result['nonzero']:,} are above 0); "

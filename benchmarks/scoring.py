@@ -2,7 +2,8 @@
 
     python -m benchmarks.scoring --json -
 
-Real T0 pairs (instruction and a reference) through a MiniLM scorer with a head drawn from a seed, cut at 512 tokens by all sides.
+Real pairs (instruction and a reference, of BIG-bench or of `--data`) go through a MiniLM scorer with a head drawn from a seed.
+All sides cut them at 512 tokens.
 `CrossEncoder.predict` runs as it comes (float32, batches of 32) and with its weights in the dtype ours runs in; the pipeline as it
 comes, which is a pair at a time. The pairs are cut into parts that all sides score by turns; a ratio is the median over the parts.
 Needs `pip install 'cappy-ray[bench]'`. Differences are against plain float32 scores of pairs that nobody cuts (cutting differs by design:
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from transformers import pipeline
 
-from benchmarks.pairs import DATA, t0_pairs
+from benchmarks.pairs import DATA_HELP, labelled_pairs
 from cluster import models
 from cluster.config import ScorerConfig, TrainingConfig
 from cluster.progress import say
@@ -56,9 +57,9 @@ def sides(folder: str, dtype: str) -> dict[str, Score]:
     }
 
 
-def compare(folder: str, pairs: int, parts: int, seed: int, data: Path) -> dict[str, Any]:
+def compare(folder: str, pairs: int, parts: int, seed: int, data: Path | None) -> dict[str, Any]:
     dtype = pick_dtype("auto", torch.device("cpu"))
-    instructions, responses, _ = t0_pairs(data, pairs, seed)
+    instructions, responses, _ = labelled_pairs(data, pairs, seed)
     lengths = encode_pairs(load_tokenizer(Path(folder), folder, "folder"), instructions, responses, 1 << 20).lengths
     whole = lengths <= 512
     scorers = sides(folder, dtype)
@@ -105,7 +106,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=2000)
     parser.add_argument("--parts", type=int, default=5)
     parser.add_argument("--seed", type=int, default=20261121)
-    parser.add_argument("--data", type=Path, default=DATA, help="Parquet with dataset, instruction, references")
+    parser.add_argument("--data", type=Path, help=DATA_HELP)
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = parser.parse_args()
     encoder = models.resolve("minilm-l6", "encoder")

@@ -1,4 +1,8 @@
-"""How much of a validation split leaks into train, by the key the split hashes: `python -m benchmarks.split_leak ROWS.parquet`.
+"""How much of a validation split leaks into train, by the key the split hashes.
+
+    python -m benchmarks.split_leak --data ROWS.parquet
+
+Without `--data` the rows are those of BIG-bench tasks.
 
 A validation instruction leaks when it shares a run of 13 words with a train instruction of its dataset; runs that stand in more
 than a fifth of the rows of some template (the template's own words) do not count.
@@ -10,10 +14,11 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from benchmarks.pairs import Row, read_rows
 from generation.sources.decontaminate import Contamination
 from generation.sources.split import longest_sentence, side
 
@@ -26,11 +31,14 @@ KEYS: dict[str, Callable[[dict[str, str]], str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", help="a Parquet file with dataset, template and instruction")
+    parser.add_argument("rows", nargs="?", type=Path, help="the same as --data")
+    parser.add_argument(
+        "--data", type=Path, help="Parquet file with dataset, template, instruction; rows of BIG-bench tasks (from PyPI) by default"
+    )
     parser.add_argument("--fraction", type=float, default=0.2)
     arguments = parser.parse_args()
-    rows = pq.read_table(arguments.rows, columns=["dataset", "template", "instruction"]).to_pylist()
-    datasets = defaultdict(list)
+    rows = read_rows(arguments.data or arguments.rows, ("dataset", "template", "instruction"))
+    datasets: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         datasets[row["dataset"]].append(row)
     leaks = {name: Counter[str]() for name in KEYS}

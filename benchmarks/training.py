@@ -1,7 +1,9 @@
 """Trained pairs per second against padding to 512 tokens and against Hugging Face's Trainer: same model, optimizer, dtype, threads.
 
-`python -m benchmarks.training --json -`, on a machine with nothing else to do. Real T0 pairs, MiniLM, fused AdamW, 32 pairs a step,
-bfloat16 autocast where the CPU multiplies it. Every side cuts the same pairs into its own steps: ours by `loop.plan`, padding to 512
+`python -m benchmarks.training --json -`, on a machine with nothing else to do. Real pairs (of BIG-bench or of
+`--data`), MiniLM, fused AdamW, 32 pairs a step, bfloat16 autocast where the CPU multiplies it.
+
+Every side cuts the same pairs into its own steps: ours by `loop.plan`, padding to 512
 in drawn order through a plain loop, the Trainer in drawn order (`dynamic`) and in that of its own `LengthGroupedSampler` (`grouped`).
 A side's steps, sorted by length, are dealt to rounds, so that each round holds short and long steps alike; of the side that pads and of
 the Trainer in drawn order a part of them, being slow. Sides take turns, and ratios are medians over the rounds. A clock runs while
@@ -26,7 +28,7 @@ import torch
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from benchmarks.pairs import DATA, t0_pairs
+from benchmarks.pairs import DATA_HELP, labelled_pairs
 from cluster import models
 from cluster.config import ScorerConfig, TrainingConfig
 from cluster.progress import say
@@ -84,7 +86,7 @@ class Bench:
         self.padding = self.padding_share(whole[0], self.steps(*whole))
 
     def encode(self, pairs: int, data: Path) -> tuple[Encoded, np.ndarray]:
-        instructions, responses, labels = t0_pairs(data, pairs, self.seed)
+        instructions, responses, labels = labelled_pairs(data, pairs, self.seed)
         return encode_pairs(self.tokenizer, instructions, responses, LONGEST), np.asarray(labels, np.float32)
 
     def steps(self, encoded: Encoded, labels: np.ndarray) -> list[loop.Step]:
@@ -242,7 +244,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loss-steps", type=int, default=50, help="steps whose losses are compared with a plain forward's")
     parser.add_argument("--seed", type=int, default=20261121)
-    parser.add_argument("--data", type=Path, default=DATA, help="Parquet with dataset, instruction, references")
+    parser.add_argument("--data", type=Path, help=DATA_HELP)
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = parser.parse_args()
     result = compare(Bench(options.pairs, options.seed, options.data), options.rounds, options.loss_steps)

@@ -200,12 +200,12 @@ def lengths_of(count: int) -> np.ndarray:
 
 def measure_lengths(path: Path, count: int = 50_000, seed: int = 0) -> list[int]:
     """Return the quantiles of the tokens of T0 pairs, as they stand in `LENGTHS`."""
-    from benchmarks.pairs import t0_pairs
+    from benchmarks.pairs import labelled_pairs
     from cluster import models
     from training.scorer import encode_pairs, load_tokenizer
 
     tokenizer = load_tokenizer(models.resolve("minilm-l6", "encoder"), "minilm-l6", "encoder")
-    instructions, responses, _ = t0_pairs(path, count, seed)
+    instructions, responses, _ = labelled_pairs(path, count, seed)
     lengths = encode_pairs(tokenizer, instructions, responses, LONGEST).lengths
     return [int(each) for each in np.quantile(lengths, np.linspace(0, 1, 51), method="nearest")]
 

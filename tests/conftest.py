@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cluster import ports
+from cluster.config import DEMO_TASKS
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,7 +26,11 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # vLLM's engine on CPU computes in one process more, which imports vLLM once more; on one GPU it has none either.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+# Every BIG-bench task that a test reads: the archive is a stream, and one pass over it takes half a minute.
+BIGBENCH_TASKS = (
+    *DEMO_TASKS,
+    *("conlang_translation", "date_understanding", "gem", "hindi_question_answering", "physics_questions", "semantic_parsing_spider"),
+)
 CAPPY = [sys.executable, "-m", "cluster.cli"]
 
 
@@ -40,6 +45,14 @@ def cappy(*arguments: str, timeout: float = 600, **environment: str) -> subproce
     return subprocess.run(
         [*CAPPY, *arguments], capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, stdin=subprocess.DEVNULL
     )
+
+
+@pytest.fixture(scope="session")
+def bigbench_tasks() -> None:
+    """Put the tasks that tests read into the cache, in one pass over BIG-bench's archive (from PyPI)."""
+    from generation import bigbench
+
+    bigbench.load_tasks(BIGBENCH_TASKS)
 
 
 @pytest.fixture(scope="session")

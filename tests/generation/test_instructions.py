@@ -6,11 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.pairs import bigbench_rows
 from cluster.config import load
 from cluster.errors import UsageError
 from generation import instructions
 from generation.instructions import DeadLetter, Instruction, Pools, read
-from tests.conftest import SHARED_DATA
 
 GOOD = [{"instruction": f"say {n}", "references": [f"{n}", f"number {n}"], "dataset": "d"} for n in range(40)]
 
@@ -211,8 +211,10 @@ def test_each_row_names_its_part_and_a_limit_takes_the_first(tmp_path):
     assert [row.instruction for row in rows[:3]] == ["say 0", "say 1", "say 2"] and rows[-1].dataset == "e"
 
 
-def test_t0_rows_in_p3_columns_are_the_rows_of_our_own_columns(tmp_path):
-    table = pq.read_table(SHARED_DATA / "t0_train.parquet").slice(25_000, 300)
+@pytest.mark.usefixtures("bigbench_tasks")
+def test_rows_in_p3_columns_equal_the_same_rows_in_our_columns(tmp_path):
+    table = pa.Table.from_pylist(bigbench_rows(dict.fromkeys(("conlang_translation", "date_understanding", "gem"), 100)))
+    assert 0 < table["answer_choices"].null_count < len(table)
     pq.write_table(table, tmp_path / "own.parquet")
     rows = [{**row, "inputs_pretokenized": row["instruction"], "targets_pretokenized": row["references"]} for row in table.to_pylist()]
     pq.write_table(pa.Table.from_pylist(rows).drop_columns(["instruction", "references"]), tmp_path / "p3.parquet")
@@ -220,7 +222,8 @@ def test_t0_rows_in_p3_columns_are_the_rows_of_our_own_columns(tmp_path):
     assert [replace(row, part="") for row in own] == [replace(row, part="") for row in p3] and len(own) == 300
 
 
-def test_the_task_files_of_bigbench_are_read_as_they_are(tmp_path):
+@pytest.mark.usefixtures("bigbench_tasks")
+def test_bigbench_task_files_are_read_unchanged(tmp_path):
     from generation import bigbench
 
     (subtasks,) = bigbench.load_tasks(["codenames"])
