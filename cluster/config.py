@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from cluster.errors import UsageError
 
@@ -104,6 +114,20 @@ class HubSource(RowsSource):
     """The dataset's split that is read; `validation_fraction` divides it."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     """The commit to read, 40 hex digits; needed for a name, not for a local folder."""
+    data_dir: str | None = Field(None, min_length=1)
+    """Folder of the dataset to read, with a folder for each split; null reads the files that its card or layout names."""
+
+    @model_validator(mode="after")
+    def _subset_or_folder(self) -> HubSource:
+        if self.subset is not None and self.data_dir is not None:
+            raise ValueError(f"subset={self.subset} with data_dir={self.data_dir}: each names the files to read; leave one out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_default_folder(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `data_dir` out where it is null: runs begun before the setting existed keep their fingerprint."""
+        tree: dict[str, Any] = write(self)
+        return {name: value for name, value in tree.items() if name != "data_dir" or value is not None}
 
 
 PlainSource = Annotated[BigBenchSource | FilesSource | HubSource, Field(discriminator="kind")]

@@ -273,7 +273,7 @@ def _rows(source: FilesSource | HubSource, seed: int) -> Iterator[Instruction | 
 def _opened(source: FilesSource | HubSource) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
     """Yield `(dataset name where the rows have none, raw rows)` of each file, or of the hub dataset."""
     if isinstance(source, HubSource):
-        yield "_".join(filter(None, (source.name.rstrip("/").rsplit("/", 1)[-1], source.subset))), hub.rows(source)
+        yield "_".join(filter(None, (source.name.rstrip("/").rsplit("/", 1)[-1], source.subset or source.data_dir))), hub.rows(source)
         return
     for uri in files.find(source.path):
         yield uri.rsplit("/", 1)[-1].split(".")[0], files.rows(uri)

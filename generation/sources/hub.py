@@ -30,6 +30,7 @@ def rows(source: HubSource) -> Iterator[tuple[str, Any]]:
         opened = datasets.load_dataset(
             str(Path(source.name).expanduser()) if local else source.name,
             source.subset,
+            data_dir=source.data_dir,
             split=source.split,
             revision=None if local else source.revision,
             streaming=True,
@@ -39,4 +40,6 @@ def rows(source: HubSource) -> Iterator[tuple[str, Any]]:
     except Exception as error:
         # The library raises a different class for each of: no network, no such name, subset or split, a damaged file.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"source.name={source.name} cannot be read: {reason}; check name, subset, split, revision and network") from None
+        raise UsageError(
+            f"source.name={source.name} cannot be read: {reason}; check name, subset, data_dir, split, revision and network"
+        ) from None

@@ -2,7 +2,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.config import HubSource
+from cluster.config import HubSource, fingerprint
 from cluster.errors import UsageError
 from generation.sources import hub
 
@@ -16,23 +16,42 @@ def folder(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "data" / "train-00000-of-00001.parquet")
     pq.write_table(pa.Table.from_pylist(ROWS[:2]), tmp_path / "small.parquet")
     configs = "- {config_name: all, data_files: [{split: train, path: data/train-*}]}\n- {config_name: small, data_files: small.parquet}\n"
+    (tmp_path / "template_1" / "train").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(ROWS[1:4]), tmp_path / "template_1" / "train" / "0000.parquet")
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     return tmp_path
 
 
-def test_a_local_folder_in_hub_layout_is_streamed_by_subset_and_split(folder):
+def test_a_local_folder_in_hub_layout_is_read_by_subset_and_split(folder):
     assert [row for _, row in hub.rows(HubSource(name=str(folder), subset="all"))] == ROWS
     places, rows = zip(*hub.rows(HubSource(name=str(folder), subset="small")), strict=True)
     assert list(rows) == ROWS[:2] and places == (f"{folder}/train:1", f"{folder}/train:2")
 
 
-def test_a_name_needs_a_pinned_commit():
+def test_data_dir_reads_one_folder_of_the_dataset(folder):
+    assert [row for _, row in hub.rows(HubSource(name=str(folder), data_dir="template_1"))] == ROWS[1:4]
+
+
+def test_subset_and_data_dir_together_are_refused():
+    with pytest.raises(ValueError, match=r"subset=a with data_dir=b: .*leave one out"):
+        HubSource(name="owner/set", subset="a", data_dir="b")
+
+
+def test_data_dir_stays_out_of_the_fingerprint_while_it_has_its_default():
+    plain = HubSource(name="owner/set")
+    assert "data_dir" not in plain.model_dump() and HubSource(**plain.model_dump()) == plain
+    assert HubSource(name="owner/set", data_dir="b").model_dump()["data_dir"] == "b"
+    # The value that the commit before this setting gave.
+    assert fingerprint(plain) == "7a2e7a0f45cc3705"
+
+
+def test_a_hub_name_without_a_revision_is_refused():
     with pytest.raises(UsageError, match=r"source.name=owner/set is no local folder, so source.revision must pin"):
         list(hub.rows(HubSource(name="owner/set")))
 
 
-def test_a_dataset_that_cannot_be_read_is_one_line(folder):
+def test_an_unreadable_dataset_raises_an_error_of_one_line(folder):
     for source in (HubSource(name=str(folder), subset="all", split="test"), HubSource(name="owner/none", revision="0" * 40)):
-        with pytest.raises(UsageError, match=r"cannot be read: .*; check name, subset, split, revision and network") as caught:
+        with pytest.raises(UsageError, match=r"cannot be read: .*; check name, subset, data_dir, split, revision and network") as caught:
             list(hub.rows(source))
         assert "\n" not in str(caught.value)
