@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.demo import demo_scorer, demo_set
 from cluster.config import AdaptiveConfig, DecodingConfig
 from cluster.errors import CappyError
 from cluster.progress import Bar, say
@@ -188,8 +189,8 @@ def load(dataset: RegressionSet, split: str, scorer: Any, decodings: Sequence[De
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", required=True, help="a published set with sampled candidates")
-    parser.add_argument("--scorer", required=True, help="the scorer trained on it")
+    parser.add_argument("--set", help="a published set with sampled candidates; the demo's (made where missing) by default")
+    parser.add_argument("--scorer", help="the scorer trained on it; the demo's (made where missing) by default")
     parser.add_argument("--orders", type=int, default=10, help="random orders each pool is replayed in")
     parser.add_argument("--round-size", type=int, default=AdaptiveConfig().round_size)
     parser.add_argument("--tolerance", type=float, default=0.5, help="points of Rouge-L the chosen setting may lose on train rows")
@@ -197,6 +198,9 @@ def main() -> int:
     parser.add_argument("--plot", help="where the SVG goes")
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = parser.parse_args()
+    if (options.set is None) != (options.scorer is None):
+        parser.error(f"--set={options.set} with --scorer={options.scorer}: give both, or neither for the demo's")
+    options.set, options.scorer = options.set or demo_set(), options.scorer or demo_scorer()
     from training.scorer import Scorer
 
     dataset = RegressionSet(options.set, "--set")

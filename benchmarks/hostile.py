@@ -3,7 +3,7 @@
     python -m benchmarks.hostile http://127.0.0.1:8000 --key "$CAPPY_API_KEY"
 
 prints the table, and fails where an answer is not the one the table promises. The server's `serving` settings must be the defaults.
-Without a key those requests are left out that are about keys.
+Without a key those requests are left out that are about keys. Without a URL it starts a server of its own.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import argparse
 import json
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.config import ServingConfig
+from cluster.config import ServingConfig, load
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -293,12 +295,28 @@ def table(rows: Sequence[tuple[Hostile, Answer]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url")
+    parser.add_argument("url", nargs="?", help="a running server; `cappy serve demo` with a drawn scorer is started by default")
     parser.add_argument("--key")
     arguments = parser.parse_args()
-    asked = requests(ServingConfig(), arguments.key)
+    if arguments.url is None and arguments.key is not None:
+        parser.error("--key without a url: the server started here takes no key; give the url of yours")
+    if arguments.url is not None:
+        check(arguments.url, arguments.key)
+        return
+    # Only here: a check of a server elsewhere needs no model.
+    from benchmarks import servers
+
+    with tempfile.TemporaryDirectory(prefix="cappy-hostile-") as name:
+        servers.write_scorer(Path(name) / "scorer", 0)
+        with servers.ours(load("demo", [f"workspace={name}"]), Path(name)) as server:
+            check(server.url)
+
+
+def check(url: str, key: str | None = None) -> None:
+    """Send all requests, print the answers, and exit with an error where one is not the promised one."""
+    asked = requests(ServingConfig(), key)
     with ThreadPoolExecutor(4) as pool:
-        rows = list(zip(asked, pool.map(lambda each: ask(arguments.url, each), asked), strict=True))
+        rows = list(zip(asked, pool.map(lambda each: ask(url, each), asked), strict=True))
     print(table(rows))
     wrong = [
         f"{each.name}: {answer.status} {answer.code}" for each, answer in rows if (answer.status, answer.code) != (each.status, each.code)

@@ -30,6 +30,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from benchmarks.demo import demo_scorer, demo_set
 from benchmarks.training_step import ROBERTA_LARGE
 from cluster import models, storage
 from cluster.progress import say
@@ -42,14 +43,17 @@ SHAPES = {"roberta-large": ROBERTA_LARGE, "roberta-tiny": TINY}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--scorer", help="a published scorer, or any one-label model")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--scorer", help="a published scorer, or any one-label model; the demo's (made where missing) by default")
     model.add_argument("--random", choices=tuple(SHAPES))
-    parser.add_argument("--data", required=True, help="a published set; its validation pairs are scored")
+    parser.add_argument("--data", help="a published set whose validation pairs are scored; the demo's (made where missing) by default")
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--without", nargs="*", default=[], choices=("transformers", "crossencoder", "vllm"))
     parser.add_argument("--json", help="where the result goes; - is standard output")
     options = parser.parse_args()
+    options.data = options.data or demo_set()
+    if not options.random:
+        options.scorer = options.scorer or demo_scorer()
     instructions, responses = read(options.data, options.pairs)
     if options.random:
         folder = storage.new_temporary_folder("interchange")

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.demo import demo_set
 from cluster import models
 from cluster.config import ObjectiveConfig, ScorerConfig, TrainingConfig
 from cluster.progress import say
@@ -47,7 +48,7 @@ COLUMNS = ["instruction", "candidates"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="a published set with sampled candidates")
+    parser.add_argument("--data", help="a published set with sampled candidates; the demo's (made where missing) by default")
     parser.add_argument("--encoder", default="minilm-l6")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=128)
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=(*OBJECTIVES, DROPOUT, *WITHOUT))
     parser.add_argument("--json", help="where the result goes; - is standard output")
     options = parser.parse_args()
+    options.data = options.data or demo_set()
     train, held_out, greedy = read(options.data, options.split)
     if options.instructions and options.instructions < len(train):
         train = train.take(pa.array(np.sort(np.random.default_rng(0).permutation(len(train))[: options.instructions])))
