@@ -1,4 +1,4 @@
-"""What version b5d7af8 made opens, resumes and serves today, and none of its public names is gone: see `fixtures/b5d7af8/README.md`."""
+"""Files of version b5d7af8 open, resume and serve, and its public names still exist; see `fixtures/b5d7af8/README.md`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of what b5d7af8 made, whose encoder and scorer load by the names they had then, here and in processes started here."""
+    """A copy of the fixtures; their encoder and scorer load under their recorded hub names, also in child processes."""
     folder = tmp_path_factory.mktemp("old") / "b5d7af8"
     shutil.copytree(OLD, folder)
     hub = folder / "hub"
@@ -61,13 +61,13 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def command(*arguments: str) -> dict[str, Any]:
-    """Run a command that needs no Ray in this process; return what `--json` prints."""
+    """Run a command that needs no Ray in this process; return its `--json` output."""
     done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def process(*arguments: str) -> dict[str, Any]:
-    """Run a command in a process and a Ray of its own; return what `--json` prints."""
+    """Run a command in a separate process with a separate Ray; return its `--json` output."""
     done = cappy(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -89,7 +89,7 @@ def lost(recorded: list[str], found: set[str]) -> list[str]:
 
 
 def assert_keeps(kind: str, folder: Path, result: dict[str, Any] | None = None, output: str | None = None) -> None:
-    """Check that a manifest, and what its verb returned, have all the keys they had."""
+    """Check that a manifest and the result of its verb have all recorded keys."""
     manifest = {**read(folder, "_MANIFEST.json"), "files": {}, "config": {}}
     assert not lost(RECORDED["manifests"][kind], names.keys(manifest))
     if output:
@@ -97,7 +97,7 @@ def assert_keeps(kind: str, folder: Path, result: dict[str, Any] | None = None, 
 
 
 def assert_columns(kind: str, file: Path) -> None:
-    """Check that a Parquet file has all the columns it had, with their types."""
+    """Check that a Parquet file has all recorded columns, with the recorded types."""
     schema = {field.name: str(field.type) for field in pq.read_schema(file)}
     assert RECORDED["schemas"][kind].items() <= schema.items()
 
@@ -116,7 +116,7 @@ def test_a_set_opens_with_the_rows_it_has(old: Path):
 
 
 @pytest.mark.parametrize("kind", ["dataset", "scorer", "evaluation", "adapted/a"])
-def test_inspect_finds_what_was_published_sound(old: Path, kind: str):
+def test_inspect_verifies_every_published_folder(old: Path, kind: str):
     found = command("inspect", str(old / kind))
     assert found["verified"] and found["problems"] == []
     assert found["summary"] == read(old / kind, "_MANIFEST.json")["summary"]
@@ -145,7 +145,7 @@ def test_annotate_reads_a_set_and_gives_the_labels_it_gave(old: Path, tmp_path: 
     assert_keeps("chrf", tmp_path / "chrf", summary, "annotate")
 
 
-def test_copies_and_pairs_of_what_was_published_keep_their_keys_and_columns(old: Path, tmp_path: Path):
+def test_copies_and_exported_pairs_keep_their_keys_and_columns(old: Path, tmp_path: Path):
     pushed = command("push", str(old / "scorer"), str(tmp_path / "pushed"))
     pulled = command("pull", str(old / "scorer"), str(tmp_path / "pulled"))
     pairs = command("push", str(old / "dataset"), str(tmp_path / "pairs"), "--pairs")
@@ -172,7 +172,7 @@ def test_an_interrupted_train_resumes_and_ends_with_the_weights_of_an_unbroken_r
     (file,) = (old / "stopped/_checkpoints").glob("*/*/metrics.jsonl")
     before = file.read_text().splitlines()
     summary = process("train", str(old / "config.yaml"), "--set", f"workspace={old}", "--set", f"scorer_path={old}/stopped")
-    # The lines have speeds of their own, so those of a run that began again would differ.
+    # The lines hold measured speeds, so a run that starts again writes different ones.
     assert before and (old / "stopped/metrics.jsonl").read_text().splitlines()[: len(before)] == before
     expected = load_file(old / "scorer/model.safetensors")
     found = load_file(old / "stopped/model.safetensors")
@@ -322,7 +322,7 @@ def test_every_route_has_its_fields():
 
 
 def test_commands_beside_the_verbs_keep_the_keys_of_their_json(old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(old)  # whose config names `rows.jsonl`
+    monkeypatch.chdir(old)  # the config has the relative path `rows.jsonl`
     found = {
         "plan": command("plan", "config.yaml"),
         "serve --new-key": command("serve", "--new-key", "a"),
