@@ -1,36 +1,45 @@
-# One line a target. `make demo` and `make test` need nothing but python3.11 and make.
-PYTHON ?= python3.11
+# One line a target. `make demo` and `make test` need nothing but make and Python 3.11 or 3.12.
+# `make setup` takes the first of these that works; choose another one with `make setup PYTHON=/path/to/python3.12`.
+PYTHON ?= python3.11 python3.12 python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Where CPU builds of torch are published for those whose own index has none.
+# PyTorch's own index, for the CPU build of torch, where pip's configured index does not have it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
-LOCK := requirements/cpu.lock
-# uv installs the lock in a quarter of pip's time; where it cannot (an index only pip is told of), pip does.
-TORCH = $(shell grep -E '^torch==' $(LOCK) | cut -d' ' -f1)
+KIND := $(if $(GPU),gpu,cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# `make test` fails below this percentage of covered lines.
+COVERAGE_FLOOR ?= 0
 
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-fast check format bench bench-quick lock clean
+.PHONY: help setup doctor demo test test-all test-fast check module-map format wheel bench bench-quick lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready  ## make the virtual environment for this machine (CPU or NVIDIA GPU) and check it
 
-$(VENV)/.ready: $(LOCK) pyproject.toml
-	@echo "setting up $(VENV) for $(if $(GPU),an NVIDIA GPU,CPU only); about 1 minute, 4.5 GB"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-ifeq ($(GPU),yes)
-	@$(PIP) install -e '.[vllm,dev]'
-else
-	@$(PIP) install --no-deps $(TORCH) 2>/dev/null || $(PIP) install --no-deps --extra-index-url $(TORCH_INDEX) $(TORCH)
-	@$(PIP) install uv==0.13.8
-	@VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps -r $(LOCK) || $(PIP) install --no-deps -r $(LOCK)
-	@$(PIP) install --no-deps --no-build-isolation -e .
+$(VENV)/.ready: $(wildcard requirements/*) pyproject.toml
+	@test -x $(BIN)/python || { \
+	  for python in $(PYTHON) ''; do \
+	    test -z "$$python" || $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' 2>/dev/null && break; \
+	  done; \
+	  test -n "$$python" || { echo "make setup: none of '$(PYTHON)' is Python 3.11 or 3.12 with venv; install one, or give its path: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	  $$python -m venv $(VENV); }
+	@echo "setting up $(VENV) for $(if $(GPU),an NVIDIA GPU,CPU only: about 2 minutes and 4.5 GB)"
+ifeq ($(KIND),cpu)
+	@# Given for every package, an index that cannot be reached would cost 10 s each: only torch needs it.
+	@$(PIP) install --no-deps --require-hashes -r requirements/torch-cpu.txt 2>/dev/null || \
+	  $(PIP) install --no-deps --require-hashes -r requirements/torch-cpu.txt --extra-index-url $(TORCH_INDEX)
 endif
+	@# uv installs a lock in a quarter of pip's time. pip is the fallback where only pip knows the package index.
+	@lock=requirements/$(KIND)-$$($(BIN)/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').lock; \
+	  { $(PIP) install --no-deps --require-hashes -r requirements/uv.txt && \
+	    VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --require-hashes -r $$lock; } || \
+	  $(PIP) install --no-deps --require-hashes -r $$lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
 	@# Neither uv nor a machine with PYTHONDONTWRITEBYTECODE writes bytecode, and every Ray worker would compile anew what it imports.
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@$(BIN)/cappy doctor
@@ -42,14 +51,24 @@ doctor: setup  ## check versions, imports, engine, storage and models again
 demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (15 minutes on 2 cores)
 	@$(BIN)/python -m serving.demo
 
-test: setup  ## all tests, with real small models and a real S3 server
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: setup  ## the tests of every change, with real small models and a real S3 server; measures coverage (20 minutes on 2 cores)
+	@$(PYTEST) -m 'not full' --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE_FLOOR)
+
+test-all: setup  ## all tests, also those marked `full`
+	@$(PYTEST)
 
 test-fast: setup  ## the tests that take seconds
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -m 'not slow and not full'
 
-check: setup  ## lint and types
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+check: setup  ## lint, types and the map of modules in CONTRIBUTING.md
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m tools.module_map --check
+
+module-map: setup  ## write the map of modules in CONTRIBUTING.md again
+	@$(BIN)/python -m tools.module_map
+
+wheel: setup  ## build the wheel and the source archive into dist/
+	@$(BIN)/python -m build --no-isolation --outdir dist .
 
 format: setup  ## format the code and mend what the linter can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
@@ -60,9 +79,17 @@ bench: setup  ## every benchmark, each against its baseline (5 hours on 2 cores;
 bench-quick: setup  ## short runs of the benchmarks that have one, each under two minutes
 	@$(BIN)/python -m benchmarks --quick
 
-lock: setup  ## pin every dependency again into requirements/cpu.lock
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --overrides requirements/overrides.txt --python-version 3.11 \
-	  --python-platform x86_64-manylinux_2_28 --torch-backend cpu --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links -o $(LOCK)
+# Versions stay as they are unless `make lock UPGRADE=--upgrade`; a new version of torch also needs its hashes in torch-cpu.txt.
+COMPILE = $(BIN)/uv pip compile $(UPGRADE) --quiet --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+CPU_ONLY := --overrides requirements/cpu-overrides.txt --excludes requirements/cpu-excludes.txt --no-emit-package torch
+lock: setup  ## write the locks again, with hashes: CPU and GPU, Python 3.11 and 3.12
+	@for version in 3.11 3.12; do \
+	  tag=py$$(echo $$version | tr -d .); \
+	  options="--extra dev --extra docs --python-version $$version --python-platform x86_64-manylinux_2_28 --no-python-downloads"; \
+	  $(COMPILE) pyproject.toml --extra cpu $(CPU_ONLY) $$options -o requirements/cpu-$$tag.lock >/dev/null || exit 1; \
+	  $(COMPILE) pyproject.toml --extra vllm $$options -o requirements/gpu-$$tag.lock >/dev/null || exit 1; \
+	done
+	@echo 'uv==0.13.8' | $(COMPILE) - -o requirements/uv.txt >/dev/null
 
 clean:  ## remove the environment and local runs (the cache of models stays)
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs dist build
