@@ -14,7 +14,7 @@ COVERAGE_FLOOR ?= 0
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-all test-fast check module-map format wheel bench bench-quick lock clean
+.PHONY: help setup doctor demo test test-all test-fast check module-map format docs wheel bench bench-quick lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ check: setup  ## lint, types and the map of modules in CONTRIBUTING.md
 module-map: setup  ## write the map of modules in CONTRIBUTING.md again
 	@$(BIN)/python -m tools.module_map
 
+docs: setup  ## build the site of the documentation into site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 wheel: setup  ## build the wheel and the source archive into dist/
 	@$(BIN)/python -m build --no-isolation --outdir dist .
 
@@ -92,4 +95,4 @@ lock: setup  ## write the locks again, with hashes: CPU and GPU, Python 3.11 and
 	@echo 'uv==0.13.8' | $(COMPILE) - -o requirements/uv.txt >/dev/null
 
 clean:  ## remove the environment and local runs (the cache of models stays)
-	rm -rf $(VENV) runs dist build
+	rm -rf $(VENV) runs dist build site
