@@ -265,6 +265,35 @@ def doctor(
         raise typer.Exit(1)
 
 
+config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+app.add_typer(config_app, name="config", help="Print a resolved config with the origin of each value, or the schema of config files.")
+
+
+@config_app.command("show", epilog="Example: cappy config show demo --set training.epochs=2")
+def config_show(config: ConfigFile = None, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Print the resolved config. A comment gives the origin of each value: default, FILE:LINE or --set.
+
+    Hashes of API keys and passwords in URLs are redacted.
+    """
+    from cluster import config_origin
+
+    tree, origins = config_origin.show(config, set_ or ())
+    if not as_json:
+        print(config_origin.to_yaml(tree, origins), end="")
+    _finish({"config": tree, "origins": origins}, as_json)
+
+
+@config_app.command("schema", epilog="Example: cappy config schema > schema.json")
+def config_schema(debug: Debug = False) -> None:
+    """Print the JSON Schema of config files.
+
+    Editors complete and check a YAML file whose first line is: # yaml-language-server: $schema=schema.json
+    """
+    from cluster.config_schema import text
+
+    print(text(), end="")
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     if version:

@@ -23,7 +23,7 @@ def error_line(result, code):
 def test_help_teaches_the_road_and_lists_only_verbs_that_work():
     text = re.sub(r"\x1b\[[0-9;]*m", "", cappy("--help", COLUMNS="120").stdout)
     verbs = set(re.findall(r"^│ (\w+) ", text, re.M)) - {"─"}
-    assert {"plan", "generate", "annotate", "train", "adapt", "evaluate", "serve", "inspect", "push", "pull", "doctor"} == verbs
+    assert {"plan", "generate", "annotate", "train", "adapt", "evaluate", "serve", "inspect", "push", "pull", "doctor", "config"} == verbs
     for verb in verbs:
         help_ = CliRunner(env={"COLUMNS": "120"}).invoke(app, [verb, "--help"])
         assert help_.exit_code == 0 and "Usage:" in help_.stdout
