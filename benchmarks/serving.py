@@ -8,7 +8,7 @@ All of them: real BIG-bench prompts (the demo's, in chat form), SmolLM2 on vLLM,
 `--answers lines` (32 tokens at most) has the demo's shots and ends where the line does, `free` (128 at most) is the bare instruction.
 `cappy serve` is asked for one choice out of `--candidates`, vLLM's server for as many samples of the same prompts; weights, engine
 settings, temperature, length and stop strings are the same. How threads and processes wait is each server's own. Against vLLM's server
-ours has the LLM twice, each with half the cores (docs/serving.md, Replicas). They run by turns, never at the same time.
+ours has the LLM twice, each with half the cores (docs/guides/serve.md, Replicas). They run by turns, never at the same time.
 
 - `throughput_ratio`: answers a second of `--clients` clients without a pause, ours over vLLM's, medians over the turns. Counted while all
   of them are busy: the first and the last `--clients` answers are left out.

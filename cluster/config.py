@@ -789,7 +789,7 @@ class ServingConfig(Section):
     """Requests a gateway works on at once."""
     max_queue: int = Field(20, ge=0)
     """Requests that may wait for their turn; the next is answered 503 at once. Fewer than are worked on, so that in an overload what is
-    answered takes about twice as long as at capacity (docs/serving.md, Load)."""
+    answered takes about twice as long as at capacity (docs/guides/serve.md, Load)."""
     timeout_s: float = Field(120.0, gt=0)
     """Seconds until a request is given up."""
     scorer_timeout_s: float = Field(30.0, gt=0)

@@ -16,7 +16,7 @@ def give_way(processes: Iterable[psutil.Process]) -> None:
     """Have processes leave the cores to others that want them: each thread `10` steps of niceness more than it has, 19 at most.
 
     For those that compute without end beside others that have a little to do and somebody waiting for it: these then get about nine
-    times the share (docs/serving.md, Load). Nobody loses a core that would be idle. What the threads start later inherits it.
+    times the share (docs/guides/serve.md, Load). Nobody loses a core that would be idle. What the threads start later inherits it.
     """
     for process in processes:
         with suppress(psutil.Error):

@@ -11,8 +11,8 @@ def wait_briefly() -> dict[str, str]:
     """Have threads of libraries loaded later, and of child processes, look for work a thousand times and then sleep.
 
     OpenMP's own default, to look for much longer, makes threads several times slower once anything else wants a core; to sleep at once
-    (what `PASSIVE` alone does) makes a small model wait a fifth of its time for threads to wake up (docs/serving.md, Load). What the user
-    set stays.
+    (what `PASSIVE` alone does) makes a small model wait a fifth of its time for threads to wake up (docs/guides/serve.md, Load). What the
+    user set stays.
     Returns the variables that say so, for a process that does not inherit them.
     """
     if not any(name in os.environ for name in _NAMES):

@@ -1,4 +1,4 @@
-"""The columns of the regression set and of the rows on the way to it. `docs/architecture.md` explains each for readers."""
+"""The columns of the regression set and of the rows on the way to it. `docs/explanation/architecture.md` explains each for readers."""
 
 from __future__ import annotations
 

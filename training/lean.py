@@ -140,7 +140,7 @@ def _attend_by_blocks(query_BATD: Tensor, key_BATD: Tensor, value_BATD: Tensor, 
 def pack_for_cpu(model: Any) -> None:
     """Make the linear layers of a model that stays on the CPU, in evaluation mode, `PackedLinear`s. Costs its weights a second time.
 
-    In bfloat16 BERT and RoBERTa scorers attend by `_attend`, in about half the time of torch's kernel (docs/training.md). The first
+    In bfloat16 BERT and RoBERTa scorers attend by `_attend`, in about half the time of torch's kernel (docs/guides/train.md). The first
     call in a process keeps oneDNN's caches small, where the environment says nothing else.
     """
     if not torch.backends.mkldnn.is_available():

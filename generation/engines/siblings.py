@@ -1,7 +1,7 @@
 """A prompt's candidates prefill it once: the end of it, which vLLM's prefix cache does not share, is copied from one to the others.
 
 vLLM shares a prompt's whole blocks between requests. What is left at its end, half a block on average, each of its candidates computes
-again: on CPU, where a block is 32 tokens, about a third of the engine's work for short candidates (docs/serving.md, Load). Here the
+again: on CPU, where a block is 32 tokens, about a third of the engine's work for short candidates (docs/guides/serve.md, Load). Here the
 first one computes it, and the others begin one step later with a copy. Candidates are the same ones.
 
 It is an extension by vLLM's own interface for KV caches from elsewhere: `get_num_new_matched_tokens` and the like are called by its
