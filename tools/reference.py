@@ -159,7 +159,7 @@ def _kind(section: type[Section]) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """Return a type as a reader of YAML knows it."""
+    """Return the name of a type for readers of YAML."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation in _TYPES:
         return _TYPES[annotation]

@@ -24,7 +24,7 @@ def site(tmp_path_factory) -> Path:
 
 
 class Assets(HTMLParser):
-    """What a browser loads with a page."""
+    """The URLs a browser loads with a page."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def test_assets_and_images_are_files_of_the_site(site):
                 assert not url or (page.parent / url.partition("?")[0]).is_file(), f"{page}: {url}"
 
 
-def test_generated_reference_pages_hold_what_the_code_says(site):
+def test_generated_reference_pages_show_the_docstrings_of_the_code(site):
     settings = (site / "reference" / "settings.html").read_text()
     assert 'id="training.batch_size"' in settings and "Pairs per optimizer step, summed over all workers." in settings
     assert "cappy config show" in (site / "reference" / "cli.html").read_text()
