@@ -30,6 +30,10 @@ from training.adapted import published
 VERSION = 1
 _COLUMNS = ("id", "dataset", "instruction", "references", "candidates")
 _PAIRS_AT_ONCE = 512
+_MARK = "_staging/run.json"
+_OWNED = storage.Owned(
+    "evaluation", "evaluate", (r"_staging/run\.json",), r"_staging/run\.json", (r"results\.json|rows\.parquet|report\.html|config\.yaml",)
+)
 
 _CANDIDATE = pa.struct(
     [
@@ -68,6 +72,7 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
     uri = storage.check(config.evaluation_uri, "evaluation_path")
     if not overwrite:
         storage.refuse_published(uri, "evaluation_path", "evaluate")
+    storage.refuse_foreign(uri, "evaluation_path", _OWNED, overwrite=overwrite)
     dataset = RegressionSet(config.dataset_uri)
     rows, without = read_rows(dataset, config.evaluation.split)
     base = baselines(rows, dataset.manifest["config"]["sampler"]["decodings"])
@@ -92,7 +97,10 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
     page = report.render(results, table, config.evaluation.examples)
 
     if overwrite:
-        storage.withdraw(uri)
+        storage.withdraw(uri, "evaluation_path", _OWNED)
+    storage.finish_withdrawal(uri, "evaluation_path", _OWNED)
+    # Until the manifest is there, it tells the next run that the other files are an evaluation's.
+    storage.write_json(storage.join(uri, _MARK), {"scorer": config.scorer_uri, "dataset": config.dataset_uri})
     folder = storage.FolderWriter(uri)
     files = {
         "results.json": folder.write_json("results.json", results),
@@ -110,6 +118,7 @@ def run(config: Config, *, overwrite: bool = False, load: Callable[[Config], Sco
         "files": files,
     }
     storage.publish(uri, manifest)
+    storage.tidy(storage.join(uri, "_staging"))
     return summary
 
 

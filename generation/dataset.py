@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     import ray.data
 
 LABEL_BINS = 10
+WORKING = (
+    r"_lease/\d+\.json",
+    r"_staging/(run|prepared)\.json",
+    r"_staging/prepared/(dead_letters\.jsonl|decontamination\.json)",
+    r"_staging/(prepared|units)/(train|validation)-\d+\.parquet",
+    r"_staging/letters/(train|validation)-part-[^/]+\.jsonl",
+    r"data/(train|validation)/part-\d{5,}-[0-9a-f]{8}\.parquet",
+    r"_staging/promises/(train|validation)-\d+-[0-9a-f]{32}\.json",
+)
+"""The files of an unfinished set (its shards have their run in their names), as `storage.Owned` takes them."""
+RESULTS = (
+    r"data/(train|validation)/part-\d{5,}\.parquet",
+    r"config\.yaml|README\.md|labels\.svg|dead_letters\.jsonl|decontamination\.json",
+)
+"""The files of a set beside its manifest."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ _ERROR_RATE_ROWS = 200
 # Blocks a plan is cut into at most: Ray Data's books in the driver grow with them, not with the rows.
 _BLOCKS = 1000
 _LEASE = "_lease"
+_OWNED = storage.Owned("dataset", "generate", dataset.WORKING, r"_staging/(units|letters)/.+", dataset.RESULTS)
 
 
 def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load) -> dict[str, Any]:
@@ -53,13 +54,14 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
     uri = storage.check(config.dataset_uri, "dataset")
     if not overwrite:
         storage.refuse_published(uri, "dataset", "generate")
+    storage.refuse_foreign(uri, "dataset", _OWNED, overwrite=overwrite)
     engines.check(config.sampler)
     with metrics.exposed(config.generate) as progress, lease.held(storage.join(uri, _LEASE), f"dataset={uri}") as held:
         if overwrite:
-            held.check()
-            storage.withdraw(uri, keep=_LEASE)
+            storage.withdraw(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
+        storage.finish_withdrawal(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
         storage.refuse_published(uri, "dataset", "generate")
-        shards.refuse_foreign(uri)
+        storage.refuse_foreign(uri, "dataset", _OWNED, overwrite=False)
         staging = storage.join(uri, "_staging")
         held.check()
         _claim(staging, config)

@@ -30,6 +30,7 @@ from generation import annotate, card, dataset
 from generation.dataset import RegressionSet
 from generation.schema import DATASET
 
+_OWNED = storage.Owned("dataset", "annotate", dataset.WORKING, r"_staging/run\.json", dataset.RESULTS)
 # Rows labelled at once; bounds a task's memory.
 _BATCH_ROWS = 1024
 
@@ -45,8 +46,10 @@ def run(config: Config, *, src: str, dst: str, overwrite: bool = False) -> dict[
     uri = storage.check(dst, "DST")
     _refuse_nested(source.uri, uri)
     if overwrite:
-        storage.withdraw(uri)
+        storage.withdraw(uri, "DST", _OWNED)
     storage.refuse_published(uri, "DST", "annotate")
+    storage.refuse_foreign(uri, "DST", _OWNED, overwrite=False)
+    storage.finish_withdrawal(uri, "DST", _OWNED)
     origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
     metric = annotate.describe(config.generate.label)
     _claim(uri, {"relabelled_from": origin, "metric": metric})

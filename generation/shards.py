@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError
 from generation import dataset, units
 from generation.schema import DATASET, SPLITS
 
@@ -40,13 +40,6 @@ def fill(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
 def path(split: str, number: int, run: str) -> str:
     """Return the path of a shard within its set; `run` is the 8 hex digits of the lease its writer holds."""
     return f"data/{split}/part-{number:05d}-{run}.parquet"
-
-
-def refuse_foreign(uri: str) -> None:
-    """Raise `UsageError` where files below `data/` were not written by `cappy generate`: readers of `data/*` would take them for rows."""
-    strange = sorted(name for name in _files(uri) if not _NAME.fullmatch(name))
-    if strange:
-        raise UsageError(f"dataset={uri} holds other files, {strange[0]} first of {len(strange)}; move them away or choose another dataset")
 
 
 def remove_superseded(uri: str, published: Iterable[str], check: Callable[[], None]) -> None:

@@ -133,7 +133,8 @@ def outcome(task: Task) -> dict[str, Any] | None:
         found = storage.read_json(storage.join(task.uri, RESULTS))
     except (FileNotFoundError, ValueError):
         return None
-    return dict(found) if found["state"] == "rejected" else None  # else it was lost before its manifest was written
+    rejected = isinstance(found, dict) and found.get("state") == "rejected" and "identity" in found
+    return dict(found) if rejected else None  # else it was lost before its manifest was written, or is not ours
 
 
 def collect(dataset: RegressionSet, only: str | None, size: int, seed: int) -> tuple[Pairs, int]:

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -30,11 +30,14 @@ from cluster.runtime import clean_error, on_sigterm, ray_session
 from generation import engines, pipeline
 from generation.dataset import RegressionSet
 from generation.sampler import LoadLLM
-from training import adapt, lora, trainer
+from training import adapt, lora, scorer, trainer
 from training.adapt import RESULTS, Base, Task
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
 
 _LEASE = "_lease"
+_OWNED = storage.Owned("scorer", "adapt", (f"{CHECKPOINTS}/adapting",), f"{CHECKPOINTS}/adapting", scorer.RESULTS)
+# A task whose gate let no scorer pass has this file alone.
+_REJECTED = storage.Owned("scorer", "adapt", (*_OWNED.working, r"results\.json"), r"results\.json", ())
 _LISTEN_S = 1.0  # after which a SIGTERM is noticed while all tasks are at work
 _GONE_S = 30.0
 # What may change when a run goes on.
@@ -61,17 +64,16 @@ def run(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load
             pipeline.run(config, load=load)
         dataset = RegressionSet(config.dataset_uri)
         _say_where_it_differs(config, dataset)
+        _refuse_foreign_table(uri)
         tasks = _tasks(config, dataset, base, uri)
         outcomes = {} if overwrite else _finished(tasks)
         if outcomes:
             say(f"{len(outcomes)} of {len(tasks)} tasks are done already; going on")
         pending = [task for task in tasks if task.name not in outcomes]
+        _clear(pending, held.check)
         for task in tasks:
             if task.name in outcomes:  # it may have been stopped between publishing and tidying
                 storage.tidy(storage.join(task.uri, CHECKPOINTS), held.check)
-            else:
-                held.check()
-                _clear(task)
         closing = on_sigterm("leaving the tasks at work, which begin afresh when the same command goes on", lambda: None)
         with closing as told, Bar("adapting", len(tasks), "tasks", done=len(outcomes)) as bar:
             for task, outcome in _adapt(config, base, pending, told, held):
@@ -191,13 +193,35 @@ def _finished(tasks: list[Task]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _clear(task: Task) -> None:
-    """Empty a task's place, but only of what `cappy adapt` wrote: an earlier outcome, or what a lost run left."""
-    files = storage.list_files(task.uri)
-    ours = adapt.outcome(task) is not None or any(name.startswith(f"{CHECKPOINTS}/") for name in files)
-    if files and not ours:
-        raise UsageError(f"adapted_path: {task.uri} holds files that no `cappy adapt` wrote, e.g. {next(iter(files))}; choose another")
-    storage.withdraw(task.uri)
+def _clear(tasks: list[Task], check: Callable[[], None] = lambda: None) -> None:
+    """Empty the places of tasks, but only of what `cappy adapt` wrote, and none of them where one holds anything else."""
+    owned = [(task.uri, _owned(task)) for task in tasks]
+    for uri, own in owned:
+        storage.refuse_foreign(uri, "adapted_path", own, overwrite=True)
+    for uri, own in owned:
+        storage.withdraw(uri, "adapted_path", own, check=check)
+
+
+def _owned(task: Task) -> storage.Owned:
+    """What `cappy adapt` may delete of a task's place: an earlier outcome, or what a lost run left."""
+    published = storage.exists(storage.join(task.uri, storage.MANIFEST))
+    return _OWNED if adapt.outcome(task) is None or published else _REJECTED
+
+
+def _refuse_foreign_table(uri: str) -> None:
+    """Refuse to write the table of all outcomes over a file of its name that is no such table."""
+    place = storage.join(uri, RESULTS)
+    try:
+        found = storage.read_json(place)
+    except FileNotFoundError:
+        return
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or "tasks" not in found:
+        raise UsageError(
+            f"adapted_path={uri} holds files that no `cappy adapt` wrote, e.g. {RESULTS}; nothing was deleted: "
+            f"choose another adapted_path, or move them away"
+        )
 
 
 def _adapt(config: Config, base: Base, tasks: list[Task], told: threading.Event, held: Lease) -> Iterator[tuple[Task, dict[str, Any]]]:

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "bfloat16", "float32"]
 
 CHECKPOINTS = "_checkpoints"
+RESULTS = (
+    r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
+    r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|vocab\.(txt|json)|merges\.txt|(spiece|sentencepiece\.bpe)\.model",
+    r"README\.md|config\.yaml|metrics\.jsonl|loss\.svg|calibration\.svg|results\.json",
+)
+"""The files of a scorer or its adapters beside the manifest, as `storage.Owned` takes them."""
 """Folder beside the model files while it is being trained; a folder that has it and no manifest is not finished."""
 
 # Padded tokens in one forward pass; more only costs memory once the cores are busy.

@@ -29,13 +29,27 @@ from cluster.runtime import clean_error, code_version, on_sigterm, ray_session
 from generation.dataset import RegressionSet
 from training import card, checkpoint, loop, stream
 from training.board import Board, work
-from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
+from training.scorer import CHECKPOINTS, RESULTS, Scorer, load_tokenizer, new_model
 from training.size import Size
 from training.watch import Watchers
 
 Work = Callable[[dict[str, Any]], None]
 
 _LEASE = "_lease"
+_FINISHED = CHECKPOINTS + r"/[0-9a-f]{16}/\d{8}-[0-9a-f]{8}/_MANIFEST\.json"
+_OWNED = storage.Owned(
+    "scorer",
+    "train",
+    (
+        CHECKPOINTS + r"/_lease/\d+\.json",
+        CHECKPOINTS + r"/[0-9a-f]{16}/size\.json",
+        CHECKPOINTS + r"/[0-9a-f]{16}/best/\d{8}\.safetensors",
+        CHECKPOINTS + r"/[0-9a-f]{16}/\d{8}-[0-9a-f]{8}/((weights|optimizer)-\d+\.safetensors|state\.json|metrics\.jsonl)",
+        _FINISHED,
+    ),
+    _FINISHED,
+    RESULTS,
+)
 # Settings that decide how a scorer is trained and not what comes out, but for rounding.
 _HOW = (
     *("workers", "min_workers", "parallel", "gpus_per_worker", "checkpoint_every", "checkpoints_kept", "max_failures"),
@@ -53,10 +67,9 @@ def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[s
     start = time.monotonic()
     config = _absolute(config)
     uri = storage.check(config.scorer_uri, "scorer_path")
-    if overwrite:
-        _refuse_foreign(uri)
-    else:
+    if not overwrite:
         storage.refuse_published(uri, "scorer_path", "train")
+    storage.refuse_foreign(uri, "scorer_path", _OWNED, overwrite=overwrite)
     dataset = RegressionSet(config.dataset_uri)
     _refuse_unmeasured(config, dataset)
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
@@ -66,11 +79,10 @@ def run(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[s
     watchers = Watchers(config.training, name)
     checkpoints = storage.join(uri, CHECKPOINTS)
     with lease.held(storage.join(checkpoints, _LEASE), f"scorer_path={uri}") as held:
+        kept = f"{CHECKPOINTS}/{_LEASE}"
         if overwrite:
-            held.check()
-            storage.withdraw(uri, keep=CHECKPOINTS)
-            held.check()
-            storage.withdraw(checkpoints, keep=_LEASE)
+            storage.withdraw(uri, "scorer_path", _OWNED, keep=kept, check=held.check)
+        storage.finish_withdrawal(uri, "scorer_path", _OWNED, keep=kept, check=held.check)
         storage.refuse_published(uri, "scorer_path", "train")
         mine = storage.join(checkpoints, name)
         size = _count(dataset, storage.join(mine, "size.json"))
@@ -111,15 +123,6 @@ def _absolute(config: Config) -> Config:
     encoder = models.absolute(config.scorer.encoder)
     paths = {"dataset": storage.check(config.dataset_uri, "dataset"), "scorer_path": storage.absolute(config.scorer_uri)}
     return config.model_copy(update={**paths, "scorer": config.scorer.model_copy(update={"encoder": encoder})})
-
-
-def _refuse_foreign(uri: str) -> None:
-    """Refuse an `--overwrite` of anything that `cappy train` did not write."""
-    files = storage.list_files(uri)
-    if storage.MANIFEST in files:
-        storage.read_manifest(uri, "scorer", "train")
-    elif files and not any(name.startswith(f"{CHECKPOINTS}/") for name in files):
-        raise UsageError(f"scorer_path={uri} holds files that no `cappy train` wrote, e.g. {next(iter(files))}; choose an empty folder")
 
 
 def _count(dataset: RegressionSet, place: str) -> Size:

@@ -1,3 +1,4 @@
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,6 +7,7 @@ import pytest
 from cluster import storage
 from cluster.errors import CappyError, UsageError
 
+OWNED = storage.Owned("scorer", "train", (r"_work/\d+\.json",), r"_work/1\.json", (r"README\.md", r"data/part-\d\.bin"))
 both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
 
 
@@ -43,7 +45,7 @@ def test_a_published_folder_is_read_verified_and_taken_back(place):
         storage.publish(place, manifest)
     with pytest.raises(CappyError, match="holds a scorer, not a dataset"):
         storage.read_manifest(place, "dataset", "generate")
-    storage.withdraw(place)
+    storage.withdraw(place, "scorer_path", OWNED)
     assert storage.list_files(place) == {}
 
 
@@ -163,3 +165,144 @@ def test_without_a_lease_nothing_is_written_beside_a_manifest_of_another_run(pla
     with pytest.raises(CappyError, match="was published by another run meanwhile"):
         folder.write_bytes("f", b"mine again")
     assert storage.read_bytes(f"{place}/f") == b"mine"
+
+
+def publish(place, *names):
+    for name in names:
+        storage.write_bytes(f"{place}/{name}", b"ours")
+    storage.publish(place, {"kind": "scorer", "files": storage.checksums(place, names)})
+
+
+def refused(place, example, **settings):
+    """Assert that nothing is deleted because of the file `example`."""
+    before = storage.list_files(place)
+    told = (
+        rf"scorer_path={place} holds files that no `cappy train` wrote, e\.g\. {re.escape(example)}.*: choose another scorer_path, or move"
+    )
+    with pytest.raises(UsageError, match=told) as caught:
+        storage.withdraw(place, "scorer_path", OWNED, **settings)
+    assert "\n" not in str(caught.value)
+    assert storage.list_files(place) == before
+
+
+@both
+@pytest.mark.parametrize("name", ["thesis.txt", "data/mine.bin", "data/deep/part-1.bin", "_work/thesis.txt", ".thesis.txt", "a\nb.txt"])
+def test_a_folder_with_anothers_file_is_not_emptied(place, name):
+    publish(place, "README.md", "data/part-0.bin", "_work/1.json")
+    storage.write_bytes(f"{place}/{name}", b"theirs")
+    refused(place, repr(name) if "\n" in name else name)
+
+
+@both
+def test_a_folder_without_a_manifest_is_not_emptied_of_files_with_common_names(place):
+    storage.write_bytes(f"{place}/README.md", b"theirs")
+    refused(place, "README.md")
+    with pytest.raises(UsageError, match=r"e\.g\. README\.md"):
+        storage.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
+    # A run that has begun checked this before, so then they are its own.
+    storage.write_bytes(f"{place}/_work/2.json", b"")
+    refused(place, "README.md")
+    storage.write_bytes(f"{place}/_work/1.json", b"")
+    storage.withdraw(place, "scorer_path", OWNED, keep="_work")
+    assert storage.list_files(place) == {"_work/1.json": 0, "_work/2.json": 0}
+
+
+@both
+def test_files_that_are_not_in_the_way_may_stay_beside_a_new_run(place):
+    for name, way in (("thesis.txt", False), ("data/mine.bin", True), ("_work/mine", True), ("README.md", True)):
+        storage.write_bytes(f"{place}/{name}", b"theirs")
+        if way:
+            with pytest.raises(UsageError, match=rf"e\.g\. {name}; nothing was deleted"):
+                storage.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
+        else:
+            storage.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
+        storage.delete(f"{place}/{name}")
+
+
+def test_a_bucket_of_others_is_not_emptied(bucket):
+    for name in ("photos/cat.jpg", "README.md", "data/part-0.bin"):
+        storage.write_bytes(f"{bucket}/{name}", b"theirs")
+    refused(bucket, "README.md")
+
+
+@both
+@pytest.mark.parametrize("name", ["../outside", "data/../../outside", "/outside", "a//b", "", "a\\b", "a\0b"])
+def test_a_manifest_that_names_files_outside_its_folder_deletes_none(place, name):
+    storage.write_bytes(f"{place}/../outside" if not storage.is_s3(place) else f"{place.removesuffix('/place')}/outside", b"theirs")
+    publish(place, "README.md")
+    manifest = storage.read_json(f"{place}/_MANIFEST.json")
+    storage.write_json(f"{place}/_MANIFEST.json", {**manifest, "files": {**manifest["files"], name: {"bytes": 6, "sha256": "0"}}})
+    before = storage.list_files(place)
+    with pytest.raises(CappyError, match=r"_MANIFEST\.json names the file .* not within the folder") as caught:
+        storage.withdraw(place, "scorer_path", OWNED)
+    assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
+    assert storage.list_files(place) == before
+    assert storage.exists(storage.join(place.rsplit("/", 1)[0], "outside"))
+    with pytest.raises(CappyError, match="not within the folder"):
+        storage.read_manifest(place, "scorer", "train")
+
+
+@both
+@pytest.mark.parametrize(("manifest", "told"), [({"kind": "dataset", "files": {}}, "holds a dataset, not a scorer"), ([], "not readable")])
+def test_what_another_verb_published_is_not_deleted(place, manifest, told):
+    storage.write_json(f"{place}/_MANIFEST.json", manifest)
+    with pytest.raises(UsageError, match=rf"scorer_path={place} .*{told}.*nothing was deleted: choose another scorer_path"):
+        storage.withdraw(place, "scorer_path", OWNED)
+    assert storage.exists(f"{place}/_MANIFEST.json")
+
+
+def test_symbolic_links_are_never_followed(tmp_path):
+    place, outside = tmp_path / "place", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "part-0.bin").write_bytes(b"theirs")
+    publish(str(place), "README.md", "data/part-0.bin")
+    (place / "data").rename(tmp_path / "moved")
+    (place / "data").symlink_to(outside)
+    refused(str(place), "data")
+    (place / "data").unlink()
+    (place / "data").mkdir()
+    (place / "data" / "part-0.bin").symlink_to(outside / "part-0.bin")
+    refused(str(place), "data/part-0.bin")
+    assert (outside / "part-0.bin").read_bytes() == b"theirs"
+
+
+def test_a_destination_that_is_a_link_itself_is_withdrawn_where_it_leads(tmp_path):
+    publish(str(tmp_path / "disk"), "README.md", "data/part-0.bin")
+    (tmp_path / "place").symlink_to(tmp_path / "disk")
+    storage.withdraw(str(tmp_path / "place"), "scorer_path", OWNED)
+    assert list((tmp_path / "disk").iterdir()) == [] and (tmp_path / "place").is_symlink()
+
+
+def test_what_atomic_writes_left_and_empty_folders_go_and_others_stay(tmp_path):
+    publish(str(tmp_path), "README.md", "data/part-0.bin")
+    for name in (".README.md.", "data/.part-0.bin.", "._MANIFEST.json.", "_work/.7.json."):
+        storage.write_bytes(f"{tmp_path}/{name}{'0f' * 16}", b"half")
+    (tmp_path / "empty").mkdir()
+    storage.withdraw(str(tmp_path), "scorer_path", OWNED)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    storage.write_bytes(f"{tmp_path}/.thesis.txt.{'0f' * 16}", b"theirs")
+    refused(str(tmp_path), f".thesis.txt.{'0f' * 16}")
+
+
+@both
+@pytest.mark.parametrize("again", ["withdraw", "run"])
+def test_a_withdrawal_that_was_interrupted_is_completed(place, again, monkeypatch):
+    publish(place, "README.md", "data/part-0.bin", "results.txt")
+    with monkeypatch.context() as patch:
+        done = storage._delete_files
+
+        def interrupted(uri, names):
+            if names != [storage.MANIFEST]:
+                raise KeyboardInterrupt
+            done(uri, names)
+
+        patch.setattr(storage, "_delete_files", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            storage.withdraw(place, "scorer_path", OWNED)
+    assert not storage.exists(f"{place}/_MANIFEST.json") and storage.exists(f"{place}/results.txt")
+    if again == "withdraw":
+        storage.withdraw(place, "scorer_path", OWNED)
+    else:
+        storage.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
+        storage.finish_withdrawal(place, "scorer_path", OWNED)
+    assert storage.list_files(place) == {}

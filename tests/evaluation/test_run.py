@@ -126,6 +126,29 @@ def test_a_finished_evaluation_is_refused_and_kept_until_its_successor_exists(pu
     storage.read_manifest(published.evaluation_uri, "evaluation", "evaluate")
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_folder_with_anothers_files_is_not_overwritten(published, rows, finished):
+    if finished:
+        run(published, load=lambda _: Peeking(rows))
+    name = "thesis.txt" if finished else "config.yaml"
+    storage.write_bytes(f"{published.evaluation_uri}/{name}", b"theirs")
+    before = storage.list_files(published.evaluation_uri)
+    for overwrite in (True,) if finished else (False, True):
+        with pytest.raises(UsageError, match=rf"evaluation_path=.* holds files that no `cappy evaluate` wrote, e\.g\. {name}"):
+            run(published, overwrite=overwrite, load=lambda _: Peeking(rows))
+    assert storage.list_files(published.evaluation_uri) == before
+
+
+def test_an_evaluation_that_broke_off_is_written_again(published, rows, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(published, load=lambda _: Peeking(rows))
+    assert storage.exists(f"{published.evaluation_uri}/results.json")
+    run(published, load=lambda _: Peeking(rows))
+    assert not storage.exists(f"{published.evaluation_uri}/_staging")
+
+
 def test_a_dataset_that_is_not_finished_is_refused(config):
     with pytest.raises(CappyError, match="cappy generate"):
         run(config, load=lambda _: Peeking([]))

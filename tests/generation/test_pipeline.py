@@ -97,6 +97,39 @@ def test_a_finished_set_is_not_overwritten_unless_told(unbroken, tmp_path):
     assert repr(content(unbroken[0])) == before
 
 
+@both
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["README.md", "data/thesis.txt", "data/train/part.csv", "_staging/thesis.txt", "thesis.txt"])
+def test_a_folder_that_holds_anothers_files_is_refused_as_it_was(rows, place, name, overwrite):
+    storage.write_bytes(f"{place}/{name}", b"theirs")
+    if name == "thesis.txt" and not overwrite:
+        return  # a set may be made beside it
+    with pytest.raises(
+        UsageError, match=rf"dataset={place} holds files that no `cappy generate` wrote, e\.g\. {name}; nothing was deleted"
+    ):
+        pipeline.run(config_for(rows, place), overwrite=overwrite, load=FixedLLM)
+    assert storage.list_files(place) == {name: 6}
+
+
+def test_a_whole_bucket_of_others_is_not_overwritten(rows, bucket):
+    storage.write_bytes(f"{bucket}/photos/cat.jpg", b"theirs")
+    with pytest.raises(UsageError, match=rf"dataset={bucket} holds files .*photos/cat.jpg.*choose another dataset, or move them away"):
+        pipeline.run(config_for(rows, bucket), overwrite=True, load=FixedLLM)
+    assert storage.list_files(bucket) == {"photos/cat.jpg": 6}
+
+
+def test_a_finished_set_with_anothers_file_is_not_overwritten(unbroken, rows, tmp_path):
+    copy = tmp_path / "copy"
+    storage.download_folder(unbroken[0], copy)
+    for name in ("thesis.txt", "data/train/mine.parquet"):
+        storage.write_bytes(f"{copy}/{name}", b"theirs")
+        before = storage.list_files(str(copy))
+        with pytest.raises(UsageError, match=rf"holds files that no `cappy generate` wrote, e\.g\. {name}"):
+            pipeline.run(config_for(rows, copy), overwrite=True, load=FixedLLM)
+        assert storage.list_files(str(copy)) == before
+        storage.delete(f"{copy}/{name}")
+
+
 DRIVER = """
 import functools, sys
 from cluster.config import load
@@ -268,6 +301,7 @@ def test_shards_that_earlier_runs_left_are_not_in_the_published_set(place, rows)
     superseded = ["data/train/part-00000.parquet", "data/train/part-00007-0123abcd.parquet", "data/validation/part-00000-0123abcd.parquet"]
     for name in superseded:
         storage.write_bytes(f"{place}/{name}", b"left")
+    storage.write_bytes(f"{place}/_staging/letters/train-part-00000.parquet.jsonl", b"")
     pipeline.run(config_for(rows, place), load=FixedLLM)
     manifest = RegressionSet(place).manifest
     assert set(storage.list_files(place)) == {*manifest["files"], storage.MANIFEST}
@@ -276,7 +310,7 @@ def test_shards_that_earlier_runs_left_are_not_in_the_published_set(place, rows)
 
 def test_other_files_among_the_shards_are_refused_before_anything_is_sampled(tmp_path, rows):
     storage.write_bytes(f"{tmp_path}/set/data/train/mine.parquet", b"mine")
-    with pytest.raises(UsageError, match=r"dataset=.*/set holds other files, data/train/mine.parquet first of 1; move them away"):
+    with pytest.raises(UsageError, match=r"dataset=.*/set holds files that no `cappy generate` wrote, e.g. data/train/mine.parquet"):
         pipeline.run(config_for(rows, tmp_path / "set"), load=FixedLLM)
     assert set(storage.list_files(f"{tmp_path}/set/data")) == {"train/mine.parquet"}
 

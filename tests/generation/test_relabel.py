@@ -125,6 +125,24 @@ def test_a_destination_that_is_the_source_or_taken_is_refused(made, tmp_path):
     assert relabel.run(load(), src=made, dst=taken, overwrite=True)["instructions"] == ROWS + 1
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["README.md", "data/train/mine.parquet", "_staging/thesis.txt"])
+def test_a_destination_with_anothers_files_is_refused_as_it_was(made, name, overwrite, tmp_path):
+    storage.write_bytes(f"{tmp_path}/new/{name}", b"theirs")
+    with pytest.raises(UsageError, match=rf"DST=.*new holds files that no `cappy annotate` wrote, e\.g\. {name}; nothing was deleted"):
+        relabel.run(CHRF, src=made, dst=str(tmp_path / "new"), overwrite=overwrite)
+    assert storage.list_files(f"{tmp_path}/new") == {name: 6}
+
+
+def test_a_finished_destination_with_anothers_file_is_not_overwritten(made, tmp_path):
+    storage.download_folder(made, tmp_path / "new")
+    storage.write_bytes(f"{tmp_path}/new/thesis.txt", b"theirs")
+    before = storage.list_files(f"{tmp_path}/new")
+    with pytest.raises(UsageError, match=r"e\.g\. thesis\.txt; nothing was deleted: choose another DST"):
+        relabel.run(CHRF, src=made, dst=str(tmp_path / "new"), overwrite=True)
+    assert storage.list_files(f"{tmp_path}/new") == before
+
+
 def test_a_destination_begun_with_another_metric_is_refused(made, tmp_path):
     source = RegressionSet(made)
     origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}

@@ -35,7 +35,8 @@ class Clock:
 
 def publish(encoder, uri, seed):
     """Publish the encoder with a head of its own, in the place of what was there; return the URI."""
-    storage.withdraw(uri)
+    storage.delete(f"{uri}/{storage.MANIFEST}")
+    storage.delete(uri)
     with tempfile.TemporaryDirectory() as folder:
         model = new_model(encoder, ScorerConfig(max_length=32), TrainingConfig(), seed)
         Scorer(model, load_tokenizer(encoder, "x", "s"), 32).save(folder)

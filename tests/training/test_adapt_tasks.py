@@ -48,15 +48,36 @@ def test_a_base_is_seen_to_be_trainable_before_anything_is_spent(method: str, en
             adapt_tasks._base(wrong)
 
 
-def test_only_what_adapt_wrote_is_cleared(tmp_path: Path):
-    (tmp_path / "tense").mkdir()
-    (tmp_path / "tense/thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds files that no `cappy adapt` wrote, e.g. thesis.txt"):
-        adapt_tasks._clear(Task("tense", "tense", str(tmp_path / "tense"), {}))
-    storage.publish(str(tmp_path / "tense"), {"kind": "scorer", "files": {}})
+def test_only_what_adapt_wrote_is_cleared_and_nothing_where_one_place_holds_more(tmp_path: Path):
+    tense, sides, colors = (Task(name, name, str(tmp_path / name), {}) for name in ("tense", "sides", "colors"))
+    storage.write_json(f"{sides.uri}/results.json", {"state": "rejected", "identity": {}})
+    for name in ("README.md", f"{CHECKPOINTS}/adapting"):  # what a lost run left
+        storage.write_bytes(f"{colors.uri}/{name}", b"")
+    before = [storage.list_files(task.uri) for task in (sides, colors)]
+    storage.write_bytes(f"{tense.uri}/thesis.txt", b"mine")
+    with pytest.raises(UsageError, match=r"adapted_path=.*tense holds files that no `cappy adapt` wrote, e.g. thesis.txt"):
+        adapt_tasks._clear([sides, colors, tense])
+    storage.publish(tense.uri, {"kind": "scorer", "files": {}})
     with pytest.raises(CappyError, match="holds a scorer that `cappy adapt` did not write"):
-        adapt_tasks._clear(Task("tense", "tense", str(tmp_path / "tense"), {}))
-    assert (tmp_path / "tense/thesis.txt").exists()
+        adapt_tasks._clear([sides, colors, tense])
+    storage.write_json(f"{tense.uri}/{storage.MANIFEST}", {"kind": "scorer", "identity": {}, "summary": {}, "files": {}})
+    with pytest.raises(UsageError, match=r"e.g. thesis.txt; nothing was deleted"):
+        adapt_tasks._clear([sides, colors, tense])
+    assert storage.exists(f"{tense.uri}/thesis.txt") and [storage.list_files(task.uri) for task in (sides, colors)] == before
+    storage.delete(f"{tense.uri}/thesis.txt")
+    adapt_tasks._clear([sides, colors, tense])
+    assert not storage.list_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[]", "theirs", "{}"])
+def test_anothers_results_are_neither_an_outcome_nor_overwritten(content: str, tmp_path: Path):
+    task = Task("tense", "tense", str(tmp_path), {})
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UsageError, match=r"wrote, e\.g\. results\.json; nothing was deleted"):
+        adapt_tasks._clear([task])
+    with pytest.raises(UsageError, match=r"wrote, e\.g\. results\.json; nothing was deleted"):
+        adapt_tasks._refuse_foreign_table(str(tmp_path))
+    assert (tmp_path / "results.json").read_text() == content
 
 
 def test_lora_without_a_base_is_refused(tmp_path: Path):

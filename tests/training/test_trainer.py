@@ -133,6 +133,19 @@ def test_a_finished_scorer_is_refused_and_replaced_only_when_asked(trained: tupl
         trainer.run(config.model_copy(update={"scorer_path": str(tmp_path)}), overwrite=True)
     with pytest.raises(CappyError, match="holds a dataset, not a scorer"):
         trainer.run(config.model_copy(update={"scorer_path": config.dataset_uri}), overwrite=True)
+    (tmp_path / "thesis.txt").rename(tmp_path / "README.md")
+    with pytest.raises(UsageError, match=r"no `cappy train` wrote, e.g. README.md; nothing was deleted"):
+        trainer.run(config.model_copy(update={"scorer_path": str(tmp_path)}))
+    for name in ("thesis.txt", f"{CHECKPOINTS}/thesis.txt"):
+        mine = tmp_path / "copy"
+        storage.download_folder(config.scorer_uri, mine)
+        storage.write_bytes(f"{mine}/{name}", b"theirs")
+        before = storage.list_files(str(mine))
+        with pytest.raises(UsageError, match=rf"no `cappy train` wrote, e.g. {name}; nothing was deleted"):
+            trainer.run(config.model_copy(update={"scorer_path": str(mine)}), overwrite=True)
+        assert storage.list_files(str(mine)) == before
+        storage.delete(str(mine))
+    (tmp_path / "README.md").rename(tmp_path / "thesis.txt")
     assert (tmp_path / "thesis.txt").exists() and storage.exists(storage.join(config.dataset_uri, storage.MANIFEST))
 
 
