@@ -84,6 +84,8 @@ def _from_s3(uri: str, setting: str) -> Path:
     files = storage.list_files(uri)
     if not files:
         raise CappyError(f"{setting}={uri}: nothing is there; give the s3:// folder of a model")
+    for name in files:
+        storage.check_name(name, f"{setting}={uri}")
     manifest = storage.join(uri, storage.MANIFEST)
     state = storage.read_bytes(manifest) if storage.MANIFEST in files else json.dumps(files).encode()
     key = hashlib.sha256(uri.encode() + state).hexdigest()[:24]

@@ -676,8 +676,11 @@ def _put_file(uri: str, file: Path, entry: dict[str, Any], condition: dict[str, 
 
 
 def download_folder(uri: str, folder: Path) -> None:
-    """Copy every file below `uri` into a local folder."""
-    for relative in list_files(uri):
+    """Copy every file below `uri` into a local folder.
+
+    Raises `CappyError` before it copies the first where one of them would not come to be inside.
+    """
+    for relative in [check_name(name, uri) for name in list_files(uri)]:
         download_file(join(uri, relative), folder / relative)
 
 
@@ -715,7 +718,7 @@ def local_file(uri: str) -> Iterator[Path]:
         yield Path(absolute(uri))
         return
     with tempfile.TemporaryDirectory(prefix="cappy-copy-") as folder:
-        copy = Path(folder, uri.rsplit("/", 1)[-1])
+        copy = Path(folder, check_name(uri.rsplit("/", 1)[-1], uri))
         download_file(uri, copy)
         yield copy
 

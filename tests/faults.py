@@ -8,7 +8,7 @@ import socket
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 KINDS = ("unavailable", "reset", "lost_answer", "truncated", "flipped_answer", "flipped_request")
 
@@ -107,3 +107,51 @@ class FaultyProxy:
 def _flip(data: bytes, place: float) -> bytes:
     position = int(place * len(data))
     return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+class KeyStore:
+    """An S3 server that holds objects under keys of any shape, as AWS does; SeaweedFS cleans `a//b` and refuses `a/../b`.
+
+    It answers HeadBucket, ListObjectsV2, GetObject and HeadObject, and checks no signature. `url` is its address.
+    """
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                target = urlsplit(self.path)
+                _, _, key = unquote(target.path).removeprefix("/").partition("/")
+                query = dict(parse_qsl(target.query))
+                if key:
+                    self.answer(200 if key in objects else 404, objects.get(key, b"<Error><Code>NoSuchKey</Code></Error>"))
+                    return
+                found = [name for name in sorted(objects) if name.startswith(query.get("prefix", ""))]
+                entries = "".join(
+                    f"<Contents><Key>{quote(name, safe='')}</Key><Size>{len(objects[name])}</Size></Contents>" for name in found
+                )
+                body = f"<EncodingType>url</EncodingType><KeyCount>{len(found)}</KeyCount><IsTruncated>false</IsTruncated>{entries}"
+                self.answer(200, f"<ListBucketResult>{body}</ListBucketResult>".encode())
+
+            do_HEAD = do_GET
+
+            def answer(self, status: int, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> KeyStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

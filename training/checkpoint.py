@@ -182,7 +182,7 @@ def _step(name: str) -> int:
 
 
 def _checked(uri: str, name: str, manifest: dict[str, Any]) -> bytes:
-    data = storage.read_bytes(storage.join(uri, name))
+    data = storage.read_bytes(storage.join(uri, storage.check_name(name, uri)))
     if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
         raise storage.Damaged(f"{uri}: {name} does not match its SHA-256")
     return data

@@ -3,6 +3,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from cluster import models, storage
 from cluster.errors import CappyError, UsageError
+from tests.faults import KeyStore
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,17 @@ def test_a_path_that_is_not_there_is_refused(call, name):
 def test_a_hub_name_that_cannot_be_fetched_says_what_else_works():
     with pytest.raises(CappyError, match=r"sampler.model=nobody/nothing: the hub .*; give a local folder"):
         models.resolve("nobody/nothing", "sampler.model")
+
+
+@pytest.mark.parametrize("key", ["m//etc/x", "m/../../x", "m/a\\b"])
+@pytest.mark.parametrize("setting", ["sampler.model", "scorer_path", "scorer.encoder"])
+def test_a_model_whose_keys_lead_out_of_the_cache_is_refused(key, setting, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("CAPPY_CACHE", str(tmp_path / "cache"))
+    with KeyStore({"m/config.json": b"{}", "m/model.safetensors": b"", key: b"theirs"}) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        with pytest.raises(CappyError, match=rf"{setting}=s3://bucket/m names the file .* not within the folder") as caught:
+            models.resolve("s3://bucket/m", setting)
+    assert repr(key.removeprefix("m/")) in str(caught.value)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

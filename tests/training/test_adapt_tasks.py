@@ -80,6 +80,12 @@ def test_anothers_results_are_neither_an_outcome_nor_overwritten(content: str, t
     assert (tmp_path / "results.json").read_text() == content
 
 
+def test_a_table_that_leads_out_of_its_folder_is_refused(tmp_path: Path):
+    storage.write_json(f"{tmp_path}/adapted/results.json", {"tasks": [{"task": "a", "dataset": "a", "uri": "s3://b/adapted/.."}]})
+    with pytest.raises(CappyError, match=r"results\.json names the file '\.\.', which is not within the folder"):
+        published(f"{tmp_path}/adapted", "evaluation.adapted")
+
+
 def test_lora_without_a_base_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match=r"method=lora needs a base whose weights the tasks share; give adapt\.base"):
         load(None, ["adapt.method=lora"])
