@@ -255,6 +255,15 @@ def _http(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
     yield Hostile(
         "headers of 100,000 bytes", 431, "headers_too_large", write.get("/v1/models", *(f"X-{n}: {'x' * 1000}" for n in range(100)))
     )
+    for header in (
+        "X-Request-Disconnect-Disabled: ?1",
+        "X-Request-Timeout-Seconds: -1",
+        "serve_multiplexed_model_id: x",
+        "Serve-Multiplexed-Model-Id: x",
+        "X-Session-Id: x",
+        "X-Serve-Router-Replica: x",
+    ):
+        yield Hostile(f"the header {header}", 400, "unsupported_header", write.post(CHAT, good, header))
     yield Hostile("a query nobody asked for", 200, None, write.get("/v1/models?__proto__=1&limit=-1"))
     # Without keys a server on loopback answers to names of its machine alone.
     status, code = (200, None) if write.key else (403, "forbidden")

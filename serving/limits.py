@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -16,21 +17,41 @@ MAX_ADDRESS = 8192
 """Bytes of path and query."""
 MAX_HEADERS = 65_536
 """Bytes of all headers together."""
+STEERING = ("x-request-disconnect-disabled", "x-request-timeout-seconds", "serve-multiplexed-model-id", "x-session-id")
+"""Headers by which a client changes what Ray Serve's proxy does: it goes on with a request whose client is gone, takes another time limit,
+chooses the replica. Serve takes `_` for `-` in some of them."""
+STEERING_PREFIX = "x-serve-router-"
+"""Serve's own headers between its load balancer and its router begin with this."""
 
 
 class Limits:
-    """Turns away requests whose address or headers are larger than any client of ours sends."""
+    """Turns away requests whose address or headers are larger than any client of ours sends, or that steer Serve's proxy.
+
+    The proxy has read its headers by then. Refused at once, a request leaves nothing that the proxy could keep running.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        # The operator can give Serve's header for sessions another name.
+        self._steering = {*STEERING, _dashed(os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", ""))}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            error = _too_large(scope)
+            error = _too_large(scope) or self._steers(scope)
             if error is not None:
                 await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+    def _steers(self, scope: Scope) -> ApiError | None:
+        for name in {name.decode("latin-1") for name, _ in scope["headers"]}:
+            if _dashed(name) in self._steering or _dashed(name).startswith(STEERING_PREFIX):
+                return ApiError(f"the header {name[:80]} is not for clients; send the request without it", code="unsupported_header")
+        return None
+
+
+def _dashed(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 async def read(http: Request, serving: ServingConfig) -> bytes:

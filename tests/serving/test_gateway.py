@@ -773,3 +773,12 @@ async def test_a_server_with_keys_or_behind_a_gateway_answers_to_any_name(servin
     async with client(Echo(), **serving) as http:
         answer = await http.get("/v1/models", headers={"Host": "llm.example", "Authorization": "Bearer cappy-k"})
         assert answer.status_code == 200
+
+
+async def test_the_session_header_may_have_another_name(monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_SESSION_ID_HEADER_KEY", "X_My_Session")
+    api = build_api(Config(), Echo())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as http:
+        answers = [await http.get("/v1/models", headers={name: "1"}) for name in ("x-my-session", "X-MY_SESSION", "x-mine")]
+    assert [answer.status_code for answer in answers] == [400, 400, 200]
+    assert answers[0].json()["error"]["message"] == "the header x-my-session is not for clients; send the request without it"

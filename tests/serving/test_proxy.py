@@ -1,0 +1,106 @@
+"""Ray Serve's own proxy in front of the real gateway: what clients' headers may have it do. The LLM is one that takes its time."""
+
+import asyncio
+import json
+import socket
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from ray import serve
+from ray.serve._private import constants
+
+from benchmarks import hostile
+from cluster import ports
+from cluster.config import Config, ServingConfig
+from serving import app, limits
+
+STEERING = [each for each in hostile.requests(ServingConfig()) if each.code == "unsupported_header"]
+GOOD = hostile.Writer(None).post(hostile.CHAT, {"model": "cappy", "messages": hostile.HI})
+
+
+class Slow:
+    """A model that leaves a file for each call it takes, and another for each it was told to give up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    async def sample(self, *_: object) -> dict[str, object]:
+        mark = uuid.uuid4().hex
+        (self.folder / f"{mark}.begun").touch()
+        try:
+            await asyncio.sleep(5)
+        except asyncio.CancelledError:
+            (self.folder / f"{mark}.given-up").touch()
+            raise
+        return {"candidates": []}
+
+    async def in_parts(self, *call: object):
+        yield await self.sample(*call)
+
+    async def ready(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def served(ray_here, tmp_path_factory):
+    """The URL of a gateway behind Serve's proxy, and the folder of its models' files."""
+    folder, port = tmp_path_factory.mktemp("calls"), ports.free()
+    serve.start(http_options=app.http_options(ServingConfig(port=port)))
+    model = serve.deployment(Slow)
+    gateway = serve.deployment(serve.ingress()(app.Gateway)).options(name="Gateway", ray_actor_options={"num_cpus": 0})
+    slow = {"ray_actor_options": {"num_cpus": 0}}
+    models = [model.options(name=name, **slow).bind(folder) for name in ("LLM", "Scorer")]
+    serve.run(gateway.bind(Config(), (), *models), name="proxied", route_prefix="/")
+    try:
+        yield f"http://127.0.0.1:{port}", folder
+    finally:
+        serve.shutdown()
+
+
+def abandon(url: str, request: bytes) -> None:
+    """Send a request and hang up at once."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as wire:
+        wire.sendall(request)
+
+
+def wait_for(folder: Path, pattern: str) -> None:
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < deadline, f"no {pattern}"
+        time.sleep(0.05)
+
+
+def test_a_request_whose_client_hangs_up_is_given_up(served):
+    url, folder = served
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as wire:
+        wire.sendall(GOOD)
+        wait_for(folder, "*.begun")
+    wait_for(folder, "*.given-up")
+
+
+@pytest.mark.parametrize("steering", STEERING, ids=lambda each: each.name)
+def test_a_header_that_steers_the_proxy_is_refused_and_nothing_is_begun(steering, served):
+    url, folder = served
+    before = sorted(folder.iterdir())
+    answer = hostile.ask(url, steering)
+    print(f"\n{hostile.table([(steering, answer)])}")
+    assert (answer.status, answer.code) == (400, "unsupported_header"), answer.body
+    assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
+    abandon(url, steering.sent)
+    # The gateway has read both when it has answered one more.
+    assert hostile.ask(url, hostile.Hostile("", 200, None, hostile.Writer(None).get("/health"))).status == 200
+    assert sorted(folder.iterdir()) == before
+
+
+def test_every_header_that_serve_reads_of_a_client_is_known():
+    """A Ray that reads one more must be looked at: here are those of `_private/proxy.py`, `http_util.py` and `constants.py`."""
+    named = {
+        name: value for name, value in vars(constants).items() if isinstance(value, str) and name.endswith(("_HEADER", "_HEADER_PREFIX"))
+    }
+    named |= {name: getattr(constants, name) for name in ("SERVE_MULTIPLEXED_MODEL_ID", "SERVE_SESSION_ID")}
+    harmless = {"x-request-id"}
+    assert {value.replace("_", "-") for value in named.values()} == {*limits.STEERING, limits.STEERING_PREFIX, *harmless}
