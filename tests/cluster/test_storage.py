@@ -309,14 +309,15 @@ def test_a_withdrawal_that_was_interrupted_is_completed(place, again, monkeypatc
     assert storage.list_files(place) == {}
 
 
-@pytest.mark.parametrize("key", ["m//etc/x", "m/../../x", "m/a/../../x", "m/./x", "m/a\\b", "m/a\0b", "m/.."])
+@pytest.mark.parametrize("key", ["m//absolute", "m/../../x", "m/a/../../x", "m/./x", "m/a\\b", "m/a\0b", "m/.."])
 def test_keys_that_lead_out_of_the_folder_are_refused_before_anything_is_copied(key, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     folder = tmp_path / "a" / "b"
-    with KeyStore({"m/a.json": b"{}", key: b"theirs"}) as store:
+    key = key.replace("/absolute", f"{tmp_path}/outside")
+    with KeyStore({key.replace("//", "/"): b"theirs", "m/a.json": b"{}", key: b"theirs"}) as store:
         monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
-        assert storage.list_files("s3://x/m").keys() == {"a.json", key.removeprefix("m/")}
+        assert storage.list_files("s3://x/m").keys() >= {"a.json", key.removeprefix("m/")}
         with pytest.raises(CappyError, match=r"s3://x/m names the file .* not within the folder") as caught:
             storage.download_folder("s3://x/m", folder)
     assert repr(key.removeprefix("m/")) in str(caught.value) and "\n" not in str(caught.value)
