@@ -49,7 +49,7 @@ doctor: setup  ## check versions, imports, engine, storage and models again
 	@$(BIN)/cappy doctor
 
 demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (15 minutes on 2 cores)
-	@$(BIN)/python -m serving.demo
+	@$(BIN)/python -m cappy.demo
 
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: setup  ## the tests of every change, with real small models and a real S3 server; measures coverage (20 minutes on 2 cores)

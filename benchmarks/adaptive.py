@@ -33,13 +33,13 @@ import numpy as np
 from benchmarks.demo import demo_scorer, demo_set
 from cluster.config import AdaptiveConfig, DecodingConfig
 from cluster.errors import CappyError
-from cluster.progress import Bar, say
-from evaluation import metrics
+from cluster.progress import Bar, log
+from evaluation import statistics
 from evaluation.comparison import Row
-from evaluation.metrics import Floats
-from evaluation.run import read_rows, score_rows
+from evaluation.evaluate import read_rows, score_rows
+from evaluation.statistics import Floats
 from generation.dataset import RegressionSet
-from serving import adaptive, protocol
+from serving import early_stopping, protocol
 
 MIN_GAINS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 TARGETS = (0.3, 0.5, 0.7, 0.9)
@@ -77,7 +77,7 @@ def replay(rounds: Sequence[Sequence[dict[str, Any]]], ways: Mapping[str, Way]) 
     ends = np.cumsum([len(round_) for round_ in rounds]).tolist()
     points = np.empty((len(ways), len(MEASURES)))
     for place, way in enumerate(ways.values()):
-        end = way if isinstance(way, int) else next((e for e in ends[:-1] if adaptive.why_stop(drawn[:e], scores[:e], way)), ends[-1])
+        end = way if isinstance(way, int) else next((e for e in ends[:-1] if early_stopping.why_stop(drawn[:e], scores[:e], way)), ends[-1])
         pick = protocol.rank(drawn[:end], scores[:end])[0]
         points[place] = drawn[pick]["label"], sum(each["tokens"] for each in drawn[:end]), end
     return points
@@ -87,7 +87,7 @@ def replay_all(
     rows: Sequence[Row], decodings: Sequence[DecodingConfig], ways: Mapping[str, Way], round_size: int, orders: int, seed: int
 ) -> Floats:
     """Return what each way comes to on each row, averaged over random orders of its pool, [R, W, M]."""
-    plan = adaptive.rounds(decodings, 1, round_size)
+    plan = early_stopping.rounds(decodings, 1, round_size)
     points_RWM = np.zeros((len(rows), len(ways), len(MEASURES)))
     with Bar("replaying", len(rows), "instructions") as bar:
         for place, row in enumerate(rows):
@@ -106,8 +106,8 @@ def averages(points_RWM: Floats, rows: Sequence[Row], seed: int) -> tuple[Floats
     _, tasks_R = np.unique([row["dataset"] for row in rows], return_inverse=True)
     flat_RX = points_RWM.reshape(len(rows), -1)
     shape = points_RWM.shape[1:]
-    samples_BX = metrics.bootstrap(flat_RX, tasks_R, RESAMPLES, seed).mean(axis=1)
-    return metrics.macro_average(flat_RX, tasks_R).reshape(shape), samples_BX.reshape(-1, *shape)
+    samples_BX = statistics.bootstrap(flat_RX, tasks_R, RESAMPLES, seed).mean(axis=1)
+    return statistics.macro_average(flat_RX, tasks_R).reshape(shape), samples_BX.reshape(-1, *shape)
 
 
 def choose(points_WM: Floats, ways: Mapping[str, Way], tolerance: float) -> str:
@@ -137,7 +137,7 @@ def report(points_WM: Floats, samples_BWM: Floats, ways: Mapping[str, Way], chos
 
 
 def _estimate(mean: float, samples_B: Floats) -> dict[str, float]:
-    low, high = metrics.interval(samples_B, CONFIDENCE)
+    low, high = statistics.interval(samples_B, CONFIDENCE)
     return {"mean": round(float(mean), 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
 
@@ -183,7 +183,7 @@ def load(dataset: RegressionSet, split: str, scorer: Any, decodings: Sequence[De
     whole = [row for row in rows if len(row["candidates"]) == size and all(each["tokens"] is not None for each in row["candidates"])]
     if not whole:
         raise CappyError(f"--set {dataset.uri} has no {split} row with all {size} candidates of its sampler's decodings")
-    say(f"{split}: {len(whole)} of {len(rows)} rows with {size} candidates each")
+    log(f"{split}: {len(whole)} of {len(rows)} rows with {size} candidates each")
     return score_rows(scorer, whole)
 
 

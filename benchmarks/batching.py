@@ -4,7 +4,7 @@
 
 The demo's instructions, a pool of 1 to 8 made-up responses each, at Poisson arrivals of `--rate` a second for `--seconds`; a MiniLM scorer
 whose head is drawn, in bfloat16 where it is native. Beside it `--beside` processes compute without end, one thread each, and give way as
-vLLM's engine does on CPU. Both ways are `serving/batching.py`, the second told of one thread and scoring with all; by turns, the same
+vLLM's engine does on CPU. Both ways are `serving/score_batcher.py`, the second told of one thread and scoring with all; by turns, the same
 pools at the same moments.
 
 - `speedup_p50`, `speedup_p99`: medians over the turns of a latency with one batch at a time over that with a batch for each core.
@@ -31,14 +31,13 @@ import psutil
 from benchmarks import servers, serving
 from benchmarks.load import arrivals, quantiles
 from cluster.config import load
-from cluster.niceness import give_way
-from cluster.openmp import wait_briefly
-from cluster.progress import say
+from cluster.cpu import lower_priority, openmp_environment
+from cluster.progress import log
 from generation import instructions
-from serving.batching import Batcher
 from serving.deployments import score_pairs
 from serving.protocol import Scored
-from serving.shelf import Held
+from serving.score_batcher import Batcher
+from serving.scorer_cache import LoadedScorer
 
 Pool = tuple[list[str], list[str]]
 
@@ -61,7 +60,7 @@ def busy(count: int) -> Iterator[None]:
     try:
         for process in processes:
             process.start()
-        give_way(psutil.Process(process.pid) for process in processes)
+        lower_priority(psutil.Process(process.pid) for process in processes)
         yield
     finally:
         for process in processes:
@@ -80,7 +79,7 @@ def pools(count: int, times: int, folder: Path, seed: int) -> list[Pool]:
     return made
 
 
-async def latencies(batcher: Batcher, held: Held, some: list[Pool], moments: list[float]) -> list[float]:
+async def latencies(batcher: Batcher, held: LoadedScorer, some: list[Pool], moments: list[float]) -> list[float]:
     """Ask for each pool at its moment; return the seconds from then to its scores."""
     start = time.perf_counter()
 
@@ -102,19 +101,19 @@ def main() -> int:
     made.add_argument("--seed", type=int, default=20261127)
     made.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = made.parse_args()
-    wait_briefly()
+    openmp_environment()
     from training.scorer import Scorer
 
     cores = len(os.sched_getaffinity(0))
 
-    def together(held: Held, texts: Sequence[str], responses: Sequence[str], _: int) -> Scored:
+    def together(held: LoadedScorer, texts: Sequence[str], responses: Sequence[str], _: int) -> Scored:
         return score_pairs(held, texts, responses, cores)
 
     seen: dict[str, list[list[float]]] = {"together": [], "side_by_side": []}
     cpu: dict[str, list[float]] = {"together": [], "side_by_side": []}
     with tempfile.TemporaryDirectory(prefix="cappy-batching-") as name, busy(options.beside):
         servers.write_scorer(Path(name) / "scorer", options.seed)
-        held = Held(Scorer.load(str(Path(name) / "scorer"), "auto"), None, None)
+        held = LoadedScorer(Scorer.load(str(Path(name) / "scorer"), "auto"), None, None)
         for turn in range(options.turns):
             moments = arrivals(options.rate, options.seconds, options.seed + turn)
             some = pools(len(moments), options.times, Path(name), options.seed + turn)
@@ -124,7 +123,7 @@ def main() -> int:
                 seen[side].append(quantiles(asyncio.run(latencies(batcher, held, some, moments)), 0.5, 0.99))
                 cpu[side].append(1000 * (time.process_time() - before) / len(some))
                 middle, late = seen[side][-1]
-                say(f"turn {turn + 1} of {options.turns}, {side}: p50 {1000 * middle:.0f} ms, p99 {1000 * late:.0f} ms")
+                log(f"turn {turn + 1} of {options.turns}, {side}: p50 {1000 * middle:.0f} ms, p99 {1000 * late:.0f} ms")
     ratios = [[one / other for one, other in zip(*turn, strict=True)] for turn in zip(seen["together"], seen["side_by_side"], strict=True)]
     result = {
         **{

@@ -10,7 +10,7 @@ import sys
 
 from cluster import storage
 from cluster.config import load
-from cluster.progress import say
+from cluster.progress import log
 
 
 def demo_set() -> str:
@@ -26,6 +26,6 @@ def demo_scorer() -> str:
 
 def _made(verb: str, uri: str) -> str:
     if not storage.exists(storage.join(uri, "_MANIFEST.json")):
-        say(f"{uri} is missing; running `cappy {verb} demo`")
-        subprocess.run([sys.executable, "-m", "cluster.cli", verb, "demo"], check=True, stdin=subprocess.DEVNULL)
+        log(f"{uri} is missing; running `cappy {verb} demo`")
+        subprocess.run([sys.executable, "-m", "cappy.cli", verb, "demo"], check=True, stdin=subprocess.DEVNULL)
     return uri

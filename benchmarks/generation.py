@@ -19,14 +19,14 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.config import Config, load
-from cluster.progress import say
+from cluster.progress import log
 from cluster.runtime import ray_session
-from generation import engines, instructions, pipeline, units
+from generation import engines, generate, instructions, units
 from generation.sampler import Sampler
 from generation.schema import PREPARED
 
 
-class Clock(units.Gate):
+class Clock(units.BudgetGate):
     """A gate that knows when its first unit entered and its last one, saved by then, left."""
 
     def __init__(self) -> None:
@@ -66,10 +66,10 @@ def through_pipeline(config: Config, rows: list[dict[str, Any]], folder: Path) -
     for number, start in enumerate(range(0, len(rows), config.generate.unit_rows)):
         names.append(f"train-{number:06d}")
         table = pa.Table.from_pylist(rows[start : start + config.generate.unit_rows], PREPARED)
-        units.write(units.place(str(folder), "prepared", names[-1]), table)
+        units.write(units.unit_uri(str(folder), "prepared", names[-1]), table)
     gate = ray.remote(num_cpus=0)(Clock).remote()
-    results = list(pipeline.plan(str(folder), names, config, engines.load, gate).iter_rows())
-    pairs = sum(len(row) for name in names for row in units.read(units.place(str(folder), "units", name))["candidates"].to_pylist())
+    results = list(generate.plan(str(folder), names, config, engines.load, gate).iter_rows())
+    pairs = sum(len(row) for name in names for row in units.read(units.unit_uri(str(folder), "units", name))["candidates"].to_pylist())
     totals = {key: sum(result[key] for result in results) for key in ("candidates", "tokens")}
     return {"seconds": ray.get(gate.seconds.remote()), "pairs": pairs, **totals}
 
@@ -99,7 +99,7 @@ def main() -> int:
             turns["pipeline"].append(through_pipeline(config, rows, Path(folder, str(turn))))
             turns["direct"].append(directly(config, rows))
             said = ", ".join(f"{name} {each[-1]['candidates'] / each[-1]['seconds']:.1f} candidates/s" for name, each in turns.items())
-            say(f"turn {turn + 1} of {options.turns}: {said}")
+            log(f"turn {turn + 1} of {options.turns}: {said}")
 
     def median(name: str, key: str) -> float:
         return statistics.median(each[key] / each["seconds"] for each in turns[name])

@@ -33,7 +33,7 @@ from transformers import (
 from benchmarks.demo import demo_scorer, demo_set
 from benchmarks.training_step import ROBERTA_LARGE
 from cluster import models, storage
-from cluster.progress import say
+from cluster.progress import log
 from generation.dataset import RegressionSet
 from training.scorer import Scorer
 
@@ -118,7 +118,7 @@ def compare(folder: Path, instructions: Sequence[str], responses: Sequence[str],
             scores = score(folder, pairs)
             differences[f"{name}_max_diff"] = float(np.abs(scores - ours).max())
             differences[f"{name}_squashed_max_diff"] = float(np.abs(scores - 1 / (1 + np.exp(-ours))).max())
-            say(f"{name}: {differences[f'{name}_max_diff']:.2e}")
+            log(f"{name}: {differences[f'{name}_max_diff']:.2e}")
     return {"pairs": len(pairs), "too_long": len(lengths) - len(pairs), "score_std": float(ours.std()), **differences}
 
 

@@ -29,10 +29,11 @@ from typing import Any
 from benchmarks.synthetic import SyntheticLLM
 from cluster import storage
 from cluster.config import DecodingConfig, load
-from cluster.progress import Bar, say
-from generation import pipeline, units
+from cluster.progress import Bar
+from cluster.progress import log as log_line
+from generation import generate, units
 from generation.dataset import RegressionSet
-from generation.engines import Candidate
+from generation.engines.contract import Candidate
 
 VICTIMS = ("driver", "actor", "node")
 _SETTINGS = ["generate.unit_rows=5", "sampler.prompt.form=raw", "generate.shard_mib=1"]
@@ -56,7 +57,7 @@ class SlowLLM(SyntheticLLM):
 def drive(source: str, place: str, log: str) -> None:
     """One run of `cappy generate`, in a process of its own."""
     config = load(None, [source, f"dataset={place}", *_SETTINGS])
-    pipeline.run(config, load=functools.partial(SlowLLM, log=log))
+    generate.run_generate(config, load=functools.partial(SlowLLM, log=log))
 
 
 def launch(source: str, place: str, log: Path, address: str | None = None) -> subprocess.Popen[bytes]:
@@ -132,7 +133,7 @@ def one_run(victim: str, source: str, place: str, folder: Path, moment: float) -
     if tear_down:
         tear_down()
     if code:
-        say(f"{victim}: exit code {code}: {Path(f'{log}.stderr').read_text()[-2000:]}")
+        log_line(f"{victim}: exit code {code}: {Path(f'{log}.stderr').read_text()[-2000:]}")
     lines = [line.split() for line in log.read_text().splitlines()]
     again = sum(float(when) > watch.committed.get(row, float("inf")) for row, when, _ in lines)
     return {"victim": victim, "code": code, "midway": midway, "content": content(place) if code == 0 else None, "sampled_twice": again}
@@ -173,7 +174,7 @@ def main() -> int:
         expected = content(f"{workspace}/unbroken")
         lines = [float(line.split()[1]) for line in (folder / "unbroken.log").read_text().splitlines()]
         sampling = max(lines) - min(lines) + 0.5
-        say(f"unbroken: {time.monotonic() - start:.0f} s, of which sampling {sampling:.1f} s")
+        log_line(f"unbroken: {time.monotonic() - start:.0f} s, of which sampling {sampling:.1f} s")
         with Bar("killing", options.kills * len(options.victims), "runs") as bar:
             for victim in options.victims:
                 for number in range(options.kills):

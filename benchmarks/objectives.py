@@ -26,7 +26,7 @@ from transformers import AutoModelForSequenceClassification
 from benchmarks.demo import demo_set
 from cluster import models
 from cluster.config import ObjectiveConfig, ScorerConfig, TrainingConfig
-from cluster.progress import say
+from cluster.progress import log
 from generation.dataset import RegressionSet, explode
 from training import blend, loop, validation
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
@@ -67,7 +67,7 @@ def main() -> None:
     for name in options.only or (*OBJECTIVES, DROPOUT, *WITHOUT):
         runs = [run(name, train, held_out, greedy, options, seed) for seed in range(options.seeds)]
         result["variants"][name] = {key: _mean([each[key] for each in runs]) for key in runs[0]}
-        say(f"{name}: {json.dumps(result['variants'][name])}")
+        log(f"{name}: {json.dumps(result['variants'][name])}")
     text = json.dumps(result)
     if options.json and options.json != "-":
         Path(options.json).write_text(text + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster.errors import UsageError
-from generation import bigbench
+from generation.sources import bigbench
 
 Row = dict[str, Any]
 Pairs = tuple[list[str], list[str], list[float]]

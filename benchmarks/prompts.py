@@ -20,9 +20,10 @@ import pyarrow as pa
 
 from cluster.config import Config, DecodingConfig, PromptConfig, load
 from cluster.progress import Bar
-from evaluation import metrics
+from evaluation import statistics
 from evaluation.comparison import baselines, padded
 from generation import engines, instructions
+from generation.engines import contract
 from generation.sampler import Sampler
 from generation.schema import PREPARED
 from generation.units import label
@@ -54,7 +55,7 @@ def train_rows(config: Config, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-async def measure(engine: engines.LLM, config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
+async def measure(engine: contract.LLM, config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Sample and label the rows; return the average over tasks of each baseline and of the oracle, in points."""
     sampler = Sampler(config.sampler, config.seed, load=lambda _: engine)
     start = time.perf_counter()
@@ -65,10 +66,10 @@ async def measure(engine: engines.LLM, config: Config, rows: list[dict[str, Any]
         row["candidates"] = [each for each in row["candidates"] if each["source"] == "sampled"]
     base = baselines(done, [each.model_dump() for each in config.sampler.decodings])
     labels_RC, present_RC = padded(base.rows, "label")
-    picks = {**base.picks, "oracle": metrics.best_first(labels_RC, present_RC)}
+    picks = {**base.picks, "oracle": statistics.best_first(labels_RC, present_RC)}
     values_RM = np.stack([labels_RC[np.arange(len(base.rows)), pick] for pick in picks.values()], axis=1)
     _, tasks_R = np.unique([row["dataset"] for row in base.rows], return_inverse=True)
-    averages = 100 * metrics.macro_average(values_RM, tasks_R)
+    averages = 100 * statistics.macro_average(values_RM, tasks_R)
     return {**{name: round(float(value), 1) for name, value in zip(picks, averages, strict=True)}, "seconds": round(seconds, 1)}
 
 

@@ -30,7 +30,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from benchmarks.pairs import DATA_HELP, Row, read_rows
 from cluster.progress import Bar
-from generation.annotate import TEXTS, rouge_l_batch
+from generation.labels import TEXTS, rouge_l_batch
 
 TURN = 10_000
 

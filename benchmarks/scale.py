@@ -28,8 +28,8 @@ from benchmarks.memory import MIB, Peaks, report
 from benchmarks.synthetic import WORDS, SyntheticLLM, text
 from cluster import ports, storage
 from cluster.config import load
-from cluster.progress import say
-from generation import pipeline
+from cluster.progress import log
+from generation import generate
 from generation.dataset import RegressionSet
 
 ROWS = (10_000, 100_000, 1_000_000)
@@ -70,7 +70,7 @@ class Watch(Peaks):
 
 def drive(source: str, place: str, settings: list[str]) -> None:
     """One run of `cappy generate`, in a process of its own."""
-    pipeline.run(load(None, [source, f"dataset={place}", "sampler.prompt.form=raw", *settings]), load=SyntheticLLM)
+    generate.run_generate(load(None, [source, f"dataset={place}", "sampler.prompt.form=raw", *settings]), load=SyntheticLLM)
 
 
 def measure(rows: int, folder: Path, workspace: str, settings: list[str]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="cappy-scale-") as name:
         for rows in options.rows:
             results.append(measure(rows, Path(name), (options.workspace or f"{name}/sets").rstrip("/"), options.settings))
-            say(json.dumps(results[-1]))
+            log(json.dumps(results[-1]))
     report(results, ("rows_per_second", "sampling_rows_per_second", "driver_mib", "actor_mib", "worker_mib"), bool(options.json))
     return 0
 

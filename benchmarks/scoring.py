@@ -29,7 +29,7 @@ from transformers import pipeline
 from benchmarks.pairs import DATA_HELP, labelled_pairs
 from cluster import models
 from cluster.config import ScorerConfig, TrainingConfig
-from cluster.progress import say
+from cluster.progress import log
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
 
 Score = Callable[[list[str], list[str]], np.ndarray]
@@ -74,7 +74,7 @@ def compare(folder: str, pairs: int, parts: int, seed: int, data: Path | None) -
             start = time.perf_counter()
             scores[name].append(np.asarray(score(one, two)))
             seconds[name].append(time.perf_counter() - start)
-        say(f"part {part + 1} of {parts}: " + ", ".join(f"{name} {len(one) / spent[-1]:.1f}/s" for name, spent in seconds.items()))
+        log(f"part {part + 1} of {parts}: " + ", ".join(f"{name} {len(one) / spent[-1]:.1f}/s" for name, spent in seconds.items()))
     uncut = np.concatenate([whole[part::parts] for part in range(parts)])
     flat = {name: np.concatenate(each)[uncut] for name, each in scores.items()}
 

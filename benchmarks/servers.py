@@ -21,7 +21,7 @@ import psutil
 from cluster import models, ports
 from cluster.config import Config, ScorerConfig, TrainingConfig, VLLMConfig, load
 from cluster.errors import CappyError
-from generation.engines import has_gpu
+from generation.engines.contract import has_gpu
 from generation.engines.vllm import engine_arguments, set_environment
 
 MIB = 1 << 20
@@ -34,7 +34,7 @@ _ROLES = {
     "ServeController": "controller",
     "VLLM::": "engine",
     "multiprocessing.spawn": "engine",  # one whose title did not take
-    "cluster.cli": "driver",
+    "cappy.cli": "driver",
     "api_server": "server",
 }
 _START_S = 300.0
@@ -120,7 +120,7 @@ def ours(config: Config, folder: Path) -> Iterator[Server]:
     path.write_text(config.model_copy(update={"serving": config.serving.model_copy(update={"port": port})}).to_yaml())
     # Joined by whoever updates it. Ray's workers give way to everything else by default; vLLM's server does not.
     environment = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
-    with _running(["-m", "cluster.cli", "serve", str(path)], port, folder / "serve.log", environment) as server:
+    with _running(["-m", "cappy.cli", "serve", str(path)], port, folder / "serve.log", environment) as server:
         yield server
 
 

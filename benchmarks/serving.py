@@ -38,7 +38,7 @@ from typing import Any
 from benchmarks import servers
 from benchmarks.load import Answer, Body, arrivals, closed, opened, quantiles, rate, seconds
 from cluster.config import Config, load
-from cluster.progress import say
+from cluster.progress import log
 from generation import instructions
 from generation.prompts import messages
 
@@ -95,7 +95,7 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
             full = busy(server, prompts.vllms, options)
         rates["plain"].append(rate(full, options.clients))
         errors += wrong(full, options.candidates)
-        say(f"turn {turn + 1} of {options.turns}, vllm as it comes: {rates['plain'][-1]:.2f} answers/s")
+        log(f"turn {turn + 1} of {options.turns}, vllm as it comes: {rates['plain'][-1]:.2f} answers/s")
         for side, start in (("vllm", servers.vllms), ("ours", servers.ours)):
             prompts.place = place  # each has all its prompts for the first time
             choices = options.candidates if side == "vllm" else 1
@@ -113,7 +113,7 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
             answers[side] += part
             errors += wrong([*full, *part], choices)
             middle, late = quantiles(latencies(part), 0.5, 0.99)
-            say(
+            log(
                 f"turn {turn + 1} of {options.turns}, {side}: {rates[side][-1]:.2f} answers/s; "
                 f"at {offered:.2f}/s p50 {middle:.2f} s, p99 {late:.2f} s"
             )
@@ -158,7 +158,7 @@ def soak(config: Config, folder: Path, prompts: Prompts, options: argparse.Names
     with servers.ours(config, folder) as server:
         offered = RATES[options.rate] * rate(busy(server, prompts.ours, options), options.clients)
         moments = arrivals(offered, 60 * options.minutes, options.seed)
-        say(f"{len(moments)} requests in {options.minutes:g} minutes, {offered:.2f} a second")
+        log(f"{len(moments)} requests in {options.minutes:g} minutes, {offered:.2f} a second")
         with servers.MemoryWatch(server) as watch:
             answers = asyncio.run(opened(server.chat, prompts.ours(len(moments)), moments))
     quarter = len(watch.looks) // 4
@@ -189,7 +189,7 @@ def overload(config: Config, folder: Path, prompts: Prompts, options: argparse.N
         asyncio.run(closed(server.chat, prompts.ours(_WARM), options.clients))
         full = asyncio.run(closed(server.chat, prompts.ours(options.requests), config.serving.max_concurrency))
         capacity = rate(full, config.serving.max_concurrency)
-        say(f"capacity: {capacity:.2f} answers/s with {config.serving.max_concurrency} clients")
+        log(f"capacity: {capacity:.2f} answers/s with {config.serving.max_concurrency} clients")
         parts = {}
         for name, offered, length in (
             ("before", RATES["moderate"] * capacity, _BEFORE_S),
@@ -200,7 +200,7 @@ def overload(config: Config, folder: Path, prompts: Prompts, options: argparse.N
             began = len(watch.looks)
             parts[name] = asyncio.run(opened(server.chat, prompts.ours(len(moments)), moments))
             peak = max(sum(look.values()) for _, look in watch.looks[began:])
-            say(f"{name}: {len(moments)} requests, {dict(Counter(each.status for each in parts[name]))}, {peak:.0f} MiB at most")
+            log(f"{name}: {len(moments)} requests, {dict(Counter(each.status for each in parts[name]))}, {peak:.0f} MiB at most")
         memory = [round(sum(look.values())) for _, look in watch.looks]
     served = [each for each in parts["over"] if each.status == 200]
     refused = [each for each in parts["over"] if each.status in (429, 503)]

@@ -41,7 +41,7 @@ from benchmarks import servers, serving
 from benchmarks.load import Answer, arrivals, opened
 from benchmarks.load import rate as capacity
 from cluster.config import Config
-from cluster.progress import say
+from cluster.progress import log
 from serving import app
 
 _KILL_EVERY_S = 5.0
@@ -83,7 +83,7 @@ async def llm_killed(server: servers.Server, bodies: list[Any], moments: list[fl
     engines = replica.children(recursive=True)
     replica.kill()
     killed = time.perf_counter() - start
-    say(f"killed the LLM's replica after {killed:.1f} s")
+    log(f"killed the LLM's replica after {killed:.1f} s")
     answers = await loading
     later = [each.due + each.latency for each in answers if each.due > killed and each.status == 200]
     bad = serving.wrong(answers)
@@ -104,7 +104,7 @@ async def updated(server: servers.Server, bodies: list[Any], moments: list[float
     await asyncio.sleep(1)
     await asyncio.to_thread(serve.run, app.build(config), name=app.APPLICATION, route_prefix="/")
     took = time.perf_counter() - start - 1
-    say(f"the update took {took:.1f} s")
+    log(f"the update took {took:.1f} s")
     answers = await loading
     new = {role for pid, (role, _) in server.family().items() if pid not in before}
     ends = sorted(each.due + each.latency for each in answers if each.status == 200)
@@ -152,7 +152,7 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
 
     def note(name: str, result: dict[str, Any]) -> None:
         results[name] = result
-        say(f"{name}: {result}")
+        log(f"{name}: {result}")
 
     for count in (1, 2, 3):
         wanted = [name for name in options.victims if name == f"scorer_{count}" or (count == 2 and name in ("llm", "update"))]
@@ -164,7 +164,7 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
             while running("Scorer") < count:
                 time.sleep(0.5)
             rate = serving.RATES[options.rate] * capacity(serving.busy(server, prompts.ours, options), options.clients)
-            say(f"{rate:.2f} requests a second")
+            log(f"{rate:.2f} requests a second")
             for name in wanted:
                 moments = arrivals(rate, options.seconds, options.seed)
                 bodies = prompts.ours(len(moments) + _AT_ONCE)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.siblings --json -
 
-The prompts of `benchmarks.serving`, `--candidates` each, `--clients` of them at once; an engine with `generation/engines/siblings.py` and
+The prompts of `benchmarks.serving`, `--candidates` each, `--clients` of them at once. An engine with prefill sharing and
 one without by turns, never at the same time, with the same settings (`--set`). A rate is counted while all clients are busy.
 
 - `speedup`: median over the turns of the rate with it over the rate without it in the same turn.
@@ -24,7 +24,7 @@ from unittest import mock
 from benchmarks import serving
 from benchmarks.load import Answer, rate
 from cluster.config import Config, VLLMConfig
-from cluster.progress import say
+from cluster.progress import log
 from generation.engines import vllm
 
 _WARM = 24
@@ -69,7 +69,7 @@ def main() -> int:
         for side, shared in (("each", dict), ("once", vllm.shared_prompts)):
             with mock.patch.object(vllm, "shared_prompts", shared):
                 rates[side].append(asyncio.run(pools(config, bodies, options.clients, options.candidates)))
-            say(f"turn {turn + 1} of {options.turns}, prefilled {side}: {rates[side][-1]:.2f} pools/s")
+            log(f"turn {turn + 1} of {options.turns}, prefilled {side}: {rates[side][-1]:.2f} pools/s")
     result = {
         "speedup": round(statistics.median(once / each for once, each in zip(rates["once"], rates["each"], strict=True)), 3),
         "pools_per_second": {side: [round(value, 3) for value in values] for side, values in rates.items()},

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster import models, storage
 from cluster.config import DecodingConfig
-from generation.engines import Candidate
+from generation.engines.contract import Candidate
 from generation.schema import DATASET
 
 WORDS = (

@@ -31,7 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from benchmarks.pairs import DATA_HELP, labelled_pairs
 from cluster import models
 from cluster.config import ScorerConfig, TrainingConfig
-from cluster.progress import say
+from cluster.progress import log
 from training import loop
 from training.scorer import Encoded, autocast, encode_pairs, load_tokenizer, new_model, pad, pick_dtype
 from training.size import Size
@@ -111,7 +111,7 @@ class Bench:
             pairs = sum(done.size for done in self.fit(model, optimizer, ordered[number::rounds], self.dtype))
             yield pairs, time.perf_counter() - start
 
-    def fit(self, model: Any, optimizer: torch.optim.Optimizer, steps: list[loop.Step], dtype: Any) -> Iterator[loop.Done]:
+    def fit(self, model: Any, optimizer: torch.optim.Optimizer, steps: list[loop.Step], dtype: Any) -> Iterator[loop.StepResult]:
         pad_id, total = self.tokenizer.pad_token_id, len(self.plan)
         return loop.fit(model, steps, optimizer, self.config, total=total, seed=self.seed, pad_id=pad_id, dtype=dtype)
 
@@ -217,7 +217,7 @@ def compare(bench: Bench, rounds: int, loss_steps: int) -> dict[str, Any]:
         for name, side in sides.items():
             pairs, seconds = next(side)
             rates[name].append(pairs / seconds)
-        say(f"round {number + 1} of {rounds}: " + ", ".join(f"{name} {each[-1]:.1f}" for name, each in rates.items()) + " pairs/s")
+        log(f"round {number + 1} of {rounds}: " + ", ".join(f"{name} {each[-1]:.1f}" for name, each in rates.items()) + " pairs/s")
 
     def ratio(name: str) -> float:
         return round(statistics.median(mine / theirs for mine, theirs in zip(rates["ours"], rates[name], strict=True)), 2)

@@ -26,8 +26,9 @@ import psutil
 
 from benchmarks import synthetic
 from cluster.config import Config, load
-from cluster.progress import Bar, say
-from training import trainer
+from cluster.progress import Bar
+from cluster.progress import log as log_line
+from training import train
 
 _ALL_S = 300.0
 _STEP_S = 0.02  # so that a kill hits the step it was drawn for, and not one some way behind
@@ -35,7 +36,7 @@ _STEP_S = 0.02  # so that a kill hits the step it was drawn for, and not one som
 
 def logged_work(job: dict[str, Any], log: str) -> None:
     """A worker that writes down each step it has taken, when, and in which process."""
-    from training import board, loop
+    from training import loop, run_channel
 
     fit = loop.fit
 
@@ -47,12 +48,12 @@ def logged_work(job: dict[str, Any], log: str) -> None:
             yield done
 
     loop.fit = logged
-    board.work(job)
+    run_channel.work(job)
 
 
 def drive(config: str, log: str) -> None:
     """One run of `cappy train`, in a process of its own."""
-    trainer.run(load(config), work=functools.partial(logged_work, log=log))
+    train.run_train(load(config), work=functools.partial(logged_work, log=log))
 
 
 def launch(config: Config, folder: Path, nodes: Nodes | None = None) -> subprocess.Popen[bytes]:
@@ -173,7 +174,7 @@ def main() -> int:
             configs[run] = Config.model_validate({**tree, "workspace": str(folder / run)})
         assert launch(configs["whole"], folder / "whole").wait(_ALL_S) == 0, (folder / "whole/stderr").read_text()[-2000:]
         steps = len(taken(folder / "whole"))
-        say(f"unbroken: {steps} steps")
+        log_line(f"unbroken: {steps} steps")
         moments = sorted(random.Random(options.seed).sample(range(1, steps - 1), options.kills))
         costs = broken(configs["killed"], folder / "killed", moments, options.victims)
         whole, killed = outcome(configs["whole"]), outcome(configs["killed"])

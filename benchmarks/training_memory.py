@@ -21,8 +21,8 @@ from benchmarks import synthetic
 from benchmarks.memory import MIB, Peaks, report
 from cluster import storage
 from cluster.config import Config, load
-from cluster.progress import say
-from training import trainer
+from cluster.progress import log
+from training import train
 
 PAIRS = (10_000, 100_000, 1_000_000)
 _LEAST = 100_000
@@ -60,14 +60,14 @@ def main() -> int:
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = parser.parse_args()
     if options.drive:
-        trainer.run(load(options.drive))
+        train.run_train(load(options.drive))
         return 0
     with tempfile.TemporaryDirectory(prefix="cappy-training-memory-") as name:
         synthetic.write_encoder(Path(name, "encoder"))
         results = []
         for pairs in options.pairs:
             results.append(measure(pairs, Path(name)))
-            say(json.dumps(results[-1]))
+            log(json.dumps(results[-1]))
     report(results, ("pairs_per_second", "driver_mib", "worker_mib"), bool(options.json))
     return 0
 

@@ -6,7 +6,8 @@ Needs torch and transformers beside this repository and no data: RoBERTa-large (
 weights, token ids are random, and lengths follow the quantiles below, which `--measure-lengths T0.parquet` makes anew (with the whole
 project installed). Every side trains the same 4,096 pairs, or with `--steps` as many of its own optimizer steps, through
 `training.loop.fit`: forward, loss, backward, clipping, fused AdamW, one model and one optimizer for all. Only what a step holds, how
-wide it is padded, the last layer and the dropout on attention differ: ours is what `cappy train` ships (`training.lean`, no dropout),
+wide it is padded, the last layer and the dropout on attention differ: ours is what `cappy train` ships
+(`training.encoder_kernels`, no dropout),
 the others are plain with stock RoBERTa's 0.1, and `ours, dropout 0.1` is what is left at equal dropout. Sides take turns after one that
 warms up; figures are medians over the turns. MFU counts what the pairs need and leaves padding out.
 """
@@ -30,7 +31,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
-from training import lean, loop
+from training import encoder_kernels, loop
 from training.flops import Flops, peak_of
 from training.scorer import Encoded, pick_dtype
 from training.size import Size
@@ -77,7 +78,7 @@ class Side:
     width: int | None
     """Tokens every pair is padded to; null is the longest of its forward pass."""
     lean: bool
-    """Whether the last layer computes the one token that is read (`training.lean`)."""
+    """Whether the last layer computes the one token that is read (`training.encoder_kernels`)."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Bench:
         """Train a side's steps once."""
         for layer in self.model.base_model.encoder.layer:
             layer.attention.self.dropout.p = side.dropout
-        (lean.read_first_token_only if side.lean else lean.read_all_tokens)(self.model)
+        (encoder_kernels.read_first_token_only if side.lean else encoder_kernels.read_all_tokens)(self.model)
         needed = Flops(self.model)
         model = Padded(self.model, side.width) if side.width else self.model
         total = -(-self.settings.window // self.settings.batch_size)

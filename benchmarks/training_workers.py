@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import synthetic
 from cluster import models, ports
 from cluster.config import ScorerConfig, TrainingConfig
-from cluster.progress import say
+from cluster.progress import log
 
 _WARM_UP = 5  # steps before the clock starts
 
@@ -89,7 +89,7 @@ def main() -> int:
                 told = json.loads(Path(place, f"{world}.json").read_text())
                 losses[world] = np.array(told["losses"])
                 rates[world].append((options.steps - _WARM_UP) * options.batch_size / told["seconds"])
-                say(f"{world} worker(s): {rates[world][-1]:.1f} pairs/s")
+                log(f"{world} worker(s): {rates[world][-1]:.1f} pairs/s")
             differences.append(float(np.abs(losses[1] - losses[2]).max()))
     one, two = (statistics.median(rates[world]) for world in rates)
     result = {

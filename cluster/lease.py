@@ -26,7 +26,7 @@ import psutil
 
 from cluster import storage
 from cluster.errors import CappyError
-from cluster.progress import say
+from cluster.progress import log
 
 BEAT_S = 5.0
 """Interval between heartbeats, in seconds."""
@@ -186,7 +186,7 @@ def _wait_until_dead(place: str, setting: str) -> None:
         holder = storage.read_json(place)
         if _gone(holder):
             return
-        say(f"{setting}: a run on {holder['host']} (process {holder['pid']}) was here; waiting up to {SILENCE_S:g} s for a sign of life")
+        log(f"{setting}: a run on {holder['host']} (process {holder['pid']}) was here; waiting up to {SILENCE_S:g} s for a sign of life")
         deadline = time.monotonic() + SILENCE_S
         while time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT_S / 2))

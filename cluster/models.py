@@ -49,12 +49,12 @@ def resolve(name: str, setting: str, *, adapters: bool = False) -> Path:
     return _check_weights(_from_hub(name, setting), name, setting, adapters)
 
 
-def check(name: str, setting: str) -> None:
+def check_model(name: str, setting: str) -> None:
     """Raise what `resolve` would for a model that cannot be there, without fetching a large one: hub names are trusted."""
     if name in EMBEDDED or not (storage.is_s3(name) or _is_hub_name(name)):
         resolve(name, setting)
     elif storage.is_s3(name):
-        storage.check(name, setting)
+        storage.check_uri(name, setting)
         if not storage.exists(storage.join(name, "config.json")):
             raise CappyError(f"{setting}={name}: no config.json is there, so it is not a model; give the s3:// folder of one")
 
@@ -80,7 +80,7 @@ def _check_weights(folder: Path, name: str, setting: str, adapters: bool) -> Pat
 
 def _from_s3(uri: str, setting: str) -> Path:
     """Copy an s3:// folder to the cache, once for each state of it."""
-    storage.check(uri, setting)
+    storage.check_uri(uri, setting)
     files = storage.list_files(uri)
     if not files:
         raise CappyError(f"{setting}={uri}: nothing is there; give the s3:// folder of a model")

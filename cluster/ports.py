@@ -20,7 +20,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check(host: str, port: int, settings: str) -> None:
+def check_port(host: str, port: int, settings: str) -> None:
     """See that a server could listen there; `settings` is what the names of the two settings begin with, e.g. `serving.`.
 
     Raises `CappyError` where the port is taken, `UsageError` where the host is not one of this machine's or the port needs root.

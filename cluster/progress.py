@@ -19,7 +19,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 _LINE_EVERY_S = 10.0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print one line of news to the operator."""
     console.print(text, markup=False)
 
@@ -72,14 +72,14 @@ class Bar:
         if self._live:
             self._live.start()
         else:
-            say(f"{self.title}: {self._reached()}")
+            log(f"{self.title}: {self._reached()}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
         elif self.done > self._done_before:
-            say(self._line())
+            log(self._line())
 
     def advance(self, steps: int = 1, note: str = "", **counts: int) -> None:
         self.done += steps
@@ -93,7 +93,7 @@ class Bar:
             self._live.update(self._task, completed=self.done, note="  ".join([*self._rates(), self._note]))
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S and self.done != self.total:
             self._last_line = time.monotonic()
-            say(self._line())
+            log(self._line())
 
     def _since_first(self) -> tuple[float, int, dict[str, int]]:
         """Seconds, steps and counts since the first result, or since the start while there is no second one."""

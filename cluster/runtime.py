@@ -18,9 +18,9 @@ from typing import Any
 
 import tenacity
 
+from cluster.cpu import openmp_environment
 from cluster.errors import CappyError, UsageError
-from cluster.openmp import wait_briefly
-from cluster.progress import say, silence
+from cluster.progress import log, silence
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    wait_briefly()  # embedded workers inherit it
+    openmp_environment()  # embedded workers inherit it
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
 
@@ -65,7 +65,7 @@ def on_sigterm(news: str, act: Callable[[], Any]) -> Iterator[threading.Event]:
         # Not in the handler: that may have interrupted Ray itself.
         told.wait()
         if not over.is_set():
-            say(f"SIGTERM: {news}")
+            log(f"SIGTERM: {news}")
             act()
 
     threading.Thread(target=obey, name="cappy-stop", daemon=True).start()
@@ -108,3 +108,7 @@ def clean_error(error: BaseException) -> CappyError | None:
         return None
     kind, message = found[-1]
     return (UsageError if kind == "UsageError" else CappyError)(message.strip())
+
+
+# Where a store is, but never who we are: nodes have credentials of their own (a role, or their environment).
+PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "CAPPY_CACHE", "HF_HUB_OFFLINE")

@@ -33,7 +33,7 @@ import tenacity
 import urllib3
 
 from cluster.errors import CappyError, UsageError
-from cluster.progress import say
+from cluster.progress import log
 
 MANIFEST = "_MANIFEST.json"
 WITHDRAWN = "_WITHDRAWN.json"
@@ -82,7 +82,7 @@ def absolute(uri: str) -> str:
     return uri.rstrip("/") if is_s3(uri) else str(Path(uri).expanduser().absolute())
 
 
-def check(uri: str, setting: str) -> str:
+def check_uri(uri: str, setting: str) -> str:
     """Return `absolute(uri)` once its bucket or nearest existing folder can be reached.
 
     Raises `UsageError` naming `setting` when the scheme is unknown, the bucket is missing or the store does not answer.
@@ -458,13 +458,13 @@ def remove_empty_folder(uri: str) -> None:
             Path(absolute(uri)).rmdir()
 
 
-def tidy(uri: str, check: Callable[[], None] = lambda: None) -> None:
+def cleanup(uri: str, check: Callable[[], None] = lambda: None) -> None:
     """Delete what a published folder no longer needs, once `check` passed. A failure is only reported."""
     try:
         check()
         delete(uri)
     except (CappyError, OSError) as error:
-        say(f"what was made is published, but what the run left at {uri} could not be removed: {error}")
+        log(f"what was made is published, but what the run left at {uri} could not be removed: {error}")
 
 
 def sha256(uri: str) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 
 from cluster.config import EvaluationConfig
 from cluster.errors import CappyError
-from evaluation import metrics
-from evaluation.metrics import Booleans, Floats, Integers
+from evaluation import statistics
+from evaluation.statistics import Booleans, Floats, Integers
 from training.blend import blended
 from training.validation import rank_agreement
 
@@ -66,8 +66,8 @@ def baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) -> Ba
     picks = {
         "greedy": _first_of(rows, greedy),
         "sample": _first_of(rows, sampling),
-        "self_sum": np.where(known_R, metrics.best_first(logprobs_RC, present_RC), -1),
-        "self_mean": np.where(sized_R, metrics.best_first(logprobs_RC / np.maximum(tokens_RC, 1), present_RC), -1),
+        "self_sum": np.where(known_R, statistics.best_first(logprobs_RC, present_RC), -1),
+        "self_mean": np.where(sized_R, statistics.best_first(logprobs_RC / np.maximum(tokens_RC, 1), present_RC), -1),
     }
     missing = {
         "greedy": f"no candidate of a decoding with temperature 0 (decodings: {', '.join(each['name'] for each in decodings)})",
@@ -119,22 +119,22 @@ def compare(
     means_RC = padded(rows, "logprob")[0] / np.maximum(padded(rows, "tokens")[0], 1)
     picks = {
         **baseline_picks,
-        "scorer": metrics.best_first(scores_RC, present_RC),
+        "scorer": statistics.best_first(scores_RC, present_RC),
     }
     if logprob_weight is not None and not np.isnan(means_RC[present_RC]).any():
-        picks["blend"] = metrics.best_first(np.asarray(blended(scores_RC, means_RC, logprob_weight), np.float64), present_RC)
-    picks["oracle"] = metrics.best_first(labels_RC, present_RC)
+        picks["blend"] = statistics.best_first(np.asarray(blended(scores_RC, means_RC, logprob_weight), np.float64), present_RC)
+    picks["oracle"] = statistics.best_first(labels_RC, present_RC)
     methods = list(picks)
     values_RM = np.stack([labels_RC[np.arange(len(rows)), picks[method]] for method in methods], axis=1)
     names, tasks_R = np.unique([row["dataset"] for row in rows], return_inverse=True)
-    points_TM = 100 * metrics.task_averages(values_RM, tasks_R)
-    points_BTM = 100 * metrics.bootstrap(values_RM, tasks_R, settings.resamples, seed)
+    points_TM = 100 * statistics.task_averages(values_RM, tasks_R)
+    points_BTM = 100 * statistics.bootstrap(values_RM, tasks_R, settings.resamples, seed)
     points_M, points_BM = points_TM.mean(axis=0), points_BTM.mean(axis=1)
 
     at = {method: column for column, method in enumerate(methods)}
     best = max(baseline_picks, key=lambda method: points_M[at[method]])
-    share = metrics.gap_closed(*(points_M[at[method]] for method in ("scorer", best, "oracle")))
-    shares_B = metrics.gap_closed(*(points_BM[:, at[method]] for method in ("scorer", best, "oracle")))
+    share = statistics.gap_closed(*(points_M[at[method]] for method in ("scorer", best, "oracle")))
+    shares_B = statistics.gap_closed(*(points_BM[:, at[method]] for method in ("scorer", best, "oracle")))
     difference_R = values_RM[:, at["scorer"]] - values_RM[:, at[best]]
     quality_R = np.asarray([_quality(row) for row in rows])
     unique = [each for row in rows for each in _distinct(row)]
@@ -170,7 +170,7 @@ def compare(
         },
         "quality": _average_quality(np.stack([_means(quality_R[tasks_R == task]) for task in range(len(names))])),
         "curves": _curves(rows, tasks_R, settings, seed),
-        "calibration": metrics.calibration(
+        "calibration": statistics.calibration(
             np.asarray([each["score"] for each in unique], np.float64),
             np.asarray([each["label"] for each in unique], np.float64),
             _CALIBRATION_BINS,
@@ -183,7 +183,7 @@ def compare(
 
 
 def _estimate(mean: Floats | float, samples_B: Floats, confidence: float) -> dict[str, float]:
-    low, high = metrics.interval(samples_B, confidence)
+    low, high = statistics.interval(samples_B, confidence)
     return {"mean": float(mean), "low": float(low), "high": float(high)}
 
 
@@ -233,12 +233,12 @@ def _curves(rows: Sequence[Row], tasks_R: Integers, settings: EvaluationConfig, 
     for name, ranking_RC in rankings.items():
         if np.isnan(ranking_RC[present_RC]).any():
             continue  # no log-probabilities: `left_out` of the baselines says so
-        expected_RK = metrics.expected_best_of_k(ranking_RC, labels_RC, present_RC, sizes)
-        curves[name] = {"mean": (100 * metrics.macro_average(expected_RK, tasks_R)).tolist()}
+        expected_RK = statistics.expected_best_of_k(ranking_RC, labels_RC, present_RC, sizes)
+        curves[name] = {"mean": (100 * statistics.macro_average(expected_RK, tasks_R)).tolist()}
         if name == "scorer":
-            samples_BK = 100 * metrics.bootstrap(expected_RK, tasks_R, settings.resamples, seed).mean(axis=1)
-            low_K, high_K = metrics.interval(samples_BK, settings.confidence)
+            samples_BK = 100 * statistics.bootstrap(expected_RK, tasks_R, settings.resamples, seed).mean(axis=1)
+            low_K, high_K = statistics.interval(samples_BK, settings.confidence)
             curves[name] |= {"low": low_K.tolist(), "high": high_K.tolist()}
     random_R = np.where(present_RC, labels_RC, 0).sum(axis=1) / present_RC.sum(axis=1)
-    curves["random"] = {"mean": [float(100 * metrics.macro_average(random_R[:, None], tasks_R)[0])] * len(sizes)}
+    curves["random"] = {"mean": [float(100 * statistics.macro_average(random_R[:, None], tasks_R)[0])] * len(sizes)}
     return curves

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evaluation.metrics import Floats
+from evaluation.statistics import Floats
 
 NAMES = {
     "greedy": "Greedy",

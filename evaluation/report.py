@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from evaluation import plots
 from evaluation.comparison import METHODS
-from evaluation.template import PAGE
+from evaluation.report_template import PAGE
 
 OUTCOMES = ("win", "loss", "tie")
 _LONG_TEXT = 4000  # characters of an instruction or response shown

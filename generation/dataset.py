@@ -61,7 +61,7 @@ class RegressionSet:
     """A published set. `RegressionSet(uri)` raises `CappyError` where no finished set is."""
 
     def __init__(self, uri: str, setting: str = "dataset") -> None:
-        self.uri = storage.check(uri, setting)
+        self.uri = storage.check_uri(uri, setting)
         self.manifest = storage.read_manifest(self.uri, "dataset", "generate")
 
     def shards(self, split: str) -> list[str]:

@@ -18,11 +18,10 @@ from typing import Any
 
 from cluster.config import BigBenchSource, Config, FilesSource, HubSource, MixtureSource, RowsSource, Source
 from cluster.errors import UsageError
-from generation import bigbench
-from generation.similarity import Similarity
-from generation.sources import files, formats, hub, mixture, promptsource, split
+from generation.sources import bigbench, files, formats, hub, mixture, promptsource, split
 from generation.sources.decontaminate import Contamination
 from generation.sources.row import DeadLetter, Instruction, dead, fault
+from generation.tfidf import Similarity
 
 __all__ = ["DeadLetter", "Instruction", "Pools", "contamination", "part_name", "prepare", "prepared", "read"]
 

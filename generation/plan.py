@@ -1,259 +1,256 @@
-"""What `cappy generate` would make and cost: numbers from counts and rates. Pure: no files, no Ray, no LLM.
+"""`cappy plan` at its edge: count what a source holds, count tokens of a part of it, find the rates, hand both to `plan`.
 
-`generation.survey` counts the source and finds the rates; every assumption stands in the result with where it came from.
+The source is read once, streaming; of each dataset only counts are held. Writes nothing and loads no LLM.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
+from cluster import models, storage
 from cluster.config import Config
+from cluster.errors import CappyError, UsageError
+from cluster.progress import log
+from generation import cost_model, instructions, prompts
+from generation.cost_model import Count, Rates
+from generation.instructions import DeadLetter, Instruction
 
-BYTES_PER_PAIR = 131.0
-"""21 GB for 160M pairs, zstd, a row an instruction."""
-GPU_FLOPS = 990e12
-"""Dense bfloat16 of an H200, FLOP/s."""
-GPU_SHARE = 0.5
-"""Share of it an engine is taken to reach."""
+CountTokens = Callable[[Sequence[str]], list[int]]
 
-_MIXTURE_ROWS = 40
-
-
-@dataclass
-class Count:
-    """What one dataset, or one part of a mixture, holds. Sampled rows are those without answer choices."""
-
-    train: int = 0
-    validation: int = 0
-    sampled_rows: int = 0
-    references: int = 0
-    """Distinct references of all rows."""
-    sampled_references: int = 0
-    """Those of sampled rows; each brings its mismatched ones."""
-    choices: int = 0
-    """Answer choices that are no reference."""
-    prompt_tokens: float = 0.0
-    """Tokens of the sampled rows' prompts, without shots."""
-    reference_tokens: float = 0.0
-    """Tokens of the sampled rows' references."""
+_BATCH = 256
+_NEWS_EVERY_S = 10.0
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What one replica does in a second, and what a candidate and a pair come to; `origin` says for each where it is from."""
+def run_plan(config: Config) -> dict[str, Any]:
+    """Return the plan of a config; see `plan.estimate`, and `dead_letters`, the rows the source has that cannot be used.
 
-    sampled: float
-    """Tokens sampled in a second."""
-    prompt: float | None
-    """Prompt tokens read in a second; None where `sampled` has the reading in it."""
-    tokens_per_candidate: float | None
-    """None takes the mean length of the references."""
-    bytes_per_pair: float
-    origin: Mapping[str, str]
-
-
-def estimate(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_from: str = "given") -> dict[str, Any]:
-    """Return the plan: `mixture` (a row a dataset), `totals`, `compute`, `dollars`, `assumptions`.
-
-    Sampled tokens are given as expected and as the most the decodings allow; hours and dollars likewise. Hours are of whole
-    replicas, `compute.wall_hours` by number of GPUs (None where they are fewer than a replica spans).
+    Raises `UsageError` or `CappyError` where the source or `plan.rates_from` cannot be read.
     """
-    sampler = config.sampler
-    candidates = sum(decoding.n for decoding in sampler.decodings)
-    rows = {name: _row(count, config, rates, candidates) for name, count in counts.items()}
-    total = {key: sum(row[key] for row in rows.values()) for key in _SUMMED}
-    pairs = {source: sum(row["by_source"][source] for row in rows.values()) for source in ("reference", "choice", "mismatched", "sampled")}
-    assumptions = [
-        ("tokens of a prompt", "see the table", tokens_from),
-        ("tokens of a candidate", _round(total["sampled_tokens"] / max(1, total["candidates"])), rates.origin["tokens_per_candidate"]),
-        ("bytes of a published pair", _round(rates.bytes_per_pair), rates.origin["bytes_per_pair"]),
-        ("mismatched responses", "all found", "fewer in datasets too small or uniform to borrow from"),
-    ]
-    if config.generate.max_per_bin is not None:
-        assumptions.append(
-            ("sampled pairs", "all", f"generate.max_per_bin={config.generate.max_per_bin} leaves fewer, by what the labels are")
+    rates = find_rates(config)
+    of_prompts, of_texts, tokens_from = _tokenizer(config)
+    counts, letters = count(config, of_prompts, of_texts)
+    return {**cost_model.estimate(counts, config, rates, tokens_from), "dead_letters": letters}
+
+
+def count(config: Config, of_prompts: CountTokens, of_texts: CountTokens) -> tuple[dict[str, Count], int]:
+    """Return a `Count` for each dataset (or part of a mixture), and the number of unusable rows.
+
+    Tokens are counted for `plan.sample_rows` sampled rows of each; the others' follow from their bytes. `of_prompts` counts
+    the tokens of instructions as prompts, `of_texts` of plain texts.
+    """
+    found: dict[str, _Counting] = {}
+    letters = rows = 0
+    start = news = time.monotonic()
+    for row in instructions.read(config.source, config.seed):
+        if isinstance(row, DeadLetter):
+            letters += 1
+            continue
+        name = row.part if config.source.kind == "mixture" else row.dataset
+        if name not in found:
+            found[name] = _Counting(config.plan.sample_rows, of_prompts, of_texts)
+        found[name].add(row)
+        rows += 1
+        if rows % 1000 == 0 and time.monotonic() - news >= _NEWS_EVERY_S:
+            news = time.monotonic()
+            log(f"counting: {rows:,} rows  {rows / (news - start):,.0f} rows/s")
+    return {name: each.result() for name, each in sorted(found.items())}, letters
+
+
+class _Counting:
+    """The counts of one dataset as its rows come."""
+
+    def __init__(self, limit: int, of_prompts: CountTokens, of_texts: CountTokens) -> None:
+        self._counts = Count()
+        self._counters = (of_prompts, of_texts)
+        self._left = limit
+        self._bytes = [0, 0]  # of instructions, of references
+        self._counted_bytes = [0, 0]
+        self._tokens = [0, 0]
+        self._waiting: list[Instruction] = []
+
+    def add(self, row: Instruction) -> None:
+        counts = self._counts
+        setattr(counts, row.split, getattr(counts, row.split) + 1)
+        counts.references += len(row.references)
+        if row.answer_choices is not None:
+            counts.choices += len(set(row.answer_choices) - set(row.references))
+            return
+        counts.sampled_rows += 1
+        counts.sampled_references += len(row.references)
+        self._bytes[0] += len(row.instruction.encode())
+        self._bytes[1] += sum(len(text.encode()) for text in row.references)
+        if self._left:
+            self._left -= 1
+            self._waiting.append(row)
+            if len(self._waiting) == _BATCH:
+                self._tokenize()
+
+    def _tokenize(self) -> None:
+        texts = ([row.instruction for row in self._waiting], [text for row in self._waiting for text in row.references])
+        for kind, counter in enumerate(self._counters):
+            self._tokens[kind] += sum(counter(texts[kind]))
+            self._counted_bytes[kind] += sum(len(text.encode()) for text in texts[kind])
+        self._waiting.clear()
+
+    def result(self) -> Count:
+        """The counts, once all rows are in."""
+        if self._waiting:
+            self._tokenize()
+        self._counts.prompt_tokens, self._counts.reference_tokens = (
+            tokens * whole / max(1, counted) for tokens, whole, counted in zip(self._tokens, self._bytes, self._counted_bytes, strict=True)
         )
-    shots = sampler.prompt.shots
-    if shots:
-        assumptions.append(("tokens of a shot", "an instruction and a reference", f"{shots} of mean length stand before each instruction"))
-    result = {
-        "mixture": rows,
-        "totals": {
-            "instructions": total["train"] + total["validation"],
-            "sampled_instructions": total["sampled_rows"],
-            "candidates": total["candidates"],
-            "pairs": sum(pairs.values()),
-            "pairs_by_source": pairs,
-            "prompt_tokens": round(total["prompt_tokens"]),
-            "sampled_tokens": {"expected": round(total["sampled_tokens"]), "most": total["most_tokens"]},
-            "bytes": round(sum(pairs.values()) * rates.bytes_per_pair),
-        },
+        return self._counts
+
+
+def _tokenizer(config: Config) -> tuple[CountTokens, CountTokens, str]:
+    """Counters of prompts and of texts, and what they are: the LLM's tokenizer where it is on this machine, else bytes / 4."""
+    folder = _local_model(config)
+    if folder is None:
+
+        def quarter(texts: Sequence[str]) -> list[int]:
+            return [math.ceil(len(text.encode()) / 4) for text in texts]
+
+        return quarter, quarter, f"bytes / 4: the tokenizer of {config.sampler.model} is not on this machine"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 10**9  # no warning for a long text: it is only counted
+    prompt = config.sampler.prompt
+
+    def of_texts(texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+    def of_prompts(texts: Sequence[str]) -> list[int]:
+        turns = [prompts.messages(text, (), prompt.system) for text in texts]
+        if prompt.form == "raw":
+            return of_texts([prompts.raw_text(each) for each in turns])
+        return of_texts(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    if prompt.form == "chat" and tokenizer.chat_template is None:
+        raise CappyError("sampler.prompt.form=chat, yet the model has no chat template; set sampler.prompt.form=raw")
+    return of_prompts, of_texts, f"its tokenizer, on up to {config.plan.sample_rows:,} rows of a dataset; the others by their bytes"
+
+
+def _local_model(config: Config) -> Path | None:
+    """The LLM's folder where it needs no download: embedded, or local."""
+    name = config.sampler.model
+    if config.sampler.engine.kind == "endpoint":
+        return None
+    return models.resolve(name, "sampler.model") if name in models.EMBEDDED or Path(name).expanduser().is_dir() else None
+
+
+def find_rates(config: Config) -> Rates:
+    """Return the rates of a config: what its `plan` gives, else what `plan.rates_from` measured, else calculated ones.
+
+    Raises `UsageError` where `plan.rates_from` holds none.
+    """
+    given, uri = config.plan, config.plan.rates_from
+    measured = _measured(storage.check_uri(uri, "plan.rates_from"), config.sampler.model) if uri else {}
+    values: dict[str, float | None] = {"tokens_per_candidate": None, "bytes_per_pair": cost_model.BYTES_PER_PAIR}
+    origin = {
+        "tokens_per_candidate": "the mean reference is taken for its length, within min_tokens and max_tokens",
+        "bytes_per_pair": "21 GB for 160M pairs; plan.bytes_per_pair or plan.rates_from changes it",
     }
-    if sampler.engine.kind == "endpoint":
-        return result | _endpoint(total, config, assumptions)
-    return result | _gpus(total, config, rates, assumptions)
+    for name in ("tokens_per_candidate", "bytes_per_pair"):
+        if measured.get(name):
+            values[name], origin[name] = measured[name], f"measured in {uri}"
+    if given.bytes_per_pair:
+        values["bytes_per_pair"], origin["bytes_per_pair"] = given.bytes_per_pair, "plan.bytes_per_pair"
+    if given.sampled_tokens_per_second:
+        sampled, prompt = given.sampled_tokens_per_second, given.prompt_tokens_per_second
+        origin |= {"sampled": "plan.sampled_tokens_per_second", "prompt": "plan.prompt_tokens_per_second"}
+    elif measured:
+        sampled, prompt = measured["tokens_per_second"], None
+        origin |= {"sampled": f"measured in {uri}{measured['note']}", "prompt": f"as many a sampled token as there{measured['prompts']}"}
+    else:
+        parameters, known = _parameters(config)
+        gpus = getattr(config.sampler.engine, "tensor_parallel", 1)
+        sampled = prompt = cost_model.GPU_SHARE * cost_model.GPU_FLOPS * gpus / (2 * parameters)
+        reason = (
+            f"a calculation, not a measurement, and too fast for small models: "
+            f"{cost_model.GPU_SHARE:.0%} of an H200's 990 TFLOP/s over 2 x {known}"
+        )
+        origin |= {"sampled": reason, "prompt": reason}
+    return Rates(
+        sampled=sampled,
+        prompt=prompt,
+        tokens_per_candidate=values["tokens_per_candidate"],
+        bytes_per_pair=values["bytes_per_pair"] or cost_model.BYTES_PER_PAIR,
+        origin=origin,
+    )
 
 
-_SUMMED = ("train", "validation", "sampled_rows", "candidates", "fresh_tokens", "prompt_tokens", "sampled_tokens", "most_tokens")
+def _measured(uri: str, model: str) -> dict[str, Any]:
+    """`tokens_per_second` of one replica, and what else a published set or a benchmark's JSON tells."""
+    if uri.endswith(".json"):
+        result = _from_benchmark(_json(uri))
+    else:
+        manifest = storage.read_manifest(uri, "dataset", "generate")
+        result = _from_set(manifest)
+        other = manifest["config"]["sampler"]["model"]
+        if other != model:
+            result["note"] += f" with {other}, not {model}"
+    if not result.get("tokens_per_second"):
+        raise UsageError(f"plan.rates_from={uri} has no tokens_per_second; give a published set, or a JSON file with it")
+    return result
 
 
-def _row(count: Count, config: Config, rates: Rates, candidates: int) -> dict[str, Any]:
-    decodings = config.sampler.decodings
-    reference = count.reference_tokens / max(1, count.sampled_references)
-    expected = sum(each.n * min(max(rates.tokens_per_candidate or reference, each.min_tokens), each.max_tokens) for each in decodings)
-    instruction = count.prompt_tokens / max(1, count.sampled_rows)
-    # Shots that do not fit are left out; an endpoint's context is its own affair.
-    room = config.sampler.engine.max_model_len if config.sampler.engine.kind == "vllm" else math.inf
-    prompt = min(instruction + config.sampler.prompt.shots * (instruction + reference), room)
-    by_source = {
-        "reference": count.references,
-        "choice": count.choices,
-        "mismatched": config.generate.mismatched * count.sampled_references,
-        "sampled": candidates * count.sampled_rows,
-    }
+def _json(uri: str) -> Any:
+    """A JSON file, or the last line of a benchmark's output kept in one."""
+    try:
+        text = storage.read_bytes(uri).decode()
+        return json.loads(text if text.startswith("{") else text.strip().rsplit("\n", 1)[-1])
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"plan.rates_from={uri} cannot be read as JSON ({type(error).__name__}); give a benchmark's result") from None
+
+
+def _from_benchmark(found: Any) -> dict[str, Any]:
+    rates = found.get("rates", found) if isinstance(found, Mapping) else {}
+    kept = {name: rates.get(name) for name in ("tokens_per_second", "tokens_per_candidate", "bytes_per_pair")}
+    return {**kept, "note": "", "prompts": ""}
+
+
+def _from_set(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    summary, rates = manifest["summary"], manifest.get("rates") or {}
+    replicas = manifest["config"]["sampler"]["replicas"]
+    sampled = summary["sources"].get("sampled", 0)
+    whole = summary["tokens"] / max(1.0, summary["seconds"])
+    data = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.startswith("data/"))
+    prompt = rates.get("prompt_tokens")
     return {
-        "train": count.train,
-        "validation": count.validation,
-        "sampled_rows": count.sampled_rows,
-        "mean_prompt_tokens": round(prompt, 1),
-        "candidates": by_source["sampled"],
-        "by_source": by_source,
-        "pairs": sum(by_source.values()),
-        "fresh_tokens": count.prompt_tokens,
-        "prompt_tokens": prompt * count.sampled_rows,
-        "sampled_tokens": expected * count.sampled_rows,
-        "most_tokens": count.sampled_rows * sum(each.n * each.max_tokens for each in decodings),
+        "tokens_per_second": (rates.get("tokens_per_second") or whole) / replicas,
+        "tokens_per_candidate": summary["tokens"] / sampled if sampled else None,
+        "bytes_per_pair": data / max(1, summary["pairs"]),
+        "note": f", {replicas} replica(s)" + ("" if rates.get("tokens_per_second") else ", start-up included"),
+        "prompts": f": {prompt / max(1, summary['tokens']):.3g}" if prompt else "",
     }
 
 
-def _gpus(total: dict[str, Any], config: Config, rates: Rates, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
-    plan, engine = config.plan, config.sampler.engine
-    span = engine.tensor_parallel if engine.kind == "vllm" else 1
-    reading = total["fresh_tokens"] / rates.prompt if rates.prompt else 0.0
-    hours = {name: (reading + total[key] / rates.sampled) / 3600 for name, key in (("expected", "sampled_tokens"), ("most", "most_tokens"))}
-    gpu_hours = {name: value * span for name, value in hours.items()}
-    assumptions = [
-        *assumptions,
-        ("sampled tokens/s of a replica", _round(rates.sampled), rates.origin["sampled"]),
-        (
-            "prompt tokens/s of a replica",
-            _round(rates.prompt) if rates.prompt else "in the rate above",
-            rates.origin["prompt"],
-        ),
-        ("GPUs of a replica", span, "sampler.engine.tensor_parallel"),
-        ("more replicas", "as much faster", "replicas share nothing; start-up of the engines and merging are not counted"),
-        ("dollars of a GPU hour", plan.gpu_dollars_per_hour, "plan.gpu_dollars_per_hour"),
-    ]
-    if rates.prompt:
-        assumptions.append(("a prompt is read", "once", "its candidates, and all rows with the same shots, share it in the prefix cache"))
-    return {
-        "compute": {
-            "gpu_hours": gpu_hours,
-            "wall_hours": {str(count): hours["expected"] / (count // span) if count >= span else None for count in plan.gpus},
-        },
-        "dollars": {name: value * plan.gpu_dollars_per_hour for name, value in gpu_hours.items()},
-        "assumptions": _told(assumptions),
-    }
+def _parameters(config: Config) -> tuple[float, str]:
+    """How many parameters a token passes, and how that is known."""
+    name = config.sampler.model
+    folder = _local_model(config)
+    if folder is not None:
+        parameters = sum(_count_parameters(file) for file in folder.glob("*.safetensors"))
+        if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("is_encoder_decoder"):
+            return parameters / 2, f"half of {parameters / 1e9:.3g}G parameters (a token passes the encoder or the decoder)"
+        return parameters, f"{parameters / 1e9:.3g}G parameters, counted"
+    told = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
+    if told:
+        return float(told[1]) * 1e9, f"{told[1]}G parameters, by the model's name"
+    return 8e9, "8G parameters, assumed (the model is not here, its name does not tell; set plan.sampled_tokens_per_second)"
 
 
-def _endpoint(total: dict[str, Any], config: Config, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
-    """An endpoint's bill: each decoding is a request, which pays for the whole prompt."""
-    engine = config.sampler.engine
-    prompt, sampled = (float(getattr(engine, f"price_per_million_{kind}", 0) or 0) for kind in ("prompt", "sampled"))
-    requests = len(config.sampler.decodings)
-    reading = total["prompt_tokens"] * requests * prompt / 1e6
-    assumptions = [
-        *assumptions,
-        ("dollars of a million prompt tokens", prompt, "sampler.engine.price_per_million_prompt"),
-        ("dollars of a million sampled tokens", sampled, "sampler.engine.price_per_million_sampled"),
-        ("a prompt is paid", f"{requests} times", "once a decoding; an endpoint that refuses n takes it once a candidate"),
-        ("wall time", "not known", "the endpoint's rate limits decide"),
-    ]
-    return {
-        "compute": None,
-        "dollars": {
-            "expected": reading + total["sampled_tokens"] * sampled / 1e6,
-            "most": reading + total["most_tokens"] * sampled / 1e6,
-        },
-        "assumptions": _told(assumptions),
-    }
-
-
-def _told(assumptions: list[tuple[str, Any, str]]) -> list[dict[str, Any]]:
-    return [{"what": what, "value": value, "from": origin} for what, value, origin in assumptions]
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print a plan with the number of its `dead_letters`."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("dataset", "train", "validation", "tokens/prompt", "candidates", "pairs"):
-        table.add_column(name, justify="left" if name == "dataset" else "right")
-    rows = sorted(result["mixture"].items(), key=lambda item: (-item[1]["pairs"], item[0]))
-    for name, row in rows[:_MIXTURE_ROWS]:
-        prompt = f"{row['mean_prompt_tokens']:,.0f}" if row["sampled_rows"] else ""
-        table.add_row(Text(name), f"{row['train']:,}", f"{row['validation']:,}", prompt, f"{row['candidates']:,}", f"{row['pairs']:,}")
-    console.print(table)
-    if len(rows) > _MIXTURE_ROWS:
-        rest = rows[_MIXTURE_ROWS:]
-        console.print(f"and {len(rest):,} datasets more with {sum(row['pairs'] for _, row in rest):,} pairs")
-    console.print()
-    totals = result["totals"]
-    tokens = totals["sampled_tokens"]
-    lines = [
-        ("left out", f"{result['dead_letters']:,} rows of the source that cannot be used"),
-        ("instructions", f"{totals['instructions']:,}, {totals['sampled_instructions']:,} of them sampled"),
-        ("pairs", f"{totals['pairs']:,}: " + ", ".join(f"{name} {count:,}" for name, count in totals["pairs_by_source"].items())),
-        ("prompt tokens", f"{totals['prompt_tokens']:,}"),
-        ("sampled tokens", f"{tokens['expected']:,} expected, {tokens['most']:,} at most"),
-        ("storage", size(totals["bytes"])),
-    ]
-    if result["compute"]:
-        hours = result["compute"]["gpu_hours"]
-        lines.append(("GPU-hours", f"{hours['expected']:,.3g} expected, {hours['most']:,.3g} at most"))
-        for count, wall in result["compute"]["wall_hours"].items():
-            lines.append((f"time on {int(count):,} GPU{'s' if count != '1' else ''}", duration(wall) if wall is not None else "too few"))
-    lines.append(("dollars", f"{result['dollars']['expected']:,.2f} expected, {result['dollars']['most']:,.2f} at most"))
-    _print_pairs(lines, console)
-    console.print()
-    console.print("assumed")
-    assumed = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for each in result["assumptions"]:
-        value = f"{each['value']:,}" if isinstance(each["value"], int | float) else str(each["value"])
-        assumed.add_row(Text(each["what"]), Text(value), Text(each["from"]))
-    console.print(assumed)
-
-
-def _print_pairs(lines: list[tuple[str, str]], console: Console) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, text in lines:
-        table.add_row(name, Text(text))
-    console.print(table)
-
-
-def duration(hours: float) -> str:
-    """Hours as people say them: `12 s`, `8.4 min`, `3.2 h`, `5.1 days`."""
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    if hours >= 1:
-        return f"{hours:.1f} h"
-    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.2g} s"
-
-
-def size(count: float) -> str:
-    """Bytes as people say them, in powers of 1,000: `1.4 MB`, `21.0 GB`."""
-    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= length:
-            return f"{count / length:,.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
-
-
-def _round(value: float) -> float:
-    """Three significant digits; more would claim a precision nobody has."""
-    return float(f"{value:.3g}")
+def _count_parameters(file: Path) -> int:
+    """The parameters in a safetensors file, from its header: its length in 8 bytes, then JSON with each tensor's shape."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

@@ -17,7 +17,8 @@ import pyarrow as pa
 from cluster.config import DecodingConfig, SamplerConfig
 from cluster.errors import CappyError
 from generation import engines, prompts
-from generation.engines import LLM, Candidate, RowError
+from generation.engines import contract
+from generation.engines.contract import LLM, Candidate, RowError
 
 SAMPLED = pa.list_(
     pa.struct(
@@ -106,8 +107,8 @@ class Sampler:
         self, row_id: str, turns: Sequence[prompts.Message], prompt: Any, decoding: DecodingConfig
     ) -> tuple[list[Candidate], Exception | None, float]:
         """Return the candidates of one decoding, or what went wrong, and what it cost: money is spent on failures too."""
-        seed = engines.request_seed(self.seed, row_id, decoding.name)
-        request_id = f"{row_id}-{engines.request_identity(self.config.model, turns, decoding, seed)}"
+        seed = contract.request_seed(self.seed, row_id, decoding.name)
+        request_id = f"{row_id}-{contract.request_identity(self.config.model, turns, decoding, seed)}"
         try:
             return await self.llm.sample(prompt, decoding, seed, request_id), None, self.llm.bill(request_id)
         except Exception as error:

@@ -101,7 +101,7 @@ def letters_of(staging: str, target: str) -> str:
 
 
 def _read(staging: str, name: str) -> pa.Table:
-    uri = units.place(staging, "units", name)
+    uri = units.unit_uri(staging, "units", name)
     try:
         return units.read(uri)
     except FileNotFoundError:

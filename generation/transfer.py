@@ -28,7 +28,7 @@ from cluster.config import fingerprint
 from cluster.errors import CappyError, UsageError
 from cluster.progress import Bar
 from cluster.runtime import code_version
-from generation import card
+from generation import dataset_card
 from generation.dataset import RegressionSet, pair_table
 from generation.schema import PAIRS
 
@@ -46,7 +46,7 @@ def copy(source: str, destination: str) -> dict[str, Any]:
     The manifest there is the source's, but for `writer` and `copied_from`. Raises `UsageError` when the destination holds
     something else, `CappyError` when a file does not match its SHA-256 on three attempts; then nothing is published.
     """
-    source, destination = storage.check(source, "SRC"), storage.check(destination, "DST")
+    source, destination = storage.check_uri(source, "SRC"), storage.check_uri(destination, "DST")
     manifest = storage.published(source, "SRC")
     files = dict(manifest["files"])
     if _is_there(destination, lambda there: _plain(there) == _plain(manifest)):
@@ -75,7 +75,7 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
     A pair is a row, exact repeats within an instruction included. Holds a row group of each thread in memory. Interrupted, it
     starts over. Raises as `copy` does.
     """
-    destination = storage.check(destination, "DST")
+    destination = storage.check_uri(destination, "DST")
     opened = RegressionSet(source, "SRC")
     manifest, source = opened.manifest, opened.uri
     shards = {name: entry for name, entry in manifest["files"].items() if name.startswith("data/")}
@@ -116,7 +116,7 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
         "schema": {field.name: str(field.type) for field in PAIRS},
         "files": written | {"config.yaml": settings},
     }
-    storage.publish(destination, card.write(destination, made))
+    storage.publish(destination, dataset_card.write(destination, made))
     return _report(destination, "pairs", source, written, written, time.monotonic() - start)
 
 

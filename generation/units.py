@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.config import Config
-from generation import annotate, engines
+from generation import engines, labels
 from generation.budget import Budget
 from generation.instructions import DeadLetter
 from generation.sampler import LoadLLM, Sampler
@@ -45,7 +45,7 @@ COUNTS = pa.schema(
 _ROOM_S = 0.5
 
 
-class Gate:
+class BudgetGate:
     """Whether a unit may start: not once the run is to stop, and not while what is in flight could pass the money ceiling.
 
     A Ray actor. `ceiling` and `spent` are in dollars; see `Budget`.
@@ -91,7 +91,7 @@ class UnitWorker:
         self.staging, self.config, self.gate = staging, config, gate
         self.limited = engines.ceiling(config.sampler) is not None
         with ThreadPoolExecutor(1) as beside:  # while the engine loads
-            warm = beside.submit(annotate.warm_up, config.generate.label)
+            warm = beside.submit(labels.warm_up, config.generate.label)
             self.sampler = Sampler(config.sampler, config.seed, load)
             warm.result()
 
@@ -106,7 +106,7 @@ class UnitWorker:
 
     async def _work(self, unit: str) -> dict[str, Any] | None:
         """Return the counts of a unit once it is saved, or None where the gate is closed."""
-        prepared = await asyncio.to_thread(read, place(self.staging, "prepared", unit))
+        prepared = await asyncio.to_thread(read, unit_uri(self.staging, "prepared", unit))
         most = await asyncio.to_thread(self.sampler.most, prepared.to_pylist()) if self.limited else 0.0
         while (enter := await self.gate.enter.remote(unit, most)) is None:
             await asyncio.sleep(_ROOM_S)
@@ -120,7 +120,7 @@ class UnitWorker:
         return done
 
 
-def place(staging: str, folder: str, unit: str) -> str:
+def unit_uri(staging: str, folder: str, unit: str) -> str:
     """Where a unit stands: `prepared` before sampling, `units` when it is done."""
     return storage.join(staging, folder, f"{unit}.parquet")
 
@@ -140,7 +140,7 @@ def write(uri: str, table: pa.Table) -> None:
 def finished(staging: str, unit: str) -> dict[str, Any] | None:
     """Return the counts of a unit that is done already, else None."""
     try:
-        return dict(metadata(read(place(staging, "units", unit)))["counts"])
+        return dict(metadata(read(unit_uri(staging, "units", unit)))["counts"])
     except FileNotFoundError:
         return None
 
@@ -171,7 +171,7 @@ def save(staging: str, unit: str, sampled: pa.Table, config: Config) -> dict[str
     rows, letters = label(sampled.to_pylist(), config)
     if config.generate.max_per_bin is not None and unit.startswith("train-"):
         most = config.generate.max_per_bin
-        rows = [{**row, "candidates": annotate.balanced(row["candidates"], most, config.seed, row["id"])} for row in rows]
+        rows = [{**row, "candidates": labels.balanced(row["candidates"], most, config.seed, row["id"])} for row in rows]
     drawn = [candidate for pool in sampled["sampled"].to_pylist() for candidate in pool]
     counts = {
         "unit": unit,
@@ -182,7 +182,7 @@ def save(staging: str, unit: str, sampled: pa.Table, config: Config) -> dict[str
         "dead_letters": len(letters),
     }
     beside = json.dumps({"counts": counts, "letters": letters}).encode()
-    write(place(staging, "units", unit), pa.Table.from_pylist(rows, DATASET).replace_schema_metadata({_METADATA: beside}))
+    write(unit_uri(staging, "units", unit), pa.Table.from_pylist(rows, DATASET).replace_schema_metadata({_METADATA: beside}))
     return counts
 
 
@@ -197,5 +197,5 @@ def label(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dict[str
         else:
             good.append(row)
             done.append(plain)
-    candidates = annotate.assemble(good, config.generate.label, config.sampler.model)
+    candidates = labels.assemble(good, config.generate.label, config.sampler.model)
     return [{**plain, "candidates": each} for plain, each in zip(done, candidates, strict=True)], letters

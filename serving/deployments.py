@@ -21,12 +21,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from cluster.config import DecodingConfig, SamplerConfig, ServingConfig
 from cluster.errors import CappyError
 from generation import engines
-from generation.engines import Candidate, NoAnswer, PromptTooLong, RowError
+from generation.engines.contract import Candidate, NoAnswer, PromptTooLong, RowError
 from generation.prompts import Message
-from serving.batching import Batcher
 from serving.ledger import Ledger
 from serving.protocol import ApiError, Early, Sampled, Scored
-from serving.shelf import Held, ScorerUnavailable, Shelf
+from serving.score_batcher import Batcher
+from serving.scorer_cache import LoadedScorer, ScorerCache, ScorerUnavailable
 
 logger = logging.getLogger("ray.serve")
 UNAVAILABLE = "unavailable"
@@ -176,7 +176,7 @@ class LLM:
 
 
 class Scorer:
-    """The trained scorers. Pairs of requests that wait while others are scored are scored together (`batching.py`).
+    """The trained scorers. Pairs of requests that wait while others are scored are scored together (`score_batcher.py`).
 
     The main one, at `main_uri`, stays; of `further` (URIs by name) a replica holds `serving.scorers_loaded` at most. Each is replaced
     when it is published anew, which is looked for every `serving.reload_s` seconds.
@@ -188,7 +188,7 @@ class Scorer:
         room, dtype = serving.scorers_loaded, serving.scorer_dtype
         threads = 1 if torch.cuda.is_available() else min(serving.scorer_threads, len(os.sched_getaffinity(0)))
         self._batcher = Batcher(score_pairs, threads)
-        self.shelf = Shelf(serving.scorer_name, main_uri, further, room=room, reload_s=serving.reload_s, dtype=dtype)
+        self.shelf = ScorerCache(serving.scorer_name, main_uri, further, room=room, reload_s=serving.reload_s, dtype=dtype)
 
         async def here(name: str) -> str:
             return name
@@ -213,7 +213,7 @@ class Scorer:
         return True
 
 
-def score_pairs(held: Held, instructions: Sequence[str], responses: Sequence[str], threads: int) -> Scored:
+def score_pairs(held: LoadedScorer, instructions: Sequence[str], responses: Sequence[str], threads: int) -> Scored:
     """Return the scores of pairs, computed on CPU with so many threads."""
     import torch
 

@@ -26,12 +26,12 @@ from starlette.types import Message as Event
 from cluster import ports
 from cluster.config import Config, DecodingConfig, Fallback
 from generation.prompts import Message
-from serving import boosting, limits, protocol, schema, scoring
-from serving.catalogue import Catalogue
-from serving.keys import Caller, Keyring
-from serving.metrics import Metrics
-from serving.page import page
+from serving import best_of_n, limits, openapi, protocol, scoring_api
+from serving.api_keys import Caller, Keyring
+from serving.model_registry import ModelRegistry
+from serving.prometheus import Metrics
 from serving.protocol import ApiError, Early, Sampled, Scored
+from serving.web_ui import page
 
 logger = logging.getLogger("ray.serve")
 _PAIRS_AT_ONCE = 64
@@ -71,7 +71,7 @@ class Backend(Protocol):
         """Return whether each model can answer, by its name."""
 
 
-class Doorman:
+class AdmissionQueue:
     """Lets `working` requests in, keeps `waiting` more at the door and turns the rest away."""
 
     def __init__(self, working: int, waiting: int) -> None:
@@ -103,7 +103,7 @@ class Doorman:
         self.here -= 1
 
 
-class Watch:
+class RequestLogMiddleware:
     """Gives each request a number (`X-Request-Id`: the client's own where it is a plain one), counts its answer and logs it.
 
     `proxied`: in front is Ray Serve's proxy, which gives a request without a number one and puts the number it came with in the answer.
@@ -154,7 +154,7 @@ class Watch:
                 logger.info("%s %s %d", scope["method"], route, status, extra=answered | _SERVE_LOG)
 
 
-class Guard:
+class AuthMiddleware:
     """Lets those with a known key in, to every path but /health and the page; the scope's `caller` says who they are.
 
     With `own_names` it also wants one of these in the header Host: without keys, a page of another site could otherwise ask through
@@ -195,8 +195,8 @@ def build_api(
     # No redirects: where to is made of the client's own Host header.
     api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     started = int(time.time())
-    catalogue = Catalogue(config.serving, further)
-    door = Doorman(config.serving.max_concurrency, config.serving.max_queue)
+    catalogue = ModelRegistry(config.serving, further)
+    door = AdmissionQueue(config.serving.max_concurrency, config.serving.max_queue)
     metrics = metrics or Metrics()
     metrics.working.set_function(lambda: door.here)
 
@@ -242,59 +242,59 @@ def build_api(
         answer = answering.result()
         return JSONResponse(answer.model_dump(exclude={"cappy"} if answer.cappy is None else None))
 
-    @api.post("/v1/chat/completions", **schema.takes(protocol.ChatRequest, protocol.ChatCompletion, streams=True))
+    @api.post("/v1/chat/completions", **openapi.takes(protocol.ChatRequest, protocol.ChatCompletion, streams=True))
     async def chat(http: Request) -> Response:
         """Sample candidates for the last message, score them, return the best."""
         request = protocol.parse(await read(http))
         protocol.check_length((message.content for message in request.messages), config, "messages")
         return await completed(http, request)
 
-    @api.post("/v1/completions", **schema.takes(protocol.TextRequest, protocol.TextCompletion, streams=True))
+    @api.post("/v1/completions", **openapi.takes(protocol.TextRequest, protocol.TextCompletion, streams=True))
     async def text(http: Request) -> Response:
         """Sample continuations of a prompt as it stands, score them, return the best."""
         request = protocol.parse_text(await read(http))
         protocol.check_length([request.prompt], config, "prompt")
         return await completed(http, request)
 
-    async def judged(kind: type[scoring.R], http: Request) -> tuple[scoring.R, Scored]:
-        request = scoring.parse(kind, await read(http), config.serving)
+    async def judged(kind: type[scoring_api.R], http: Request) -> tuple[scoring_api.R, Scored]:
+        request = scoring_api.parse(kind, await read(http), config.serving)
         scorer = catalogue.judge(request.model)
         return request, await working(lambda: _score(backend, scorer, *request.pairs()))
 
-    @api.post("/v1/score", **schema.takes(scoring.ScoreRequest, scoring.ScoreAnswer))
-    @api.post("/score", response_model=scoring.ScoreAnswer, include_in_schema=False)
-    async def score(http: Request) -> scoring.ScoreAnswer:
+    @api.post("/v1/score", **openapi.takes(scoring_api.ScoreRequest, scoring_api.ScoreAnswer))
+    @api.post("/score", response_model=scoring_api.ScoreAnswer, include_in_schema=False)
+    async def score(http: Request) -> scoring_api.ScoreAnswer:
         """Score pairs of an instruction and a response (vLLM's route)."""
-        request, scored = await judged(scoring.ScoreRequest, http)
-        return scoring.score_answer(request, scored, uuid.uuid4().hex, int(time.time()))
+        request, scored = await judged(scoring_api.ScoreRequest, http)
+        return scoring_api.score_answer(request, scored, uuid.uuid4().hex, int(time.time()))
 
     async def ranked(http: Request, version: Literal[1, 2]) -> JSONResponse:
-        request, scored = await judged(scoring.RerankRequest, http)
-        return JSONResponse(scoring.rerank_answer(request, scored, uuid.uuid4().hex, version=version).model_dump(exclude_none=True))
+        request, scored = await judged(scoring_api.RerankRequest, http)
+        return JSONResponse(scoring_api.rerank_answer(request, scored, uuid.uuid4().hex, version=version).model_dump(exclude_none=True))
 
-    @api.post("/v1/rerank", **schema.takes(scoring.RerankRequest, scoring.RerankAnswer))
-    @api.post("/rerank", response_model=scoring.RerankAnswer, include_in_schema=False)
+    @api.post("/v1/rerank", **openapi.takes(scoring_api.RerankRequest, scoring_api.RerankAnswer))
+    @api.post("/rerank", response_model=scoring_api.RerankAnswer, include_in_schema=False)
     async def rerank(http: Request) -> JSONResponse:
         """Rank documents as responses to a query (Jina's and vLLM's route)."""
         return await ranked(http, 1)
 
-    @api.post("/v2/rerank", **schema.takes(scoring.RerankRequest, scoring.RerankAnswer))
+    @api.post("/v2/rerank", **openapi.takes(scoring_api.RerankRequest, scoring_api.RerankAnswer))
     async def rerank_2(http: Request) -> JSONResponse:
         """Rank documents as responses to a query (Cohere's route)."""
         return await ranked(http, 2)
 
-    @api.post("/v1/classify", **schema.takes(scoring.ClassifyRequest, scoring.Classification))
-    async def classify(http: Request) -> scoring.Classification:
+    @api.post("/v1/classify", **openapi.takes(scoring_api.ClassifyRequest, scoring_api.Classification))
+    async def classify(http: Request) -> scoring_api.Classification:
         """Choose among answers to an instruction: the scorer alone (paper, section 3.2)."""
-        request, scored = await judged(scoring.ClassifyRequest, http)
-        return scoring.classification(request, scored, uuid.uuid4().hex, int(time.time()))
+        request, scored = await judged(scoring_api.ClassifyRequest, http)
+        return scoring_api.classification(request, scored, uuid.uuid4().hex, int(time.time()))
 
-    @api.get("/v1/models", responses=schema.errors())
+    @api.get("/v1/models", responses=openapi.errors())
     async def models() -> protocol.ModelList:
         """List what `model` may be."""
         return protocol.ModelList(data=[catalogue.describe(name, started) for name in catalogue.models])
 
-    @api.get("/v1/models/{asked:path}", responses=schema.errors(404))
+    @api.get("/v1/models/{asked:path}", responses=openapi.errors(404))
     async def one_model(asked: Annotated[str, Path(examples=["cappy"])]) -> protocol.Model:
         """Describe one model."""
         return catalogue.describe(asked, started)
@@ -308,30 +308,30 @@ def build_api(
 
     up_or_not: dict[int | str, dict[str, Any]] = {503: {"model": dict[str, str | bool], "description": "One of these is false"}}
 
-    @api.get("/health", response_model=dict[str, str | bool], responses=schema.errors() | up_or_not)
+    @api.get("/health", response_model=dict[str, str | bool], responses=openapi.errors() | up_or_not)
     async def health() -> JSONResponse:
         """Answer 200 only while the LLM and the scorer can both answer."""
         ready = await backend.ready()
         healthy = all(ready.values())
         return JSONResponse({"status": "ok" if healthy else "unavailable", **ready}, 200 if healthy else 503)
 
-    @api.get("/ready", response_model=dict[str, str | bool], responses=schema.errors() | up_or_not)
+    @api.get("/ready", response_model=dict[str, str | bool], responses=openapi.errors() | up_or_not)
     async def ready() -> JSONResponse:
         """Answer 200 only while a request sent now would be worked on: both models are up, and there is room."""
         up = {**await backend.ready(), "room": door.room}
         return JSONResponse({"status": "ready" if all(up.values()) else "busy", **up}, 200 if all(up.values()) else 503)
 
-    @api.get("/metrics", response_class=PlainTextResponse, responses=schema.errors())
+    @api.get("/metrics", response_class=PlainTextResponse, responses=openapi.errors())
     async def exposed() -> Response:
         """Tell Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     serving = config.serving
     own_names = frozenset({*ports.LOOPBACK, serving.host}) if not serving.api_keys and ports.is_loopback(serving.host) else None
-    schema.complete(api, keys=bool(serving.api_keys), own_names=own_names is not None)
-    api.add_middleware(Guard, keyring=Keyring(serving.api_keys), own_names=own_names)
-    api.add_middleware(limits.Limits)
-    api.add_middleware(Watch, metrics=metrics, access_log=config.serving.access_log, proxied=proxied)
+    openapi.complete(api, keys=bool(serving.api_keys), own_names=own_names is not None)
+    api.add_middleware(AuthMiddleware, keyring=Keyring(serving.api_keys), own_names=own_names)
+    api.add_middleware(limits.RequestLimitsMiddleware)
+    api.add_middleware(RequestLogMiddleware, metrics=metrics, access_log=config.serving.access_log, proxied=proxied)
     api.add_exception_handler(ApiError, _api_error)
     api.add_exception_handler(HTTPException, _http_error)
     return api
@@ -350,12 +350,12 @@ async def _complete(
 ) -> protocol.Completion:
     """Draw and score the candidates and answer with the best; `news` gets the events of a stream's progress, where asked for.
 
-    `early`: see `boosting.draw`.
+    `early`: see `best_of_n.draw`.
     """
     identity, created = uuid.uuid4().hex, int(time.time())
     prompt = protocol.prompt_for(request, config.sampler.prompt.system)
 
-    def tell(pool: boosting.Pool) -> None:
+    def tell(pool: best_of_n.Pool) -> None:
         news.put_nowait(_event(protocol.progress(request, pool.candidates, pool.scores, identity=identity, created=created)))
 
     def score(responses: Sequence[str]) -> Awaitable[Scored]:
@@ -363,7 +363,7 @@ async def _complete(
         return _score(backend, scorer, [request.instruction] * len(responses), responses)
 
     logprobs = protocol.logprobs_wanted(request, config, scored=scorer is not None)
-    pool = await boosting.draw(
+    pool = await best_of_n.draw(
         decodings,
         lambda drawn, seeds, early: backend.sample(prompt, drawn, seeds, logprobs, early),
         score if scorer else None,
@@ -403,7 +403,7 @@ async def _complete(
     return answer
 
 
-def _fallback(request: protocol.SampleRequest, pool: boosting.Pool, config: Config) -> Fallback | None:
+def _fallback(request: protocol.SampleRequest, pool: best_of_n.Pool, config: Config) -> Fallback | None:
     """Return what chooses where the scorer failed before it scored any, else None. Raises `ApiError` (503) where nothing is declared."""
     if pool.failure is None or pool.scored:
         return None

@@ -24,7 +24,7 @@ STEERING_PREFIX = "x-serve-router-"
 """Serve's own headers between its load balancer and its router begin with this."""
 
 
-class Limits:
+class RequestLimitsMiddleware:
     """Turns away requests whose address or headers are larger than any client of ours sends, or that steer Serve's proxy.
 
     The proxy has read its headers by then. Refused at once, a request leaves nothing that the proxy could keep running.

@@ -20,10 +20,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from cluster.config import AdaptiveConfig, Config, DecodingConfig, Fallback
 from cluster.errors import CappyError
-from generation.engines import Candidate
+from generation.engines.contract import Candidate
 from generation.prompts import Message
 from serving import strict_json
-from serving.adaptive import Stopped
+from serving.early_stopping import Stopped
 from training.blend import blended
 
 M = TypeVar("M", bound=BaseModel)

@@ -31,7 +31,7 @@ BIGBENCH_TASKS = (
     *DEMO_TASKS,
     *("conlang_translation", "date_understanding", "gem", "hindi_question_answering", "physics_questions", "semantic_parsing_spider"),
 )
-CAPPY = [sys.executable, "-m", "cluster.cli"]
+CAPPY = [sys.executable, "-m", "cappy.cli"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,7 +50,7 @@ def cappy(*arguments: str, timeout: float = 600, **environment: str) -> subproce
 @pytest.fixture(scope="session")
 def bigbench_tasks() -> None:
     """Put the tasks that tests read into the cache, in one pass over BIG-bench's archive (from PyPI)."""
-    from generation import bigbench
+    from generation.sources import bigbench
 
     bigbench.load_tasks(BIGBENCH_TASKS)
 

@@ -23,14 +23,14 @@ from prometheus_client import generate_latest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from cappy.cli import app
+from cappy.jobs import target
 from cluster import ports
-from cluster.cli import app
 from cluster.config import Config, load
-from cluster.jobs import target
 from generation.dataset import RegressionSet
-from generation.metrics import Metrics as GenerateMetrics
+from generation.prometheus import Metrics as GenerateMetrics
 from serving.gateway import build_api
-from serving.metrics import Metrics as ServingMetrics
+from serving.prometheus import Metrics as ServingMetrics
 from tests.conftest import cappy
 from tests.fixtures import names
 from tests.generation.engines.openai_server import OpenAIServer

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from cluster import storage
-from generation.annotate import rouge_l
 from generation.dataset import RegressionSet
+from generation.labels import rouge_l
 from tests.conftest import CAPPY, cappy
 
 pytestmark = pytest.mark.slow

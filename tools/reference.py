@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cluster.cli import app
+from cappy.cli import app
 from cluster.config import Config, Section
 
 PUBLIC_PACKAGE = "cappy"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training import lean
+from training import encoder_kernels
 
 # Dense bfloat16 FLOP/s by the makers' data sheets, in what `torch.cuda.get_device_name` says; the first that matches counts.
 _PEAKS = {
@@ -47,7 +47,7 @@ class Flops:
         blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         matrices = {id(each): each.numel() for block in blocks for each in block.parameters() if each.ndim >= 2}
         layers = int(getattr(model.config, "num_hidden_layers", 0))
-        if lean.reads_first_token_only(model):
+        if encoder_kernels.reads_first_token_only(model):
             last = model.base_model.encoder.layer[-1]
             of_all_tokens = (last.attention.self.key.weight, last.attention.self.value.weight)
             for each in last.parameters():

@@ -68,7 +68,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Done:
+class StepResult:
     """One finished optimizer step."""
 
     index: int
@@ -228,7 +228,7 @@ def fit(
     dtype: Literal["bfloat16", "float32"],
     rank: int = 0,
     world: int = 1,
-) -> Iterator[Done]:
+) -> Iterator[StepResult]:
     """Take the optimizer steps and yield after each; `total` is the length of the whole run, for the schedule.
 
     The loss is that of `config.objective` over a step's N pairs of all workers, so the gradient does not depend on how many
@@ -273,7 +273,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         encoded = step.window.encoded
         lengths = encoded.lengths[np.concatenate([np.zeros(0, np.int64), *step.micro_batches])]
-        yield Done(
+        yield StepResult(
             index=step.index,
             epoch=step.window.epoch,
             loss=loss,
@@ -293,7 +293,7 @@ def _attention(length: int, device: torch.device) -> AbstractContextManager[Any]
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
-class Agreement:
+class StopConsensus:
     """Whether any worker was asked something, known to all of them at the same step. Made and read by all alike."""
 
     def __init__(self, world: int) -> None:

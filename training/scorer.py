@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from cluster.errors import CappyError, UsageError
-from training import lean
+from training import encoder_kernels
 
 if TYPE_CHECKING:
     from cluster.config import ScorerConfig, TrainingConfig
@@ -232,7 +232,7 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
     model.config.cappy = None  # a blend's weight was fitted with the weights that are about to change
     # sentence-transformers and vLLM put a sigmoid on a single label unless the config says otherwise.
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
-    lean.read_first_token_only(model)
+    encoder_kernels.read_first_token_only(model)
     return model
 
 
@@ -279,7 +279,7 @@ class Scorer:
             # What is not trained needs no finer weights, and casting them for each product takes time.
             scorer.model.to(torch.bfloat16)
         if scorer.device.type == "cpu":
-            lean.pack_for_cpu(scorer.model)
+            encoder_kernels.pack_for_cpu(scorer.model)
         return scorer
 
     @property
@@ -360,7 +360,7 @@ def _load_whole(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise CappyError(f"{setting}={name}: the weights lack {missing}, so no head was trained; run `cappy train` on it first")
-    lean.read_first_token_only(model)
+    encoder_kernels.read_first_token_only(model)
     return model, tokenizer
 
 

@@ -21,7 +21,7 @@ from cluster.config import Config
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
 from training import blend, checkpoint, flops, loop, stream, validation
-from training.best import Best
+from training.best_checkpoint import Best
 from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
 from training.size import Size
 
@@ -30,7 +30,7 @@ _VALIDATION_ROWS = 64  # instructions a worker validates at once
 
 
 def train(job: dict[str, Any]) -> None:
-    """Train on this worker; `job` as `board.work` has it. Raises `CappyError` for what the operator must mend."""
+    """Train on this worker; `job` as `run_channel.work` has it. Raises `CappyError` for what the operator must mend."""
     _Worker(Config.model_validate(job["config"]), job).train()
 
 
@@ -63,7 +63,7 @@ class _Worker:
         self.total = self.per_epoch * config.training.epochs
         self.checkpoints: str = job["checkpoints"]
         self.writer = checkpoint.Writer(self.checkpoints, config.training.checkpoints_kept, job["claim"].successor, job["claim"].check)
-        self.stop = loop.Agreement(self.world)
+        self.stop = loop.StopConsensus(self.world)
         threading.Thread(target=self._listen, name="cappy-stop", daemon=True).start()
         self.best = Best(self.checkpoints, config.training, writes=self.rank == 0)
         self.metrics: list[str] = []
@@ -94,7 +94,7 @@ class _Worker:
             return
         self._post(step=self.progress["step"])
         training = self.config.training
-        waiting: list[loop.Done] = []
+        waiting: list[loop.StepResult] = []
         since = time.monotonic()
         steps = loop.plan(
             stream.ahead(self._windows()), training, self.config.seed, self.rank, self.world, self.progress["step"], self.size
@@ -182,7 +182,7 @@ class _Worker:
                 yield loop.Window(epoch, number, encoded, pairs.labels, pairs.groups)
             skip = 0
 
-    def _log(self, waiting: list[loop.Done], seconds: float) -> None:
+    def _log(self, waiting: list[loop.StepResult], seconds: float) -> None:
         """Enter the steps since the last line, which took `seconds`, into the books; every worker calls it at the same steps."""
         mine = [torch.stack([torch.stack([done.loss, done.squared_error]) for done in waiting]).cpu().numpy().ravel()]
         mine.append(np.sum([[done.tokens, done.slots, done.attended] for done in waiting], axis=0))

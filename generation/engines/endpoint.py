@@ -28,7 +28,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from cluster.config import DecodingConfig, EndpointConfig
 from cluster.errors import CappyError
 from generation import prompts
-from generation.engines import Candidate, Ended, NoAnswer, PromptTooLong, RowError, api_key, request_seed
+from generation.engines.contract import Candidate, Ended, NoAnswer, PromptTooLong, RowError, api_key, request_seed
 
 # A prompt has at most a token a byte, beside what the chat template puts around it: its own system text, and each turn's marks.
 _TEMPLATE_TOKENS = 128
@@ -71,7 +71,7 @@ class _Asked(NamedTuple):
     logprobs: bool
 
 
-class Pace:
+class RateLimiter:
     """Turns of at most `per_minute` in a minute, evenly spaced; None has no limit."""
 
     def __init__(self, per_minute: float | None) -> None:
@@ -112,7 +112,7 @@ class Endpoint:
             limits=httpx.Limits(max_connections=config.concurrency),
         )
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._requests, self._tokens = Pace(config.requests_per_minute), Pace(config.tokens_per_minute)
+        self._requests, self._tokens = RateLimiter(config.requests_per_minute), RateLimiter(config.tokens_per_minute)
         self._resume_at = 0.0
         self._refused: set[str] = set() if config.logprobs else {"logprobs"}
         self._accounts: dict[str, _Account] = {}

@@ -26,7 +26,8 @@ from cluster import models
 from cluster.config import DecodingConfig, Seq2SeqConfig
 from cluster.errors import CappyError
 from generation import prompts
-from generation.engines import Candidate, Ended, PromptTooLong, has_gpu, tokens
+from generation.engines import prompt_encoding
+from generation.engines.contract import Candidate, Ended, PromptTooLong, has_gpu
 
 # What one row asks for arrives within this; a batch that runs takes far longer.
 _GATHER_S = 0.002
@@ -94,7 +95,7 @@ class Seq2Seq:
 
         Raises `PromptTooLong` when the instruction alone does not fit, or with `drop_shots=False` all turns together.
         """
-        ids = tokens.fit(self.tokenizer, turns, form, self.max_prompt_tokens, drop_shots)
+        ids = prompt_encoding.fit(self.tokenizer, turns, form, self.max_prompt_tokens, drop_shots)
         if len(ids) > self.max_prompt_tokens:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens, above max_prompt_tokens={self.max_prompt_tokens}; "

@@ -17,11 +17,11 @@ import psutil
 
 from cluster import models
 from cluster.config import DecodingConfig, VLLMConfig
+from cluster.cpu import lower_priority, openmp_environment
 from cluster.errors import CappyError
-from cluster.niceness import give_way
-from cluster.openmp import wait_briefly
 from generation import prompts
-from generation.engines import Candidate, Ended, PromptTooLong, has_gpu, tokens
+from generation.engines import prompt_encoding
+from generation.engines.contract import Candidate, Ended, PromptTooLong, has_gpu
 
 
 class Engine:
@@ -43,7 +43,7 @@ class Engine:
         except ValueError as error:
             raise CappyError(f"{setting}={model}: vLLM refused the model or its settings: {_first_line(error)}") from None
         if not gpu:
-            give_way(set(psutil.Process().children(recursive=True)) - before)
+            lower_priority(set(psutil.Process().children(recursive=True)) - before)
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -56,7 +56,7 @@ class Engine:
         which is not ours to shorten) when all turns together do.
         """
         limit = self.max_model_len - room
-        ids = tokens.fit(self.tokenizer, turns, form, limit, drop_shots)
+        ids = prompt_encoding.fit(self.tokenizer, turns, form, limit, drop_shots)
         if len(ids) > limit:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens and leaves less than {room} of max_model_len={self.max_model_len} for a candidate; "
@@ -187,17 +187,17 @@ def set_environment(config: VLLMConfig, gpu: bool) -> None:
         if config.tensor_parallel == 1:
             # The model in the scheduler's own process: in one of its own, either spins on a core while it waits for the other.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        wait_briefly()
+        openmp_environment()
         # Ray gives every worker OMP_NUM_THREADS=1 for its own share; the engine is meant to have the machine.
         cores = len(os.sched_getaffinity(0))
         os.environ["OMP_NUM_THREADS"] = str(min(config.cpu_threads or cores, cores))
 
 
 def shared_prompts() -> dict[str, Any]:
-    """Have candidates of one prompt prefill it once (`siblings.py`)."""
+    """Have candidates of one prompt prefill it once (`vllm_prefill_sharing.py`)."""
     from vllm.config import KVTransferConfig
 
-    connector = "generation.engines.siblings"
+    connector = "generation.engines.vllm_prefill_sharing"
     return {"kv_transfer_config": KVTransferConfig(kv_connector="SiblingConnector", kv_connector_module_path=connector, kv_role="kv_both")}
 
 

@@ -31,7 +31,7 @@ def find(path: str, setting: str = "source.path") -> list[str]:
 
     Raises `UsageError` naming `setting` where there is none.
     """
-    storage.check(path, setting)
+    storage.check_uri(path, setting)
     found = [uri for uri in storage.glob(path) if uri.removesuffix(".gz").endswith(KINDS)]
     if not found:
         raise UsageError(f"{setting}={path}: no {', '.join(KINDS)} (or .gz) file is there; give a file, a folder or a glob")

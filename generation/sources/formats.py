@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from generation import bigbench
 from generation.schema import SPLITS
+from generation.sources import bigbench
 from generation.sources.row import DeadLetter, dead
 
 Row = dict[str, Any]

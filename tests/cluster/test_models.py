@@ -48,7 +48,7 @@ def test_an_s3_folder_is_copied_and_copied_again_once_it_changes(folder, bucket,
     assert models.resolve(f"{bucket}/model", "scorer.encoder") != first
 
 
-@pytest.mark.parametrize("call", [models.resolve, models.check])
+@pytest.mark.parametrize("call", [models.resolve, models.check_model])
 def test_a_folder_without_weights_is_refused(call, folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -56,7 +56,7 @@ def test_a_folder_without_weights_is_refused(call, folder, tmp_path):
         call(str(tmp_path), "scorer.encoder")
 
 
-@pytest.mark.parametrize("call", [models.resolve, models.check])
+@pytest.mark.parametrize("call", [models.resolve, models.check_model])
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nor/this"])
 def test_a_path_that_is_not_there_is_refused(call, name):
     with pytest.raises(UsageError, match="no such folder; give a folder with model weights, a hub name or one of smollm2-135m-instruct"):

@@ -87,14 +87,14 @@ def test_a_folder_goes_up_and_down_unchanged(place, tmp_path):
 
 def test_a_missing_bucket_is_named(bucket):
     with pytest.raises(CappyError, match=r"dataset=s3://no-such-bucket-here/x: bucket 'no-such-bucket-here' does not exist"):
-        storage.check("s3://no-such-bucket-here/x", "dataset")
+        storage.check_uri("s3://no-such-bucket-here/x", "dataset")
 
 
 def test_wrong_credentials_are_told_without_being_shown(bucket, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t-that-must-not-show")
     monkeypatch.setenv("AWS_REGION", "eu-other-1")  # a new region makes a new client
     with pytest.raises(CappyError, match="refused the credentials; check AWS_ACCESS_KEY_ID") as caught:
-        storage.check(f"{bucket}/x", "workspace")
+        storage.check_uri(f"{bucket}/x", "workspace")
     assert "s3cr3t" not in str(caught.value)
 
 
@@ -103,12 +103,12 @@ def test_an_unreachable_store_is_one_line(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     with pytest.raises(CappyError, match=r"workspace=s3://b/x: the object store at http://127.0.0.1:9 cannot be reached"):
-        storage.check("s3://b/x", "workspace")
+        storage.check_uri("s3://b/x", "workspace")
 
 
 def test_other_schemes_are_refused():
     with pytest.raises(UsageError, match="only local paths and s3:// are known"):
-        storage.check("gs://bucket/x", "dataset")
+        storage.check_uri("gs://bucket/x", "dataset")
 
 
 class Takeover:

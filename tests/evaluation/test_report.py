@@ -9,7 +9,7 @@ import pytest
 
 from cluster import storage
 from evaluation import report
-from evaluation.run import run
+from evaluation.evaluate import run_evaluate
 from tests.evaluation.conftest import TASKS, Peeking, make_rows, publish_set
 
 HOSTILE = "</td><script>alert('out')</script><img src=x onerror=alert(1)> & \"quotes\""
@@ -26,7 +26,7 @@ def evaluation(tmp_path_factory):
     rows[1] |= {"instruction": f"What is {HOSTILE}?", "references": [HOSTILE]}
     rows = [{**row, "dataset": "<i>tense</i>" if row["dataset"] == "tense" else row["dataset"]} for row in rows]
     publish_set(Path(config.dataset_uri), rows, config)
-    run(config, load=lambda _: Peeking(rows))
+    run_evaluate(config, load=lambda _: Peeking(rows))
     folder = Path(config.evaluation_uri)
     return storage.read_json(str(folder / "results.json")), pq.read_table(folder / "rows.parquet"), (folder / "report.html").read_text()
 

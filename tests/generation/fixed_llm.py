@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from generation.engines import PromptTooLong
+from generation.engines.contract import PromptTooLong
 from generation.prompts import raw_text
 
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.config import Config
-from generation import annotate, card, dataset
+from generation import dataset, dataset_card, labels
 from generation.schema import DATASET
 
 LABELS = (0.0, 0.05, 0.3, 0.55, 1.0)
@@ -60,11 +60,11 @@ def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", **facts
         "counts": counts,
         "summary": {"uri": uri, **total, "splits": counts, "dead_letters": letters.count("\n"), "seconds": 2.0},
         "schema": {field.name: str(field.type) for field in DATASET},
-        "metric": annotate.describe(config.generate.label),
+        "metric": labels.describe(config.generate.label),
         "lineage": {"sampler": config.model_dump(mode="json")["sampler"]},
         "config": config.model_dump(mode="json"),
         "files": files | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"]),
         **facts,
     }
-    storage.publish(uri, card.write(uri, manifest))
+    storage.publish(uri, dataset_card.write(uri, manifest))
     return storage.read_json(storage.join(uri, storage.MANIFEST))

@@ -1,282 +1,164 @@
-import struct
-import sys
-import unicodedata
+import json
+from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
+from typer.testing import CliRunner
 
-from benchmarks.pairs import bigbench_rows
-from benchmarks.rouge import compare, real_pairs
-from cluster.config import LabelConfig
-from generation.annotate import METRICS, TEXTS, assemble, balanced, describe, labels, rouge_l, rouge_l_batch
+from cappy import jobs
+from cappy.cli import app
+from cluster import storage
+from cluster.config import load
+from cluster.errors import CappyError, UsageError
+from generation import annotate, generate
+from generation.dataset import RegressionSet, statistics
+from generation.labels import TEXTS, labels, rouge_l
+from tests.generation.fixed_llm import FixedLLM
 
-ROUGE_SCORE = RougeScorer(["rougeL"], use_stemmer=True)
-PAPER = LabelConfig()
-
-
-def bits(value):
-    return struct.pack("d", value)
-
-
-def theirs(response, references):
-    return max((ROUGE_SCORE.score(reference, response)["rougeL"].fmeasure for reference in references), default=0.0)
-
-
-def label(metric, response, *references, mode="paper"):
-    config = LabelConfig(metric=metric, mode=mode)
-    return labels(pa.array([[response]], TEXTS), pa.array([references], TEXTS), config)[0]
-
-
-def unicode(response, *references):
-    return rouge_l(response, references, "unicode")
-
-
-@pytest.mark.parametrize(("response", "value"), [("a red fox", 1.0), ("a fox", 0.8), ("42", 0.0), ("", 0.0), ("दिल्ली", 0.0)])
-def test_rouge_l_takes_the_best_reference(response, value):
-    assert rouge_l(response, ["no match", "a red fox", "दिल्ली"]) == pytest.approx(value)
+pytestmark = pytest.mark.usefixtures("ray_here")
+ROWS = 30
+CHRF = load(None, ["generate.label.metric=chrf"])
+both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def real_rows(bigbench_tasks):
-    """Rows of five BIG-bench tasks: short and long texts, several references, SQL, text that is not Latin."""
-    tasks = ("auto_categorization", "disfl_qa", "gem", "hindi_question_answering", "semantic_parsing_spider")
-    return bigbench_rows(dict.fromkeys(tasks, 1_000))
+def made(ray_here, tmp_path_factory):
+    """A published set on disk, with references, choices, mismatched and sampled candidates."""
+    folder = tmp_path_factory.mktemp("made")
+    rows = [{"instruction": f"say {n}", "references": [f"number {n}", f"№ {n}"], "dataset": "ab"[n % 2]} for n in range(ROWS)]
+    rows.append({"instruction": "choose", "references": ["yes"], "answer_choices": ["yes", "no"]})
+    rows.append({"instruction": "no references"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate.run_generate(load(None, [f"source={{kind: files, path: '{folder}/rows.jsonl'}}", f"dataset={folder}/set"]), load=FixedLLM)
+    return f"{folder}/set"
 
 
-def test_labels_of_ten_thousand_real_pairs_equal_rouge_score_to_the_bit(real_rows):
-    result = compare(real_pairs(real_rows, 10_000, seed=1))
-    assert (result["pairs"], result["mismatches"]) == (10_000, 0)
-    assert result["nonzero"] > 5_000
+def rows_of(uri):
+    opened = RegressionSet(uri)
+    return [row for split in ("train", "validation") for table in opened.batches(split) for row in table.to_pylist()]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "\u212aelvin \u0130stanbul ŞİŞ a\u0130b",
-        "don't re-run, O'Neil's",
-        "a_b__c",
-        "\x00\x1fx\u2028y",
-        "12.5% of 3,000",
-        "ﬁne ﬂoat",
-        "7",
-        "a\u212a",
-    ],
-)
-def test_odd_characters_are_split_and_lowered_as_rouge_score_does(text):
-    for other in (text, text.upper(), "k kelvin i stanbul ak ai", "don t re run o neil s a b c 12 5 of 3 000 7"):
-        assert bits(rouge_l(text, [other])) == bits(theirs(text, [other]))
+@both
+def test_sampled_candidates_get_the_new_labels_and_all_else_stays(made, place):
+    summary = annotate.run_annotate(CHRF, src=made, dst=place)
+    old, new = rows_of(made), rows_of(place)
+    assert len(new) == ROWS + 1 and sum(len(row["candidates"]) for row in new) == summary["pairs"]
+    moved = 0
+    for before, after in zip(old, new, strict=True):
+        said = [[each["response"] for each in before["candidates"] if each["source"] == "sampled"]]
+        expected = iter(labels(pa.array(said, TEXTS), pa.array([before["references"]], TEXTS), CHRF.generate.label))
+        for each in before["candidates"]:
+            if each["source"] == "sampled":
+                value = next(expected)
+                moved += value != each["label"]
+                each["label"] = value
+        assert before == after
+    assert moved > ROWS
+    opened = RegressionSet(place)
+    assert storage.verify(opened.uri, opened.manifest) == []
+    assert (
+        summary["labels"] == statistics(pa.concat_tables(t for split in ("train", "validation") for t in opened.batches(split)))["labels"]
+    )
 
 
-def test_two_characters_alone_become_ascii_words_when_lowered():
-    odd = {code for code in range(128, sys.maxunicode + 1) if any(letter.isascii() and letter.isalnum() for letter in chr(code).lower())}
-    assert odd == {0x212A, 0x0130}
+def test_the_manifest_keeps_the_lineage_and_names_the_set_it_came_from(made, tmp_path):
+    annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "new"))
+    old, new = RegressionSet(made).manifest, RegressionSet(str(tmp_path / "new")).manifest
+    assert new["metric"] == {"name": "chrf", "mode": None, "version": 1}
+    assert new["relabelled_from"] == {"uri": made, "writer": old["writer"], "metric": {"name": "rouge_l", "mode": "paper", "version": 1}}
+    assert new["writer"] != old["writer"]
+    assert all(new[key] == old[key] for key in ("kind", "counts", "schema", "lineage"))
+    assert new["config"]["generate"]["label"] == {"metric": "chrf", "mode": "paper"}
+    assert load(tmp_path / "new" / "config.yaml") == load(Path(made) / "config.yaml", ["generate.label.metric=chrf"])
+    assert new["files"].keys() == old["files"].keys() and not (tmp_path / "new" / "_staging").exists()
 
 
-NASTY = st.text(st.sampled_from("aAyY sSiI09-_.\x00\n\u212a\u0130é\u0301दिल्लीß中文😀ﬁ"), max_size=60)
-WORDS = st.lists(
-    st.sampled_from(
-        ["running", "runs", "flies", "Caresses", "a", "the", "12", "ponies", "é", "-", "generalization", "y" * 900, "ab" * 700]
-    ),
-    max_size=80,
-).map(" ".join)
-ANY = st.text(max_size=40) | NASTY | WORDS
+def test_a_round_trip_to_another_metric_gives_the_first_set_again_to_the_byte(made, tmp_path):
+    annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "chrf"))
+    annotate.run_annotate(load(), src=str(tmp_path / "chrf"), dst=str(tmp_path / "again"))
+    names = [name for name in RegressionSet(made).manifest["files"] if name.startswith("data/")]
+    assert len(names) == 2
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (Path(made) / name).read_bytes()
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(st.tuples(st.lists(ANY, max_size=4), st.lists(ANY, max_size=4)), max_size=4))
-def test_any_texts_agree_with_rouge_score_to_the_bit(rows):
-    responses, references = pa.array([said for said, _ in rows], TEXTS), pa.array([right for _, right in rows], TEXTS)
-    expected = [theirs(text, right) for said, right in rows for text in said]
-    assert list(map(bits, rouge_l_batch(responses, references))) == list(map(bits, expected))
+def test_labels_equal_the_one_pair_function_and_row_groups_stay_as_they_were(made, tmp_path):
+    (name,) = [name for name in RegressionSet(made).manifest["files"] if name.startswith("data/train/")]
+    table = pq.read_table(Path(made) / name)
+    for group in (table, table.slice(3, 5)):
+        for row in annotate.relabel(group, load(None, ["generate.label.mode=unicode"]).generate.label).to_pylist():
+            for each in row["candidates"]:
+                if each["source"] == "sampled":
+                    assert each["label"] == rouge_l(each["response"], row["references"], "unicode")
+    annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "new"))
+    groups = [pq.ParquetFile(Path(place) / name).metadata.num_row_groups for place in (made, tmp_path / "new")]
+    assert groups[0] == groups[1]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.sampled_from("abc"), min_size=50, max_size=300), st.lists(st.sampled_from("abcd"), min_size=50, max_size=300))
-def test_subsequences_over_several_machine_words_agree_with_rouge_score(said, right):
-    assert bits(rouge_l(" ".join(said), [" ".join(right)])) == bits(theirs(" ".join(said), [" ".join(right)]))
+def test_a_damaged_or_incomplete_source_is_refused_and_nothing_published(made, tmp_path):
+    copy = tmp_path / "copy"
+    storage.download_folder(made, copy)
+    (name,) = [name for name in RegressionSet(made).manifest["files"] if name.startswith("data/train/")]
+    shard = copy / name
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    with pytest.raises(CappyError, match=rf"SRC=.*copy: {name} does not match the SHA-256"):
+        jobs.submit("annotate", CHRF, src=str(copy), dst=str(tmp_path / "new"))
+    shard.unlink()
+    with pytest.raises(CappyError, match=rf"{name} is missing; copy or generate the set again"):
+        jobs.submit("annotate", CHRF, src=str(copy), dst=str(tmp_path / "new"))
+    with pytest.raises(CappyError, match="did not finish"):
+        RegressionSet(str(tmp_path / "new"))
+    shard.write_bytes(whole)
+    assert annotate.run_annotate(CHRF, src=str(copy), dst=str(tmp_path / "new"))["instructions"] == ROWS + 1  # goes on where it was
 
 
-def test_texts_of_ten_thousand_words_and_hundreds_of_references_are_labelled():
-    words = [f"w{number * number % 997}" for number in range(10_000)]
-    text = " ".join(words)
-    without = " ".join(word for position, word in enumerate(words) if position % 10)
-    precision, recall = 1.0, 0.9
-    assert rouge_l(without, ["unlike"] * 500 + [text]) == 2 * precision * recall / (precision + recall)
-    assert rouge_l(text, [text[::-1], text]) == 1.0
+def test_a_destination_that_is_the_source_or_taken_is_refused(made, tmp_path):
+    for dst in (made, f"{made}/", f"{made}/data", str(Path(made).parent)):
+        with pytest.raises(UsageError, match=r"same folder or one is in the other"):
+            annotate.run_annotate(CHRF, src=made, dst=dst, overwrite=True)
+    assert len(rows_of(made)) == ROWS + 1
+    taken = str(tmp_path / "taken")
+    annotate.run_annotate(CHRF, src=made, dst=taken)
+    with pytest.raises(UsageError, match=r"DST=.*taken already holds a finished run; choose another DST"):
+        annotate.run_annotate(CHRF, src=made, dst=taken)
+    assert annotate.run_annotate(load(), src=made, dst=taken, overwrite=True)["instructions"] == ROWS + 1
 
 
-def test_slices_and_blocks_do_not_move_a_label(monkeypatch):
-    rows = [([f"say {n}", "x" * n, f"{n} one more"], [f"say {n} times", "é" * n]) for n in range(40)]
-    responses, references = pa.array([said for said, _ in rows], TEXTS), pa.array([right for _, right in rows], TEXTS)
-    whole = rouge_l_batch(responses, references)
-    monkeypatch.setattr("generation.annotate._BLOCK", 50)
-    assert rouge_l_batch(responses, references).tolist() == whole.tolist()
-    assert rouge_l_batch(responses[7:11], references[7:11]).tolist() == whole[21:33].tolist()
-    assert rouge_l_batch(responses[:0], references[:0]).tolist() == []
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["README.md", "data/train/mine.parquet", "_staging/thesis.txt"])
+def test_a_destination_with_anothers_files_is_refused_as_it_was(made, name, overwrite, tmp_path):
+    storage.write_bytes(f"{tmp_path}/new/{name}", b"theirs")
+    with pytest.raises(UsageError, match=rf"DST=.*new holds files that no `cappy annotate` wrote, e\.g\. {name}; nothing was deleted"):
+        annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "new"), overwrite=overwrite)
+    assert storage.list_files(f"{tmp_path}/new") == {name: 6}
 
 
-def test_a_full_vocabulary_starts_afresh_and_labels_stay_right(monkeypatch):
-    from generation import words
-
-    monkeypatch.setattr(words, "_SLOTS", 1 << 8)
-    small = words.Vocabulary("paper", stemmed=True)
-    for turn in range(50):
-        numbers, begins, ends = small.split(pa.array([f"running {turn} supercalifragilistic{turn}", f"runs {turn}"]))
-        first, second = (numbers[begin:end].tolist() for begin, end in zip(begins, ends, strict=True))
-        assert first[:2] == second and first[2] not in second
-    assert len(small._table) <= 1 << 9
+def test_a_finished_destination_with_anothers_file_is_not_overwritten(made, tmp_path):
+    storage.download_folder(made, tmp_path / "new")
+    storage.write_bytes(f"{tmp_path}/new/thesis.txt", b"theirs")
+    before = storage.list_files(f"{tmp_path}/new")
+    with pytest.raises(UsageError, match=r"e\.g\. thesis\.txt; nothing was deleted: choose another DST"):
+        annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "new"), overwrite=True)
+    assert storage.list_files(f"{tmp_path}/new") == before
 
 
-@pytest.mark.parametrize(
-    ("response", "reference", "value"),
-    [
-        ("नई दिल्ली", "दिल्ली", 2 / 3),  # Hindi: marks belong to the letters before them
-        ("ДЕЛО", "дело", 1.0),
-        ("ΣΟΦΟΣ", "σοφος", 1.0),
-        ("straße", "STRASSE", 1.0),
-        ("cafe\u0301", "café", 1.0),
-        ("ｆｏｘｅｓ", "fox", 1.0),  # wide letters are ASCII after NFKC, and stemmed
-        ("می\u200cخواهم", "میخواهم", 1.0),  # an invisible joiner says nothing
-        ("東京都", "京都", 0.8),  # Han, Thai and the like: a letter is a word
-        ("ひらがな カナ", "ひらがなカナ", 1.0),
-        ("กรุงเทพ", "เทพ", 2 / 3),
-        ("３，０００円", "3,000 円", 1.0),
-        ("-5", "5", 0.0),
-        ("\u22125", "-5", 1.0),
-        ("it is -5 now", "it is - 5 now", 0.75),
-        ("3-5", "3 5", 1.0),  # a range has no sign
-        ("covid-19", "covid 19", 1.0),
-        ("+", "+", 1.0),
-        ("+", "-", 0.0),
-        ("+", "plus +", 0.0),  # symbols count only in a text of nothing else
-        ("❤️ 👍", "❤ 👍", 1.0),
-        ("?!", "!", 2 / 3),
-        (" \n", " ", 0.0),
-        ("", "", 0.0),
-        ("running foxes", "runs fox", 1.0),
-    ],
-)
-def test_unicode_mode_knows_every_script(response, reference, value):
-    assert unicode(response, reference) == pytest.approx(value)
-    assert unicode(reference, response) == pytest.approx(value)
+def test_a_destination_begun_with_another_metric_is_refused(made, tmp_path):
+    source = RegressionSet(made)
+    origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
+    storage.create_json(f"{tmp_path}/new/_staging/run.json", {"relabelled_from": origin, "metric": source.manifest["metric"]})
+    with pytest.raises(UsageError, match=r'begun otherwise \(metric.mode: "paper" -> null; metric.name: "rouge_l" -> "chrf"\)'):
+        annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "new"))
 
 
-@settings(max_examples=300, deadline=None)
-@given(ANY | st.text(st.characters(categories=["L", "M", "N", "S", "P"]), min_size=1, max_size=30))
-def test_in_unicode_mode_a_text_equals_itself_in_any_normal_form(text):
-    value = unicode(text, text)
-    assert value in (0.0, 1.0)
-    assert value == unicode(text, unicodedata.normalize("NFD", text)) == unicode(text.lower(), text.lower())
-    if any(character.isalnum() for character in text):
-        assert value == 1.0
-
-
-def test_unicode_mode_stems_ascii_english_as_paper_mode_does(real_rows):
-    compared = 0
-    for said, right in real_pairs(real_rows, 1_000, seed=2):
-        if said.isascii() and not set("+-") & set(said + "".join(right)) and "".join(right).isascii() and rouge_l(said, right):
-            assert bits(rouge_l(said, right)) == bits(unicode(said, *right))
-            compared += 1
-    assert compared > 200
-
-
-@pytest.mark.parametrize(
-    ("response", "reference", "value"),
-    [("A  red\nFOX ", "a red fox", 1.0), ("a red fox.", "a red fox", 0.0), ("", "", 0.0), ("ÉTÉ", "été", 1.0)],
-)
-def test_exact_match_ignores_white_space_and_case_alone(response, reference, value):
-    assert label("exact_match", response, "something else", reference) == value
-
-
-@pytest.mark.parametrize(
-    ("response", "reference", "value"),
-    [
-        ("fox red a", "a red fox", 1.0),  # order does not count
-        ("the the the", "the fox", 0.4),  # 1 common: P 1/3, R 1/2
-        ("running", "run", 0.0),  # not stemmed
-        ("A", "a", 1.0),  # an article may be the answer
-        ("", "a", 0.0),
-    ],
-)
-def test_token_f1_compares_bags_of_words(response, reference, value):
-    assert label("token_f1", response, "unlike", reference) == pytest.approx(value)
-
-
-def test_token_f1_has_a_unicode_mode():
-    assert label("token_f1", "京東", "東京") == 0.0
-    assert label("token_f1", "京東", "東京", mode="unicode") == 1.0
-
-
-@pytest.mark.parametrize(
-    ("response", "reference", "value"),
-    [
-        ("abcd", "abcd", 1.0),
-        ("a b cd", "abcd", 1.0),  # without white space
-        ("ABCD", "abcd", 0.0),
-        ("ab", "ac", 5 * 0.25 * 0.25 / (4 * 0.25 + 0.25)),  # 1-grams 1 of 2, 2-grams 0 of 1
-        ("abc", "abcd", 5 * (23 / 36) / (4 + 23 / 36)),  # P 1; R 3/4, 2/3, 1/2, and no 4-grams in the response
-        ("", "abc", 0.0),
-    ],
-)
-def test_chrf_is_worked_out_by_hand(response, reference, value):
-    assert label("chrf", response, "xyz", reference) == pytest.approx(value)
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_a_batch_of_any_metric_has_a_label_a_response_in_order(metric):
-    responses, references = [["a red fox", "7"], [], ["one two"]], [["a red fox", "vixen"], ["x"], []]
-    values = labels(pa.array(responses, TEXTS), pa.array(references, TEXTS), LabelConfig(metric=metric))
-    assert values.dtype == np.float64 and values.tolist() == [1.0, 0.0, 0.0]
-
-
-def test_the_manifest_says_which_labels_a_set_has():
-    assert describe(PAPER) == {"name": "rouge_l", "mode": "paper", "version": 1}
-    assert describe(LabelConfig(metric="chrf")) == {"name": "chrf", "mode": None, "version": 1}
-
-
-def sampled(response):
-    return {"response": response, "decoding": "greedy", "tokens": 2, "finish_reason": "stop", "logprob": -1.5}
-
-
-def test_candidates_are_references_then_wrong_ones_then_labelled_samples():
-    row = {"references": [" a red fox", "vixen"], "mismatched": ["a blue whale", "A  RED fox"], "answer_choices": None}
-    (candidates, others) = assemble([{**row, "sampled": [sampled("a fox")]}, {**row, "sampled": [sampled("vixen")]}], PAPER, "llm")
-    assert [(each["response"], each["label"], each["source"]) for each in candidates] == [
-        ("a red fox", 1.0, "reference"),
-        ("vixen", 1.0, "reference"),
-        ("a blue whale", 0.0, "mismatched"),
-        ("a fox", pytest.approx(0.8), "sampled"),
-    ]
-    assert candidates[-1]["model"] == "llm" and candidates[0]["model"] is None
-    assert (others[-1]["response"], others[-1]["label"]) == ("vixen", 1.0)
-
-
-def test_the_wrong_choices_of_a_classification_row_are_zero():
-    row = {"references": ["Yes"], "mismatched": [], "answer_choices": ["Yes", "No", "Maybe"], "sampled": []}
-    (candidates,) = assemble([row], PAPER, "llm")
-    assert [(each["response"], each["label"], each["source"]) for each in candidates] == [
-        ("Yes", 1.0, "reference"),
-        ("No", 0.0, "choice"),
-        ("Maybe", 0.0, "choice"),
-    ]
-
-
-def test_a_balanced_pool_has_at_most_so_many_different_samples_in_each_tenth_of_the_label():
-    def sample(response, label):
-        return {"response": response, "label": label, "source": "sampled"}
-
-    given = [{"response": "r", "label": 1.0, "source": "reference"}, {"response": "w", "label": 0.0, "source": "mismatched"}]
-    bad, good = [sample(f"bad {n}", 0.05) for n in range(9)], [sample("good", 0.97), sample("best", 1.0), sample("fine", 0.9)]
-    pool = [*given, *bad[:5], *good, *bad[5:], bad[0], sample("middling", 0.5)]
-    kept = balanced(pool, 2, seed=1, row_id="a")
-    assert [each for each in kept if each["source"] != "sampled"] == given
-    assert sum(each["label"] < 0.1 for each in kept[2:]) == 2 and sum(each["label"] >= 0.9 for each in kept[2:]) == 2
-    assert sample("middling", 0.5) in kept and kept == [each for each in [*pool[:-2], pool[-1]] if each in kept]
-    assert balanced(pool, 2, seed=1, row_id="a") == kept
-    assert len({str(balanced(pool, 2, seed=1, row_id=row)) for row in "abcdefgh"}) > 1
-    # Only repeats go where there is room for all.
-    assert balanced(pool, 9, seed=1, row_id="a") == [*pool[:-2], pool[-1]]
+@pytest.mark.slow
+def test_the_command_relabels_and_prints_its_summary(made, tmp_path):
+    command = ["annotate", made, str(tmp_path / "new"), "--set", "generate.label.metric=exact_match", "--json"]
+    result = CliRunner().invoke(app, command)  # in this process, which has a Ray
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["uri"] == str(tmp_path / "new") and summary["pairs"] == sum(summary["labels"])
+    assert "labelling" in result.stderr
+    shown = CliRunner(env={"COLUMNS": "150"}).invoke(app, ["inspect", str(tmp_path / "new")])
+    assert "labels exact_match (version 1)" in shown.stdout

@@ -224,7 +224,7 @@ def test_rows_in_p3_columns_equal_the_same_rows_in_our_columns(tmp_path):
 
 @pytest.mark.usefixtures("bigbench_tasks")
 def test_bigbench_task_files_are_read_unchanged(tmp_path):
-    from generation import bigbench
+    from generation.sources import bigbench
 
     (subtasks,) = bigbench.load_tasks(["codenames"])
     (tmp_path / "task.json").write_text(json.dumps(subtasks["codenames"]))

@@ -5,9 +5,9 @@ import pytest
 from cluster import storage
 from cluster.config import DEMO_TASKS, load
 from cluster.errors import UsageError
-from generation import plan, survey
-from generation.plan import Count, Rates
-from tests.cluster.test_cli import error_line
+from generation import cost_model, plan
+from generation.cost_model import Count, Rates
+from tests.cappy.test_cli import error_line
 from tests.conftest import cappy
 from tests.generation.made_set import publish
 
@@ -22,7 +22,7 @@ COUNTS = {
 
 def planned(*overrides, **changed):
     rates = {"sampled": 50.0, "prompt": 200.0, "tokens_per_candidate": None, "bytes_per_pair": 100.0, "origin": ORIGIN}
-    return plan.estimate(COUNTS, load(None, [DECODINGS, *overrides]), Rates(**rates | changed))
+    return cost_model.estimate(COUNTS, load(None, [DECODINGS, *overrides]), Rates(**rates | changed))
 
 
 def test_rows_pairs_and_tokens_are_those_worked_by_hand():
@@ -71,14 +71,20 @@ def test_an_endpoint_costs_its_prices_and_no_gpu():
 
     config = load(None, [DECODINGS])
     config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"engine": Priced()})})
-    result = plan.estimate(COUNTS, config, Rates(1.0, None, None, 100.0, ORIGIN))
+    result = cost_model.estimate(COUNTS, config, Rates(1.0, None, None, 100.0, ORIGIN))
     assert result["compute"] is None
     assert result["dollars"]["expected"] == pytest.approx((2 * 2000 * 0.5 + 4000 * 2) / 1e6)  # two decodings, two requests
 
 
 def test_times_and_sizes_read_as_people_say_them():
-    assert [plan.duration(hours) for hours in (0.5 / 3600, 12 / 3600, 0.5, 7.25, 100)] == ["0.5 s", "12 s", "30.0 min", "7.2 h", "4.2 days"]
-    assert [plan.size(count) for count in (283_000, 1.4e6, 21e9, 2.5e12)] == ["283.0 kB", "1.4 MB", "21.0 GB", "2.5 TB"]
+    assert [cost_model.duration(hours) for hours in (0.5 / 3600, 12 / 3600, 0.5, 7.25, 100)] == [
+        "0.5 s",
+        "12 s",
+        "30.0 min",
+        "7.2 h",
+        "4.2 days",
+    ]
+    assert [cost_model.size(count) for count in (283_000, 1.4e6, 21e9, 2.5e12)] == ["283.0 kB", "1.4 MB", "21.0 GB", "2.5 TB"]
 
 
 def rows_file(folder, count=30):
@@ -96,7 +102,7 @@ def test_a_source_is_counted_row_by_row_and_its_tokens_from_a_part_of_it(tmp_pat
         seen.extend(texts)
         return [10] * len(texts)
 
-    counts, letters = survey.count(config, ten_a_row, lambda texts: [4] * len(texts))
+    counts, letters = plan.count(config, ten_a_row, lambda texts: [4] * len(texts))
     assert letters == 1 and counts["choice"] == Count(train=1, references=1, choices=2)
     assert counts["a"].train == counts["a"].sampled_rows == counts["a"].sampled_references == 15
     assert sorted(seen) == [f"say number {n}" for n in range(6)]  # three of each sampled dataset
@@ -108,20 +114,20 @@ def test_rates_come_from_the_settings_then_a_measurement_then_a_calculation(tmp_
     publish(f"{tmp_path}/set", rates={"tokens_per_second": 80.0, "prompt_tokens": 390})
     (tmp_path / "rates.json").write_text('news\n{"tokens_per_second": 123.0, "tokens_per_candidate": 7.5}\n')
     (tmp_path / "none.json").write_text("{}")
-    given = survey.find_rates(load(None, ["plan.sampled_tokens_per_second=9", f"plan.rates_from={tmp_path}/set"]))
+    given = plan.find_rates(load(None, ["plan.sampled_tokens_per_second=9", f"plan.rates_from={tmp_path}/set"]))
     assert (given.sampled, given.prompt, given.tokens_per_candidate) == (9.0, None, 3.0)
-    of_set = survey.find_rates(load(None, [f"plan.rates_from={tmp_path}/set", "sampler.model=other/model-3b"]))
+    of_set = plan.find_rates(load(None, [f"plan.rates_from={tmp_path}/set", "sampler.model=other/model-3b"]))
     assert of_set.sampled == 80.0 and "with smollm2-135m-instruct, not other/model-3b" in of_set.origin["sampled"]
     assert "as many a sampled token as there: 2" in of_set.origin["prompt"]
     assert of_set.bytes_per_pair == sum(n for name, n in storage.list_files(f"{tmp_path}/set/data").items()) / 91
-    benchmark = survey.find_rates(load(None, [f"plan.rates_from={tmp_path}/rates.json"]))
-    assert (benchmark.sampled, benchmark.tokens_per_candidate, benchmark.bytes_per_pair) == (123.0, 7.5, plan.BYTES_PER_PAIR)
-    calculated = survey.find_rates(load(None, ["sampler.model=meta-llama/Llama-3.1-8B-Instruct", "sampler.engine.tensor_parallel=2"]))
+    benchmark = plan.find_rates(load(None, [f"plan.rates_from={tmp_path}/rates.json"]))
+    assert (benchmark.sampled, benchmark.tokens_per_candidate, benchmark.bytes_per_pair) == (123.0, 7.5, cost_model.BYTES_PER_PAIR)
+    calculated = plan.find_rates(load(None, ["sampler.model=meta-llama/Llama-3.1-8B-Instruct", "sampler.engine.tensor_parallel=2"]))
     assert calculated.sampled == calculated.prompt == pytest.approx(0.5 * 990e12 * 2 / 16e9)
     assert "a calculation, not a measurement" in calculated.origin["sampled"] and "by the model's name" in calculated.origin["sampled"]
     for uri, reason in ((f"{tmp_path}/none.json", "has no tokens_per_second"), (f"{tmp_path}/gone.json", "cannot be read as JSON")):
         with pytest.raises(UsageError, match=rf"plan.rates_from={uri} {reason}"):
-            survey.find_rates(load(None, [f"plan.rates_from={uri}"]))
+            plan.find_rates(load(None, [f"plan.rates_from={uri}"]))
 
 
 def test_the_verb_prints_the_mixture_the_totals_and_every_assumption_and_writes_nothing(tmp_path):

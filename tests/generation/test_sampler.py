@@ -5,7 +5,7 @@ import pytest
 
 from cluster.config import DecodingConfig, SamplerConfig
 from cluster.errors import CappyError
-from generation.engines import request_seed
+from generation.engines.contract import request_seed
 from generation.sampler import Sampler
 from generation.schema import PREPARED
 from tests.generation.fixed_llm import FixedLLM

@@ -7,12 +7,12 @@ import pytest
 from cluster.config import load
 from generation import units
 from generation.schema import PREPARED
-from generation.units import Gate
+from generation.units import BudgetGate
 from tests.generation.fixed_llm import FixedLLM
 
 
 def test_below_a_ceiling_a_unit_waits_for_those_in_flight_and_is_refused_only_when_none_is():
-    gate = Gate(ceiling=1.0)
+    gate = BudgetGate(ceiling=1.0)
     assert gate.enter("a", 0.7) is True
     assert gate.enter("b", 0.7) is None and not gate.exhausted()
     gate.leave("a", 0.2)
@@ -22,7 +22,7 @@ def test_below_a_ceiling_a_unit_waits_for_those_in_flight_and_is_refused_only_wh
 
 
 def test_a_unit_found_done_after_its_actor_was_lost_frees_its_promise_once():
-    gate = Gate(ceiling=1.0)
+    gate = BudgetGate(ceiling=1.0)
     assert gate.enter("a", 0.9) is True
     gate.leave("a", 0.5)
     gate.leave("a", 0.5)
@@ -30,7 +30,7 @@ def test_a_unit_found_done_after_its_actor_was_lost_frees_its_promise_once():
 
 
 def test_a_closed_gate_lets_nobody_in():
-    gate = Gate()
+    gate = BudgetGate()
     assert gate.enter("a", 0.0) is True
     gate.close()
     assert gate.enter("b", 0.0) is False and not gate.exhausted()
@@ -72,8 +72,8 @@ def test_money_spent_on_a_unit_lost_under_way_is_remembered(place):
     row = {"references": ["x"], "dataset": "d", "shots": [], "mismatched": []}
     for name, text in (("train-000000", "life"), ("train-000001", "death")):
         table = pa.Table.from_pylist([{**row, "id": name, "instruction": text}], PREPARED)
-        units.write(units.place(place, "prepared", name), table)
-    worker = units.UnitWorker(place, config, CostlyLLM, in_process(Gate(9.0)))
+        units.write(units.unit_uri(place, "prepared", name), table)
+    worker = units.UnitWorker(place, config, CostlyLLM, in_process(BudgetGate(9.0)))
 
     async def work(unit):
         return [each async for each in worker(pa.table({"unit": [unit]}))]
@@ -91,15 +91,15 @@ def test_only_train_instructions_are_balanced_and_all_that_was_sampled_is_counte
     row = {"id": "a", "instruction": "say", "references": ["number 1 0"], "dataset": "d", "shots": [], "mismatched": []}
     kept = {}
     for unit in ("train-000000", "validation-000000"):
-        units.write(units.place(str(tmp_path), "prepared", unit), pa.Table.from_pylist([row], PREPARED))
-        worker = units.UnitWorker(str(tmp_path), config, FixedLLM, in_process(Gate()))
+        units.write(units.unit_uri(str(tmp_path), "prepared", unit), pa.Table.from_pylist([row], PREPARED))
+        worker = units.UnitWorker(str(tmp_path), config, FixedLLM, in_process(BudgetGate()))
 
         async def work(worker=worker, unit=unit):
             return [each async for each in worker(pa.table({"unit": [unit]}))]
 
         (done,) = asyncio.run(work())[0].to_pylist()
         assert done["candidates"] == 17 and done["tokens"] == 17 * 3
-        (candidates,) = units.read(units.place(str(tmp_path), "units", unit))["candidates"].to_pylist()
+        (candidates,) = units.read(units.unit_uri(str(tmp_path), "units", unit))["candidates"].to_pylist()
         kept[unit] = [min(int(each["label"] * 10), 9) for each in candidates if each["source"] == "sampled"]
     assert len(kept["validation-000000"]) == 17
     assert sorted(kept["train-000000"]) == sorted(set(kept["validation-000000"]))

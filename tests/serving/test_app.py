@@ -27,15 +27,15 @@ from benchmarks import hostile
 from cluster import models, ports, storage
 from cluster.config import Config, EndpointConfig, ServingConfig
 from cluster.errors import CappyError, UsageError
-from generation.engines import PromptTooLong, RowError
+from generation.engines.contract import PromptTooLong, RowError
 from generation.engines.endpoint import Endpoint
 from generation.prompts import messages
-from serving import app, client
-from serving.metrics import Metrics
+from serving import app, client, serve
+from serving.prometheus import Metrics
 from serving.protocol import ApiError
 from tests.conftest import CAPPY
 from tests.generation.engines.test_vllm_server import GREEDY, TOP_K, TURNS, WARM, ask
-from tests.serving.test_shelf import publish
+from tests.serving.test_scorer_cache import publish
 from tests.training import conftest
 
 encoder = conftest.encoder
@@ -50,28 +50,28 @@ def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_pat
         with pytest.raises(
             CappyError, match=rf"serving\.port={port} is in use on 127\.0\.0\.1; stop the other server or set serving\.port"
         ):
-            app.run(Config(workspace=str(tmp_path), serving=ServingConfig(port=port)))
+            serve.run_serve(Config(workspace=str(tmp_path), serving=ServingConfig(port=port)))
     with pytest.raises(UsageError, match=r"serving.host=no.such.host.invalid"):
-        app.run(Config(workspace=str(tmp_path), serving=ServingConfig(host="no.such.host.invalid")))
+        serve.run_serve(Config(workspace=str(tmp_path), serving=ServingConfig(host="no.such.host.invalid")))
 
 
 def test_limits_that_every_request_would_break_are_refused(tmp_path):
     with pytest.raises(
         UsageError, match=r"every request would be refused: .*8 candidates may have 512 tokens .*serving\.max_sampled_tokens"
     ):
-        app.run(Config(workspace=str(tmp_path), serving=ServingConfig(max_sampled_tokens=100)))
+        serve.run_serve(Config(workspace=str(tmp_path), serving=ServingConfig(max_sampled_tokens=100)))
 
 
 def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
     from training.scorer import CHECKPOINTS
 
-    assert app.UNFINISHED == CHECKPOINTS
+    assert serve.UNFINISHED == CHECKPOINTS
     with pytest.raises(CappyError, match="scorer is not there; run `cappy train`"):
-        app.check_scorer(Config(workspace=str(tmp_path)))
+        serve.check_scorer(Config(workspace=str(tmp_path)))
     (tmp_path / "scorer" / CHECKPOINTS).mkdir(parents=True)
     (tmp_path / "scorer" / "config.json").write_text("{}")
     with pytest.raises(CappyError, match="did not finish; run `cappy train`"):
-        app.check_scorer(Config(workspace=str(tmp_path)))
+        serve.check_scorer(Config(workspace=str(tmp_path)))
 
 
 class Handle:

@@ -6,8 +6,8 @@ import cohere
 import pytest
 
 from cluster.config import Config, ServingConfig
+from serving.api_keys import new_key
 from serving.gateway import build_api
-from serving.keys import new_key
 from tests.serving.standin import running
 from tests.serving.test_gateway import Echo
 

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import Config, DecodingConfig, SamplerConfig, ServingConfig
 from cluster.errors import CappyError
-from generation.engines import NoAnswer
+from generation.engines.contract import NoAnswer
 from generation.engines.seq2seq import Seq2Seq
 from generation.prompts import messages
 from serving.deployments import LLM

@@ -9,9 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import Config, ServingConfig
-from generation.engines import Candidate
+from generation.engines.contract import Candidate
+from serving.api_keys import new_key
 from serving.gateway import build_api
-from serving.keys import new_key
 from serving.protocol import ApiError
 
 BODY = {"model": "cappy", "messages": [{"role": "user", "content": "hi"}]}

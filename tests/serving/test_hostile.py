@@ -8,8 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.hostile import HI, Hostile, ask, requests
 from cluster.config import Config, ServingConfig
+from serving.api_keys import new_key
 from serving.gateway import build_api
-from serving.keys import new_key
 from tests.serving.standin import running
 from tests.serving.test_gateway import Echo
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from cluster.config import GREEDY, Config, DecodingConfig, SamplerConfig, ServingConfig
-from generation.engines import Candidate
+from generation.engines.contract import Candidate
 from serving import protocol
 from serving.protocol import ApiError, ChatRequest, decodings_for, distinct, parse, rank, select, turns_for
 

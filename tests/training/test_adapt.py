@@ -1,254 +1,247 @@
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import psutil
 import pytest
-from transformers import AutoModelForSequenceClassification
+from rich.console import Console
 
 from cluster import storage
-from cluster.config import AdaptConfig, Config, ScorerConfig, TrainingConfig
-from cluster.errors import CappyError
-from generation.dataset import RegressionSet
-from generation.schema import DATASET
-from tests.training.conftest import rows
-from training import adapt, lora
-from training.adapt import Base, Task
-from training.scorer import Scorer, load_tokenizer, new_model
+from cluster.config import Config, FilesSource, load
+from cluster.errors import CappyError, Stopped, UsageError
+from evaluation.evaluate import score_by_task
+from evaluation.table import print_adapted
+from tests.generation.fixed_llm import FixedLLM
+from tests.training.test_adapt_one import publish_tasks, published_scorer, settings, task_rows
+from training import adapt, adapt_one
+from training.adapt_one import Task
+from training.adapted_index import published
+from training.scorer import CHECKPOINTS, Scorer
+
+NAMES = ["colors/old", "lonely", "sides"]
 
 
-def task_rows(name: str, count: int, seed: int, choices: bool = False) -> list[dict[str, Any]]:
-    """Rows of one task; of a classification task the candidates are its answer choices instead of samples."""
-    made = [{**row, "dataset": name} for row in rows(count, seed)]
-    for row in made if choices else []:
-        row["answer_choices"] = [each["response"] for each in row["candidates"]]
-        for each, source in zip(row["candidates"], ("reference", "choice", "choice"), strict=True):
-            each |= {"source": source, "label": float(source == "reference"), "decoding": None, "tokens": None, "logprob": None}
-    return made
+def test_folders_of_tasks_are_plain_and_differ():
+    names = ["tense", "a/b", "a b", "../x", "results.json", "_lease", "", "é"]
+    folders = [adapt.folder_name(name) for name in names]
+    assert folders[0] == "tense" and len(set(folders)) == len(names)
+    assert all("/" not in folder and not folder.startswith((".", "_")) and folder != "results.json" for folder in folders)
 
 
-def publish_tasks(uri: str, train: list[dict[str, Any]], validation: list[dict[str, Any]], row_group: int = 16) -> str:
-    """Publish a set of these rows as `cappy generate` does; return `uri`."""
-    counts, names = {}, []
-    for split, made in (("train", train), ("validation", validation)):
-        name = f"data/{split}/part-00000.parquet"
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(made, DATASET), sink, row_group_size=row_group, write_page_checksum=True)
-        storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
-        counts[split] = {"instructions": len(made), "pairs": sum(len(row["candidates"]) for row in made)}
-        names.append(name)
-    metric = {"name": "rouge_l", "mode": "paper", "version": 1}
-    storage.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "metric": metric, "files": storage.checksums(uri, names)})
-    return uri
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_base_is_seen_to_be_trainable_before_anything_is_spent(method: str, encoder: Path, tmp_path: Path):
+    base = published_scorer(encoder, str(tmp_path / "scorer"))
+    found = adapt._base(settings(tmp_path, encoder, base=base, method=method))
+    assert (found.name, found.scorer, found.max_length) == (base, True, 32)
+    if method == "lora":
+        wrong = settings(tmp_path, encoder, base=base, method="lora", lora={"targets": ["nowhere"]})
+        with pytest.raises(CappyError, match="nowhere"):
+            adapt._base(wrong)
 
 
-def published_scorer(encoder: Path, uri: str) -> str:
-    """Publish the encoder with a fresh head as a scorer; return `uri`."""
-    model = new_model(encoder, ScorerConfig(max_length=32), TrainingConfig(), seed=3)
-    Scorer(model, load_tokenizer(encoder, "x", "s"), 32).save(uri)
-    storage.publish(uri, {"kind": "scorer", "files": {}})
-    return uri
+def test_only_what_adapt_wrote_is_cleared_and_nothing_where_one_place_holds_more(tmp_path: Path):
+    tense, sides, colors = (Task(name, name, str(tmp_path / name), {}) for name in ("tense", "sides", "colors"))
+    storage.write_json(f"{sides.uri}/results.json", {"state": "rejected", "identity": {}})
+    for name in ("README.md", f"{CHECKPOINTS}/adapting"):  # what a lost run left
+        storage.write_bytes(f"{colors.uri}/{name}", b"")
+    before = [storage.list_files(task.uri) for task in (sides, colors)]
+    storage.write_bytes(f"{tense.uri}/thesis.txt", b"mine")
+    with pytest.raises(UsageError, match=r"adapted_path=.*tense holds files that no `cappy adapt` wrote, e.g. thesis.txt"):
+        adapt._clear([sides, colors, tense])
+    storage.publish(tense.uri, {"kind": "scorer", "files": {}})
+    with pytest.raises(CappyError, match="holds a scorer that `cappy adapt` did not write"):
+        adapt._clear([sides, colors, tense])
+    storage.write_json(f"{tense.uri}/{storage.MANIFEST}", {"kind": "scorer", "identity": {}, "summary": {}, "files": {}})
+    with pytest.raises(UsageError, match=r"e.g. thesis.txt; nothing was deleted"):
+        adapt._clear([sides, colors, tense])
+    assert storage.exists(f"{tense.uri}/thesis.txt") and [storage.list_files(task.uri) for task in (sides, colors)] == before
+    storage.delete(f"{tense.uri}/thesis.txt")
+    adapt._clear([sides, colors, tense])
+    assert not storage.list_files(str(tmp_path))
 
 
-def settings(workspace: Path, encoder: Path, **chosen: Any) -> Config:
-    return Config.model_validate(
-        {
-            "workspace": str(workspace),
-            "scorer": {"encoder": str(encoder), "max_length": 32, "dtype": "float32"},
-            "training": {"window": 64, "batch_size": 16},
-            "adapt": {"pairs": 2400, "batch_size": 16, "learning_rate": 3e-3} | chosen,
+@pytest.mark.parametrize("content", ["[]", "theirs", "{}"])
+def test_anothers_results_are_neither_an_outcome_nor_overwritten(content: str, tmp_path: Path):
+    task = Task("tense", "tense", str(tmp_path), {})
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UsageError, match=r"wrote, e\.g\. results\.json; nothing was deleted"):
+        adapt._clear([task])
+    with pytest.raises(UsageError, match=r"wrote, e\.g\. results\.json; nothing was deleted"):
+        adapt._refuse_foreign_table(str(tmp_path))
+    assert (tmp_path / "results.json").read_text() == content
+
+
+def test_a_table_that_leads_out_of_its_folder_is_refused(tmp_path: Path):
+    storage.write_json(f"{tmp_path}/adapted/results.json", {"tasks": [{"task": "a", "dataset": "a", "uri": "s3://b/adapted/.."}]})
+    with pytest.raises(CappyError, match=r"results\.json names the file '\.\.', which is not within the folder"):
+        published(f"{tmp_path}/adapted", "evaluation.adapted")
+
+
+def test_lora_without_a_base_is_refused(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"method=lora needs a base whose weights the tasks share; give adapt\.base"):
+        load(None, ["adapt.method=lora"])
+
+
+def test_an_objective_that_compares_candidates_is_refused():
+    with pytest.raises(UsageError, match=r"training\.objective compares an instruction's candidates"):
+        adapt.run_adapt(load(None, ["training.objective.pairwise=1"]))
+
+
+@pytest.fixture(scope="module")
+def adapted(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> tuple[Config, dict[str, Any]]:
+    """Three tasks adapted in one run, one of which has no validation rows."""
+    workspace = tmp_path_factory.mktemp("run")
+    train = [*task_rows("colors/old", 40, 1), *task_rows("lonely", 5, 2), *task_rows("sides", 30, 3, choices=True)]
+    validation = [*task_rows("colors/old", 30, 4), *task_rows("sides", 40, 5, choices=True)]
+    config = settings(workspace, encoder, base=published_scorer(encoder, str(workspace / "scorer")))
+    publish_tasks(config.dataset_uri, train, validation)
+    return config, adapt.run_adapt(config)
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_leaves_the_others_alone(adapted: tuple[Config, dict[str, Any]]):
+    config, result = adapted
+    assert [(task["task"], task["state"]) for task in result["tasks"]] == list(
+        zip(NAMES, ["published", "failed", "published"], strict=True)
+    )
+    assert "no validation rows of lonely" in result["tasks"][1]["error"]
+    assert (result["published"], result["rejected"], result["failed"]) == (2, 0, 1)
+    measured = [task["figures"] for task in result["tasks"] if "figures" in task]
+    assert result["averages"]["after"] == result["averages"]["after the gate"] == np.mean([each["after"] for each in measured])
+    assert storage.read_json(f"{config.adapted_uri}/results.json") == json.loads(json.dumps(result))
+    for task in (result["tasks"][0], result["tasks"][2]):
+        Scorer.load(task["uri"])
+
+
+@pytest.mark.slow
+def test_the_same_command_does_not_do_a_finished_task_again(adapted: tuple[Config, dict[str, Any]], capfd: pytest.CaptureFixture[str]):
+    config, result = adapted
+    manifest = storage.read_manifest(result["tasks"][0]["uri"], "scorer", "adapt")
+    # What is there when a run is stopped between publishing and tidying.
+    storage.write_bytes(f"{result['tasks'][0]['uri']}/{CHECKPOINTS}/adapting", b"")
+    again = adapt.run_adapt(config)
+    assert not storage.list_files(f"{result['tasks'][0]['uri']}/{CHECKPOINTS}")
+    assert "2 of 3 tasks are done already" in capfd.readouterr().err
+    assert {**again, "seconds": 0} == {**json.loads(json.dumps(result)), "seconds": 0}
+    assert storage.read_manifest(result["tasks"][0]["uri"], "scorer", "adapt") == manifest
+    only = config.adapt.model_copy(update={"tasks": ("sides",), "concurrency": 1})
+    assert [task["task"] for task in adapt.run_adapt(config.model_copy(update={"adapt": only}))["tasks"]] == ["sides"]
+    assert len(adapt.run_adapt(config)["tasks"]) == 3
+
+
+@pytest.mark.slow
+def test_other_settings_are_refused_and_taken_with_overwrite(adapted: tuple[Config, dict[str, Any]]):
+    config, _ = adapted
+    other = config.adapt.model_copy(update={"pairs": 600, "tasks": ("sides",)})
+    changed = config.model_copy(update={"adapt": other})
+    with pytest.raises(UsageError, match=r"sides was adapted with other settings \(adapt\.pairs: 2400 -> 600\)"):
+        adapt.run_adapt(changed)
+    elsewhere = changed.model_copy(update={"adapted_path": str(Path(config.workspace) / "elsewhere")})
+    assert adapt.run_adapt(elsewhere)["tasks"][0]["steps"] == 38
+    back = elsewhere.model_copy(update={"adapt": config.adapt.model_copy(update={"tasks": ("sides",)})})
+    assert adapt.run_adapt(back, overwrite=True)["tasks"][0]["steps"] == 150
+    typo = config.model_copy(update={"adapt": config.adapt.model_copy(update={"tasks": ("side",)})})
+    with pytest.raises(UsageError, match=r"has no 'side'; did you mean 'sides'"):
+        adapt.run_adapt(typo)
+
+
+@pytest.mark.slow
+def test_evaluate_scores_each_task_with_its_own_scorer(adapted: tuple[Config, dict[str, Any]]):
+    config, result = adapted
+    scorers = {each.dataset: each.uri for each in published(config.adapted_uri, "evaluation.adapted")}
+    assert scorers == {task["task"]: task["uri"] for task in result["tasks"] if task["uri"]}
+    rows = [*task_rows("sides", 2, 7), *task_rows("lonely", 2, 8), *task_rows("colors/old", 2, 9), *task_rows("sides", 1, 10)]
+    scored = score_by_task(rows, scorers, config)
+    assert [row["id"] for row in scored] == [row["id"] for row in rows]
+    for row in scored:
+        own = Scorer.load(scorers.get(row["dataset"], config.scorer_uri))
+        expected = own.score([row["instruction"]] * 3, [each["response"] for each in row["candidates"]])
+        assert np.allclose([each["score"] for each in row["candidates"]], expected, atol=1e-5)
+    with pytest.raises(CappyError, match=r"evaluation\.adapted=true: there is no .*nowhere/results\.json; run `cappy adapt` first"):
+        published("nowhere", "evaluation.adapted")
+
+
+@pytest.mark.slow
+def test_the_table_says_what_to_use_and_what_went_wrong(adapted: tuple[Config, dict[str, Any]]):
+    _, result = adapted
+    rejected = {**result["tasks"][0], "task": "worse", "state": "rejected", "uri": None, "use": "the-base"}
+    sink = io.StringIO()
+    print_adapted({**result, "tasks": [*result["tasks"], rejected]}, Console(file=sink, width=80))
+    shown = sink.getvalue()
+    assert "lonely: no validation rows of lonely" in shown
+    assert "not better than the base, not published; use the-base: worse" in shown
+    assert f"{result['averages']['after']:.1f}" in shown and "2 of 4 tasks published" in shown
+
+
+def _adapting() -> list[psutil.Process]:
+    """The processes of this Ray that are at a task, by the title Ray gives them."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [each] * ("ray::adapt" in " ".join(each.cmdline()))
+    return found
+
+
+def _ended(config: Config, name: str) -> bool:
+    return storage.exists(f"{config.adapted_uri}/{name}/{storage.MANIFEST}")
+
+
+def _meanwhile(config: Config, names: list[str], killed: list[int]) -> None:
+    """Kill the worker that is at the first task, and tell this process to stop once that task has come to an end all the same."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not killed:
+        for process in _adapting():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+                killed.append(process.pid)
+        time.sleep(0.02)
+    while time.monotonic() < deadline:
+        if _ended(config, names[0]):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_in_object_storage_it_samples_first_and_ends_alike_though_a_worker_was_killed_and_the_run_stopped(
+    encoder: Path, bucket: str, tmp_path: Path, ray_here: None, capfd: pytest.CaptureFixture[str]
+):
+    names = ["add", "buy", "cut"]
+    rows = [{"dataset": name, "instruction": f"{name} {n} now", "references": [f"number {n % 7}"]} for name in names for n in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = published_scorer(encoder, str(tmp_path / "scorer"))
+    storage.upload_folder(Path(base), f"{bucket}/scorer")
+    config = settings(Path("unused"), encoder, base=f"{bucket}/scorer", pairs=2400, gate=False, concurrency=1).model_copy(
+        update={"workspace": f"{bucket}/run", "source": FilesSource(path=str(tmp_path / "rows.jsonl"))}
+    )
+    killed: list[int] = []
+    assert threading.current_thread() is threading.main_thread()  # where signals are handled
+    threading.Thread(target=_meanwhile, args=(config, names, killed), daemon=True).start()
+    with pytest.raises(Stopped, match=r"stopped on SIGTERM; [12] of 3 tasks came to an end, the same command does the rest"):
+        adapt.run_adapt(config, load=FixedLLM)
+    assert len(killed) == 1 and not _adapting()
+    done = {name: storage.read_json(f"{config.adapted_uri}/{name}/{storage.MANIFEST}") for name in names if _ended(config, name)}
+    assert 1 <= len(done) < 3
+    result = adapt.run_adapt(config, load=FixedLLM)
+    assert f"{len(done)} of 3 tasks are done already; going on" in capfd.readouterr().err
+    assert [(task["task"], task["state"]) for task in result["tasks"]] == [(name, "published") for name in names]
+    for task in result["tasks"]:
+        manifest = storage.read_manifest(task["uri"], "scorer", "adapt")
+        assert manifest == done.get(task["task"], manifest) and storage.verify(task["uri"], manifest) == []
+        assert set(storage.list_files(task["uri"])) == {*manifest["files"], storage.MANIFEST}
+    apart = {"seconds", "pairs_per_second", "uri", "use"}
+    for task in (result["tasks"][0], result["tasks"][-1]):  # the one whose worker was killed, and one begun by the second command
+        here = Task(task["task"], task["dataset"], str(tmp_path / task["task"]), {})
+        untouched = adapt_one.adapt(config, here, adapt._base(config))
+        assert {name: value for name, value in task.items() if name not in apart} == {
+            name: value for name, value in json.loads(json.dumps(untouched)).items() if name not in {*apart, "identity"}
         }
-    )
-
-
-def base_of(uri: str) -> Base:
-    return Base(uri, True, lora.weights_sha256(Path(uri)), storage.read_json(f"{uri}/_MANIFEST.json")["writer"], 32)
-
-
-def task_of(config: Config, name: str, only: str | None = None) -> Task:
-    return Task(name, only or name, f"{config.adapted_uri}/{name}", {"task": name})
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    train = [*task_rows("colors", 40, 1), *task_rows("lonely", 5, 2), *task_rows("sides", 30, 3, choices=True)]
-    validation = [*task_rows("colors", 30, 4), *task_rows("sides", 40, 5, choices=True), *task_rows("untrained", 3, 6)]
-    return publish_tasks(str(tmp_path_factory.mktemp("adapt") / "set"), train, validation)
-
-
-def test_a_datasets_rows_are_read_without_the_row_groups_of_others(dataset: str):
-    opened = RegressionSet(dataset)
-    for name, count in (("colors", 40), ("lonely", 5), ("sides", 30), ("nobody", 0)):
-        tables = list(opened.batches("train", rows=7, columns=["dataset", "instruction"], only=name))
-        assert sum(table.num_rows for table in tables) == count
-        assert {value for table in tables for value in table["dataset"].to_pylist()} == ({name} if count else set())
-
-
-def test_a_tasks_pairs_are_distinct_and_cut_by_hash_whatever_the_order_of_rows(dataset: str, tmp_path: Path):
-    pairs, seen = adapt.collect(RegressionSet(dataset), "colors", 1000, seed=1)
-    texts = list(zip(pairs.instructions, pairs.responses, strict=True))
-    assert seen == 40 and len(texts) == len(set(texts)) > 90
-    assert len(set(pairs.groups.tolist())) == len(set(pairs.instructions))
-    reverse = publish_tasks(str(tmp_path / "reverse"), task_rows("colors", 40, 1)[::-1], task_rows("colors", 1, 4))
-    cut, _ = adapt.collect(RegressionSet(reverse), "colors", 20, seed=1)
-    assert list(zip(cut.instructions, cut.responses, strict=True)) == texts[:20]
-    assert np.array_equal(cut.labels, pairs.labels[:20])
-    other, _ = adapt.collect(RegressionSet(dataset), "colors", 20, seed=2)
-    assert other.instructions != cut.instructions
-    everything, _ = adapt.collect(RegressionSet(dataset), None, 1000, seed=1)
-    assert len(everything) > len(pairs)
-
-
-def test_an_epoch_takes_all_pairs_equally_often_and_is_cut_to_its_size():
-    order = adapt.repeated(7, 24, seed=1, epoch=0)
-    assert len(order) == 24
-    assert all(sorted(order[start : start + 7].tolist()) == list(range(7)) for start in (0, 7, 14))
-    assert order[:7].tolist() != order[7:14].tolist() and order.tolist() != adapt.repeated(7, 24, seed=1, epoch=1).tolist()
-    assert sorted(adapt.repeated(7, 3, seed=1, epoch=0).tolist()) == sorted(set(adapt.repeated(7, 3, seed=1, epoch=0).tolist()))
-
-
-def test_a_task_is_trained_by_one_worker_with_the_settings_of_adapt_over_those_of_train():
-    shared = TrainingConfig(workers=4, min_workers=2, parallel="fsdp", batch_size=16, window=64, weight_decay=0.05, epochs=9)
-    mine = AdaptConfig(batch_size=128, warmup=0.2).training(shared)
-    assert (mine.workers, mine.min_workers, mine.parallel, mine.epochs, mine.batch_size) == (1, None, "ddp", 1, 128)
-    assert (mine.window, mine.warmup, mine.weight_decay, mine.learning_rate) == (128, 0.2, 0.05, 2e-5)
-    assert AdaptConfig(base="x", method="lora").training(shared).learning_rate == 5e-4
-    assert AdaptConfig(base="x", method="lora", learning_rate=1e-3).training(shared).learning_rate == 1e-3
-
-
-def test_rows_to_pick_from_are_taken_by_hash_and_shared_out_between_gate_and_figures(dataset: str):
-    opened = RegressionSet(dataset)
-    sampled = adapt.validation_rows(opened, "colors", 1000, seed=1)
-    assert len(sampled) == 30
-    few = adapt.validation_rows(opened, "sides", 5, seed=1)
-    assert few.equals(adapt.validation_rows(opened, "sides", 1000, seed=1)[:5])
-    gate, figures = adapt.sides(few, 0.5)
-    assert (len(gate), len(figures)) == (3, 2) and pa.concat_tables([gate, figures]).equals(few)
-    gate, figures = adapt.sides(few, 1.0)
-    assert gate.equals(few) and figures is few
-    assert len(adapt.validation_rows(opened, "nobody", 5, seed=1)) == 0
-
-
-def metrics(selection: float | None, pairwise: float | None = None, accuracy: float | None = None) -> dict[str, float | None]:
-    return {"selection": selection, "pairwise_accuracy": pairwise, "accuracy": accuracy, "random": 0.2, "self_mean": None, "oracle": 0.9}
-
-
-def test_the_gate_wants_a_gain_and_as_much_as_asked_for():
-    def judged(before: dict[str, Any], after: dict[str, Any], **chosen: Any) -> dict[str, Any]:
-        return adapt.judge(before, after, AdaptConfig.model_validate(chosen))
-
-    won = judged(metrics(0.25), metrics(0.5))
-    assert won == {"metric": "selection", "before": 25.0, "after": 50.0, "gain": 25.0, "passed": True}
-    assert not judged(metrics(0.5), metrics(0.25))["passed"] and not judged(metrics(0.5), metrics(0.5))["passed"]
-    assert judged(metrics(0.25), metrics(0.5), min_gain=25)["passed"]
-    assert not judged(metrics(0.25), metrics(0.5), min_gain=25.1)["passed"]
-    assert judged(metrics(0.5, 0.25), metrics(0.4, 0.5), metric="pairwise_accuracy")["passed"]
-    level = judged(metrics(0.3), metrics(0.3), metric="pairwise_accuracy")
-    assert level["gain"] is None and not level["passed"]
-    assert judged(metrics(None, accuracy=0.5), metrics(None, accuracy=0.75))["gain"] == 25
-
-
-def test_figures_are_in_points_and_accuracy_stands_in_for_selection():
-    figures = adapt.figures(metrics(0.25, 0.5), metrics(0.5, 0.75))
-    assert figures == {
-        "before": 25,
-        "after": 50,
-        "random": 20,
-        "self": None,
-        "oracle": 90,
-        "pairwise_accuracy": {"before": 50, "after": 75},
-    }
-    assert adapt.figures(metrics(None, accuracy=0.5), metrics(None, accuracy=1.0))["after"] == 100
-
-
-@pytest.fixture(scope="module")
-def base(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return published_scorer(encoder, str(tmp_path_factory.mktemp("base") / "scorer"))
-
-
-def after(task: Task, config: Config) -> float:
-    """The picks of a published scorer on the rows of the figures, in points, from the rows' own candidates."""
-    scorer = Scorer.load(task.uri)
-    rows = adapt.sides(adapt.validation_rows(RegressionSet(config.dataset_uri), task.dataset, 1000, config.seed), 0.5)[1].to_pylist()
-    return 100 * float(np.mean([row["candidates"][scorer.best(row["instruction"], answers(row)).index]["label"] for row in rows]))
-
-
-def answers(row: dict[str, Any]) -> list[str]:
-    return [each["response"] for each in row["candidates"]]
-
-
-def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str, base: str, encoder: Path, tmp_path: Path):
-    config = settings(tmp_path, encoder, base=base).model_copy(update={"dataset": dataset})
-    task = task_of(config, "colors")
-    result = adapt.adapt(config, task, base_of(base))
-    assert result["state"] == "published" and result["use"] == result["uri"] == task.uri
-    assert result["gate"]["gain"] > 0 and result["figures"]["after"] > result["figures"]["before"]
-    assert (result["label"], result["steps"], result["pairs"], result["train_rows"]) == ("rouge_l", 150, 2400, 40)
-    assert (result["gate"]["rows"], result["figures"]["rows"], result["figures"]["apart"]) == (15, 15, True)
-    manifest = storage.read_manifest(task.uri, "scorer", "adapt")
-    assert (
-        {**manifest["summary"], "identity": task.identity}
-        == json.loads(json.dumps(result))
-        == storage.read_json(f"{task.uri}/results.json")
-    )
-    assert storage.verify(task.uri, manifest) == []
-    assert set(storage.list_files(task.uri)) == {*manifest["files"], storage.MANIFEST}
-    assert AutoModelForSequenceClassification.from_pretrained(task.uri).config.num_labels == 1
-    assert after(task, config) == pytest.approx(result["figures"]["after"])
-    assert "Scorer.load" in Path(task.uri, "README.md").read_text()
-    assert adapt.adapt(config, task, base_of(base)) == storage.read_json(f"{task.uri}/results.json")  # at once: it is done
-
-
-def test_lora_publishes_adapters_alone_and_they_load_as_a_scorer(dataset: str, base: str, encoder: Path, tmp_path: Path):
-    # Whether so small a base gains from adapters is chance, so no gate; what is asked is what is published and how it loads.
-    config = settings(tmp_path, encoder, base=base, method="lora", learning_rate=1e-2, gate=False).model_copy(update={"dataset": dataset})
-    task = task_of(config, "sides")
-    result = adapt.adapt(config, task, base_of(base))
-    assert result["state"] == "published" and result["figures"]["self"] is None
-    assert {"adapter_config.json", "adapter_model.safetensors", "base.json"} <= set(storage.list_files(task.uri))
-    assert not storage.exists(f"{task.uri}/model.safetensors")
-    assert storage.read_manifest(task.uri, "scorer", "adapt")["base"]["writer"] == base_of(base).writer
-    assert after(task, config) == pytest.approx(result["figures"]["after"])
-
-
-def test_a_scorer_that_does_not_gain_is_not_published(dataset: str, base: str, encoder: Path, tmp_path: Path):
-    config = settings(tmp_path, encoder, base=base, pairs=32, learning_rate=1e-12).model_copy(update={"dataset": dataset})
-    task = task_of(config, "colors")
-    result = adapt.adapt(config, task, base_of(base))
-    assert (result["state"], result["uri"], result["use"]) == ("rejected", None, base)
-    assert storage.list_files(task.uri).keys() == {"results.json"} and adapt.outcome(task) == result
-    with pytest.raises(CappyError, match=r"no config\.json, so it is not a model"):
-        Scorer.load(task.uri)
-    free = config.model_copy(update={"adapt": config.adapt.model_copy(update={"gate": False})})
-    assert adapt.adapt(free, task_of(free, "free", "colors"), base_of(base))["state"] == "published"
-
-
-def test_a_task_that_cannot_be_adapted_says_why(dataset: str, base: str, encoder: Path, tmp_path: Path):
-    config = settings(tmp_path, encoder, base=base, pairs=32).model_copy(update={"dataset": dataset})
-    with pytest.raises(CappyError, match="no train rows of untrained"):
-        adapt.adapt(config, task_of(config, "untrained"), base_of(base))
-    with pytest.raises(CappyError, match=r"no validation rows of lonely .* publish without by adapt\.gate=false"):
-        adapt.adapt(config, task_of(config, "lonely"), base_of(base))
-    free = config.model_copy(update={"adapt": config.adapt.model_copy(update={"gate": False})})
-    result = adapt.adapt(free, task_of(config, "lonely"), base_of(base))
-    assert (result["state"], result["gate"], result["figures"]) == ("published", None, None)
-    hot = settings(tmp_path, encoder, base=base, pairs=64, learning_rate=1e30).model_copy(update={"dataset": dataset})
-    hot = hot.model_copy(update={"training": hot.training.model_copy(update={"clip_norm": 1e30})})
-    with pytest.raises(CappyError, match=r"the loss is (nan|inf) at step \d+; lower adapt\.learning_rate"):
-        adapt.adapt(hot, task_of(hot, "hot", "colors"), base_of(base))
-
-
-def test_what_a_lost_run_left_is_no_scorer_and_no_outcome(dataset: str, base: str, encoder: Path, tmp_path: Path):
-    config = settings(tmp_path, encoder, base=base).model_copy(update={"dataset": dataset})
-    task = task_of(config, "colors")
-    published_scorer(encoder, task.uri)
-    storage.delete(f"{task.uri}/{storage.MANIFEST}")
-    storage.write_json(f"{task.uri}/results.json", {"state": "published", "identity": task.identity})
-    storage.write_bytes(f"{task.uri}/_checkpoints/adapting", b"")
-    assert adapt.outcome(task) is None
-    with pytest.raises(CappyError, match="the run writing it did not finish"):
-        Scorer.load(task.uri)

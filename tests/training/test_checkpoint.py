@@ -131,7 +131,7 @@ def test_large_states_are_cut_into_pieces(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_one_worker_stops_when_it_is_asked():
-    agreement = loop.Agreement(1)
+    agreement = loop.StopConsensus(1)
     assert not agreement.reached()
     agreement.ask()
     assert agreement.reached() and np.isscalar(agreement.reached())

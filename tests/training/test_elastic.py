@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.training.conftest import publish, settings
-from tests.training.test_trainer import last_step, launch, wait_for, wait_for_step, weights
+from tests.training.test_train import last_step, launch, wait_for, wait_for_step, weights
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.config import ScorerConfig, TrainingConfig
-from training import flops, lean
+from training import encoder_kernels, flops
 from training.scorer import new_model
 
 
@@ -36,8 +36,8 @@ def test_there_is_no_peak_on_cpu():
 def test_the_operations_are_those_torch_counts(plain: bool, encoder: Path):
     model = new_model(encoder, ScorerConfig(max_length=64), TrainingConfig(), seed=1)
     if plain:
-        lean.read_all_tokens(model)
-    assert lean.reads_first_token_only(model) is not plain
+        encoder_kernels.read_all_tokens(model)
+    assert encoder_kernels.reads_first_token_only(model) is not plain
     ids = torch.ones((3, 40), dtype=torch.long)
     with FlopCounterMode(display=False) as counted, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(input_ids=ids).logits.sum().backward()

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from benchmarks import interchange
 from cluster.config import Config, ScorerConfig, TrainingConfig
-from serving.app import check_scorer
+from serving.serve import check_scorer
 from training.scorer import Scorer, load_tokenizer, new_model
 
 INSTRUCTIONS = ["say after me red fox", "please say a dog", "now", "say after me then once again the blue bee", "cow"]

@@ -15,7 +15,7 @@ from cluster import ports
 from cluster.config import ObjectiveConfig, ScorerConfig, TrainingConfig
 from generation.dataset import RegressionSet
 from tests.training.conftest import FAMILIES, publish, write_family
-from training import checkpoint, lean, loop, objectives, stream
+from training import checkpoint, encoder_kernels, loop, objectives, stream
 from training.scorer import encode_pairs, load_tokenizer, new_model
 from training.size import Size
 
@@ -113,7 +113,7 @@ def test_a_steps_loss_and_gradient_are_those_of_its_pairs_one_at_a_time_in_each_
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     alone = copy.deepcopy(model).train()
-    lean.read_all_tokens(alone)
+    encoder_kernels.read_all_tokens(alone)
     tokenizer = load_tokenizer(tmp_path, "x", "s")
     texts = [" ".join(["red fox please"] * words) for words in np.random.default_rng(0).integers(1, 9, 40)]
     encoded = encode_pairs(tokenizer, texts, ["a dog"] * 40, 32)

@@ -10,8 +10,9 @@ import pytest
 from cluster.config import DecodingConfig, EndpointConfig, SamplerConfig
 from cluster.errors import CappyError, UsageError
 from generation.budget import Budget
-from generation.engines import PromptTooLong, RowError, load, request_identity, resources
-from generation.engines.endpoint import Endpoint, Pace, retry_after
+from generation.engines import load, resources
+from generation.engines.contract import PromptTooLong, RowError, request_identity
+from generation.engines.endpoint import Endpoint, RateLimiter, retry_after
 from generation.prompts import messages
 from generation.sampler import Sampler
 from tests.generation.engines.openai_server import OpenAIServer, error, good
@@ -276,9 +277,9 @@ def test_a_pace_never_lets_more_through_than_its_rate():
             at.append(time.monotonic() - start)
         return at
 
-    assert asyncio.run(turns(Pace(6000), [10, 20, 10])) == pytest.approx([0, 0.1, 0.3], abs=0.05)
-    assert asyncio.run(turns(Pace(None), [1e9] * 3)) == pytest.approx([0, 0, 0], abs=0.01)
-    pace = Pace(600)
+    assert asyncio.run(turns(RateLimiter(6000), [10, 20, 10])) == pytest.approx([0, 0.1, 0.3], abs=0.05)
+    assert asyncio.run(turns(RateLimiter(None), [1e9] * 3)) == pytest.approx([0, 0, 0], abs=0.01)
+    pace = RateLimiter(600)
 
     async def unused():
         await asyncio.sleep(pace.take(100))

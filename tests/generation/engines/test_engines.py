@@ -30,8 +30,8 @@ def test_an_actor_asks_for_the_gpus_its_engine_spans(engine, here, on_gpus):
 
 def test_what_cannot_load_is_told_without_loading(monkeypatch):
     monkeypatch.delenv("FOX_KEY", raising=False)
-    engines.check(config(**ENDPOINT))
+    engines.check_sampler_config(config(**ENDPOINT))
     with pytest.raises(UsageError, match="api_key_env=FOX_KEY: no such variable is set"):
-        engines.check(config(**ENDPOINT, api_key_env="FOX_KEY"))
+        engines.check_sampler_config(config(**ENDPOINT, api_key_env="FOX_KEY"))
     with pytest.raises(UsageError, match=r"sampler\.model=/no/such: no such folder"):
-        engines.check(SamplerConfig(model="/no/such", engine={"kind": "transformers"}))
+        engines.check_sampler_config(SamplerConfig(model="/no/such", engine={"kind": "transformers"}))

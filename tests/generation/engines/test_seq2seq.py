@@ -7,7 +7,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from cluster import models
 from cluster.config import DecodingConfig, Seq2SeqConfig
 from cluster.errors import CappyError
-from generation.engines import PromptTooLong
+from generation.engines.contract import PromptTooLong
 from generation.engines.seq2seq import Seq2Seq, choose
 from generation.prompts import messages
 

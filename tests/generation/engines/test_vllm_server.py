@@ -12,7 +12,7 @@ import pytest
 from cluster import models, ports
 from cluster.config import DecodingConfig, EndpointConfig
 from cluster.errors import CappyError
-from generation.engines import PromptTooLong
+from generation.engines.contract import PromptTooLong
 from generation.engines.endpoint import Endpoint
 from generation.prompts import messages
 

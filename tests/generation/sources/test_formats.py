@@ -1,7 +1,6 @@
 import pytest
 
-from generation import bigbench
-from generation.sources import formats
+from generation.sources import bigbench, formats
 from generation.sources.row import DeadLetter
 
 TASK = {

@@ -1,0 +1,118 @@
+"""`make demo`: the whole road on eight BIG-bench tasks, each verb as a user would run it.
+
+generate, train and evaluate run one after the other (a finished one is kept, so an interrupted demo goes on), then a server
+starts, answers one question of the validation rows, and stops.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.rule import Rule
+
+from cluster import ports, storage
+from cluster.config import Config, load
+from cluster.errors import CappyError
+from generation.dataset import RegressionSet
+from generation.prompts import messages
+from serving import client
+
+CONFIG = "demo"
+QUESTION_TASK = "linguistic_mappings"
+SHOTS = 3
+CANDIDATES = 8
+_START_S = 300.0
+
+out = Console(highlight=False)
+
+
+def main() -> int:
+    """Run the demo; return the exit code of the first step that failed, else 0."""
+    config = load(CONFIG)
+    start = time.monotonic()
+    steps = (("generate", config.dataset_uri), ("train", config.scorer_uri), ("evaluate", config.evaluation_uri))
+    for number, (verb, uri) in enumerate(steps, 1):
+        out.print(Rule(f"{number}/4  cappy {verb} {CONFIG}", align="left"))
+        if storage.exists(storage.join(uri, storage.MANIFEST)):
+            out.print(f"{uri} is finished already and kept; delete it to make it again")
+            code = _cappy("inspect", uri, "--samples", "0")
+        else:
+            code = _cappy(verb, CONFIG)
+        if code:
+            return code
+        out.print(f"[dim]{(time.monotonic() - start) / 60:.1f} minutes so far[/dim]")
+    out.print(Rule(f"4/4  cappy serve {CONFIG}", align="left"))
+    try:
+        _serve(config)
+    except CappyError as error:
+        out.print(f"error: {error}", markup=False)
+        return error.exit_code
+    out.print(Rule(align="left"))
+    out.print(f"report  {storage.absolute(config.evaluation_uri)}/report.html")
+    out.print(f"scorer  {storage.absolute(config.scorer_uri)}")
+    out.print(f"set     {storage.absolute(config.dataset_uri)}")
+    out.print(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
+    return 0
+
+
+def _cappy(*arguments: str) -> int:
+    return subprocess.run([sys.executable, "-m", "cappy.cli", *arguments]).returncode
+
+
+def question(dataset: RegressionSet) -> tuple[list[Any], dict[str, Any]]:
+    """Return the turns to ask (train rows as worked examples, then a validation row) and that row."""
+    train = dataset.to_pandas("train")
+    held_out = dataset.to_pandas("validation")
+    row = held_out[held_out["dataset"] == QUESTION_TASK].iloc[0]
+    same = train[(train["dataset"] == QUESTION_TASK) & (train["template"] == row["template"])].head(SHOTS)
+    shots = [{"instruction": shot["instruction"], "response": shot["references"][0]} for _, shot in same.iterrows()]
+    return messages(row["instruction"], shots), dict(row)  # type: ignore[arg-type]
+
+
+def _serve(config: Config) -> None:
+    turns, row = question(RegressionSet(config.dataset_uri))
+    port = ports.free(config.serving.host)
+    url = f"http://{config.serving.host}:{port}"
+    log = Path(config.workspace, "serve.log")
+    with log.open("w") as sink:
+        command = [sys.executable, "-m", "cappy.cli", "serve", CONFIG, "--set", f"serving.port={port}"]
+        server = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            with out.status(f"starting {config.sampler.model} and the scorer behind {url}"):
+                _wait(url, server, log)
+            out.print(client.curl_command(url, client.request_body(turns, CANDIDATES, config.serving.model_name)), markup=False)
+            answer = client.ask(url, turns, CANDIDATES, config.serving.model_name)
+        finally:
+            server.terminate()
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+    out.print()
+    out.print(f"question   {row['instruction'].strip()}", markup=False)
+    out.print(f"reference  {row['references'][0].strip()}", markup=False)
+    client.print_answer(answer, out)
+
+
+def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise CappyError(f"the server ended while starting, see {log}: {log.read_text().strip().splitlines()[-1:]}")
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(1)
+    raise CappyError(f"the server was not ready within {_START_S:g} s, see {log}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The verbs as data, and running one: in this process, or as a Ray job on a running cluster.
+
+A target takes the config (and `overwrite`) and returns its summary, something JSON can hold. It is imported where it runs,
+so the command line needs neither torch nor vLLM. `python -m cappy.jobs VERB` is what a Ray job runs, with its request in
+the environment variable `CAPPY_REQUEST`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tenacity
+
+from cluster import runtime, storage
+from cluster.config import Config
+from cluster.config.paths import absolute
+from cluster.errors import CappyError, UsageError
+from cluster.progress import log
+from cluster.runtime import PASSED_ON
+
+VERBS = {
+    "generate": "generation.generate:run_generate",
+    "annotate": "generation.annotate:run_annotate",
+    "train": "training.train:run_train",
+    "adapt": "training.adapt:run_adapt",
+    "evaluate": "evaluation.evaluate:run_evaluate",
+    "serve": "serving.serve:run_serve",
+}
+
+_ROOT = Path(__file__).resolve().parent.parent
+_REQUEST = "CAPPY_REQUEST"
+_RESULT = "CAPPY_RESULT "
+_ERROR = "CAPPY_ERROR "
+_LEFT_HERE = (".venv", ".git", "runs", "tests", "docs", "benchmarks", "**/__pycache__")
+
+
+def target(verb: str) -> Callable[..., dict[str, Any]]:
+    """Import and return a verb's function."""
+    module, _, name = VERBS[verb].partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def submit(verb: str, config: Config, *, overwrite: bool = False, address: str | None = None, **places: str) -> dict[str, Any]:
+    """Run a verb here, or where `address` names a cluster's dashboard (`http://host:8265`) as a Ray job; return its summary.
+
+    `places` are the URIs of a verb that has them beside its config (`annotate`: `src`, `dst`).
+
+    Raises `CappyError` for what the verb refuses; anything else that a verb raises is a bug and passes through.
+    """
+    if address:
+        return _submit_job(verb, config, overwrite, address, places)
+    try:
+        return target(verb)(config, overwrite=overwrite, **places)
+    except Exception as error:
+        clean = runtime.clean_error(error)
+        if clean is None or clean is error:
+            raise
+        raise clean from error
+
+
+def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places: dict[str, str]) -> dict[str, Any]:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if not address.startswith(("http://", "https://")):
+        raise UsageError(f"--address={address}: give the cluster's dashboard, e.g. http://127.0.0.1:8265")
+    places = {name: storage.absolute(uri) for name, uri in places.items()}
+    request = json.dumps({"config": absolute(config).model_dump(mode="json"), "overwrite": overwrite, "places": places})
+    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment: dict[str, Any] = {"env_vars": {**variables, _REQUEST: request}}
+    if (_ROOT / "pyproject.toml").exists():
+        # Run from a checkout, the cluster gets this code; installed as a package, it has its own.
+        environment |= {"working_dir": str(_ROOT), "excludes": list(_LEFT_HERE)}
+    try:
+        client = JobSubmissionClient(address)
+        # A head that has just started answers before it can take a job.
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception_message(match=".*No available agent"),
+            wait=tenacity.wait_fixed(1),
+            stop=tenacity.stop_after_delay(60),
+            reraise=True,
+        ):
+            with attempt:
+                job = client.submit_job(entrypoint=f"python -m cappy.jobs {verb}", runtime_env=environment)
+    except (ConnectionError, RuntimeError) as error:
+        raise CappyError(f"--address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}); check `ray status`") from None
+    log(f"job {job} on {address}; it goes on if you leave (`ray job stop --address {address} {job}` ends it)")
+    result, failure = asyncio.run(_follow(client, job))
+    if client.get_job_status(job) == JobStatus.SUCCEEDED and result is not None:
+        return result
+    if failure:
+        raise (UsageError if failure["exit_code"] == UsageError.exit_code else CappyError)(failure["message"])
+    detail = (client.get_job_info(job).message or "").strip().splitlines()
+    raise CappyError(
+        f"job {job} on {address} failed: {detail[-1] if detail else 'no message'}; see `ray job logs --address {address} {job}`"
+    )
+
+
+async def _follow(client: Any, job: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Pass a job's log on to the operator; return its result and its failure, as far as it printed them."""
+    result = failure = None
+    rest = ""
+    async for text in client.tail_job_logs(job):
+        *lines, rest = (rest + text).split("\n")
+        for line in lines:
+            if line.startswith(_RESULT):
+                result = json.loads(line.removeprefix(_RESULT))
+            elif line.startswith(_ERROR):
+                failure = json.loads(line.removeprefix(_ERROR))
+            elif line.strip():
+                log(line)
+    return result, failure
+
+
+def main(verb: str) -> int:
+    """The entry point of a Ray job."""
+    request = json.loads(os.environ[_REQUEST])
+    config = Config.model_validate(request["config"])
+    try:
+        with runtime.ray_session():
+            _check_shared(
+                {name.upper(): uri for name, uri in request["places"].items()}
+                or {
+                    "dataset": config.dataset_uri,
+                    "scorer_path": config.scorer_uri,
+                    "adapted_path": config.adapted_uri,
+                    "evaluation_path": config.evaluation_uri,
+                }
+            )
+            result = submit(verb, config, overwrite=request["overwrite"], **request["places"])
+    except CappyError as error:
+        print(_ERROR + json.dumps({"message": str(error), "exit_code": error.exit_code}), flush=True)
+        return error.exit_code
+    print(_RESULT + json.dumps(result), flush=True)
+    return 0
+
+
+def _check_shared(places: dict[str, str]) -> None:
+    """Refuse a local folder (`places`: URIs by setting) on a cluster of several machines: each would write its own."""
+    import ray
+
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    for setting, uri in places.items():
+        if len(machines) > 1 and not storage.is_s3(uri) and not os.environ.get("CAPPY_SHARED_DISK"):
+            raise UsageError(
+                f"{setting}={uri} is a local folder and the cluster has {len(machines)} machines; use an s3:// workspace, "
+                f"or set CAPPY_SHARED_DISK=1 on them where that folder is mounted on all"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

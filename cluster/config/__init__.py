@@ -1,0 +1,81 @@
+"""Every setting of a run as one typed, frozen tree, checked before anything starts.
+
+A config comes from the defaults, then a YAML file, then `--set section.key=value`; each overrides the one before.
+Rules across fields live on the section that holds them. No Ray and no model library, so that the command line starts fast.
+"""
+
+from cluster.config.base import Section
+from cluster.config.evaluation import EvaluationConfig
+from cluster.config.generation import GenerateConfig, LabelConfig, PlanConfig
+from cluster.config.loading import CONFIG_FOLDER, differences, fingerprint, load
+from cluster.config.root import Config
+from cluster.config.sampler import (
+    GREEDY,
+    PAPER_DECODINGS,
+    DecodingConfig,
+    EndpointConfig,
+    EngineConfig,
+    PromptConfig,
+    SamplerConfig,
+    Seq2SeqConfig,
+    VLLMConfig,
+)
+from cluster.config.serving import AdaptiveConfig, ApiKeyConfig, Fallback, NamedScorer, Replicas, Scaling, ServingConfig, check_names
+from cluster.config.sources import (
+    DEMO_TASKS,
+    BigBenchSource,
+    DecontaminationConfig,
+    FilesSource,
+    HubSource,
+    MixturePart,
+    MixtureSource,
+    PlainSource,
+    RowsSource,
+    Source,
+)
+from cluster.config.training import AdaptConfig, LoraConfig, ObjectiveConfig, ScorerConfig, TrainingConfig
+
+__all__ = [
+    "CONFIG_FOLDER",
+    "DEMO_TASKS",
+    "GREEDY",
+    "PAPER_DECODINGS",
+    "AdaptConfig",
+    "AdaptiveConfig",
+    "ApiKeyConfig",
+    "BigBenchSource",
+    "Config",
+    "DecodingConfig",
+    "DecontaminationConfig",
+    "EndpointConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "Fallback",
+    "FilesSource",
+    "GenerateConfig",
+    "HubSource",
+    "LabelConfig",
+    "LoraConfig",
+    "MixturePart",
+    "MixtureSource",
+    "NamedScorer",
+    "ObjectiveConfig",
+    "PlainSource",
+    "PlanConfig",
+    "PromptConfig",
+    "Replicas",
+    "RowsSource",
+    "SamplerConfig",
+    "Scaling",
+    "ScorerConfig",
+    "Section",
+    "Seq2SeqConfig",
+    "ServingConfig",
+    "Source",
+    "TrainingConfig",
+    "VLLMConfig",
+    "check_names",
+    "differences",
+    "fingerprint",
+    "load",
+]

@@ -1,0 +1,53 @@
+"""The graph as a Serve config file, for `serve deploy`, `serve run` and KubeRay's RayService (`serveConfigV2`).
+
+The file has all the settings serving reads and no secret: keys are hashes, an endpoint's key is the name of a variable, and who
+may read a store is the machines' own matter. It imports `app.application`, so this package must be installed where it runs.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster import models, progress, runtime, storage
+from cluster.config import Config, paths
+from serving import app, serve
+
+# Sections of the other verbs.
+_LEFT_OUT = {"source", "decontaminate", "generate", "plan", "scorer", "training", "adapt", "evaluation"}
+
+
+def export_serve_config(config: Config, file: str) -> dict[str, Any]:
+    """Write the file; return where it is. Raises `UsageError` for what `app.refuse` refuses."""
+    serve.refuse(config)
+    path = Path(file).absolute()
+    path.write_text(yaml.safe_dump(tree(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if not storage.is_s3(config.scorer_uri):
+        progress.log(f"note: the scorer {config.scorer_uri} is no s3:// prefix; every machine of the cluster must have it")
+    return {"uri": str(path)}
+
+
+def tree(config: Config) -> dict[str, Any]:
+    """Return the file as a plain tree, of the schema `ray.serve.schema.ServeDeploySchema`."""
+    scorer = models.absolute(config.scorer_path) if config.scorer_path else None  # which may be a hub name
+    config = paths.absolute(config).model_copy(update={"scorer_path": scorer})
+    serving = config.serving
+    replicas = {"Gateway": serving.gateway_replicas, "LLM": serving.llm_replicas, "Scorer": serving.scorer_replicas}
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": app.http_options(serving),
+        "applications": [
+            {
+                "name": app.APPLICATION,
+                "route_prefix": "/",
+                "import_path": "serving.app:application",
+                "runtime_env": {"env_vars": {name: os.environ[name] for name in runtime.PASSED_ON if name in os.environ}},
+                "args": config.model_dump(mode="json", exclude=_LEFT_OUT),
+                # Here a change leaves the running replicas as they are; in `args` it replaces them.
+                "deployments": [{"name": name, **app.replica_options(each)} for name, each in replicas.items()],
+            }
+        ],
+    }

@@ -1,0 +1,72 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from cappy import inspection
+from cluster import storage
+from cluster.errors import CappyError
+from generation import transfer
+from tests.generation.made_set import publish
+
+
+def shown(result):
+    console = Console(width=160, record=True, file=io.StringIO())
+    inspection.show(result, console)
+    return console.export_text()
+
+
+def letters(*reasons):
+    return "".join(json.dumps({"where": "x", "stage": "sample", "reason": reason, "row": "{}"}) + "\n" for reason in reasons)
+
+
+def test_a_set_shows_sources_labels_by_source_rates_cost_and_its_dead_letters_counted(tmp_path):
+    reasons = ["the prompt has 9000 tokens", "the prompt has 12 tokens", "no such token"]
+    publish(str(tmp_path), letters=letters(*reasons), rates={"tokens_per_second": 80.5}, cost={"dollars": 1.25})
+    result = inspection.run_inspect(str(tmp_path), samples=1)
+    assert result["problems"] == [] and result["dead_letters"] == {"sample: the prompt has N tokens": 2, "sample: no such token": 1}
+    text = shown(result)
+    for part in ("checksums match", "rates: tokens per second 80.5", "cost: dollars 1.25", "2 x sample: the prompt has N tokens"):
+        assert part in text
+    (last,) = (line.split() for line in text.splitlines() if line.strip().startswith("[0.9, 1.0]"))
+    assert last[-2:] == ["13", "13"]  # the 13 references, and the 13 samples that equal them
+    (row,) = result["samples"]
+    assert len(row["candidates"]) == 7 and f"say right {int(row['id'], 16)}, please" in text
+
+
+def test_a_long_list_of_datasets_and_reasons_is_cut_with_a_count(tmp_path):
+    publish(str(tmp_path), letters=letters(*(f"reason {'x' * n}" for n in range(10))))
+    result = inspection.run_inspect(str(tmp_path))
+    result["summary"]["datasets"] = {f"task{n}": 100 - n for n in range(30)}
+    text = shown(result)
+    assert "task23 77" in text and "task24" not in text and "and 6 more with 441" in text and "and 2 reasons more" in text
+
+
+def test_pairs_are_shown_with_what_they_are_of_and_a_copy_with_its_origin(tmp_path):
+    publish(f"{tmp_path}/a")
+    transfer.export_pairs(f"{tmp_path}/a", f"{tmp_path}/b")
+    transfer.copy(f"{tmp_path}/b", f"{tmp_path}/c")
+    result = inspection.run_inspect(f"{tmp_path}/c", samples=2)
+    assert result["kind"] == "pairs" and [row["source"] for row in result["samples"]] == ["reference", "mismatched"]
+    text = shown(result)
+    assert f"pairs of {tmp_path}/a" in text and f"copied from {tmp_path}/b" in text and f"{tmp_path}/c in" in text
+
+
+def test_every_damaged_file_is_named_in_order(tmp_path):
+    manifest = publish(str(tmp_path))
+    names = [name for name in manifest["files"] if name.startswith(("data/", "dead_letters"))]
+    for name in names:
+        storage.write_bytes(f"{tmp_path}/{name}", b"PAR1")
+    result = inspection.run_inspect(str(tmp_path))
+    assert [problem.split()[0] for problem in result["problems"]] == names and "samples" not in result
+    assert "4 DAMAGED" in shown(result)
+    with pytest.raises(CappyError, match=r"is damaged \(.+\); copy or make it again"):
+        inspection.run_inspect(str(tmp_path), verify=False)
+
+
+def test_a_training_summary_shows_what_was_measured_and_leaves_plots_to_the_card():
+    console = Console(width=160, record=True, file=io.StringIO())
+    summary = {"steps": 3, "validation": {"mse": 0.25, "accuracy": None}, "calibration": [{"count": 9, "score": 0.1, "label": 0.2}]}
+    inspection.show_summary("scorer", summary, console)
+    assert [line.split() for line in console.export_text().splitlines()] == [["steps", "3"], ["validation.mse", "0.25"]]

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from cluster import config as configs
+from cluster import storage
+from cluster.errors import CappyError, UsageError
+from evaluation.evaluate import run_evaluate, score_rows
+from evaluation.table import print_table
+from tests.evaluation.conftest import TASKS, Peeking, candidate, make_rows, publish_set
+
+
+@pytest.fixture
+def rows():
+    return make_rows()
+
+
+@pytest.fixture
+def published(config, rows):
+    publish_set(Path(config.dataset_uri), rows, config)
+    return config
+
+
+def test_evaluate_publishes_numbers_rows_report_and_config(published, rows):
+    summary = run_evaluate(published, load=lambda _: Peeking(rows))
+    manifest = storage.read_manifest(published.evaluation_uri, "evaluation", "evaluate")
+    assert set(manifest["files"]) == {"results.json", "rows.parquet", "report.html", "config.yaml"}
+    assert storage.verify(published.evaluation_uri, manifest) == []
+    assert manifest["summary"] == json.loads(json.dumps(summary))
+    assert configs.load(Path(published.evaluation_uri) / "config.yaml") == published
+    assert Path(summary["report"]).is_absolute()
+    assert Path(summary["report"]).is_file()
+
+
+def test_summary_has_every_method_and_task_with_ordered_intervals(published, rows):
+    summary = run_evaluate(published, load=lambda _: Peeking(rows))
+    assert list(summary["averages"]) == ["greedy", "sample", "self_sum", "self_mean", "scorer", "oracle"]
+    assert set(summary["per_task"]) == set(TASKS)
+    assert summary["instructions"] == len(rows)
+    for each in [*summary["averages"].values(), summary["gain"], summary["gap_closed"]]:
+        assert each["low"] <= each["mean"] <= each["high"]
+    assert summary["averages"]["scorer"]["mean"] > summary["averages"][summary["best_baseline"]]["mean"]
+
+
+def test_a_perfect_scorer_closes_the_whole_gap_and_the_reverse_closes_none(published, rows):
+    perfect = run_evaluate(published, load=lambda _: Peeking(rows, noise=0))
+    assert perfect["gap_closed"] == pytest.approx({"mean": 1, "low": 1, "high": 1})
+    assert perfect["quality"]["pairwise_accuracy"] == pytest.approx(1)
+
+    class Reverse(Peeking):
+        def score(self, instructions, responses):
+            return -super().score(instructions, responses)
+
+    assert run_evaluate(published, overwrite=True, load=lambda _: Reverse(rows, noise=0))["gap_closed"]["high"] < 0
+
+
+def test_rows_parquet_holds_the_picks_and_every_candidate_with_its_score(published, rows):
+    run_evaluate(published, load=lambda _: Peeking(rows))
+    for row in pq.read_table(Path(published.evaluation_uri) / "rows.parquet").to_pylist():
+        assert all(each["label"] <= row["rouge_l_oracle"] for each in row["candidates"])
+        chosen = [each for each in row["candidates"] if "scorer" in each["picked_by"]]
+        assert [each["response"] for each in chosen] == [row["pick_scorer"]]
+        assert chosen[0]["score"] == max(each["score"] for each in row["candidates"])
+        assert row["references"] == ["right"]
+        assert "right" not in [each["response"] for each in row["candidates"]]
+
+
+def test_two_runs_give_the_same_numbers(published, rows):
+    first = run_evaluate(published, load=lambda _: Peeking(rows))
+    assert run_evaluate(published, overwrite=True, load=lambda _: Peeking(rows)) == first
+
+
+def test_a_repeated_response_is_scored_once():
+    twice = {
+        "instruction": "?",
+        "candidates": [candidate("a", 1, "greedy", -1), candidate("a", 1, "hot", -1), candidate("b", 0, "hot", -1)],
+    }
+    scorer = Peeking([twice])
+    scored = score_rows(scorer, [twice])
+    assert scorer.calls == [[("?", "a"), ("?", "b")]]
+    assert scored[0]["candidates"][0]["score"] == scored[0]["candidates"][1]["score"]
+
+
+def test_a_score_that_is_no_number_stops_the_run_before_anything_is_written(published, rows):
+    class Broken:
+        def score(self, instructions, responses):
+            return np.full(len(responses), math.nan)
+
+    with pytest.raises(CappyError, match="no finite numbers"):
+        run_evaluate(published, load=lambda _: Broken())
+    assert not storage.exists(published.evaluation_uri)
+
+
+def test_rows_without_samples_are_skipped_and_counted(config, rows):
+    classification = {**rows[0], "id": "c", "candidates": [candidate("yes", 1.0, None, None, source="reference")]}
+    publish_set(Path(config.dataset_uri), [*rows, classification], config)
+    summary = run_evaluate(config, load=lambda _: Peeking(rows))
+    assert summary["skipped"] == {"without_samples": 1, "incomplete": 0}
+    assert summary["instructions"] == len(rows)
+
+
+def test_a_set_without_any_samples_is_refused_with_a_way_out(config, rows):
+    publish_set(Path(config.dataset_uri), [{**row, "candidates": row["candidates"][:1]} for row in rows], config)
+    with pytest.raises(CappyError, match="no sampled candidates in its 36 validation rows"):
+        run_evaluate(config, load=lambda _: Peeking(rows))
+
+
+def test_a_finished_evaluation_is_refused_and_kept_until_its_successor_exists(published, rows):
+    run_evaluate(published, load=lambda _: Peeking(rows))
+    with pytest.raises(UsageError, match="--overwrite"):
+        run_evaluate(published, load=lambda _: Peeking(rows))
+
+    def fail(_):
+        raise CappyError("no scorer")
+
+    with pytest.raises(CappyError, match="no scorer"):
+        run_evaluate(published, overwrite=True, load=fail)
+    storage.read_manifest(published.evaluation_uri, "evaluation", "evaluate")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_folder_with_anothers_files_is_not_overwritten(published, rows, finished):
+    if finished:
+        run_evaluate(published, load=lambda _: Peeking(rows))
+    name = "thesis.txt" if finished else "config.yaml"
+    storage.write_bytes(f"{published.evaluation_uri}/{name}", b"theirs")
+    before = storage.list_files(published.evaluation_uri)
+    for overwrite in (True,) if finished else (False, True):
+        with pytest.raises(UsageError, match=rf"evaluation_path=.* holds files that no `cappy evaluate` wrote, e\.g\. {name}"):
+            run_evaluate(published, overwrite=overwrite, load=lambda _: Peeking(rows))
+    assert storage.list_files(published.evaluation_uri) == before
+
+
+def test_an_evaluation_that_broke_off_is_written_again(published, rows, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_evaluate(published, load=lambda _: Peeking(rows))
+    assert storage.exists(f"{published.evaluation_uri}/results.json")
+    run_evaluate(published, load=lambda _: Peeking(rows))
+    assert not storage.exists(f"{published.evaluation_uri}/_staging")
+
+
+def test_a_dataset_that_is_not_finished_is_refused(config):
+    with pytest.raises(CappyError, match="cappy generate"):
+        run_evaluate(config, load=lambda _: Peeking([]))
+
+
+def test_a_set_without_greedy_decoding_is_compared_without_it(config, rows):
+    decodings = [each for each in config.sampler.decodings if each.temperature > 0]
+    sampled = config.model_copy(update={"sampler": config.sampler.model_copy(update={"decodings": tuple(decodings)})})
+    only = [{**row, "candidates": [each for each in row["candidates"] if each["decoding"] != "greedy"]} for row in rows]
+    publish_set(Path(config.dataset_uri), only, sampled)
+    summary = run_evaluate(config, load=lambda _: Peeking(rows))
+    assert list(summary["averages"]) == ["sample", "self_sum", "self_mean", "scorer", "oracle"]
+    assert "greedy" in printed(summary).split("left out:")[1]
+
+
+def printed(summary, width=80):
+    console = Console(file=io.StringIO(), width=width)
+    print_table(summary, console)
+    return console.file.getvalue()
+
+
+def test_the_table_fits_80_columns_and_marks_the_best_method_without_colour(published, rows):
+    summary = run_evaluate(published, load=lambda _: Peeking(rows))
+    text = printed(summary)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for task in TASKS:
+        line = next(line for line in text.splitlines() if line.startswith(task))
+        assert line.count("*") >= 1
+    assert f"{summary['averages']['scorer']['mean']:.1f}*" in text
+    assert "of the oracle gap closed" in " ".join(text.split())

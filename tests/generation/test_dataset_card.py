@@ -1,0 +1,81 @@
+import re
+import xml.etree.ElementTree as ElementTree
+
+import datasets
+import yaml
+
+from cluster import storage
+from cluster.config import Config, load
+from generation import dataset_card
+from tests.generation.made_set import publish
+
+
+def header(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_card_says_what_the_manifest_counts_and_how_it_was_made(tmp_path):
+    config = load(None, ["sampler.prompt={form: raw, shots: 3}", "seed=7", "sampler.decodings=[{name: warm, n: 4, stop: ['|']}]"])
+    manifest = publish(str(tmp_path), config=config)
+    text = (tmp_path / "README.md").read_text()
+    assert text == dataset_card.card({key: value for key, value in manifest.items() if key != "writer"})
+    for line in (
+        "13 instructions, 91 pairs, 195 sampled tokens",
+        "| train | 10 | 70 |",
+        "| mismatched | 13 |",
+        "| task 0 | 7 |",
+        "| warm | 4 | temperature 1, max_tokens 64, stop '\\|' |",
+        "- LLM: `smollm2-135m-instruct`",
+        "- prompt: raw form, 3 shots",
+        "- labels: Rouge-L (paper mode, version 1)",
+        "- by `cappy generate config.yaml`, code 0.1.0",
+        "- seed: 7",
+        "![labels by source](labels.svg)",
+        f'datasets.load_dataset("parquet", data_files={{"train": "{tmp_path}/data/train/part-*.parquet"}})',
+    ):
+        assert line in text
+    assert header(text)["size_categories"] == ["n<1K"] and header(text)["license"] == "unknown"
+    assert {"README.md", "labels.svg"} <= manifest["files"].keys() and storage.verify(str(tmp_path), manifest) == []
+
+
+def test_hugging_face_reads_the_splits_from_the_header(tmp_path):
+    publish(str(tmp_path / "set"))
+    opened = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert {name: split.num_rows for name, split in opened.items()} == {"train": 10, "validation": 3}
+
+
+def test_the_canary_note_stands_where_a_source_is_big_bench_even_within_a_mixture():
+    bigbench = Config().model_dump(mode="json")["source"]
+    files = {"kind": "files", "path": "rows.jsonl", "train_rows": None}
+    assert "canary" in dataset_card._canary(bigbench) and "canary" in dataset_card._canary(
+        {"kind": "mixture", "parts": [{"source": bigbench}, files]}
+    )
+    assert dataset_card._canary(files) == ""
+    assert dataset_card._sources({"kind": "mixture", "parts": [files, {"kind": "bigbench", "tasks": ["a", "b"]}]}) == (
+        "files (path rows.jsonl); bigbench (tasks a, b)"
+    )
+
+
+def test_a_licence_that_was_set_is_told_and_an_unknown_one_warns(tmp_path):
+    publish(str(tmp_path / "a"), config=load(None, ["generate.license=apache-2.0"]))
+    publish(str(tmp_path / "b"))
+    known, unknown = ((tmp_path / name / "README.md").read_text() for name in "ab")
+    assert header(known)["license"] == "apache-2.0" and "Unknown" not in known
+    assert "Unknown: the instructions and references keep the licences" in unknown
+
+
+def test_nothing_of_the_environment_reaches_the_card(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t-that-must-not-show")
+    publish(str(tmp_path))
+    assert not any(b"s3cr3t" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_the_picture_is_a_function_of_the_counts_and_shows_each_source_that_is_there():
+    labels = {"sampled": [5, 0, 1, 0, 0, 2, 0, 0, 0, 3], "reference": [0] * 9 + [1234], "mismatched": [77] + [0] * 9}
+    picture = dataset_card.histogram(labels)
+    assert ElementTree.fromstring(picture).tag.endswith("svg") and dataset_card.histogram(labels) == picture
+    comments = re.findall(r"<!-- (.+?) -->", picture.decode())  # matplotlib draws text as paths and names it in a comment
+    assert {"reference (1)", "1,234", "mismatched (0)", "77", "sampled"} <= set(comments) and "choice (0)" not in comments
+    assert (
+        dataset_card.histogram(labels, "png").startswith(b"\x89PNG") and dataset_card.histogram(labels | {"sampled": [1] * 10}) != picture
+    )

@@ -1,0 +1,324 @@
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import lease, storage
+from cluster.config import load
+from cluster.errors import CappyError, UsageError
+from generation import generate, shards, units
+from generation.dataset import RegressionSet
+from generation.labels import rouge_l
+from tests.generation.fixed_llm import FixedLLM
+
+pytestmark = pytest.mark.usefixtures("ray_here")
+ROWS = 60
+both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
+
+
+def write_rows(path):
+    good = [{"instruction": f"say {n}", "references": [f"number {n}"], "dataset": "ab"[n % 2]} for n in range(ROWS)]
+    bad = [{"instruction": "no references"}, {"instruction": "TOO LONG", "references": ["x"], "split": "train"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*good[:30], *bad, *good[30:]]))
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+def config_for(rows, place, *overrides):
+    return load(None, [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=7", *overrides])
+
+
+def content(uri):
+    opened = RegressionSet(uri)
+    return {split: opened.to_pandas(split).to_dict("records") for split in ("train", "validation")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(ray_here, tmp_path_factory):
+    """The set of one undisturbed run, and its summary."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    summary = generate.run_generate(config_for(write_rows(folder / "rows.jsonl"), folder / "set"), load=FixedLLM)
+    return str(folder / "set"), summary
+
+
+def test_the_published_set_is_complete_labelled_and_counted(unbroken):
+    uri, summary = unbroken
+    assert summary["instructions"] == ROWS and summary["dead_letters"] == 2
+    opened = RegressionSet(uri)
+    assert storage.verify(opened.uri, opened.manifest) == []
+    seen = 0
+    for split in ("train", "validation"):
+        for table in opened.batches(split, 16):
+            for row in table.to_pylist():
+                seen += 1
+                for each in row["candidates"]:
+                    if each["source"] == "sampled":
+                        assert each["label"] == rouge_l(each["response"], row["references"])
+                    else:
+                        assert each["label"] == {"reference": 1.0, "mismatched": 0.0}[each["source"]]
+                assert sum(each["source"] == "sampled" for each in row["candidates"]) == 17
+    assert seen == ROWS and sum(summary["labels"]) == summary["pairs"] == ROWS * (17 + 2)
+    letters = [json.loads(line) for line in Path(uri, "dead_letters.jsonl").read_text().splitlines()]
+    assert [(letter["stage"], letter["reason"][:24]) for letter in letters] == [
+        ("read", "`references` is missing;"),
+        ("sample", "the prompt has 9000 toke"),
+    ]
+    assert {path.name for path in Path(uri).iterdir()} == {
+        *("data", "dead_letters.jsonl", "config.yaml", "README.md", "labels.svg", "decontamination.json"),
+        storage.MANIFEST,
+    }
+
+
+@both
+def test_any_order_and_cut_of_the_work_gives_the_same_set(rows, place, unbroken):
+    # `unit_rows` decides only what is saved at once, `shard_mib` only how much a file holds.
+    generate.run_generate(config_for(rows, place, "generate.unit_rows=64", "sampler.replicas=2"), load=FixedLLM)
+    assert repr(content(place)) == repr(content(unbroken[0]))
+
+
+def test_a_finished_set_is_not_overwritten_unless_told(unbroken, tmp_path):
+    config = config_for(write_rows(tmp_path / "rows.jsonl"), unbroken[0])
+    before = repr(content(unbroken[0]))
+    with pytest.raises(UsageError, match=r"dataset=.*already holds a finished run; choose another"):
+        generate.run_generate(config, load=FixedLLM)
+    assert generate.run_generate(config, overwrite=True, load=FixedLLM)["instructions"] == ROWS
+    assert repr(content(unbroken[0])) == before
+
+
+@both
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["README.md", "data/thesis.txt", "data/train/part.csv", "_staging/thesis.txt", "thesis.txt"])
+def test_a_folder_that_holds_anothers_files_is_refused_as_it_was(rows, place, name, overwrite):
+    storage.write_bytes(f"{place}/{name}", b"theirs")
+    if name == "thesis.txt" and not overwrite:
+        return  # a set may be made beside it
+    with pytest.raises(
+        UsageError, match=rf"dataset={place} holds files that no `cappy generate` wrote, e\.g\. {name}; nothing was deleted"
+    ):
+        generate.run_generate(config_for(rows, place), overwrite=overwrite, load=FixedLLM)
+    assert storage.list_files(place) == {name: 6}
+
+
+def test_a_whole_bucket_of_others_is_not_overwritten(rows, bucket):
+    storage.write_bytes(f"{bucket}/photos/cat.jpg", b"theirs")
+    with pytest.raises(UsageError, match=rf"dataset={bucket} holds files .*photos/cat.jpg.*choose another dataset, or move them away"):
+        generate.run_generate(config_for(rows, bucket), overwrite=True, load=FixedLLM)
+    assert storage.list_files(bucket) == {"photos/cat.jpg": 6}
+
+
+def test_a_finished_set_with_anothers_file_is_not_overwritten(unbroken, rows, tmp_path):
+    copy = tmp_path / "copy"
+    storage.download_folder(unbroken[0], copy)
+    for name in ("thesis.txt", "data/train/mine.parquet"):
+        storage.write_bytes(f"{copy}/{name}", b"theirs")
+        before = storage.list_files(str(copy))
+        with pytest.raises(UsageError, match=rf"holds files that no `cappy generate` wrote, e\.g\. {name}"):
+            generate.run_generate(config_for(rows, copy), overwrite=True, load=FixedLLM)
+        assert storage.list_files(str(copy)) == before
+        storage.delete(f"{copy}/{name}")
+
+
+DRIVER = """
+import functools, sys
+from cluster.config import load
+from cluster.errors import CappyError
+from generation import generate
+from tests.generation.fixed_llm import FixedLLM
+overrides, log = sys.argv[1:-1], sys.argv[-1]
+try:
+    generate.run_generate(load(None, overrides), load=functools.partial(FixedLLM, delay_s=1, log=log))
+except CappyError as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def launch(overrides, log):
+    """A driver in a process of its own, each unit taking it a second."""
+    command = [sys.executable, "-c", DRIVER, *overrides, str(log)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for_units(place, driver, count=3):
+    deadline = time.monotonic() + 300
+    while len(storage.list_files(f"{place}/_staging/units")) < count:
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def saved_ids(place):
+    """The ids of the rows whose units are done."""
+    names = storage.list_files(f"{place}/_staging/units")
+    return {row for name in names for row in units.read(f"{place}/_staging/units/{name}")["id"].to_pylist()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_killed_midway_it_publishes_nothing_and_goes_on_without_sampling_finished_units_again(rows, place, tmp_path, unbroken):
+    overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=5"]
+    log = tmp_path / "sampled.log"
+    driver = launch(overrides, log)
+    wait_for_units(place, driver)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    done = saved_ids(place)
+    assert 15 <= len(done) < ROWS
+    with pytest.raises(CappyError, match="did not finish"):
+        RegressionSet(place)
+
+    log.write_text("")
+    summary = generate.run_generate(load(None, overrides), load=functools.partial(FixedLLM, log=str(log)))
+    assert summary["instructions"] == ROWS
+    again = {line.split()[0] for line in log.read_text().splitlines()}
+    assert again and not again & done
+    assert repr(content(place)) == repr(content(unbroken[0]))
+
+
+@pytest.mark.slow
+def test_on_sigterm_the_units_in_flight_end_and_the_same_command_goes_on(rows, tmp_path, unbroken):
+    place = str(tmp_path / "set")
+    overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=5"]
+    log = tmp_path / "sampled.log"
+    driver = launch(overrides, log)
+    wait_for_units(place, driver)
+    driver.terminate()
+    assert "stopped on SIGTERM; " in driver.communicate(timeout=60)[0] and driver.returncode == 143
+    # All that was begun was saved, so nothing that was paid for is sampled again.
+    assert {line.split()[0] for line in log.read_text().splitlines()} == saved_ids(place)
+    log.write_text("")
+    generate.run_generate(load(None, overrides), load=functools.partial(FixedLLM, log=str(log)))
+    assert log.read_text()
+    assert repr(content(place)) == repr(content(unbroken[0]))
+
+
+def test_changed_settings_do_not_go_on_from_a_begun_run(rows, tmp_path):
+    staging = f"{tmp_path}/set/_staging"
+    generate._claim(staging, config_for(rows, tmp_path / "set"))
+    storage.write_json(f"{staging}/prepared.json", {})
+    with pytest.raises(UsageError, match=r"was begun with other settings \(seed: 20261121 -> 5\)"):
+        generate.run_generate(config_for(rows, tmp_path / "set", "seed=5"), load=FixedLLM)
+
+
+def test_a_run_whose_source_could_not_be_read_claims_nothing(rows, tmp_path):
+    with pytest.raises(UsageError, match=r"no \.jsonl"):
+        generate.run_generate(config_for(tmp_path / "tpyo.jsonl", tmp_path / "set"), load=FixedLLM)
+    assert generate.run_generate(config_for(rows, tmp_path / "set"), load=FixedLLM)["instructions"] == ROWS
+
+
+def test_too_many_failures_stop_the_run_before_it_publishes(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"FAILS {n}", "references": ["x"]}) + "\n" for n in range(9)))
+    with pytest.raises(CappyError, match=r"9 of 9 rows failed, above generate.max_error_rate=0.5"):
+        generate.run_generate(config_for(path, tmp_path / "set", "sampler.max_attempts=1"), load=FixedLLM)
+    with pytest.raises(CappyError, match="did not finish"):
+        RegressionSet(str(tmp_path / "set"))
+
+
+def test_units_fill_shards_in_order_up_to_the_limit():
+    assert list(shards.fill({"a": 4, "b": 4, "c": 9, "d": 1, "e": 1}, 8)) == [["a", "b"], ["c"], ["d", "e"]]
+
+
+def test_an_llm_that_cannot_load_is_one_clean_error(rows, tmp_path):
+    from cappy import jobs
+
+    config = config_for(rows, tmp_path / "set", f"sampler.model={tmp_path}")
+    with pytest.raises(CappyError, match=r"sampler.model=.*has no config.json"):
+        jobs.submit("generate", config)
+
+
+# A run that stops itself before a step of the pipeline, as a suspended machine would.
+STOPPED = """
+import os, signal, sys
+from cluster.config import load
+from cluster.errors import CappyError
+from cluster.runtime import clean_error
+from generation import dataset_card, generate
+from tests.generation.fixed_llm import FixedLLM
+stop_before, *overrides = sys.argv[1:]
+module, name = {"merge": (generate, "_merge"), "card": (dataset_card, "write")}[stop_before]
+function = getattr(module, name)
+
+def stopped(*arguments):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return function(*arguments)
+
+setattr(module, name, stopped)
+try:
+    generate.run_generate(load(None, overrides), load=FixedLLM)
+except CappyError as error:
+    print(clean_error(error), flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def wait_one_second(place, setting, wait=lease._wait_until_dead):
+    """What a run does before it takes over, with less patience; no other limit changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "SILENCE_S", 1.0)
+        wait(place, setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "stop_before"), [("s3", "merge"), ("disk", "card")], indirect=["place"])
+def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_set_alone(place, stop_before, rows, monkeypatch):
+    overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=7"]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, stop_before, *overrides], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        os.waitid(os.P_PID, driver.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # after its last unit
+        assert psutil.Process(driver.pid).status() == psutil.STATUS_STOPPED
+        monkeypatch.setattr(lease, "_wait_until_dead", wait_one_second)
+        assert generate.run_generate(load(None, overrides), load=FixedLLM)["instructions"] == ROWS
+        before = storage.read_json(f"{place}/{storage.MANIFEST}")
+        driver.send_signal(signal.SIGCONT)
+        told = driver.communicate()[0]
+    finally:
+        driver.kill()
+    manifest = storage.read_json(f"{place}/{storage.MANIFEST}")
+    assert manifest == before and storage.verify(place, manifest) == []
+    assert set(storage.list_files(place)) == {*manifest["files"], storage.MANIFEST}
+    shown = {uri.removeprefix(f"{place}/") for uri in storage.glob(f"{place}/data/*/*.parquet")}
+    assert shown == {name for name in manifest["files"] if name.startswith("data/")}
+    assert driver.returncode == 1
+    assert told.startswith(f"dataset={place}: lease lost: another run took over") and told.count("\n") == 1
+
+
+@both
+def test_shards_that_earlier_runs_left_are_not_in_the_published_set(place, rows):
+    superseded = ["data/train/part-00000.parquet", "data/train/part-00007-0123abcd.parquet", "data/validation/part-00000-0123abcd.parquet"]
+    for name in superseded:
+        storage.write_bytes(f"{place}/{name}", b"left")
+    storage.write_bytes(f"{place}/_staging/letters/train-part-00000.parquet.jsonl", b"")
+    generate.run_generate(config_for(rows, place), load=FixedLLM)
+    manifest = RegressionSet(place).manifest
+    assert set(storage.list_files(place)) == {*manifest["files"], storage.MANIFEST}
+    assert not set(superseded) & manifest["files"].keys()
+
+
+def test_other_files_among_the_shards_are_refused_before_anything_is_sampled(tmp_path, rows):
+    storage.write_bytes(f"{tmp_path}/set/data/train/mine.parquet", b"mine")
+    with pytest.raises(UsageError, match=r"dataset=.*/set holds files that no `cappy generate` wrote, e.g. data/train/mine.parquet"):
+        generate.run_generate(config_for(rows, tmp_path / "set"), load=FixedLLM)
+    assert set(storage.list_files(f"{tmp_path}/set/data")) == {"train/mine.parquet"}
+
+
+def test_shards_carry_their_run_and_every_reader_takes_them_from_the_manifest(unbroken):
+    uri, _ = unbroken
+    opened = RegressionSet(uri)
+    names = [name for name in opened.manifest["files"] if name.startswith("data/")]
+    assert all(re.fullmatch(r"data/(train|validation)/part-\d{5}-[0-9a-f]{8}\.parquet", name) for name in names)
+    assert sorted(storage.glob(f"{uri}/data/*/*.parquet")) == sorted(f"{uri}/{name}" for name in names)
+    assert [shard for split in ("train", "validation") for shard in opened.shards(split)] == sorted(f"{uri}/{name}" for name in names)

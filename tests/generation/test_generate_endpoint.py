@@ -1,0 +1,52 @@
+"""The whole pipeline against a real OpenAI-compatible server on loopback: its money and its cool-downs."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from cluster import storage
+from cluster.config import load
+from cluster.errors import CappyError
+from generation import generate
+from generation.dataset import RegressionSet
+from tests.generation.engines.openai_server import OpenAIServer, error, good
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
+
+ROWS, CENT_A_TOKEN = 40, 10_000
+
+
+def test_the_ceiling_stops_the_run_a_429_cools_it_down_and_a_higher_ceiling_completes_it(tmp_path):
+    server = OpenAIServer()
+    # The 9th request is sent away for two seconds.
+    server.reply = lambda body, number: error(429, headers={"Retry-After": "2"}) if number == 8 else good(body)
+    rows, place = tmp_path / "rows.jsonl", str(tmp_path / "set")
+    rows.write_text("".join(json.dumps({"instruction": f"say {n}", "references": [f"answer {n}"]}) + "\n" for n in range(ROWS)))
+
+    def config(ceiling):
+        engine = f"base_url: '{server.url}', max_cost: {ceiling}, price_per_million_prompt: 0, price_per_million_sampled: {CENT_A_TOKEN}"
+        decodings = "sampler.decodings=[{name: two, n: 2, max_tokens: 8}]"
+        settings = [
+            f"source={{kind: files, path: '{rows}'}}",
+            f"dataset={place}",
+            f"sampler.engine={{kind: endpoint, concurrency: 4, {engine}}}",
+        ]
+        return load(None, [*settings, decodings, "sampler.model=fox", "generate.unit_rows=4"])
+
+    try:
+        with pytest.raises(CappyError, match=r"sampler.engine.max_cost=2: .* with a higher max_cost the same command goes on") as stopped:
+            generate.run_generate(config(2))
+        spent, asked = server.billed[1] / 100, len(server.bodies)
+        pauses = [later - sooner for sooner, later in zip(server.times, server.times[1:], strict=False)]
+        assert 0 < spent <= 2 and not storage.exists(f"{place}/{storage.MANIFEST}")
+        # Requests under way when the 429 came may still arrive; then there is silence.
+        assert max(pauses) >= 1.9
+        summary = generate.run_generate(config(5))
+        answered = Counter(each["x-request-id"] for number, each in enumerate(server.headers) if number != 8)
+    finally:
+        server.close()
+    assert summary["instructions"] == ROWS and summary["sources"]["sampled"] == 2 * ROWS
+    assert set(answered.values()) == {1} and len(answered) == ROWS
+    assert RegressionSet(place).manifest["cost"]["dollars"] == pytest.approx(server.billed[1] / 100) == pytest.approx(0.06 * ROWS)
+    print(f"\n{stopped.value}\n{asked} requests before, {len(server.bodies)} in all; longest silence {max(pauses):.2f} s; then {summary}")

@@ -1,0 +1,61 @@
+"""`cappy generate` where things break: a bad wire to S3. The set comes out the same."""
+
+import json
+import os
+
+import pytest
+
+from cluster import storage
+from cluster.config import load
+from cluster.runtime import clean_error, ray_session
+from generation import generate
+from generation.dataset import RegressionSet
+from tests.faults import KINDS, FaultyProxy
+from tests.generation.fixed_llm import FixedLLM
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_ray")]
+ROWS = 60
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"say {n}", "references": [f"number {n}"], "dataset": "ab"[n % 2]} for n in range(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"source={{kind: files, path: '{path}'}}"
+
+
+def content(uri):
+    opened = RegressionSet(uri)
+    assert storage.verify(uri, opened.manifest) == []
+    return repr({split: opened.to_pandas(split).to_dict("records") for split in ("train", "validation")})
+
+
+def test_on_a_bad_wire_to_s3_the_set_is_the_same_or_is_not_published(source, bucket, tmp_path, monkeypatch):
+    sound = os.environ["AWS_ENDPOINT_URL"]
+    with FaultyProxy(sound, KINDS, rate=0.25) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with ray_session():
+            made_on(proxy, sound, f"{bucket}/all", source, monkeypatch)
+            proxy.kinds, proxy.rate = ("unavailable",), 0.3
+            made_on(proxy, sound, f"{bucket}/storm", source, monkeypatch)
+            generate.run_generate(load(None, [source, f"dataset={tmp_path}/unbroken"]), load=FixedLLM)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
+    assert content(f"{bucket}/all") == content(f"{bucket}/storm") == content(f"{tmp_path}/unbroken")
+
+
+def made_on(proxy, sound, place, source, monkeypatch):
+    """Make a set over a bad wire, with the same command again as often as its error says so; nothing is published before."""
+    before = proxy.spoiled.total()
+    config = load(None, [source, f"dataset={place}", "generate.unit_rows=5"])
+    for _ in range(10):
+        try:
+            generate.run_generate(config, load=FixedLLM)
+            break
+        except Exception as error:
+            print(clean_error(error))
+            assert clean_error(error)  # what `cappy` shows: one line, not a traceback
+            monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
+            assert not storage.exists(f"{place}/{storage.MANIFEST}")
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    assert proxy.spoiled.total() - before > 10

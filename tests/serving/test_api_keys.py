@@ -1,0 +1,129 @@
+import hashlib
+import json
+import re
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cappy.cli import app
+from cluster.config import ApiKeyConfig, ServingConfig
+from cluster.errors import UsageError
+from serving.api_keys import Keyring, TokenBucket, digest, new_key
+from serving.protocol import ApiError
+from serving.serve import _refuse_open
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def ring(clock=None, **limits):
+    key, sha256 = new_key()
+    other, other_sha256 = new_key()
+    entries = [ApiKeyConfig(name="a", sha256=sha256, **limits), ApiKeyConfig(name="b", sha256=other_sha256)]
+    return Keyring(entries, clock or Clock()), key, other
+
+
+def test_a_new_key_is_long_different_each_time_and_its_hash_is_sha_256():
+    keys = [new_key() for _ in range(50)]
+    assert len({key for key, _ in keys}) == 50 and all(len(key) >= 43 for key, _ in keys)
+    assert all(sha256 == hashlib.sha256(key.encode()).hexdigest() for key, sha256 in keys)
+
+
+def test_a_known_key_says_who_asks_in_either_header():
+    keyring, key, other = ring()
+    assert keyring.caller(f"Bearer {key}").name == keyring.caller(f"bearer  {key} ").name == keyring.caller(None, key).name == "a"
+    assert keyring.caller(f"Bearer {other}").name == "b"
+
+
+@pytest.mark.parametrize(
+    "authorization", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic {key}", "Bearer {key}x", "Bearer é", "{key}"]
+)
+def test_any_other_header_is_refused_and_the_key_is_not_told(authorization):
+    keyring, key, _ = ring()
+    with pytest.raises(ApiError) as caught:
+        keyring.caller(authorization and authorization.format(key=key))
+    assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+    assert caught.value.headers == {"WWW-Authenticate": "Bearer"} and key not in str(caught.value.body)
+
+
+def test_without_keys_everyone_may_ask():
+    caller = Keyring(()).caller(None)
+    for _ in range(1000):
+        caller.enter()
+        caller.sample(1000)
+
+
+def test_a_minutes_allowance_refills_evenly_and_never_above_its_size():
+    clock = Clock()
+    allowance = TokenBucket(60, clock)
+    assert [allowance.take(30), allowance.take(30)] == [0, 0]
+    assert allowance.take(2) == pytest.approx(2)
+    clock.now += 1
+    assert allowance.take(2) == pytest.approx(1) and allowance.take(1) == 0
+    clock.now += 3600
+    assert allowance.take(60) == 0 and allowance.take(1) > 0
+    assert allowance.take(61) == float("inf")
+
+
+def test_requests_and_candidates_above_a_keys_limits_are_told_when_to_come_back_and_others_go_on():
+    clock = Clock()
+    keyring, key, other = ring(clock, requests_per_minute=2, candidates_per_minute=10)
+    caller = keyring.caller(f"Bearer {key}")
+    caller.enter()
+    keyring.caller(f"Bearer {key}").enter()
+    with pytest.raises(ApiError, match="this key's requests for the minute are used up") as caught:
+        caller.enter()
+    assert (caught.value.status, caught.value.code, caught.value.headers) == (429, "rate_limit_exceeded", {"Retry-After": "30"})
+    keyring.caller(f"Bearer {other}").enter()
+    caller.sample(8)
+    with pytest.raises(ApiError, match="candidates for the minute") as caught:
+        caller.sample(8)
+    assert caught.value.headers == {"Retry-After": "36"}
+    with pytest.raises(ApiError, match="11 candidates are more than this key may have in a minute; ask for fewer") as caught:
+        caller.sample(11)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "gpu-box"])
+def test_without_keys_a_server_stays_on_its_machine_unless_told(host):
+    with pytest.raises(UsageError, match=f"serving.host={host} is reachable from other machines and serving.api_keys is empty"):
+        _refuse_open(ServingConfig(host=host))
+    _refuse_open(ServingConfig(host=host, allow_no_keys=True))
+    _refuse_open(ServingConfig(host=host, api_keys=[{"name": "a", "sha256": new_key()[1]}]))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_on_its_own_machine_it_needs_none(host):
+    _refuse_open(ServingConfig(host=host))
+
+
+def test_the_command_line_makes_a_key_and_its_entry():
+    said = CliRunner().invoke(app, ["serve", "--new-key", "team a"]).stdout
+    key = re.search(r"cappy-\S+", said)[0]
+    serving = yaml.safe_load(said.split("for the config:")[1])["serving"]
+    assert Keyring(ServingConfig(**serving).api_keys).caller(f"Bearer {key}").name == "team a"
+    told = json.loads(CliRunner().invoke(app, ["serve", "--new-key", "b", "--json"]).stdout)
+    assert told["sha256"] == digest(told["key"]) and told["name"] == "b"
+
+
+def test_the_llm_and_the_scorer_have_names_of_their_own():
+    with pytest.raises(ValueError, match="model_name and scorer_name are both 'x'"):
+        ServingConfig(model_name="x", scorer_name="x")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([{"name": "a", "sha256": "cappy-not-a-hash"}], "sha256"),
+        ([{"name": "a", "sha256": "0" * 64}, {"name": "a", "sha256": "1" * 64}], "the name 'a' twice"),
+    ],
+)
+def test_a_key_in_place_of_its_hash_and_a_name_twice_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        ServingConfig(api_keys=keys)

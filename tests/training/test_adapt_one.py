@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from cluster import storage
+from cluster.config import AdaptConfig, Config, ScorerConfig, TrainingConfig
+from cluster.errors import CappyError
+from generation.dataset import RegressionSet
+from generation.schema import DATASET
+from tests.training.conftest import rows
+from training import adapt_one, lora
+from training.adapt_one import Base, Task
+from training.scorer import Scorer, load_tokenizer, new_model
+
+
+def task_rows(name: str, count: int, seed: int, choices: bool = False) -> list[dict[str, Any]]:
+    """Rows of one task; of a classification task the candidates are its answer choices instead of samples."""
+    made = [{**row, "dataset": name} for row in rows(count, seed)]
+    for row in made if choices else []:
+        row["answer_choices"] = [each["response"] for each in row["candidates"]]
+        for each, source in zip(row["candidates"], ("reference", "choice", "choice"), strict=True):
+            each |= {"source": source, "label": float(source == "reference"), "decoding": None, "tokens": None, "logprob": None}
+    return made
+
+
+def publish_tasks(uri: str, train: list[dict[str, Any]], validation: list[dict[str, Any]], row_group: int = 16) -> str:
+    """Publish a set of these rows as `cappy generate` does; return `uri`."""
+    counts, names = {}, []
+    for split, made in (("train", train), ("validation", validation)):
+        name = f"data/{split}/part-00000.parquet"
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(made, DATASET), sink, row_group_size=row_group, write_page_checksum=True)
+        storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
+        counts[split] = {"instructions": len(made), "pairs": sum(len(row["candidates"]) for row in made)}
+        names.append(name)
+    metric = {"name": "rouge_l", "mode": "paper", "version": 1}
+    storage.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "metric": metric, "files": storage.checksums(uri, names)})
+    return uri
+
+
+def published_scorer(encoder: Path, uri: str) -> str:
+    """Publish the encoder with a fresh head as a scorer; return `uri`."""
+    model = new_model(encoder, ScorerConfig(max_length=32), TrainingConfig(), seed=3)
+    Scorer(model, load_tokenizer(encoder, "x", "s"), 32).save(uri)
+    storage.publish(uri, {"kind": "scorer", "files": {}})
+    return uri
+
+
+def settings(workspace: Path, encoder: Path, **chosen: Any) -> Config:
+    return Config.model_validate(
+        {
+            "workspace": str(workspace),
+            "scorer": {"encoder": str(encoder), "max_length": 32, "dtype": "float32"},
+            "training": {"window": 64, "batch_size": 16},
+            "adapt": {"pairs": 2400, "batch_size": 16, "learning_rate": 3e-3} | chosen,
+        }
+    )
+
+
+def base_of(uri: str) -> Base:
+    return Base(uri, True, lora.weights_sha256(Path(uri)), storage.read_json(f"{uri}/_MANIFEST.json")["writer"], 32)
+
+
+def task_of(config: Config, name: str, only: str | None = None) -> Task:
+    return Task(name, only or name, f"{config.adapted_uri}/{name}", {"task": name})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    train = [*task_rows("colors", 40, 1), *task_rows("lonely", 5, 2), *task_rows("sides", 30, 3, choices=True)]
+    validation = [*task_rows("colors", 30, 4), *task_rows("sides", 40, 5, choices=True), *task_rows("untrained", 3, 6)]
+    return publish_tasks(str(tmp_path_factory.mktemp("adapt") / "set"), train, validation)
+
+
+def test_a_datasets_rows_are_read_without_the_row_groups_of_others(dataset: str):
+    opened = RegressionSet(dataset)
+    for name, count in (("colors", 40), ("lonely", 5), ("sides", 30), ("nobody", 0)):
+        tables = list(opened.batches("train", rows=7, columns=["dataset", "instruction"], only=name))
+        assert sum(table.num_rows for table in tables) == count
+        assert {value for table in tables for value in table["dataset"].to_pylist()} == ({name} if count else set())
+
+
+def test_a_tasks_pairs_are_distinct_and_cut_by_hash_whatever_the_order_of_rows(dataset: str, tmp_path: Path):
+    pairs, seen = adapt_one.collect(RegressionSet(dataset), "colors", 1000, seed=1)
+    texts = list(zip(pairs.instructions, pairs.responses, strict=True))
+    assert seen == 40 and len(texts) == len(set(texts)) > 90
+    assert len(set(pairs.groups.tolist())) == len(set(pairs.instructions))
+    reverse = publish_tasks(str(tmp_path / "reverse"), task_rows("colors", 40, 1)[::-1], task_rows("colors", 1, 4))
+    cut, _ = adapt_one.collect(RegressionSet(reverse), "colors", 20, seed=1)
+    assert list(zip(cut.instructions, cut.responses, strict=True)) == texts[:20]
+    assert np.array_equal(cut.labels, pairs.labels[:20])
+    other, _ = adapt_one.collect(RegressionSet(dataset), "colors", 20, seed=2)
+    assert other.instructions != cut.instructions
+    everything, _ = adapt_one.collect(RegressionSet(dataset), None, 1000, seed=1)
+    assert len(everything) > len(pairs)
+
+
+def test_an_epoch_takes_all_pairs_equally_often_and_is_cut_to_its_size():
+    order = adapt_one.repeated(7, 24, seed=1, epoch=0)
+    assert len(order) == 24
+    assert all(sorted(order[start : start + 7].tolist()) == list(range(7)) for start in (0, 7, 14))
+    assert order[:7].tolist() != order[7:14].tolist() and order.tolist() != adapt_one.repeated(7, 24, seed=1, epoch=1).tolist()
+    assert sorted(adapt_one.repeated(7, 3, seed=1, epoch=0).tolist()) == sorted(set(adapt_one.repeated(7, 3, seed=1, epoch=0).tolist()))
+
+
+def test_a_task_is_trained_by_one_worker_with_the_settings_of_adapt_over_those_of_train():
+    shared = TrainingConfig(workers=4, min_workers=2, parallel="fsdp", batch_size=16, window=64, weight_decay=0.05, epochs=9)
+    mine = AdaptConfig(batch_size=128, warmup=0.2).training(shared)
+    assert (mine.workers, mine.min_workers, mine.parallel, mine.epochs, mine.batch_size) == (1, None, "ddp", 1, 128)
+    assert (mine.window, mine.warmup, mine.weight_decay, mine.learning_rate) == (128, 0.2, 0.05, 2e-5)
+    assert AdaptConfig(base="x", method="lora").training(shared).learning_rate == 5e-4
+    assert AdaptConfig(base="x", method="lora", learning_rate=1e-3).training(shared).learning_rate == 1e-3
+
+
+def test_rows_to_pick_from_are_taken_by_hash_and_shared_out_between_gate_and_figures(dataset: str):
+    opened = RegressionSet(dataset)
+    sampled = adapt_one.validation_rows(opened, "colors", 1000, seed=1)
+    assert len(sampled) == 30
+    few = adapt_one.validation_rows(opened, "sides", 5, seed=1)
+    assert few.equals(adapt_one.validation_rows(opened, "sides", 1000, seed=1)[:5])
+    gate, figures = adapt_one.sides(few, 0.5)
+    assert (len(gate), len(figures)) == (3, 2) and pa.concat_tables([gate, figures]).equals(few)
+    gate, figures = adapt_one.sides(few, 1.0)
+    assert gate.equals(few) and figures is few
+    assert len(adapt_one.validation_rows(opened, "nobody", 5, seed=1)) == 0
+
+
+def metrics(selection: float | None, pairwise: float | None = None, accuracy: float | None = None) -> dict[str, float | None]:
+    return {"selection": selection, "pairwise_accuracy": pairwise, "accuracy": accuracy, "random": 0.2, "self_mean": None, "oracle": 0.9}
+
+
+def test_the_gate_wants_a_gain_and_as_much_as_asked_for():
+    def judged(before: dict[str, Any], after: dict[str, Any], **chosen: Any) -> dict[str, Any]:
+        return adapt_one.judge(before, after, AdaptConfig.model_validate(chosen))
+
+    won = judged(metrics(0.25), metrics(0.5))
+    assert won == {"metric": "selection", "before": 25.0, "after": 50.0, "gain": 25.0, "passed": True}
+    assert not judged(metrics(0.5), metrics(0.25))["passed"] and not judged(metrics(0.5), metrics(0.5))["passed"]
+    assert judged(metrics(0.25), metrics(0.5), min_gain=25)["passed"]
+    assert not judged(metrics(0.25), metrics(0.5), min_gain=25.1)["passed"]
+    assert judged(metrics(0.5, 0.25), metrics(0.4, 0.5), metric="pairwise_accuracy")["passed"]
+    level = judged(metrics(0.3), metrics(0.3), metric="pairwise_accuracy")
+    assert level["gain"] is None and not level["passed"]
+    assert judged(metrics(None, accuracy=0.5), metrics(None, accuracy=0.75))["gain"] == 25
+
+
+def test_figures_are_in_points_and_accuracy_stands_in_for_selection():
+    figures = adapt_one.figures(metrics(0.25, 0.5), metrics(0.5, 0.75))
+    assert figures == {
+        "before": 25,
+        "after": 50,
+        "random": 20,
+        "self": None,
+        "oracle": 90,
+        "pairwise_accuracy": {"before": 50, "after": 75},
+    }
+    assert adapt_one.figures(metrics(None, accuracy=0.5), metrics(None, accuracy=1.0))["after"] == 100
+
+
+@pytest.fixture(scope="module")
+def base(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return published_scorer(encoder, str(tmp_path_factory.mktemp("base") / "scorer"))
+
+
+def after(task: Task, config: Config) -> float:
+    """The picks of a published scorer on the rows of the figures, in points, from the rows' own candidates."""
+    scorer = Scorer.load(task.uri)
+    rows = adapt_one.sides(adapt_one.validation_rows(RegressionSet(config.dataset_uri), task.dataset, 1000, config.seed), 0.5)[
+        1
+    ].to_pylist()
+    return 100 * float(np.mean([row["candidates"][scorer.best(row["instruction"], answers(row)).index]["label"] for row in rows]))
+
+
+def answers(row: dict[str, Any]) -> list[str]:
+    return [each["response"] for each in row["candidates"]]
+
+
+def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str, base: str, encoder: Path, tmp_path: Path):
+    config = settings(tmp_path, encoder, base=base).model_copy(update={"dataset": dataset})
+    task = task_of(config, "colors")
+    result = adapt_one.adapt(config, task, base_of(base))
+    assert result["state"] == "published" and result["use"] == result["uri"] == task.uri
+    assert result["gate"]["gain"] > 0 and result["figures"]["after"] > result["figures"]["before"]
+    assert (result["label"], result["steps"], result["pairs"], result["train_rows"]) == ("rouge_l", 150, 2400, 40)
+    assert (result["gate"]["rows"], result["figures"]["rows"], result["figures"]["apart"]) == (15, 15, True)
+    manifest = storage.read_manifest(task.uri, "scorer", "adapt")
+    assert (
+        {**manifest["summary"], "identity": task.identity}
+        == json.loads(json.dumps(result))
+        == storage.read_json(f"{task.uri}/results.json")
+    )
+    assert storage.verify(task.uri, manifest) == []
+    assert set(storage.list_files(task.uri)) == {*manifest["files"], storage.MANIFEST}
+    assert AutoModelForSequenceClassification.from_pretrained(task.uri).config.num_labels == 1
+    assert after(task, config) == pytest.approx(result["figures"]["after"])
+    assert "Scorer.load" in Path(task.uri, "README.md").read_text()
+    assert adapt_one.adapt(config, task, base_of(base)) == storage.read_json(f"{task.uri}/results.json")  # at once: it is done
+
+
+def test_lora_publishes_adapters_alone_and_they_load_as_a_scorer(dataset: str, base: str, encoder: Path, tmp_path: Path):
+    # Whether so small a base gains from adapters is chance, so no gate; what is asked is what is published and how it loads.
+    config = settings(tmp_path, encoder, base=base, method="lora", learning_rate=1e-2, gate=False).model_copy(update={"dataset": dataset})
+    task = task_of(config, "sides")
+    result = adapt_one.adapt(config, task, base_of(base))
+    assert result["state"] == "published" and result["figures"]["self"] is None
+    assert {"adapter_config.json", "adapter_model.safetensors", "base.json"} <= set(storage.list_files(task.uri))
+    assert not storage.exists(f"{task.uri}/model.safetensors")
+    assert storage.read_manifest(task.uri, "scorer", "adapt")["base"]["writer"] == base_of(base).writer
+    assert after(task, config) == pytest.approx(result["figures"]["after"])
+
+
+def test_a_scorer_that_does_not_gain_is_not_published(dataset: str, base: str, encoder: Path, tmp_path: Path):
+    config = settings(tmp_path, encoder, base=base, pairs=32, learning_rate=1e-12).model_copy(update={"dataset": dataset})
+    task = task_of(config, "colors")
+    result = adapt_one.adapt(config, task, base_of(base))
+    assert (result["state"], result["uri"], result["use"]) == ("rejected", None, base)
+    assert storage.list_files(task.uri).keys() == {"results.json"} and adapt_one.outcome(task) == result
+    with pytest.raises(CappyError, match=r"no config\.json, so it is not a model"):
+        Scorer.load(task.uri)
+    free = config.model_copy(update={"adapt": config.adapt.model_copy(update={"gate": False})})
+    assert adapt_one.adapt(free, task_of(free, "free", "colors"), base_of(base))["state"] == "published"
+
+
+def test_a_task_that_cannot_be_adapted_says_why(dataset: str, base: str, encoder: Path, tmp_path: Path):
+    config = settings(tmp_path, encoder, base=base, pairs=32).model_copy(update={"dataset": dataset})
+    with pytest.raises(CappyError, match="no train rows of untrained"):
+        adapt_one.adapt(config, task_of(config, "untrained"), base_of(base))
+    with pytest.raises(CappyError, match=r"no validation rows of lonely .* publish without by adapt\.gate=false"):
+        adapt_one.adapt(config, task_of(config, "lonely"), base_of(base))
+    free = config.model_copy(update={"adapt": config.adapt.model_copy(update={"gate": False})})
+    result = adapt_one.adapt(free, task_of(config, "lonely"), base_of(base))
+    assert (result["state"], result["gate"], result["figures"]) == ("published", None, None)
+    hot = settings(tmp_path, encoder, base=base, pairs=64, learning_rate=1e30).model_copy(update={"dataset": dataset})
+    hot = hot.model_copy(update={"training": hot.training.model_copy(update={"clip_norm": 1e30})})
+    with pytest.raises(CappyError, match=r"the loss is (nan|inf) at step \d+; lower adapt\.learning_rate"):
+        adapt_one.adapt(hot, task_of(hot, "hot", "colors"), base_of(base))
+
+
+def test_what_a_lost_run_left_is_no_scorer_and_no_outcome(dataset: str, base: str, encoder: Path, tmp_path: Path):
+    config = settings(tmp_path, encoder, base=base).model_copy(update={"dataset": dataset})
+    task = task_of(config, "colors")
+    published_scorer(encoder, task.uri)
+    storage.delete(f"{task.uri}/{storage.MANIFEST}")
+    storage.write_json(f"{task.uri}/results.json", {"state": "published", "identity": task.identity})
+    storage.write_bytes(f"{task.uri}/_checkpoints/adapting", b"")
+    assert adapt_one.outcome(task) is None
+    with pytest.raises(CappyError, match="the run writing it did not finish"):
+        Scorer.load(task.uri)

@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification
+
+from cluster import lease, storage
+from cluster.config import Config, load
+from cluster.errors import CappyError, Stopped, UsageError
+from tests.training.conftest import publish, rows, settings
+from training import checkpoint, train
+from training.scorer import CHECKPOINTS, Scorer
+
+pytestmark = pytest.mark.slow
+
+# Steps of 4 pairs: small, so that what happens to a run finds it between checkpoints. Epochs enough that a SIGTERM, which takes up to
+# a second to reach the worker on a busy machine, comes seconds before the end.
+EPOCHS, STEPS = 18, 53
+RUN = """
+import sys
+
+from cluster.config import load
+from training import train
+if __name__ == "__main__":
+    train.run_train(load(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> tuple[Config, dict[str, Any]]:
+    """A finished run that nothing happened to, and its summary."""
+    workspace = tmp_path_factory.mktemp("run")
+    publish(str(workspace / "dataset"), 70, 20)
+    steps = {"batch_size": 4, "checkpoint_every": 20}
+    config = settings(str(workspace), encoder, epochs=EPOCHS, learning_rate=2e-3, best_by="selection", **steps)
+    return config, train.run_train(config)
+
+
+def weights(scorer_uri: str) -> dict[str, np.ndarray]:
+    return load_file(Path(scorer_uri, "model.safetensors"))
+
+
+def test_a_run_publishes_a_scorer_that_learned(trained: tuple[Config, dict[str, Any]]):
+    config, summary = trained
+    manifest = storage.read_manifest(config.scorer_uri, "scorer", "train")
+    assert manifest["summary"] == summary == json.loads(json.dumps(summary))
+    assert storage.verify(config.scorer_uri, manifest) == []
+    assert summary["pairs"] == 210 and summary["epochs"] == EPOCHS and summary["steps"] == EPOCHS * STEPS
+    assert summary["train_mse"] < 0.12 and summary["validation"]["mse"] < 0.12
+    assert summary["validation"]["spearman"] > 0.5
+    files = {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "README.md",
+        "loss.svg",
+        "calibration.svg",
+    }
+    assert files <= set(manifest["files"])
+    assert not storage.exists(storage.join(config.scorer_uri, CHECKPOINTS))
+    assert load(Path(config.scorer_uri, "config.yaml")).scorer == config.scorer
+
+
+def test_the_published_scorer_loads_and_its_scores_give_the_validation_mse(trained: tuple[Config, dict[str, Any]]):
+    config, summary = trained
+    plain = AutoModelForSequenceClassification.from_pretrained(config.scorer_uri)
+    assert (plain.config.num_labels, plain.config.problem_type) == (1, "regression")
+    scorer = Scorer.load(config.scorer_uri)
+    assert scorer.max_length == config.scorer.max_length
+    pairs = [(row["instruction"], each["response"], each["label"]) for row in rows(20, seed=2) for each in row["candidates"]]
+    scores = scorer.score([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    assert np.mean((scores - [pair[2] for pair in pairs]) ** 2) == pytest.approx(summary["validation"]["mse"], abs=1e-5)
+
+
+def test_the_best_of_the_validated_states_is_published_with_its_figures(trained: tuple[Config, dict[str, Any]]):
+    config, summary = trained
+    lines = [json.loads(line) for line in Path(config.scorer_uri, "metrics.jsonl").read_text().splitlines()]
+    selection = {line["step"]: line["validation"]["selection"] for line in lines if "validation" in line}
+    assert summary["best"]["metric"] == "selection"
+    assert summary["best"]["step"] == max(selection, key=lambda step: (selection[step], -step))
+    assert summary["validation"]["selection"] == summary["best"]["value"] == max(selection.values())
+    assert summary["validation"]["random"] < summary["validation"]["selection"] <= summary["validation"]["oracle"]
+    assert sum(group["count"] for group in summary["calibration"]) == summary["validation"]["pairs"]
+    # Every candidate of the made set has the same log-probability, so it adds nothing to the score.
+    assert summary["blend"]["logprob_weight"] == Scorer.load(config.scorer_uri).logprob_weight == 0.0
+    assert f"step {summary['best']['step']}" in Path(config.scorer_uri, "README.md").read_text()
+
+
+def test_a_run_that_gets_no_better_stops_early(encoder: Path, tmp_path: Path, ray_here: None):
+    publish(str(tmp_path / "dataset"), 70, 20)
+    slow = {"learning_rate": 1e-12, "validate_every": 2, "patience": 2, "best_by": "selection", "blend_rows": 0}
+    summary = train.run_train(settings(str(tmp_path), encoder, epochs=EPOCHS, **slow))
+    assert summary["steps"] == 6 and summary["best"]["step"] == 2 and summary["blend"] is None
+    assert Scorer.load(str(tmp_path / "scorer")).logprob_weight is None
+
+
+def test_what_needs_validation_rows_is_refused_without_them(encoder: Path, tmp_path: Path):
+    publish(str(tmp_path / "dataset"), 4, 0)
+    with pytest.raises(UsageError, match=r"training\.best_by=mse needs validation rows"):
+        train.run_train(settings(str(tmp_path), encoder, best_by="mse", patience=2))
+
+
+def test_the_log_holds_every_pair_once(trained: tuple[Config, dict[str, Any]]):
+    config, summary = trained
+    lines = [json.loads(line) for line in Path(config.scorer_uri, "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] == summary["steps"]
+    assert [line["epoch"] for line in lines if "validation" in line] == list(range(EPOCHS))
+
+
+def test_a_finished_scorer_is_refused_and_replaced_only_when_asked(trained: tuple[Config, dict[str, Any]], tmp_path: Path):
+    config, _ = trained
+    with pytest.raises(UsageError, match="already holds a finished run"):
+        train.run_train(config)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"no `cappy train` wrote, e.g. thesis.txt"):
+        train.run_train(config.model_copy(update={"scorer_path": str(tmp_path)}), overwrite=True)
+    with pytest.raises(CappyError, match="holds a dataset, not a scorer"):
+        train.run_train(config.model_copy(update={"scorer_path": config.dataset_uri}), overwrite=True)
+    (tmp_path / "thesis.txt").rename(tmp_path / "README.md")
+    with pytest.raises(UsageError, match=r"no `cappy train` wrote, e.g. README.md; nothing was deleted"):
+        train.run_train(config.model_copy(update={"scorer_path": str(tmp_path)}))
+    for name in ("thesis.txt", f"{CHECKPOINTS}/thesis.txt"):
+        mine = tmp_path / "copy"
+        storage.download_folder(config.scorer_uri, mine)
+        storage.write_bytes(f"{mine}/{name}", b"theirs")
+        before = storage.list_files(str(mine))
+        with pytest.raises(UsageError, match=rf"no `cappy train` wrote, e.g. {name}; nothing was deleted"):
+            train.run_train(config.model_copy(update={"scorer_path": str(mine)}), overwrite=True)
+        assert storage.list_files(str(mine)) == before
+        storage.delete(str(mine))
+    (tmp_path / "README.md").rename(tmp_path / "thesis.txt")
+    assert (tmp_path / "thesis.txt").exists() and storage.exists(storage.join(config.dataset_uri, storage.MANIFEST))
+
+
+def test_an_unfinished_set_and_an_unknown_encoder_are_refused_at_once(encoder: Path, tmp_path: Path):
+    publish(str(tmp_path / "dataset"), 4, 2)
+    with pytest.raises(UsageError, match=r"scorer\.encoder=\./nowhere: no such folder"):
+        train.run_train(Config.model_validate({"workspace": str(tmp_path), "scorer": {"encoder": "./nowhere"}}))
+    storage.delete(str(tmp_path / "dataset" / storage.MANIFEST))
+    with pytest.raises(CappyError, match="the run writing it did not finish"):
+        train.run_train(settings(str(tmp_path), encoder))
+
+
+def test_an_error_in_a_worker_reaches_the_operator_as_one_line(encoder: Path, tmp_path: Path, ray_here: None):
+    publish(str(tmp_path / "dataset"), 70, 20)
+    with pytest.raises(CappyError, match=r"^the loss is (nan|inf) near step \d+; lower training.learning_rate \(now 1e\+30\)$"):
+        train.run_train(settings(str(tmp_path), encoder, learning_rate=1e30, clip_norm=1e30))
+    with pytest.raises(CappyError, match="the run writing it did not finish"):
+        Scorer.load(str(tmp_path / "scorer"))
+
+
+def test_two_workers_train_from_and_to_object_storage(encoder: Path, bucket: str, ray_here: None):
+    publish(f"{bucket}/run/dataset", 70, 20)
+    config = settings(f"{bucket}/run", encoder, epochs=6, learning_rate=5e-3, workers=2)
+    summary = train.run_train(config)
+    assert summary["steps"] == 6 * 14 and summary["train_mse"] < 0.12
+    assert summary["validation"]["pairs"] == 60
+    manifest = storage.read_manifest(config.scorer_uri, "scorer", "train")
+    assert storage.verify(config.scorer_uri, manifest) == []
+    assert set(storage.list_files(config.scorer_uri)) == {*manifest["files"], storage.MANIFEST}
+    assert Scorer.load(config.scorer_uri).score(["say after me red fox"], ["a red fox"])[0] > 0.4
+
+
+def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
+    trained: tuple[Config, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    untouched, whole = trained
+    config = untouched.model_copy(update={"scorer_path": str(tmp_path / "scorer")})
+    process = launch(config, tmp_path)
+    wait_for_step(process, config, 20)
+    _worker_of(process).kill()
+    wait_for(process, config, lambda: "going on from step" in (tmp_path / "log").read_text())
+    wait_for_step(process, config, last_step(config) + 20)
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in reversed(family):  # the driver first: Ray would go on for some seconds without it
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(family, 30)
+    newest = max(Path(config.scorer_uri, CHECKPOINTS).glob(f"*/{last_step(config):08d}-*"))
+    (newest / "state.json").write_text("{}")
+    assert threading.current_thread() is threading.main_thread()  # where signals are handled
+    at = last_step(config)
+    threading.Thread(target=_terminate_me_after, args=(config, at + 20)).start()
+    with pytest.raises(Stopped) as stopped:
+        train.run_train(config)
+    assert f"{newest}: state.json does not match its SHA-256" in capfd.readouterr().err
+    assert f"stopped on SIGTERM after step {last_step(config)} of {whole['steps']}, which is saved" in str(stopped.value)
+    resumed = train.run_train(config)
+    assert whole["train_mse"] == resumed["train_mse"]
+    left, right = weights(untouched.scorer_uri), weights(config.scorer_uri)
+    assert all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def launch(config: Config, folder: Path, environment: Mapping[str, str] | None = None, script: str = RUN) -> subprocess.Popen[str]:
+    """Run `train.run` in a process of its own, with its own Ray unless told; standard error goes to `folder/log`."""
+    (folder / "run.py").write_text(script)
+    (folder / "run.yaml").write_text(config.to_yaml())
+    return subprocess.Popen(
+        [sys.executable, str(folder / "run.py"), str(folder / "run.yaml")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "log").open("a"),
+        text=True,
+    )
+
+
+def _run_folder(config: Config) -> str:
+    names = {name.split("/")[0] for name in storage.list_files(storage.join(config.scorer_uri, CHECKPOINTS))} - {"_lease"}
+    return storage.join(config.scorer_uri, CHECKPOINTS, min(names, default="none"))
+
+
+def last_step(config: Config) -> int:
+    return checkpoint.last_step(_run_folder(config))
+
+
+def wait_for_step(process: subprocess.Popen[str], config: Config, step: int) -> None:
+    wait_for(process, config, lambda: last_step(config) >= step)
+
+
+def wait_for(process: subprocess.Popen[str], config: Config, reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not reached():
+        assert process.poll() is None and time.monotonic() < deadline, Path(config.scorer_uri).with_name("log").read_text()
+        time.sleep(0.05)
+
+
+def _terminate_me_after(config: Config, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while last_step(config) < step and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if last_step(config) >= step:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _worker_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The process Ray Train runs a driver's only worker in."""
+    (found,) = [each for each in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())]
+    return found
+
+
+STOPPED_RUN = """
+import os
+import signal
+import sys
+
+from cluster.config import load
+from cluster.errors import CappyError
+from training import train
+
+publish = train._publish
+
+def stopped(*arguments):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return publish(*arguments)
+
+if __name__ == "__main__":
+    train._publish = stopped
+    try:
+        train.run_train(load(sys.argv[1]))
+    except CappyError as error:
+        sys.exit(str(error))
+"""
+
+
+def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_scorer_alone(
+    encoder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+):
+    publish(str(tmp_path / "dataset"), 20, 5)
+    config = settings(str(tmp_path), encoder, epochs=1)
+    process = launch(config, tmp_path, script=STOPPED_RUN)
+    try:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # trained, not yet published
+        assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, (tmp_path / "log").read_text()
+
+        def wait_one_second(place: str, setting: str, wait: Callable[[str, str], None] = lease._wait_until_dead) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(lease, "SILENCE_S", 1.0)
+                wait(place, setting)
+
+        monkeypatch.setattr(lease, "_wait_until_dead", wait_one_second)
+        train.run_train(config.model_copy(update={"training": config.training.model_copy(update={"checkpoints_kept": 3})}))
+        before = storage.read_manifest(config.scorer_uri, "scorer", "train")
+        process.send_signal(signal.SIGCONT)
+        assert process.wait() == 1
+    finally:
+        process.kill()
+    assert storage.verify(config.scorer_uri, before) == []
+    assert storage.read_manifest(config.scorer_uri, "scorer", "train") == before
+    assert set(storage.list_files(config.scorer_uri)) == {*before["files"], storage.MANIFEST}
+    told = (tmp_path / "log").read_text().splitlines()[-1]
+    assert told.startswith(f"scorer_path={config.scorer_uri}: lease lost: another run took over")
