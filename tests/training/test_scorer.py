@@ -119,7 +119,7 @@ def test_the_same_seed_draws_the_same_head(encoder: Path):
     assert not torch.equal(heads[0], heads[2])
 
 
-@pytest.mark.parametrize(("kind", "longest"), zip(FAMILIES, (64, 64, 1 << 30, 64), strict=True))
+@pytest.mark.parametrize(("kind", "longest"), list(zip(FAMILIES, (64, 64, 1 << 30, 64), strict=True)))
 def test_each_encoder_family_becomes_a_one_logit_regression_model(kind: str, longest: int, tmp_path: Path):
     write_family(kind, tmp_path)
     model = new_model(tmp_path, ScorerConfig(encoder=str(tmp_path), max_length=16), TrainingConfig(attention_dropout=0.25), seed=3)
