@@ -26,7 +26,7 @@ BIGBENCH_ROWS = {
     **{"mult_data_wrangling": 500, "physics_questions": 50, "qa_wikidata": 500, "rephrase": 78, "semantic_parsing_spider": 1_000},
     **{"strategyqa": 2_000, "tense": 286, "topical_chat": 1_500},
 }
-"""Tasks read where no file is given, and how many rows of each at most."""
+"""Tasks read by default, and the largest number of rows of each."""
 
 COLUMNS = ("dataset", "template", "instruction", "references", "answer_choices")
 DATA_HELP = "Parquet file with dataset, instruction, references; rows of BIG-bench tasks (from PyPI) by default"
@@ -67,11 +67,11 @@ def bigbench_rows(wanted: dict[str, int], seed: int = 20261121) -> list[Row]:
 def labelled_pairs(path: Path | None, count: int, seed: int) -> Pairs:
     """Return instructions, responses and labels of `count` rows drawn from all rows of `path` (or of BIG-bench).
 
-    Every second row keeps a reference of its own (label 1), the others get one of another row of their dataset (label 0).
+    Every second row keeps its first reference (label 1); the others get one of another row of their dataset (label 0).
     """
     rows = read_rows(path)
     if count > len(rows):
-        raise UsageError(f"{count} pairs are more than the {len(rows)} rows of {path or 'the BIG-bench tasks'}; ask for fewer pairs")
+        raise UsageError(f"{count} pairs are more than the {len(rows)} rows of {path or 'the BIG-bench tasks'}; request fewer pairs")
     references: dict[str, list[str]] = {}
     for row in rows:
         references.setdefault(row["dataset"], []).append(row["references"][0])

@@ -4,8 +4,8 @@
 
 Without `--data` the rows are those of BIG-bench tasks.
 
-A validation instruction leaks when it shares a run of 13 words with a train instruction of its dataset; runs that stand in more
-than a fifth of the rows of some template (the template's own words) do not count.
+A validation instruction leaks when it shares a run of 13 words with a train instruction of its dataset. Runs that are in more
+than a fifth of the rows of a template are the template's own words, and do not count.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def overlaps(runs: np.ndarray, seen: np.ndarray) -> bool:
 
 
 def own_runs(group: list[dict[str, str]]) -> list[np.ndarray]:
-    """The hashed runs of each row of a dataset, less those that belong to a template."""
+    """The hashed runs of each row of a dataset, without the runs of its template."""
     hasher = Contamination([], 13)
     runs = [np.unique(hasher.runs(row["instruction"])) for row in group]
     templates = defaultdict(list)

@@ -26,7 +26,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # vLLM's engine on CPU computes in one process more, which imports vLLM once more; on one GPU it has none either.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-# Every BIG-bench task that a test reads: the archive is a stream, and one pass over it takes half a minute.
+# Every BIG-bench task that a test reads. The archive is a stream, and reading it once takes half a minute.
 BIGBENCH_TASKS = (
     *DEMO_TASKS,
     *("conlang_translation", "date_understanding", "gem", "hindi_question_answering", "physics_questions", "semantic_parsing_spider"),

@@ -20,7 +20,7 @@ def test_every_benchmark_with_a_main_is_registered_once():
     assert sorted(each.name for each in BENCHMARKS) == modules
 
 
-def test_each_benchmark_says_what_it_compares_and_quick_ones_are_the_short_ones():
+def test_each_benchmark_has_a_purpose_and_quick_runs_without_arguments_are_short():
     for each in BENCHMARKS:
         assert each.compares and each.minutes > 0
         assert each.quick or each.quick is None or each.minutes < 2, (

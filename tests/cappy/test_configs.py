@@ -28,7 +28,7 @@ def test_t0_names_one_template_of_each_of_its_38_datasets_at_one_commit():
 
 
 def test_t0_reads_a_copy_of_p3_on_disk_with_its_columns_and_choices(tmp_path):
-    """A folder stands in for the hub: it is read by the same library, in the layout of the hub's Parquet copy."""
+    """A folder replaces the hub. The same library reads it, in the layout of the hub's Parquet copy."""
     source = load("t0").source
     some = [part for part in source.parts if part.source.dataset in ("qasc", "xsum")]
     for part in some:
