@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cappy import jobs
 from cluster import config as configuration
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError, UsageError, typed_first_line
 from cluster.progress import log
 
 app = typer.Typer(
@@ -350,8 +350,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        text = next(iter(str(error).strip().splitlines()), "")
-        _fail(f"{type(error).__name__}: {text} (this is a bug, or a fault of the machine; --debug shows where)", 1, error, debug)
+        _fail(f"{typed_first_line(error)} (this is a bug, or a fault of the machine; --debug shows where)", 1, error, debug)
 
 
 def _fail(message: str, code: int, error: BaseException | None, debug: bool) -> None:

@@ -19,7 +19,7 @@ from rich.text import Text
 from cluster import cache, storage
 from cluster import models as model_names
 from cluster.config import Config
-from cluster.errors import CappyError
+from cluster.errors import CappyError, typed_first_line
 from cluster.progress import console as progress_console
 from cluster.progress import silence
 
@@ -114,7 +114,7 @@ def _import(name: str, package: str) -> Finding:
         remedy = "run `make setup`"
         if "torchvision" in str(error):
             remedy = "a CUDA build of torchvision is installed beside a CPU torch: `pip uninstall torchvision torchaudio torchcodec`"
-        return Finding(f"import {name}", False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", remedy)
+        return Finding(f"import {name}", False, typed_first_line(error), remedy)
     for candidate in installed:
         try:
             return Finding(f"import {name}", True, f"{candidate} {version(candidate)}")

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import storage
-from cluster.errors import CappyError
+from cluster.errors import CappyError, first_line
 from generation.dataset import LABEL_BINS
 
 _SOURCES = {
@@ -57,7 +57,7 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
                 result["dead_letters"] = _reasons(storage.join(uri, _DEAD_LETTERS)) if _DEAD_LETTERS in manifest["files"] else {}
                 result["samples"] = _first_rows(uri, manifest, samples)
             except (OSError, ValueError) as error:
-                raise CappyError(f"{uri} is damaged ({str(error).splitlines()[0]}); copy or make it again") from None
+                raise CappyError(f"{uri} is damaged ({first_line(error)}); copy or make it again") from None
     return result
 
 

@@ -22,7 +22,7 @@ import tenacity
 from cluster import runtime, storage
 from cluster.config import Config
 from cluster.config.paths import absolute
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError, UsageError, first_line
 from cluster.progress import log
 from cluster.runtime import PASSED_ON
 
@@ -91,7 +91,7 @@ def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places
             with attempt:
                 job = client.submit_job(entrypoint=f"python -m cappy.jobs {verb}", runtime_env=environment)
     except (ConnectionError, RuntimeError) as error:
-        raise CappyError(f"--address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}); check `ray status`") from None
+        raise CappyError(f"--address={address}: no Ray cluster answers there ({first_line(error)}); check `ray status`") from None
     log(f"job {job} on {address}; it goes on if you leave (`ray job stop --address {address} {job}` ends it)")
     result, failure = asyncio.run(_follow(client, job))
     if client.get_job_status(job) == JobStatus.SUCCEEDED and result is not None:

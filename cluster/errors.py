@@ -1,22 +1,36 @@
-"""What an operator reads when something is wrong: one line with the setting or row, its value and the way out."""
+"""The errors that an operator can act on, and one-line texts for the errors of libraries. Imports nothing else of Cappy."""
+
+from __future__ import annotations
 
 
 class CappyError(Exception):
     """A failure the operator can act on. Exit code 1.
 
-    Takes one positional message: Ray pickles exceptions by their `args`, and a second argument would not survive.
+    The message is one line: what failed, the setting with its value, and the fix. It is the only positional argument:
+    Ray pickles exceptions by their `args`, so a second argument would be lost.
     """
 
     exit_code = 1
 
 
 class UsageError(CappyError):
-    """The command, a setting or an input cannot work as given. Exit code 2."""
+    """The command, a setting or an input is invalid. Exit code 2."""
 
     exit_code = 2
 
 
 class Stopped(CappyError):
-    """The run was told to stop and did so in good order; the same command goes on. Exit code 143, that of SIGTERM."""
+    """A stop signal ended the run after it saved its state; the same command resumes it. Exit code 143, that of SIGTERM."""
 
     exit_code = 143
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def typed_first_line(error: BaseException) -> str:
+    """Return `TypeName: first line of the message`, or the name of the type alone if the message is empty."""
+    name = type(error).__name__
+    return f"{name}: {first_line(error)}" if str(error).strip() else name
