@@ -68,7 +68,7 @@ def through_pipeline(config: Config, rows: list[dict[str, Any]], folder: Path) -
         table = pa.Table.from_pylist(rows[start : start + config.generate.unit_rows], PREPARED)
         units.write(units.unit_uri(str(folder), "prepared", names[-1]), table)
     gate = ray.remote(num_cpus=0)(Clock).remote()
-    results = list(generate.plan(str(folder), names, config, engines.load, gate).iter_rows())
+    results = list(generate.plan(str(folder), names, config, engines.load_engine, gate).iter_rows())
     pairs = sum(len(row) for name in names for row in units.read(units.unit_uri(str(folder), "units", name))["candidates"].to_pylist())
     totals = {key: sum(result[key] for result in results) for key in ("candidates", "tokens")}
     return {"seconds": ray.get(gate.seconds.remote()), "pairs": pairs, **totals}

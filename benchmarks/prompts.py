@@ -75,7 +75,7 @@ async def measure(engine: contract.LLM, config: Config, rows: list[dict[str, Any
 
 async def compare(config: Config, count: int) -> dict[str, dict[str, float]]:
     """Return the figures of every form, by its name, with one engine for all."""
-    engine = engines.load(config.sampler)
+    engine = engines.load_engine(config.sampler)
     results = {}
     with Bar("prompt forms", len(FORMS), "forms") as bar:
         for name, (prompt, stop) in FORMS.items():

@@ -33,7 +33,7 @@ _WARM = 24
 async def pools(config: Config, bodies: Sequence[dict[str, Any]], clients: int, candidates: int) -> float:
     """Start an engine and return how many pools a second it samples for the bodies, after the first few."""
     assert isinstance(config.sampler.engine, VLLMConfig)
-    engine = vllm.Engine(config.sampler.model, config.sampler.engine)
+    engine = vllm.VLLMEngine(config.sampler.model, config.sampler.engine)
     decoding = config.sampler.decodings[0].model_copy(
         update={"n": candidates, "temperature": bodies[0]["temperature"], "max_tokens": bodies[0]["max_tokens"], "top_k": None}
     )
@@ -66,8 +66,8 @@ def main() -> int:
         config, prompts = serving.prepare(options, Path(name))
         bodies = prompts.ours(_WARM + options.requests)
     for turn in range(options.turns):
-        for side, shared in (("each", dict), ("once", vllm.shared_prompts)):
-            with mock.patch.object(vllm, "shared_prompts", shared):
+        for side, shared in (("each", dict), ("once", vllm.prefill_sharing_arguments)):
+            with mock.patch.object(vllm, "prefill_sharing_arguments", shared):
                 rates[side].append(asyncio.run(pools(config, bodies, options.clients, options.candidates)))
             log(f"turn {turn + 1} of {options.turns}, prefilled {side}: {rates[side][-1]:.2f} pools/s")
     result = {

@@ -39,10 +39,10 @@ class SyntheticLLM:
     def encode(self, turns: Any, form: str, room: int) -> list[int]:
         return [len(turn["content"]) for turn in turns]
 
-    def most(self, prompt: Any, decoding: DecodingConfig) -> float:
+    def max_cost(self, prompt: Any, decoding: DecodingConfig) -> float:
         return 0.0
 
-    def bill(self, request_id: str) -> float:
+    def pop_cost(self, request_id: str) -> float:
         return 0.0
 
     async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:

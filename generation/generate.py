@@ -44,7 +44,7 @@ _LEASE = "_lease"
 _OWNED = storage.Owned("dataset", "generate", dataset.WORKING, r"_staging/(units|letters)/.+", dataset.RESULTS)
 
 
-def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load) -> dict[str, Any]:
+def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> dict[str, Any]:
     """Sample, label and publish the regression set; return its summary. `load` makes each sampling actor's LLM.
 
     Raises `UsageError` when the destination holds a finished run or one begun with other settings, `CappyError` when too
@@ -186,7 +186,7 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     log(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
-    ceiling = engines.ceiling(config.sampler)
+    ceiling = engines.cost_limit(config.sampler)
     spent = units.spent(staging, sorted(finished)) if ceiling is not None else 0.0
     # Beside the driver: on a worker node it would be lost with it, and the run with the gate.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -229,7 +229,7 @@ def plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
-        **engines.resources(config.sampler, ray.cluster_resources().get("GPU", 0)),
+        **engines.actor_resources(config.sampler, ray.cluster_resources().get("GPU", 0)),
     )
 
 

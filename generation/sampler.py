@@ -46,7 +46,7 @@ class Sampler:
     dead the process exits, so that Ray replaces it and runs the unit again.
     """
 
-    def __init__(self, config: SamplerConfig, seed: int, load: LoadLLM = engines.load) -> None:
+    def __init__(self, config: SamplerConfig, seed: int, load: LoadLLM = engines.load_engine) -> None:
         self.config = config
         self.seed = seed
         self.llm = load(config)
@@ -61,7 +61,7 @@ class Sampler:
             .append_column("cost", pa.array(costs, pa.float64()))
         )
 
-    def most(self, rows: Sequence[dict[str, Any]]) -> float:
+    def max_cost(self, rows: Sequence[dict[str, Any]]) -> float:
         """Return the most dollars the sampling of some rows can cost, whatever happens to it."""
         return sum(self._most(row) for row in rows if row["answer_choices"] is None)
 
@@ -70,7 +70,7 @@ class Sampler:
             prompt = self.llm.encode(self._turns(row), self.config.prompt.form, self._room)
         except RowError:
             return 0.0
-        return sum(self.llm.most(prompt, decoding) for decoding in self.config.decodings)
+        return sum(self.llm.max_cost(prompt, decoding) for decoding in self.config.decodings)
 
     def _turns(self, row: dict[str, Any]) -> list[prompts.Message]:
         return prompts.messages(row["instruction"], row["shots"], self.config.prompt.system)
@@ -110,6 +110,6 @@ class Sampler:
         seed = contract.request_seed(self.seed, row_id, decoding.name)
         request_id = f"{row_id}-{contract.request_identity(self.config.model, turns, decoding, seed)}"
         try:
-            return await self.llm.sample(prompt, decoding, seed, request_id), None, self.llm.bill(request_id)
+            return await self.llm.sample(prompt, decoding, seed, request_id), None, self.llm.pop_cost(request_id)
         except Exception as error:
-            return [], error, self.llm.bill(request_id)
+            return [], error, self.llm.pop_cost(request_id)

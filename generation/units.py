@@ -89,7 +89,7 @@ class UnitWorker:
 
     def __init__(self, staging: str, config: Config, load: LoadLLM, gate: Any) -> None:
         self.staging, self.config, self.gate = staging, config, gate
-        self.limited = engines.ceiling(config.sampler) is not None
+        self.limited = engines.cost_limit(config.sampler) is not None
         with ThreadPoolExecutor(1) as beside:  # while the engine loads
             warm = beside.submit(labels.warm_up, config.generate.label)
             self.sampler = Sampler(config.sampler, config.seed, load)
@@ -107,7 +107,7 @@ class UnitWorker:
     async def _work(self, unit: str) -> dict[str, Any] | None:
         """Return the counts of a unit once it is saved, or None where the gate is closed."""
         prepared = await asyncio.to_thread(read, unit_uri(self.staging, "prepared", unit))
-        most = await asyncio.to_thread(self.sampler.most, prepared.to_pylist()) if self.limited else 0.0
+        most = await asyncio.to_thread(self.sampler.max_cost, prepared.to_pylist()) if self.limited else 0.0
         while (enter := await self.gate.enter.remote(unit, most)) is None:
             await asyncio.sleep(_ROOM_S)
         if not enter:

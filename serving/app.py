@@ -127,7 +127,7 @@ def build(config: Config) -> serve.Application:
         # A replica that is replaced finishes what it took on. (Serve's own shutdown waits half a minute at most.)
         "graceful_shutdown_timeout_s": serving.timeout_s + _PROXY_GRACE_S,
     }
-    resources = engines.resources(config.sampler, ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0)
+    resources = engines.actor_resources(config.sampler, ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0)
     if serving.llm_gpus is not None:
         resources["num_gpus"] = serving.llm_gpus
     # In an update new replicas answer before old ones stop, except where an LLM would need its GPUs twice.

@@ -21,7 +21,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from cluster.config import DecodingConfig, SamplerConfig, ServingConfig
 from cluster.errors import CappyError
 from generation import engines
-from generation.engines.contract import Candidate, NoAnswer, PromptTooLong, RowError
+from generation.engines.contract import Candidate, EngineUnavailable, PromptTooLong, RowError
 from generation.prompts import Message
 from serving.ledger import Ledger
 from serving.protocol import ApiError, Early, Sampled, Scored
@@ -52,8 +52,8 @@ class LLM:
 
     def __init__(self, config: SamplerConfig, patience_s: float, ledger: str) -> None:
         self.form = config.prompt.form
-        self.engine = engines.load(config, patience_s)
-        ceiling = engines.ceiling(config)
+        self.engine = engines.load_engine(config, patience_s)
+        ceiling = engines.cost_limit(config)
         self.ledger = None if ceiling is None else Ledger(ledger, ceiling)
         self.priced = config.engine.kind == "endpoint" and config.engine.priced
         # A form the model does not have is told now and not to the first client.
@@ -93,7 +93,7 @@ class LLM:
         except RowError as error:
             raise self._told(error, param) from None
         identity = uuid.uuid4().hex
-        if self.ledger and not await self.ledger.reserve(identity, sum(self.engine.most(encoded, each) for each in decodings)):
+        if self.ledger and not await self.ledger.reserve(identity, sum(self.engine.max_cost(encoded, each) for each in decodings)):
             message = "the request could cost more than is left of what this server may spend (sampler.engine.max_cost); ask for less"
             raise ApiError(message, 429, code="insufficient_quota", retry_s=_BROKE_RETRY_S)
         names = [f"{identity}-{position}" for position in range(len(decodings))]
@@ -107,7 +107,9 @@ class LLM:
                 enough.set()
 
         draws = [
-            asyncio.ensure_future(self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs, ended=ended if tell else None))
+            asyncio.ensure_future(
+                self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs, on_candidate=ended if tell else None)
+            )
             for decoding, seed, name in zip(decodings, seeds, names, strict=True)
         ]
         all_drawn = asyncio.gather(*draws)
@@ -123,7 +125,7 @@ class LLM:
             for draw in draws:
                 draw.cancel()
             await asyncio.wait(draws)
-            cost = sum(self.engine.bill(name) for name in names)
+            cost = sum(self.engine.pop_cost(name) for name in names)
             if self.ledger:
                 self.ledger.settle(identity, cost)
         candidates = [candidate for pool in pools for candidate in pool]
@@ -146,11 +148,11 @@ class LLM:
             return ApiError("the LLM went down while answering and is being replaced; try again", 503, code=UNAVAILABLE)
         if isinstance(error, PromptTooLong):
             return ApiError(str(error), param=param, code="context_length_exceeded")
-        if isinstance(error, NoAnswer):
+        if isinstance(error, EngineUnavailable):
             logger.warning("the LLM's endpoint: %s", error)
-            if error.late:
+            if error.timed_out:
                 return ApiError("the LLM's endpoint gave no answer in time; ask for less in one request", 504, code="timeout")
-            return ApiError("the LLM's endpoint takes no requests now; try again", 503, code="overloaded", retry_s=error.retry_s)
+            return ApiError("the LLM's endpoint takes no requests now; try again", 503, code="overloaded", retry_s=error.retry_after_s)
         if isinstance(error, RowError):
             return ApiError(str(error), code="refused_by_endpoint")
         if isinstance(error, CappyError):

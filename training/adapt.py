@@ -44,7 +44,7 @@ _GONE_S = 30.0
 _OPERATIONAL = ("tasks", "concurrency", "cpus_per_task", "gpus_per_task", "max_retries")
 
 
-def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load) -> dict[str, Any]:
+def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> dict[str, Any]:
     """Adapt to the tasks of the set (generated first where it is not there yet, by `load`'s LLM) and return the table of all outcomes.
 
     A task that fails is in the table with its `error`. Raises `UsageError` where a task was adapted with other settings and

@@ -39,16 +39,16 @@ class PromptTooLong(RowError):
     """The prompt leaves no room for a candidate in the engine's context."""
 
 
-class NoAnswer(RowError):
+class EngineUnavailable(RowError):
     """The engine was asked as often as it may be, or would have to be waited for too long. Other rows may be answered."""
 
-    retry_s: float | None = None
+    retry_after_s: float | None = None
     """Seconds after which it would take requests again, where it said so."""
-    late = False
+    timed_out = False
     """Whether it took a request and gave no answer in time."""
 
 
-Ended = Callable[[Candidate], None]
+OnCandidate = Callable[[Candidate], None]
 """Is told each candidate of a call as soon as it is there, and so before the call returns them all."""
 Prompt = list[int] | list[Message] | str
 """What an engine's `encode` returns and its `sample` takes: token ids, or for an endpoint the messages or the raw text."""
@@ -70,10 +70,10 @@ class LLM(Protocol):
         Raises `RowError` for a prompt it will never answer, any other `CappyError` where no prompt will be answered.
         """
 
-    def most(self, prompt: Any, decoding: DecodingConfig) -> float:
+    def max_cost(self, prompt: Any, decoding: DecodingConfig) -> float:
         """Return the most dollars one `sample` can cost, whatever happens to it."""
 
-    def bill(self, request_id: str) -> float:
+    def pop_cost(self, request_id: str) -> float:
         """Return the dollars a `sample` that ended, well or badly, did cost, and forget them."""
 
 
@@ -91,7 +91,7 @@ class ServedLLM(LLM, Protocol):
         request_id: str,
         *,
         logprobs: bool = True,
-        ended: Ended | None = None,
+        on_candidate: OnCandidate | None = None,
     ) -> list[Candidate]:
         """Return the candidates, and tell `ended` each of them as it comes: one by one, or as the engine has them.
 
@@ -105,7 +105,7 @@ class ServedLLM(LLM, Protocol):
         """End what runs beside this process' own threads."""
 
 
-def api_key(name: str | None) -> str | None:
+def read_api_key(name: str | None) -> str | None:
     """Return the key in environment variable `name`, or None for no name. Raises `UsageError` where it is not set."""
     if name is None:
         return None

@@ -28,30 +28,30 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from cluster.config import DecodingConfig, EndpointConfig
 from cluster.errors import CappyError
 from generation import prompts
-from generation.engines.contract import Candidate, Ended, NoAnswer, PromptTooLong, RowError, api_key, request_seed
+from generation.engines.contract import Candidate, EngineUnavailable, OnCandidate, PromptTooLong, RowError, read_api_key, request_seed
 
 # A prompt has at most a token a byte, beside what the chat template puts around it: its own system text, and each turn's marks.
 _TEMPLATE_TOKENS = 128
 _TURN_TOKENS = 16
 # What a call may cost, in times of an answered one: each of its requests may once stay without an answer and be paid all the same.
-_PAID_TIMES = 2
+_MAX_CHARGES_PER_REQUEST = 2
 # A server that says "now" and means "later" is not asked more often than this.
-_LEAST_COOLING_S = 1.0
-_OPTIONAL = ("n", "logprobs", "seed", "max_tokens")
-_BACK_OFF = wait_random_exponential(multiplier=0.5, max=60)
+_MIN_COOLDOWN_S = 1.0
+_OPTIONAL_FIELDS = ("n", "logprobs", "seed", "max_tokens")
+_BACKOFF = wait_random_exponential(multiplier=0.5, max=60)
 _TOO_LONG = re.compile(r"context.length|maximum.context|max_model_len|maximum model length|(prompt|input) is too long", re.IGNORECASE)
 
 
-class _Again(Exception):
+class _RetryableError(Exception):
     """The request may be sent again: when the engine has cooled down, or after a back-off."""
 
-    def __init__(self, reason: str, cooling: bool = False, late: bool = False) -> None:
+    def __init__(self, reason: str, cooling_down: bool = False, timed_out: bool = False) -> None:
         super().__init__(reason)
-        self.cooling, self.late = cooling, late
+        self.cooling_down, self.timed_out = cooling_down, timed_out
 
 
 @dataclass
-class _Account:
+class _CallCost:
     """Dollars of one `sample` call."""
 
     left: float
@@ -61,7 +61,7 @@ class _Account:
     """As the server counted them."""
 
 
-class _Asked(NamedTuple):
+class _CompletionRequest(NamedTuple):
     """What one request to the endpoint asks for: `n` of the decoding's candidates."""
 
     prompt: list[prompts.Message] | str
@@ -94,28 +94,28 @@ class RateLimiter:
         self._next -= amount * self._seconds
 
 
-class Endpoint:
+class EndpointEngine:
     """The model `model` behind `config.base_url`.
 
-    A request that would wait longer than `patience_s` for its turn, or for the end of a cool-down, is given up at once.
+    A request that would wait longer than `max_wait_s` for its turn, or for the end of a cool-down, is given up at once.
     """
 
     dead = False
 
-    def __init__(self, model: str, config: EndpointConfig, patience_s: float = math.inf) -> None:
-        self.model, self.config, self.patience_s = model, config, patience_s
-        self._key = api_key(config.api_key_env)
+    def __init__(self, model: str, config: EndpointConfig, max_wait_s: float = math.inf) -> None:
+        self.model, self.config, self.max_wait_s = model, config, max_wait_s
+        self._key = read_api_key(config.api_key_env)
         self._http = httpx.AsyncClient(
             base_url=config.base_url,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=config.timeout_s,
             limits=httpx.Limits(max_connections=config.concurrency),
         )
-        self._slots = asyncio.Semaphore(config.concurrency)
+        self._concurrency = asyncio.Semaphore(config.concurrency)
         self._requests, self._tokens = RateLimiter(config.requests_per_minute), RateLimiter(config.tokens_per_minute)
         self._resume_at = 0.0
-        self._refused: set[str] = set() if config.logprobs else {"logprobs"}
-        self._accounts: dict[str, _Account] = {}
+        self._unsupported: set[str] = set() if config.logprobs else {"logprobs"}
+        self._accounts: dict[str, _CallCost] = {}
 
     def encode(self, turns: Sequence[prompts.Message], form: str, room: int, drop_shots: bool = True) -> list[prompts.Message] | str:
         """Return the messages, or the text where the form has one. How long they are only the server knows."""
@@ -130,19 +130,19 @@ class Endpoint:
         request_id: str,
         *,
         logprobs: bool = True,
-        ended: Ended | None = None,
+        on_candidate: OnCandidate | None = None,
     ) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt.
 
         Raises `PromptTooLong` or another `RowError` for this row, `CappyError` where no row will be answered.
         """
-        account = _Account(left=self.most(prompt, decoding))
+        account = _CallCost(left=self.max_cost(prompt, decoding))
         try:
-            whole = decoding.n == 1 or "n" not in self._refused
-            asked = _Asked(prompt, decoding, decoding.n, seed, logprobs)
+            whole = decoding.n == 1 or "n" not in self._unsupported
+            asked = _CompletionRequest(prompt, decoding, decoding.n, seed, logprobs)
             candidates = await self._ask(asked, request_id, account) if whole else []
             if len(candidates) < decoding.n:
-                self._refused.add("n")
+                self._unsupported.add("n")
                 rest = range(len(candidates), decoding.n)
                 seeds = [None if seed is None else request_seed(seed, str(draw), decoding.name) for draw in rest]
                 single = (
@@ -154,19 +154,19 @@ class Endpoint:
                     if isinstance(answer, BaseException):
                         raise answer
                     candidates += answer
-            if ended:
+            if on_candidate:
                 for candidate in candidates:
-                    ended(candidate)
+                    on_candidate(candidate)
             return candidates
         finally:
             if request_id in self._accounts:
                 account.spent += self._accounts[request_id].spent
             self._accounts[request_id] = account
 
-    def most(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig) -> float:
-        return _PAID_TIMES * decoding.n * self._cost(_most_tokens(prompt), decoding.max_tokens)
+    def max_cost(self, prompt: list[prompts.Message] | str, decoding: DecodingConfig) -> float:
+        return _MAX_CHARGES_PER_REQUEST * decoding.n * self._cost(_max_prompt_tokens(prompt), decoding.max_tokens)
 
-    def bill(self, request_id: str) -> float:
+    def pop_cost(self, request_id: str) -> float:
         return self._accounts.pop(request_id).spent if request_id in self._accounts else 0.0
 
     def prompt_tokens(self, prompt: list[prompts.Message] | str, request_id: str) -> int:
@@ -177,44 +177,44 @@ class Endpoint:
     def close(self) -> None:
         """Nothing runs beside: connections end with the process."""
 
-    async def _ask(self, asked: _Asked, request_id: str, account: _Account) -> list[Candidate]:
+    async def _ask(self, asked: _CompletionRequest, request_id: str, account: _CallCost) -> list[Candidate]:
         """Return the candidates of one answer, at most `asked.n`, none where the server refuses `n`."""
         tries = AsyncRetrying(
-            stop=stop_after_attempt(self.config.tries), wait=_BACK_OFF, retry=retry_if_exception_type(_Again), reraise=True
+            stop=stop_after_attempt(self.config.tries), wait=_BACKOFF, retry=retry_if_exception_type(_RetryableError), reraise=True
         )
         try:
             async for attempt in tries:
                 with attempt:
                     return await self._try(asked, request_id, account)
-        except _Again as error:
-            raise _no_answer(f"endpoint gave no answer in {self.config.tries} tries, last: {error}", late=error.late) from None
+        except _RetryableError as error:
+            raise _unavailable(f"endpoint gave no answer in {self.config.tries} tries, last: {error}", timed_out=error.timed_out) from None
         raise AssertionError("tenacity returns or raises")
 
-    async def _try(self, asked: _Asked, request_id: str, account: _Account) -> list[Candidate]:
-        """Send the request, again after each cool-down, and again without each option the server refuses. Raises `_Again`."""
+    async def _try(self, asked: _CompletionRequest, request_id: str, account: _CallCost) -> list[Candidate]:
+        """Send the request, again after each cool-down, and again without each option the server refuses. Raises `_RetryableError`."""
         while True:
             body = self._body(asked)
             try:
                 response = await self._send(asked.prompt, body, asked.n * asked.decoding.max_tokens, request_id, account)
-            except _Again as error:
-                if error.cooling:
+            except _RetryableError as error:
+                if error.cooling_down:
                     continue
                 raise
             if response.status_code == 200:
                 return self._candidates(response, asked.decoding)[: asked.n]
             code, parameter, message = self._error(response)
-            refused = next((name for name in _OPTIONAL if name in body and _refuses(name, parameter, message)), None)
+            refused = next((name for name in _OPTIONAL_FIELDS if name in body and _refuses(name, parameter, message)), None)
             if response.status_code == 413 or code == "context_length_exceeded" or _TOO_LONG.search(message):
                 raise PromptTooLong(f"the prompt is too long for {self.model}: {message}")
             if refused is None or response.status_code not in (400, 422):
                 raise RowError(f"endpoint refused: {response.status_code} {message}")
-            self._refused.add(refused)
+            self._unsupported.add(refused)
             if refused == "n":
                 return []
 
-    def _body(self, asked: _Asked) -> dict[str, Any]:
+    def _body(self, asked: _CompletionRequest) -> dict[str, Any]:
         prompt, decoding, n, seed, logprobs = asked
-        limit = "max_completion_tokens" if "max_tokens" in self._refused else "max_tokens"
+        limit = "max_completion_tokens" if "max_tokens" in self._unsupported else "max_tokens"
         body: dict[str, Any] = {
             "model": self.model,
             "temperature": decoding.temperature,
@@ -230,25 +230,27 @@ class Endpoint:
             body["min_tokens"] = decoding.min_tokens
         if decoding.stop:
             body["stop"] = list(decoding.stop)
-        if seed is not None and "seed" not in self._refused:
+        if seed is not None and "seed" not in self._unsupported:
             body["seed"] = seed
-        if logprobs and "logprobs" not in self._refused:
+        if logprobs and "logprobs" not in self._unsupported:
             body["logprobs"] = 1 if isinstance(prompt, str) else True
         return body
 
     async def _send(
-        self, prompt: list[prompts.Message] | str, body: dict[str, Any], sampled: int, request_id: str, account: _Account
+        self, prompt: list[prompts.Message] | str, body: dict[str, Any], sampled: int, request_id: str, account: _CallCost
     ) -> httpx.Response:
-        """Return an answer that is final, its cost booked. Raises `_Again` where there is none, `CappyError` for the whole run."""
-        most = self._cost(_most_tokens(prompt), sampled)
+        """Return an answer that is final, its cost booked. Raises `_RetryableError` where there is none, `CappyError` for the whole run."""
+        most = self._cost(_max_prompt_tokens(prompt), sampled)
         if most > account.left + 1e-12:
-            raise _no_answer("endpoint left requests of this row unanswered and may have charged for them; it is not sent again", late=True)
+            raise _unavailable(
+                "endpoint left requests of this row unanswered and may have charged for them; it is not sent again", timed_out=True
+            )
         account.left -= most
-        expected = _most_tokens(prompt) / 4 + sampled
-        async with self._slots:
+        expected = _max_prompt_tokens(prompt) / 4 + sampled
+        async with self._concurrency:
             try:
-                await self._turn(expected)
-            except NoAnswer:
+                await self._wait_for_rate(expected)
+            except EngineUnavailable:
                 account.left += most
                 raise
             try:
@@ -256,11 +258,13 @@ class Endpoint:
                 response = await self._http.post(path, json=body, headers={"X-Request-Id": request_id})
             except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
                 account.left += most
-                raise _Again(f"{type(error).__name__}: {error}") from None
+                raise _RetryableError(f"{type(error).__name__}: {error}") from None
             except httpx.RequestError as error:
                 account.spent += most
-                late = isinstance(error, httpx.TimeoutException)
-                raise _Again(f"{type(error).__name__} after {self.config.timeout_s:g} s at most: {error}", late=late) from None
+                timed_out = isinstance(error, httpx.TimeoutException)
+                raise _RetryableError(
+                    f"{type(error).__name__} after {self.config.timeout_s:g} s at most: {error}", timed_out=timed_out
+                ) from None
             except asyncio.CancelledError:
                 account.spent += most
                 raise
@@ -276,16 +280,16 @@ class Endpoint:
             self._tokens.give_back(expected)
         account.left += most - cost
         account.spent += cost
-        self._stop_for(response)
+        self._raise_for_status(response)
         return response
 
-    async def _turn(self, tokens: float) -> None:
+    async def _wait_for_rate(self, tokens: float) -> None:
         """Wait until the rates, and any cool-down of the engine, let a request of so many tokens go."""
         while True:
             cooling_s = max(0.0, self._resume_at - time.monotonic())
             wait_s = max(cooling_s, self._requests.delay_s, self._tokens.delay_s)
-            if wait_s > self.patience_s:
-                raise _no_answer(f"endpoint takes requests again in {wait_s:.0f} s", retry_s=wait_s)
+            if wait_s > self.max_wait_s:
+                raise _unavailable(f"endpoint takes requests again in {wait_s:.0f} s", retry_after_s=wait_s)
             if cooling_s:
                 await asyncio.sleep(cooling_s)
                 continue
@@ -293,7 +297,7 @@ class Endpoint:
             if time.monotonic() >= self._resume_at:
                 return
 
-    def _stop_for(self, response: httpx.Response) -> None:
+    def _raise_for_status(self, response: httpx.Response) -> None:
         """Raise what a status means beyond this request."""
         status, where = response.status_code, f"sampler.engine.base_url={self.config.base_url}"
         if status in (401, 403):
@@ -310,31 +314,31 @@ class Endpoint:
         if status == 404:
             raise CappyError(f"{where} answered 404 ({message}); check it, and sampler.model={self.model}")
         if status in (408, 409, 425, 429) or status >= 500:
-            wait = retry_after(response) if status in (429, 503) else None
+            wait = parse_retry_after(response) if status in (429, 503) else None
             if wait is not None:
-                self._resume_at = max(self._resume_at, time.monotonic() + max(wait, _LEAST_COOLING_S))
-            raise _Again(f"it answered {status}: {message}", cooling=wait is not None)
+                self._resume_at = max(self._resume_at, time.monotonic() + max(wait, _MIN_COOLDOWN_S))
+            raise _RetryableError(f"it answered {status}: {message}", cooling_down=wait is not None)
         if 300 <= status < 400:
             raise CappyError(
                 f"{where} answered {status}, a redirection to {response.headers.get('Location', 'nowhere')}; give that address"
             )
 
     def _candidates(self, response: httpx.Response, decoding: DecodingConfig) -> list[Candidate]:
-        """Return the candidates of a good answer. Raises `_Again` where it is none, `RowError` for one a filter stopped."""
+        """Return the candidates of a good answer. Raises `_RetryableError` where it is none, `RowError` for one a filter stopped."""
         try:
             choices = sorted(response.json()["choices"], key=lambda choice: choice.get("index", 0))
             texts = [str((choice["message"]["content"] if "message" in choice else choice["text"]) or "") for choice in choices]
             logprobs = [_logprobs(choice) for choice in choices]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _Again(f"its answer is not of the OpenAI protocol: {type(error).__name__} {error}") from None
+            raise _RetryableError(f"its answer is not of the OpenAI protocol: {type(error).__name__} {error}") from None
         if not choices:
-            raise _Again("its answer has no choice")
+            raise _RetryableError("its answer has no choice")
         if any(choice.get("finish_reason") == "content_filter" or _refusal(choice) for choice in choices):
             raise RowError("endpoint refused: its content filter stopped the answer")
         usage = _usage(response)
         known = [len(values) for values in logprobs if values is not None]
         if usage is not None and (len(choices) == 1 or len(known) < len(choices)):
-            tokens = _share(usage[1], texts)
+            tokens = _split_tokens(usage[1], texts)
         else:
             tokens = known if len(known) == len(choices) else [len(text.split()) for text in texts]
         return [
@@ -368,7 +372,7 @@ class Endpoint:
         return (prompt_tokens * prices[0] + sampled_tokens * prices[1]) / 1e6
 
 
-def retry_after(response: httpx.Response) -> float | None:
+def parse_retry_after(response: httpx.Response) -> float | None:
     """Return the seconds of a `Retry-After` header, a number or an HTTP date, or None where there is none to be read."""
     text = response.headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", text):
@@ -382,9 +386,9 @@ def retry_after(response: httpx.Response) -> float | None:
         return None
 
 
-def _no_answer(message: str, *, retry_s: float | None = None, late: bool = False) -> NoAnswer:
-    error = NoAnswer(message)
-    error.retry_s, error.late = retry_s, late
+def _unavailable(message: str, *, retry_after_s: float | None = None, timed_out: bool = False) -> EngineUnavailable:
+    error = EngineUnavailable(message)
+    error.retry_after_s, error.timed_out = retry_after_s, timed_out
     return error
 
 
@@ -392,7 +396,7 @@ def _text(prompt: list[prompts.Message] | str) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
 
 
-def _most_tokens(prompt: list[prompts.Message] | str) -> int:
+def _max_prompt_tokens(prompt: list[prompts.Message] | str) -> int:
     """The most tokens a prompt can have: its UTF-8 bytes, and what a template adds."""
     if isinstance(prompt, str):
         return len(prompt.encode()) + _TEMPLATE_TOKENS
@@ -433,7 +437,7 @@ def _refusal(choice: dict[str, Any]) -> bool:
     return bool((choice.get("message") or {}).get("refusal"))
 
 
-def _share(total: int, texts: Sequence[str]) -> list[int]:
+def _split_tokens(total: int, texts: Sequence[str]) -> list[int]:
     """Share out tokens told only as a sum, by the length of the texts."""
     lengths = [len(text.encode()) + 1 for text in texts]
     ends = [round(total * sum(lengths[: place + 1]) / sum(lengths)) for place in range(len(lengths))]

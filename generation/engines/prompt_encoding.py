@@ -9,7 +9,7 @@ from cluster.errors import CappyError
 from generation import prompts
 
 
-def fit(tokenizer: Any, turns: Sequence[prompts.Message], form: str, limit: int, drop_shots: bool = True) -> list[int]:
+def encode_prompt(tokenizer: Any, turns: Sequence[prompts.Message], form: str, limit: int, drop_shots: bool = True) -> list[int]:
     """Return the prompt's token ids, with shots dropped from the front until at most `limit` are left.
 
     What cannot be made so short comes back longer; `drop_shots=False` drops none. Raises `CappyError` for a form the model

@@ -27,7 +27,7 @@ from cluster.config import DecodingConfig, Seq2SeqConfig
 from cluster.errors import CappyError
 from generation import prompts
 from generation.engines import prompt_encoding
-from generation.engines.contract import Candidate, Ended, PromptTooLong, has_gpu
+from generation.engines.contract import Candidate, OnCandidate, PromptTooLong, has_gpu
 
 # What one row asks for arrives within this; a batch that runs takes far longer.
 _GATHER_S = 0.002
@@ -51,7 +51,7 @@ class _Request:
         return max(self.decoding.n, self.decoding.beams)
 
 
-class Seq2Seq:
+class Seq2SeqEngine:
     """An encoder-decoder model on one GPU, or on all cores where there is none."""
 
     def __init__(self, model: str, config: Seq2SeqConfig, setting: str = "sampler.model") -> None:
@@ -95,7 +95,7 @@ class Seq2Seq:
 
         Raises `PromptTooLong` when the instruction alone does not fit, or with `drop_shots=False` all turns together.
         """
-        ids = prompt_encoding.fit(self.tokenizer, turns, form, self.max_prompt_tokens, drop_shots)
+        ids = prompt_encoding.encode_prompt(self.tokenizer, turns, form, self.max_prompt_tokens, drop_shots)
         if len(ids) > self.max_prompt_tokens:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens, above max_prompt_tokens={self.max_prompt_tokens}; "
@@ -111,7 +111,7 @@ class Seq2Seq:
         request_id: str,
         *,
         logprobs: bool = True,
-        ended: Ended | None = None,
+        on_candidate: OnCandidate | None = None,
     ) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt, with log-probabilities in any case.
 
@@ -123,15 +123,15 @@ class Seq2Seq:
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         candidates = await request.answer
-        if ended:
+        if on_candidate:
             for candidate in candidates:
-                ended(candidate)
+                on_candidate(candidate)
         return candidates
 
-    def most(self, prompt: Sequence[int], decoding: DecodingConfig) -> float:
+    def max_cost(self, prompt: Sequence[int], decoding: DecodingConfig) -> float:
         return 0.0
 
-    def bill(self, request_id: str) -> float:
+    def pop_cost(self, request_id: str) -> float:
         return 0.0
 
     def prompt_tokens(self, prompt: Sequence[int], request_id: str) -> int:
@@ -234,7 +234,7 @@ class Seq2Seq:
             total = logits.logsumexp(-1)
             if step < decoding.min_tokens:
                 logits[:, self.ends] = -torch.inf
-            token = choose(logits, decoding, uniform_RT[live, step])
+            token = choose_tokens(logits, decoding, uniform_RT[live, step])
             drawn_RT[live, step] = token
             logprob_RT[live, step] = logits.gather(1, token[:, None])[:, 0] - total
             ending = torch.isin(token, self.ends)
@@ -314,7 +314,7 @@ class Seq2Seq:
         )
 
 
-def choose(logits_RV: torch.Tensor, decoding: DecodingConfig, uniform_R: torch.Tensor) -> torch.Tensor:
+def choose_tokens(logits_RV: torch.Tensor, decoding: DecodingConfig, uniform_R: torch.Tensor) -> torch.Tensor:
     """Return a token a row, [R]: the likeliest at temperature 0, else the one at `uniform_R` (in [0, 1)) of the distribution
     that temperature, then top_k, then top_p leave."""
     if decoding.temperature == 0:

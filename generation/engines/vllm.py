@@ -21,10 +21,10 @@ from cluster.cpu import lower_priority, openmp_environment
 from cluster.errors import CappyError
 from generation import prompts
 from generation.engines import prompt_encoding
-from generation.engines.contract import Candidate, Ended, PromptTooLong, has_gpu
+from generation.engines.contract import Candidate, OnCandidate, PromptTooLong, has_gpu
 
 
-class Engine:
+class VLLMEngine:
     """A vLLM `AsyncLLM` with the tokenizer beside it."""
 
     def __init__(self, model: str, config: VLLMConfig, setting: str = "sampler.model") -> None:
@@ -38,7 +38,7 @@ class Engine:
         before = set(psutil.Process().children(recursive=True))
         try:
             alone = not gpu and config.tensor_parallel == 1
-            arguments = engine_arguments(folder, config, gpu) | (shared_prompts() if alone else {})
+            arguments = engine_arguments(folder, config, gpu) | (prefill_sharing_arguments() if alone else {})
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except ValueError as error:
             raise CappyError(f"{setting}={model}: vLLM refused the model or its settings: {_first_line(error)}") from None
@@ -56,7 +56,7 @@ class Engine:
         which is not ours to shorten) when all turns together do.
         """
         limit = self.max_model_len - room
-        ids = prompt_encoding.fit(self.tokenizer, turns, form, limit, drop_shots)
+        ids = prompt_encoding.encode_prompt(self.tokenizer, turns, form, limit, drop_shots)
         if len(ids) > limit:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens and leaves less than {room} of max_model_len={self.max_model_len} for a candidate; "
@@ -72,7 +72,7 @@ class Engine:
         request_id: str,
         *,
         logprobs: bool = True,
-        ended: Ended | None = None,
+        on_candidate: OnCandidate | None = None,
     ) -> list[Candidate]:
         """Return the `decoding.n` candidates of one prompt, without `logprobs` with None for theirs.
 
@@ -80,10 +80,10 @@ class Engine:
         """
         # vLLM refuses an id it is still working on, and a request may be repeated while its first call winds up.
         unique = f"{request_id}-{uuid.uuid4().hex[:8]}"
-        if ended is None:
+        if on_candidate is None:
             return await self._request(token_ids, decoding, decoding.n, seed, unique, logprobs)
 
-        async def one(draw: int, tell: Ended) -> Candidate:
+        async def one(draw: int, tell: OnCandidate) -> Candidate:
             own = None if seed is None else seed + draw
             (candidate,) = await self._request(token_ids, decoding, 1, own, f"{unique}-{draw}", logprobs)
             tell(candidate)
@@ -91,7 +91,7 @@ class Engine:
 
         # What vLLM makes of `n` itself, with the same seeds; but of its own it tells none before all are there. They begin in more than
         # one step of the engine, which takes 4 to 9 % more of its time, so it is done for those alone who listen.
-        draws = [asyncio.ensure_future(one(draw, ended)) for draw in range(decoding.n)]
+        draws = [asyncio.ensure_future(one(draw, on_candidate)) for draw in range(decoding.n)]
         try:
             return list(await asyncio.gather(*draws))
         finally:
@@ -131,10 +131,10 @@ class Engine:
             for output in sorted(step.outputs, key=lambda output: output.index)
         ]
 
-    def most(self, token_ids: Sequence[int], decoding: DecodingConfig) -> float:
+    def max_cost(self, token_ids: Sequence[int], decoding: DecodingConfig) -> float:
         return 0.0
 
-    def bill(self, request_id: str) -> float:
+    def pop_cost(self, request_id: str) -> float:
         return 0.0
 
     def prompt_tokens(self, token_ids: Sequence[int], request_id: str) -> int:
@@ -193,12 +193,16 @@ def set_environment(config: VLLMConfig, gpu: bool) -> None:
         os.environ["OMP_NUM_THREADS"] = str(min(config.cpu_threads or cores, cores))
 
 
-def shared_prompts() -> dict[str, Any]:
+def prefill_sharing_arguments() -> dict[str, Any]:
     """Have candidates of one prompt prefill it once (`vllm_prefill_sharing.py`)."""
     from vllm.config import KVTransferConfig
 
     connector = "generation.engines.vllm_prefill_sharing"
-    return {"kv_transfer_config": KVTransferConfig(kv_connector="SiblingConnector", kv_connector_module_path=connector, kv_role="kv_both")}
+    return {
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector="PrefillSharingConnector", kv_connector_module_path=connector, kv_role="kv_both"
+        )
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -21,14 +21,14 @@ from vllm.v1.request import RequestStatus
 
 
 @dataclass
-class Copies(KVConnectorMetadata):  # type: ignore[misc]
+class BlockCopies(KVConnectorMetadata):  # type: ignore[misc]
     """Blocks to copy before a step."""
 
     sources: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
 
 
-class SiblingConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class PrefillSharingConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """One in the scheduler, which decides what is copied, and one in the worker, which copies it."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -75,10 +75,10 @@ class SiblingConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if num_external_tokens and source is not None:
             self._copies[ids[(len(prompt) - 2) // self._block_size]] = source
 
-    def build_connector_meta(self, scheduler_output: Any) -> Copies:
+    def build_connector_meta(self, scheduler_output: Any) -> BlockCopies:
         """Return the copies of the step that was scheduled."""
         copies, self._copies = self._copies, {}
-        return Copies(list(copies.values()), list(copies))
+        return BlockCopies(list(copies.values()), list(copies))
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, None]:
         """Forget a request; its blocks may be freed at once."""

@@ -25,10 +25,10 @@ class FixedLLM:
             raise ValueError("no such token")
         return list(text.encode())
 
-    def most(self, prompt, decoding):
+    def max_cost(self, prompt, decoding):
         return 0.0
 
-    def bill(self, request_id):
+    def pop_cost(self, request_id):
         return 0.0
 
     async def sample(self, token_ids, decoding, seed, request_id):

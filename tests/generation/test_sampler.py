@@ -76,17 +76,17 @@ def test_what_sampling_costs_is_counted_with_what_failures_cost():
                 raise ConnectionError("once")
             return await super().sample(prompt, decoding, seed, request_id)
 
-        def bill(self, request_id):
+        def pop_cost(self, request_id):
             return 0.25
 
-        def most(self, prompt, decoding):
+        def max_cost(self, prompt, decoding):
             return decoding.n * len(prompt) / 8
 
     # Two decodings, all of them again after one failed.
     assert [row["cost"] for row in sample(table("one"), Priced)] == [1.0]
     assert [row["cost"] for row in sample(table("TOO LONG"), Priced)] == [0.0]
     rows = [*table("one", "TOO LONG").to_pylist(), *table("fox?", choices=["yes"]).to_pylist()]
-    assert Sampler(CONFIG, 7, Priced).most(rows) == (1 + 3) * len("one\n") / 8
+    assert Sampler(CONFIG, 7, Priced).max_cost(rows) == (1 + 3) * len("one\n") / 8
 
 
 def test_an_error_that_is_no_rows_fault_ends_the_run():

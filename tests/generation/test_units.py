@@ -39,10 +39,10 @@ def test_a_closed_gate_lets_nobody_in():
 class CostlyLLM(FixedLLM):
     """A tenth of a dollar a candidate, at most three; a prompt about death never ends."""
 
-    def most(self, prompt, decoding):
+    def max_cost(self, prompt, decoding):
         return 0.3 * decoding.n
 
-    def bill(self, request_id):
+    def pop_cost(self, request_id):
         return 0.1
 
     async def sample(self, token_ids, decoding, seed, request_id):

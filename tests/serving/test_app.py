@@ -28,7 +28,7 @@ from cluster import models, ports, storage
 from cluster.config import Config, EndpointConfig, ServingConfig
 from cluster.errors import CappyError, UsageError
 from generation.engines.contract import PromptTooLong, RowError
-from generation.engines.endpoint import Endpoint
+from generation.engines.endpoint import EndpointEngine
 from generation.prompts import messages
 from serving import app, client, serve
 from serving.prometheus import Metrics
@@ -487,7 +487,7 @@ async def test_requests_at_once_are_all_answered_and_a_client_that_leaves_frees_
 
 @pytest.mark.slow
 def test_our_endpoint_engine_samples_from_it(server):
-    llm = Endpoint("cappy", EndpointConfig(kind="endpoint", base_url=f"{server[0]}/v1"))
+    llm = EndpointEngine("cappy", EndpointConfig(kind="endpoint", base_url=f"{server[0]}/v1"))
     long = messages("word " * 2000)
     greedy, warm, ranked, refused = ask(llm, "chat", (TURNS, GREEDY, 1), (TURNS, WARM, 1), (TURNS, TOP_K, 1), (long, GREEDY, 1))
     assert "Paris" in greedy[0]["response"]

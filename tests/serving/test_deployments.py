@@ -10,8 +10,8 @@ import pytest
 
 from cluster.config import Config, DecodingConfig, SamplerConfig, ServingConfig
 from cluster.errors import CappyError
-from generation.engines.contract import NoAnswer
-from generation.engines.seq2seq import Seq2Seq
+from generation.engines.contract import EngineUnavailable
+from generation.engines.seq2seq import Seq2SeqEngine
 from generation.prompts import messages
 from serving.deployments import LLM
 from serving.gateway import build_api
@@ -42,8 +42,8 @@ def seq2seq(folder, form="raw", **engine):
 
 async def test_an_encoder_decoder_samples_a_requests_pool_and_waiting_requests_together(t5, monkeypatch):
     batches = []
-    own = Seq2Seq._run
-    monkeypatch.setattr(Seq2Seq, "_run", lambda self, batch: batches.append(len(batch)) or own(self, batch))
+    own = Seq2SeqEngine._run
+    monkeypatch.setattr(Seq2SeqEngine, "_run", lambda self, batch: batches.append(len(batch)) or own(self, batch))
     llm = seq2seq(t5)
     pools = await asyncio.gather(*(llm.sample(TURNS, [BEAM, WARM], [1, seed]) for seed in range(4)))
     assert batches == [8]
@@ -161,7 +161,7 @@ async def test_a_rate_that_cannot_be_kept_in_time_turns_requests_away(server):
 
 
 async def test_the_ceiling_holds_across_servers_and_a_cancelled_request_counts_in_full(server, tmp_path):
-    most = endpoint(server, **PRICES).engine.most(TURNS, BEAM) + endpoint(server, **PRICES).engine.most(TURNS, WARM)
+    most = endpoint(server, **PRICES).engine.max_cost(TURNS, BEAM) + endpoint(server, **PRICES).engine.max_cost(TURNS, WARM)
     settings = {**PRICES, "max_cost": 2.5 * most}
 
     def charged():
@@ -209,7 +209,7 @@ class Staggered:
             self.cancelled.append(decoding.name)
             raise
         if decoding.name in self.failing:
-            raise NoAnswer("not now")
+            raise EngineUnavailable("not now")
         pool = await self.engine.sample(prompt, decoding, *rest, **more)
         self.ended[decoding.name].set()
         return pool

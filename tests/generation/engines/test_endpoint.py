@@ -10,9 +10,9 @@ import pytest
 from cluster.config import DecodingConfig, EndpointConfig, SamplerConfig
 from cluster.errors import CappyError, UsageError
 from generation.budget import Budget
-from generation.engines import load, resources
+from generation.engines import actor_resources, load_engine
 from generation.engines.contract import PromptTooLong, RowError, request_identity
-from generation.engines.endpoint import Endpoint, RateLimiter, retry_after
+from generation.engines.endpoint import EndpointEngine, RateLimiter, parse_retry_after
 from generation.prompts import messages
 from generation.sampler import Sampler
 from tests.generation.engines.openai_server import OpenAIServer, error, good
@@ -38,7 +38,7 @@ def server(running):
 
 
 def endpoint(server, **settings):
-    return Endpoint("fox-1", EndpointConfig(kind="endpoint", base_url=server.url, **settings))
+    return EndpointEngine("fox-1", EndpointConfig(kind="endpoint", base_url=server.url, **settings))
 
 
 def samples(llm, *decodings, form="chat", seed=5, **how):
@@ -133,9 +133,9 @@ def test_what_passes_is_tried_again_and_an_unanswered_request_counts_as_paid(ser
     assert candidate["response"] == "answer 5 0"
     assert len(server.bodies) == len(failures) + 1
     answered = (10 * 1 + 3 * 2) / 1e6
-    lost = llm.most(TURNS, ONE) / 2
-    assert llm.bill("row-1") == pytest.approx(answered + billed_and_lost * lost)
-    assert llm.bill("row-1") == 0
+    lost = llm.max_cost(TURNS, ONE) / 2
+    assert llm.pop_cost("row-1") == pytest.approx(answered + billed_and_lost * lost)
+    assert llm.pop_cost("row-1") == 0
 
 
 def test_a_slow_server_is_given_up_and_asked_again_only_once_when_it_may_charge(server):
@@ -144,7 +144,7 @@ def test_a_slow_server_is_given_up_and_asked_again_only_once_when_it_may_charge(
     with pytest.raises(RowError, match="may have charged for them; it is not sent again"):
         sample(llm)
     assert len(server.bodies) == 2
-    assert llm.bill("row-1") == pytest.approx(llm.most(TURNS, ONE))
+    assert llm.pop_cost("row-1") == pytest.approx(llm.max_cost(TURNS, ONE))
 
 
 def test_a_server_that_stays_broken_costs_the_row_and_not_the_run(server):
@@ -153,7 +153,9 @@ def test_a_server_that_stays_broken_costs_the_row_and_not_the_run(server):
         sample(endpoint(server, tries=2))
     assert len(server.bodies) == 2
     with pytest.raises(RowError, match=r"no answer in 1 tries, last: ConnectError"):
-        asyncio.run(Endpoint("m", EndpointConfig(kind="endpoint", base_url="http://127.0.0.1:9/v1", tries=1)).sample(TURNS, ONE, 1, "r"))
+        asyncio.run(
+            EndpointEngine("m", EndpointConfig(kind="endpoint", base_url="http://127.0.0.1:9/v1", tries=1)).sample(TURNS, ONE, 1, "r")
+        )
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -301,7 +303,7 @@ def test_a_pace_never_lets_more_through_than_its_rate():
     ],
 )
 def test_retry_after_is_read_as_seconds_or_a_date(headers, seconds):
-    assert retry_after(httpx.Response(429, headers=headers)) == seconds
+    assert parse_retry_after(httpx.Response(429, headers=headers)) == seconds
 
 
 def test_equal_requests_have_equal_identities_and_no_others():
@@ -328,8 +330,8 @@ def test_rows_carry_their_cost_and_the_engine_asks_ray_for_no_gpu(server):
     (result,) = asyncio.run(collect())
     one_row = ((10 * 100 + 3 * 500) + (10 * 100 + 9 * 500)) / 1e6
     assert result["cost"].to_pylist() == pytest.approx([one_row, one_row])
-    assert stage.most(table("one", "two").to_pylist()) > sum(result["cost"].to_pylist())
-    assert isinstance(load(config), Endpoint) and resources(config, cluster_gpus=8) == {"num_cpus": 1, "num_gpus": 0}
+    assert stage.max_cost(table("one", "two").to_pylist()) > sum(result["cost"].to_pylist())
+    assert isinstance(load_engine(config), EndpointEngine) and actor_resources(config, cluster_gpus=8) == {"num_cpus": 1, "num_gpus": 0}
 
 
 def test_the_ceiling_is_never_passed_and_units_under_way_finish(server):
@@ -347,7 +349,7 @@ def test_the_ceiling_is_never_passed_and_units_under_way_finish(server):
     async def work(waiting):
         nonlocal highest
         for name, batch in waiting:
-            most = stage.most(batch.to_pylist())
+            most = stage.max_cost(batch.to_pylist())
             while not (begun := budget.reserve(name, most)) and budget.reserved:
                 await asyncio.sleep(0.01)  # a unit that settles may make room
             if not begun:

@@ -3,8 +3,8 @@ import pytest
 from cluster.config import SamplerConfig
 from cluster.errors import UsageError
 from generation import engines
-from generation.engines.endpoint import Endpoint
-from generation.engines.seq2seq import Seq2Seq
+from generation.engines.endpoint import EndpointEngine
+from generation.engines.seq2seq import Seq2SeqEngine
 
 ENDPOINT = {"kind": "endpoint", "base_url": "http://h/v1"}
 
@@ -15,8 +15,8 @@ def config(**engine):
 
 def test_each_kind_loads_its_engine(seq2seq):
     of_t5 = SamplerConfig(model=str(seq2seq), engine={"kind": "transformers", "max_prompt_tokens": 64})
-    assert isinstance(engines.load(of_t5), Seq2Seq)
-    assert isinstance(engines.load(config(**ENDPOINT)), Endpoint)
+    assert isinstance(engines.load_engine(of_t5), Seq2SeqEngine)
+    assert isinstance(engines.load_engine(config(**ENDPOINT)), EndpointEngine)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,8 @@ def test_each_kind_loads_its_engine(seq2seq):
     [({"tensor_parallel": 4}, 0, 4), ({}, 0, 1), ({"kind": "transformers"}, 0, 1), (ENDPOINT, 0, 0)],
 )
 def test_an_actor_asks_for_the_gpus_its_engine_spans(engine, here, on_gpus):
-    assert engines.resources(config(**engine), cluster_gpus=0) == {"num_cpus": 1, "num_gpus": here}
-    assert engines.resources(config(**engine), cluster_gpus=8) == {"num_cpus": 1, "num_gpus": on_gpus}
+    assert engines.actor_resources(config(**engine), cluster_gpus=0) == {"num_cpus": 1, "num_gpus": here}
+    assert engines.actor_resources(config(**engine), cluster_gpus=8) == {"num_cpus": 1, "num_gpus": on_gpus}
 
 
 def test_what_cannot_load_is_told_without_loading(monkeypatch):

@@ -8,7 +8,7 @@ from cluster import models
 from cluster.config import DecodingConfig, Seq2SeqConfig
 from cluster.errors import CappyError
 from generation.engines.contract import PromptTooLong
-from generation.engines.seq2seq import Seq2Seq, choose
+from generation.engines.seq2seq import Seq2SeqEngine, choose_tokens
 from generation.prompts import messages
 
 TEXTS = ["say after me", "a red fox", "the", "please say the green owl now please", "a blue cat say", "me me me me me me bee"]
@@ -16,7 +16,7 @@ GREEDY = DecodingConfig(name="greedy", temperature=0, max_tokens=12)
 WARM = DecodingConfig(name="warm", n=4, min_tokens=2, max_tokens=12)
 
 
-def engine(folder, kind=Seq2Seq, **settings):
+def engine(folder, kind=Seq2SeqEngine, **settings):
     return kind(str(folder), Seq2SeqConfig(**{"kind": "transformers", "dtype": "float32", "max_prompt_tokens": 64, **settings}))
 
 
@@ -68,7 +68,9 @@ def test_greedy_and_beams_write_what_transformers_generate_writes(seq2seq, decod
 def test_logprobs_are_those_of_the_model_reading_the_candidate(seq2seq, decoding, monkeypatch):
     llm = engine(seq2seq)
     drawn = []
-    monkeypatch.setattr(Seq2Seq, "_candidate", lambda self, ids, *rest, own=Seq2Seq._candidate: drawn.append(ids) or own(self, ids, *rest))
+    monkeypatch.setattr(
+        Seq2SeqEngine, "_candidate", lambda self, ids, *rest, own=Seq2SeqEngine._candidate: drawn.append(ids) or own(self, ids, *rest)
+    )
     (pool,) = draw(llm, ["a red fox say"], decoding)
     ids = torch.tensor([llm.encode(messages("a red fox say"), "raw", 16)])
     for candidate, tokens in zip(pool, drawn, strict=True):
@@ -140,7 +142,7 @@ def test_a_stop_string_ends_a_candidate_and_is_left_out(seq2seq, beams):
 def test_draws_follow_the_distribution_the_decoding_leaves(settings, expected):
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(10_000, 4)
     uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    counts = torch.bincount(choose(logits, DecodingConfig(name="x", **settings), uniform), minlength=4)
+    counts = torch.bincount(choose_tokens(logits, DecodingConfig(name="x", **settings), uniform), minlength=4)
     assert (counts[[1, 3, 2, 0]] / 10_000).tolist() == pytest.approx(expected, abs=2e-4)
 
 
@@ -150,7 +152,7 @@ def test_top_p_of_a_large_vocabulary_keeps_the_fewest_tokens_that_reach_it(scale
     torch.manual_seed(0)
     probabilities = (scale * torch.randn(3000)).softmax(-1)
     uniform = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    drawn = choose(probabilities.log().expand(2000, 3000), DecodingConfig(name="x", top_p=0.5), uniform)
+    drawn = choose_tokens(probabilities.log().expand(2000, 3000), DecodingConfig(name="x", top_p=0.5), uniform)
     ordered, places = probabilities.sort(descending=True)
     kept = places[: int((ordered.cumsum(0) < 0.4999).sum()) + 1]
     # One more or less where rounding decides.
@@ -162,7 +164,7 @@ def test_top_p_of_a_large_vocabulary_keeps_the_fewest_tokens_that_reach_it(scale
 def test_a_batch_too_large_for_the_memory_is_run_in_smaller_ones(seq2seq):
     sizes = []
 
-    class Small(Seq2Seq):
+    class Small(Seq2SeqEngine):
         def _run(self, batch):
             sizes.append(len(batch))
             if len(batch) > 2:

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from cluster.config import DecodingConfig, VLLMConfig
-from generation.engines.vllm import Engine
+from generation.engines.vllm import VLLMEngine
 from generation.prompts import messages
 
 WARM = DecodingConfig(name="warm", n=4, max_tokens=24, stop=["."])
@@ -17,11 +17,11 @@ WARM = DecodingConfig(name="warm", n=4, max_tokens=24, stop=["."])
 @pytest.mark.slow
 def test_candidates_are_told_as_they_end_and_are_those_of_vllms_own_n():
     async def sample():
-        engine = Engine("smollm2-135m-instruct", VLLMConfig(max_model_len=256, dtype="float32"))
+        engine = VLLMEngine("smollm2-135m-instruct", VLLMConfig(max_model_len=256, dtype="float32"))
         try:
             ids = engine.encode(messages("Name an animal and say in a sentence what it likes to eat."), "chat", 24)
             told = []
-            candidates = await engine.sample(ids, WARM, 7, "row", ended=told.append)
+            candidates = await engine.sample(ids, WARM, 7, "row", on_candidate=told.append)
             return candidates, told, await own(engine.llm, ids)
         finally:
             engine.close()

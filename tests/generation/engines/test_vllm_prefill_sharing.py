@@ -20,7 +20,7 @@ def connector(*specs):
     groups = [SimpleNamespace(kv_cache_spec=object.__new__(spec)) for spec in specs]  # its kind alone is read
     config = SimpleNamespace(cache_config=SimpleNamespace(block_size=SIZE), kv_transfer_config=SimpleNamespace())
     role = siblings.KVConnectorRole.SCHEDULER
-    return siblings.SiblingConnector(config, role, SimpleNamespace(kv_cache_groups=groups, num_blocks=BLOCKS))
+    return siblings.PrefillSharingConnector(config, role, SimpleNamespace(kv_cache_groups=groups, num_blocks=BLOCKS))
 
 
 def request(name, prompt, **more):
@@ -127,7 +127,7 @@ def test_blocks_are_copied_in_every_layer_and_a_cache_of_another_layout_is_refus
     layers = {name: torch.randn(BLOCKS, 2, SIZE, 3) for name in ("one", "two")}
     before = {name: cache.clone() for name, cache in layers.items()}
     made.register_kv_caches(layers)
-    made.bind_connector_metadata(siblings.Copies([3, 3], [4, 5]))
+    made.bind_connector_metadata(siblings.BlockCopies([3, 3], [4, 5]))
     made.start_load_kv(None)
     for name, cache in layers.items():
         assert cache[4].equal(before[name][3]) and cache[5].equal(before[name][3])
@@ -145,8 +145,8 @@ def test_candidates_of_an_engine_are_those_of_one_that_prefills_each_alone():
     warm, greedy = DecodingConfig(name="warm", n=6, max_tokens=12), DecodingConfig(name="greedy", n=1, temperature=0.0, max_tokens=12)
 
     async def sample(shared):
-        with mock.patch.object(vllm, "shared_prompts", vllm.shared_prompts if shared else dict):
-            engine = vllm.Engine("smollm2-135m-instruct", VLLMConfig(max_model_len=256, max_num_seqs=16, dtype="float32"))
+        with mock.patch.object(vllm, "prefill_sharing_arguments", vllm.prefill_sharing_arguments if shared else dict):
+            engine = vllm.VLLMEngine("smollm2-135m-instruct", VLLMConfig(max_model_len=256, max_num_seqs=16, dtype="float32"))
         try:
             # Prompts that end in many places of a block.
             prompts = [

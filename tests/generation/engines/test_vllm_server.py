@@ -13,7 +13,7 @@ from cluster import models, ports
 from cluster.config import DecodingConfig, EndpointConfig
 from cluster.errors import CappyError
 from generation.engines.contract import PromptTooLong
-from generation.engines.endpoint import Endpoint
+from generation.engines.endpoint import EndpointEngine
 from generation.prompts import messages
 
 # Their greedy answers are the likelier by far at each token up to Paris: they do not hang on the rounding of one CPU.
@@ -77,7 +77,7 @@ def test_vllms_own_server(vllm_server, monkeypatch):
     settings = {"kind": "endpoint", "base_url": vllm_server, "price_per_million_prompt": 1.0, "price_per_million_sampled": 2.0}
 
     def endpoint(name="smollm2", **more):
-        return Endpoint(name, EndpointConfig(**{**settings, "api_key_env": "LOCAL_KEY", **more}))
+        return EndpointEngine(name, EndpointConfig(**{**settings, "api_key_env": "LOCAL_KEY", **more}))
 
     long = messages("word " * 2000)
     for form in ("chat", "raw"):
@@ -93,7 +93,7 @@ def test_vllms_own_server(vllm_server, monkeypatch):
         assert all("Paris" in each["response"] and each["tokens"] == 12 for each in ranked)
         assert all(each["logprob"] < 0 and 1 <= each["tokens"] <= 12 for each in [*greedy, *warm, *ranked])
         assert isinstance(refused, PromptTooLong) and "512" in str(refused)
-        assert 0 < llm.bill("row-0") < llm.most(sure, GREEDY)
+        assert 0 < llm.pop_cost("row-0") < llm.max_cost(sure, GREEDY)
         print(f"\n{form}: {greedy[0]}")
     monkeypatch.setenv("LOCAL_KEY", "wrong-secret")
     (refused,) = ask(endpoint(), "chat", (TURNS, GREEDY, 1))
