@@ -28,9 +28,10 @@ from cluster import models
 from cluster.config import ObjectiveConfig, ScorerConfig, TrainingConfig
 from cluster.progress import log
 from generation.dataset import RegressionSet, explode
-from training import blend, loop, validation
-from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
-from training.size import Size
+from training import batch_plan, blend, loop, validation
+from training.batch_plan import Size
+from training.encoding import encode_pairs
+from training.scorer import Scorer, load_tokenizer, new_model, pick_dtype
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "mse (paper)": {},
@@ -97,14 +98,14 @@ def run(name: str, train: pa.Table, held_out: pa.Table, greedy: str | None, opti
         model = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = Scorer(model, load_tokenizer(folder, options.encoder, "--encoder"), options.max_length, "auto", device)
-    total = loop.steps_in_epoch(size_of(train), training) * options.epochs
+    total = batch_plan.steps_in_epoch(size_of(train), training) * options.epochs
     rows = without_samples(train) if name == "without LLM samples" else train
     size = size_of(rows)
     start = time.monotonic()
     trained = 0
     fitting = loop.fit(
         model,
-        loop.plan(windows(rows, scorer, training, seed, total), training, seed, 0, 1, 0, size),
+        batch_plan.plan_steps(windows(rows, scorer, training, seed, total), training, seed, 0, 1, 0, size),
         loop.new_optimizer(model, training),
         training,
         total=total,
@@ -118,11 +119,11 @@ def run(name: str, train: pa.Table, held_out: pa.Table, greedy: str | None, opti
             break
     seconds = time.monotonic() - start
     model.eval()
-    weight = blend.fit(blend.tally(train, scorer.score))
-    figures = validation.measure(held_out, scorer.score, greedy).metrics()
+    weight = blend.fit_weight(blend.tally_picks(train, scorer.score))
+    figures = validation.measure_scores(held_out, scorer.score, greedy).metrics()
     return {
         **figures,
-        "blend": blend.selection(blend.tally(held_out, scorer.score), weight),
+        "blend": blend.mean_label(blend.tally_picks(held_out, scorer.score), weight),
         "blend_weight": weight,
         "steps": total,
         "trained": trained,
@@ -143,11 +144,11 @@ def without_samples(rows: pa.Table) -> pa.Table:
     return changed.filter(pc.greater(pc.list_value_length(changed["candidates"]), 0))
 
 
-def windows(rows: pa.Table, scorer: Scorer, training: TrainingConfig, seed: int, total: int) -> Iterator[loop.Window]:
+def windows(rows: pa.Table, scorer: Scorer, training: TrainingConfig, seed: int, total: int) -> Iterator[batch_plan.Window]:
     """Yield windows, epoch after epoch, until there are `total` steps of them."""
     size = size_of(rows)
-    held = loop.window_size(size, training)
-    for epoch in range(-(-total // loop.steps_in_epoch(size, training))):
+    held = batch_plan.window_size(size, training)
+    for epoch in range(-(-total // batch_plan.steps_in_epoch(size, training))):
         order = np.random.default_rng([seed, epoch]).permutation(len(rows))
         pairs = explode(rows.take(pa.array(order)))
         starts = np.concatenate([[0], np.flatnonzero(np.diff(pairs.groups)) + 1, [len(pairs)]])
@@ -157,7 +158,7 @@ def windows(rows: pa.Table, scorer: Scorer, training: TrainingConfig, seed: int,
                 break
             end = ends[number + 1] if number + 1 < len(ends) else len(pairs)
             encoded = encode_pairs(scorer.tokenizer, pairs.instructions[start:end], pairs.responses[start:end], scorer.max_length)
-            yield loop.Window(epoch, number, encoded, pairs.labels[start:end], pairs.groups[start:end])
+            yield batch_plan.Window(epoch, number, encoded, pairs.labels[start:end], pairs.groups[start:end])
 
 
 def _mean(values: list[Any]) -> Any:

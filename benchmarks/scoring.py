@@ -30,7 +30,8 @@ from benchmarks.pairs import DATA_HELP, labelled_pairs
 from cluster import models
 from cluster.config import ScorerConfig, TrainingConfig
 from cluster.progress import log
-from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
+from training.encoding import encode_pairs
+from training.scorer import Scorer, load_tokenizer, new_model, pick_dtype
 
 Score = Callable[[list[str], list[str]], np.ndarray]
 

@@ -3,7 +3,7 @@
 `python -m benchmarks.training --json -`, on a machine with nothing else to do. Real pairs (of BIG-bench or of
 `--data`), MiniLM, fused AdamW, 32 pairs a step, bfloat16 autocast where the CPU multiplies it.
 
-Every side cuts the same pairs into its own steps: ours by `loop.plan`, padding to 512
+Every side cuts the same pairs into its own steps: ours by `batch_plan.plan_steps`, padding to 512
 in drawn order through a plain loop, the Trainer in drawn order (`dynamic`) and in that of its own `LengthGroupedSampler` (`grouped`).
 A side's steps, sorted by length, are dealt to rounds, so that each round holds short and long steps alike; of the side that pads and of
 the Trainer in drawn order a part of them, being slow. Sides take turns, and ratios are medians over the rounds. A clock runs while
@@ -32,9 +32,10 @@ from benchmarks.pairs import DATA_HELP, labelled_pairs
 from cluster import models
 from cluster.config import ScorerConfig, TrainingConfig
 from cluster.progress import log
-from training import loop
-from training.scorer import Encoded, autocast, encode_pairs, load_tokenizer, new_model, pad, pick_dtype
-from training.size import Size
+from training import batch_plan, loop
+from training.batch_plan import Size
+from training.encoding import Encoded, encode_pairs, pad
+from training.scorer import autocast, load_tokenizer, new_model, pick_dtype
 
 BATCH, LONGEST = 32, 512
 _PADDED_STEPS = 2  # in a round of the side that pads: each costs what any other does
@@ -89,13 +90,13 @@ class Bench:
         instructions, responses, labels = labelled_pairs(data, pairs, self.seed)
         return encode_pairs(self.tokenizer, instructions, responses, LONGEST), np.asarray(labels, np.float32)
 
-    def steps(self, encoded: Encoded, labels: np.ndarray) -> list[loop.Step]:
+    def steps(self, encoded: Encoded, labels: np.ndarray) -> list[batch_plan.Step]:
         """The steps of an epoch, one window, as `cappy train` takes them."""
         size = Size(len(encoded), len(encoded))
-        window = loop.Window(0, 0, encoded, labels, np.arange(len(encoded)))
-        return list(loop.plan([window], self.config, self.seed, 0, 1, 0, size))
+        window = batch_plan.Window(0, 0, encoded, labels, np.arange(len(encoded)))
+        return list(batch_plan.plan_steps([window], self.config, self.seed, 0, 1, 0, size))
 
-    def padding_share(self, encoded: Encoded, plan: list[loop.Step]) -> float:
+    def padding_share(self, encoded: Encoded, plan: list[batch_plan.Step]) -> float:
         slots = sum(len(rows) * int(encoded.lengths[rows].max()) for step in plan for rows in step.micro_batches)
         return 1 - int(encoded.lengths.sum()) / slots
 
@@ -111,7 +112,7 @@ class Bench:
             pairs = sum(done.size for done in self.fit(model, optimizer, ordered[number::rounds], self.dtype))
             yield pairs, time.perf_counter() - start
 
-    def fit(self, model: Any, optimizer: torch.optim.Optimizer, steps: list[loop.Step], dtype: Any) -> Iterator[loop.StepResult]:
+    def fit(self, model: Any, optimizer: torch.optim.Optimizer, steps: list[batch_plan.Step], dtype: Any) -> Iterator[loop.StepResult]:
         pad_id, total = self.tokenizer.pad_token_id, len(self.plan)
         return loop.fit(model, steps, optimizer, self.config, total=total, seed=self.seed, pad_id=pad_id, dtype=dtype)
 

@@ -48,7 +48,7 @@ def logged_work(job: dict[str, Any], log: str) -> None:
             yield done
 
     loop.fit = logged
-    run_channel.work(job)
+    run_channel.run_worker(job)
 
 
 def drive(config: str, log: str) -> None:

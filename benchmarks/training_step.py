@@ -31,10 +31,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
-from training import encoder_kernels, loop
-from training.flops import Flops, peak_of
-from training.scorer import Encoded, pick_dtype
-from training.size import Size
+from training import batch_plan, encoder_kernels, loop
+from training.batch_plan import Size
+from training.encoding import Encoded
+from training.flops import FlopCounter, device_peak_flops
+from training.scorer import pick_dtype
 
 LONGEST = 512
 STOCK_DROPOUT = 0.1
@@ -74,7 +75,7 @@ class Side:
 
     dropout: float
     """On attention probabilities."""
-    steps: list[loop.Step]
+    steps: list[batch_plan.Step]
     width: int | None
     """Tokens every pair is padded to; null is the longest of its forward pass."""
     lean: bool
@@ -134,7 +135,7 @@ class Bench:
             "ours, dropout 0.1": Side(STOCK_DROPOUT, ours, None, lean=True),
         }
 
-    def window(self, config: Any) -> loop.Window:
+    def window(self, config: Any) -> batch_plan.Window:
         """A window of pairs of T0's lengths, without the luck of a draw: their quantiles are those of the table."""
         draw = np.random.default_rng(self.seed)
         count = self.settings.window
@@ -143,31 +144,31 @@ class Bench:
         # The first ids of both vocabularies are special tokens, padding among them.
         tokens = draw.integers(1000, config.vocab_size, starts[-1], dtype=np.int32)
         types = np.zeros(starts[-1], np.int8) if config.type_vocab_size > 1 else None
-        return loop.Window(0, 0, Encoded(tokens, types, starts, 0, 0), draw.random(count, np.float32), np.arange(count))
+        return batch_plan.Window(0, 0, Encoded(tokens, types, starts, 0, 0), draw.random(count, np.float32), np.arange(count))
 
-    def sorted_steps(self, window: loop.Window, count: int | None) -> list[loop.Step]:
+    def sorted_steps(self, window: batch_plan.Window, count: int | None) -> list[batch_plan.Step]:
         """The steps of the window as `cappy train` takes them; of fewer, short and long ones alike."""
         size = Size(self.settings.window, self.settings.window)
-        steps = list(loop.plan([window], self.settings, self.seed, 0, 1, 0, size))
+        steps = list(batch_plan.plan_steps([window], self.settings, self.seed, 0, 1, 0, size))
         steps.sort(key=lambda step: sum(int(window.encoded.lengths[rows].sum()) for rows in step.micro_batches))
         places = (np.arange(count or len(steps)) + 0.5) / (count or len(steps)) * len(steps)
         return [steps[int(place)] for place in np.random.default_rng(self.seed).permutation(places)]
 
-    def random_steps(self, window: loop.Window, count: int | None) -> list[loop.Step]:
+    def random_steps(self, window: batch_plan.Window, count: int | None) -> list[batch_plan.Step]:
         """Steps of pairs in drawn order, each one forward pass."""
         order = np.random.default_rng(self.seed).permutation(self.settings.window)
         batches = [order[start : start + self.settings.batch_size] for start in range(0, len(order), self.settings.batch_size)]
         steps = []
         for index, rows in enumerate(batches[:count]):
-            steps.append(loop.Step(index, window, Size(len(rows), len(rows)), 1.0, window.labels, [rows], 1, index == len(batches) - 1))
+            steps.append(batch_plan.Step(index, window, Size(len(rows), len(rows)), 1.0, [rows], 1, index == len(batches) - 1))
         return steps
 
     def turn(self, side: Side) -> Turn:
         """Train a side's steps once."""
         for layer in self.model.base_model.encoder.layer:
             layer.attention.self.dropout.p = side.dropout
-        (encoder_kernels.read_first_token_only if side.lean else encoder_kernels.read_all_tokens)(self.model)
-        needed = Flops(self.model)
+        (encoder_kernels.compute_first_token_only if side.lean else encoder_kernels.restore_last_layer)(self.model)
+        needed = FlopCounter(self.model)
         model = Padded(self.model, side.width) if side.width else self.model
         total = -(-self.settings.window // self.settings.batch_size)
         if self.device.type == "cuda":
@@ -181,10 +182,10 @@ class Bench:
         self.wait()
         seconds = time.perf_counter() - start
         pairs = sum(each.size for each in done)
-        slots = pairs * side.width if side.width else sum(each.slots for each in done)
+        slots = pairs * side.width if side.width else sum(each.padded_tokens for each in done)
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         tokens = sum(each.tokens for each in done)
-        return Turn(seconds, pairs, tokens, needed(tokens, sum(each.attended for each in done)), slots, memory)
+        return Turn(seconds, pairs, tokens, needed(tokens, sum(each.squared_lengths for each in done)), slots, memory)
 
     def wait(self) -> None:
         """Until the GPU has done what it was given."""
@@ -203,7 +204,8 @@ def measure_lengths(path: Path, count: int = 50_000, seed: int = 0) -> list[int]
     """Return the quantiles of the tokens of T0 pairs, as they stand in `LENGTHS`."""
     from benchmarks.pairs import labelled_pairs
     from cluster import models
-    from training.scorer import encode_pairs, load_tokenizer
+    from training.encoding import encode_pairs
+    from training.scorer import load_tokenizer
 
     tokenizer = load_tokenizer(models.resolve("minilm-l6", "encoder"), "minilm-l6", "encoder")
     instructions, responses, _ = labelled_pairs(path, count, seed)
@@ -214,7 +216,7 @@ def measure_lengths(path: Path, count: int = 50_000, seed: int = 0) -> list[int]
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Let the sides take turns; return the figures of each and the ratios to ours."""
     bench = Bench(options)
-    peak = peak_of(bench.device) if bench.dtype == "bfloat16" else None
+    peak = device_peak_flops(bench.device) if bench.dtype == "bfloat16" else None
     turns: dict[str, list[Turn]] = {name: [] for name in bench.sides}
     for number in range(options.turns + 1):
         for name, side in bench.sides.items():

@@ -33,8 +33,9 @@ def worker(rank: int, world: int, port: int, place: str, config: TrainingConfig,
     import torch.distributed
 
     from generation.dataset import RegressionSet
-    from training import loop, stream
-    from training.scorer import encode_pairs, load_tokenizer, new_model
+    from training import batch_plan, loop, stream
+    from training.encoding import encode_pairs
+    from training.scorer import load_tokenizer, new_model
 
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -45,15 +46,15 @@ def worker(rank: int, world: int, port: int, place: str, config: TrainingConfig,
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if config.parallel == "fsdp" and world > 1:
-        loop.shard(model)
+        loop.shard_model(model)
     dataset = RegressionSet(f"{place}/dataset")
-    size = stream.count(dataset, "train")
+    size = stream.count_pairs(dataset, "train")
 
     def windows() -> Any:
-        for number, part in enumerate(stream.windows(dataset, "train", config.window, 1, 0)):
-            yield loop.Window(0, number, encode_pairs(tokenizer, part.instructions, part.responses, 512), part.labels, part.groups)
+        for number, part in enumerate(stream.read_windows(dataset, "train", config.window, 1, 0)):
+            yield batch_plan.Window(0, number, encode_pairs(tokenizer, part.instructions, part.responses, 512), part.labels, part.groups)
 
-    plan = loop.plan(windows(), config, 1, rank, world, 0, size)
+    plan = batch_plan.plan_steps(windows(), config, 1, rank, world, 0, size)
     optimizer = loop.new_optimizer(model, config)
     fitting = loop.fit(model, plan, optimizer, config, total=steps, seed=1, pad_id=0, dtype="float32", rank=rank, world=world)
     losses, ends = [], []

@@ -16,7 +16,7 @@ from cluster.config import EvaluationConfig
 from cluster.errors import CappyError
 from evaluation import statistics
 from evaluation.statistics import Booleans, Floats, Integers
-from training.blend import blended
+from training.blend import blend_scores
 from training.validation import rank_agreement
 
 BASELINES = ("greedy", "sample", "self_sum", "self_mean")
@@ -122,7 +122,7 @@ def compare(
         "scorer": statistics.best_first(scores_RC, present_RC),
     }
     if logprob_weight is not None and not np.isnan(means_RC[present_RC]).any():
-        picks["blend"] = statistics.best_first(np.asarray(blended(scores_RC, means_RC, logprob_weight), np.float64), present_RC)
+        picks["blend"] = statistics.best_first(np.asarray(blend_scores(scores_RC, means_RC, logprob_weight), np.float64), present_RC)
     picks["oracle"] = statistics.best_first(labels_RC, present_RC)
     methods = list(picks)
     values_RM = np.stack([labels_RC[np.arange(len(rows)), picks[method]] for method in methods], axis=1)

@@ -25,7 +25,7 @@ from evaluation import report
 from evaluation.comparison import Comparison, Row, baselines, compare
 from evaluation.statistics import Integers
 from generation.dataset import RegressionSet
-from training.adapted_index import published
+from training.adapted_index import read_published
 
 VERSION = 1
 _COLUMNS = ("id", "dataset", "instruction", "references", "candidates")
@@ -80,7 +80,7 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
         log(f"evaluate: {name} is left out: {reason}")
     adapted: dict[str | None, str] = {}
     if config.evaluation.adapted:
-        adapted = {scorer.dataset: scorer.uri for scorer in published(config.adapted_uri, "evaluation.adapted")}
+        adapted = {scorer.dataset: scorer.uri for scorer in read_published(config.adapted_uri, "evaluation.adapted")}
         scored, weight = score_by_task(base.rows, adapted, config, load), None  # each scorer would have a weight of its own
     else:
         scorer = load(config)

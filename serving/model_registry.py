@@ -95,7 +95,7 @@ def further_scorers(config: Config) -> dict[str, str]:
     """
     named = [(scorer.name, models.absolute(scorer.path)) for scorer in config.serving.scorers]
     if config.serving.adapted:
-        named += [(each.task, models.absolute(each.uri)) for each in adapted_index.published(config.adapted_uri, "serving.adapted")]
+        named += [(each.task, models.absolute(each.uri)) for each in adapted_index.read_published(config.adapted_uri, "serving.adapted")]
     try:
         check_names(config.serving, [name for name, _ in named])
     except ValueError as error:

@@ -24,7 +24,7 @@ from generation.engines.contract import Candidate
 from generation.prompts import Message
 from serving import strict_json
 from serving.early_stopping import Stopped
-from training.blend import blended
+from training.blend import blend_scores
 
 M = TypeVar("M", bound=BaseModel)
 _PIECES = re.compile(r"\s*\S+|\s+$")
@@ -708,7 +708,7 @@ def preferences(candidates: Sequence[Candidate], scores: Sequence[float], weight
     known = [mean for mean in means if mean is not None]
     if weight is None or len(known) < len(means):
         return list(scores)
-    return [float(value) for value in blended(np.array(scores), np.array(known), weight)]
+    return [float(value) for value in blend_scores(np.array(scores), np.array(known), weight)]
 
 
 def fallback_preferences(candidates: Sequence[Candidate], fallback: Fallback) -> list[float]:

@@ -35,7 +35,7 @@ from training.adapt_one import RESULTS, Base, Task
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
 
 _LEASE = "_lease"
-_OWNED = storage.Owned("scorer", "adapt", (f"{CHECKPOINTS}/adapting",), f"{CHECKPOINTS}/adapting", scorer.RESULTS)
+_OWNED = storage.Owned("scorer", "adapt", (f"{CHECKPOINTS}/adapting",), f"{CHECKPOINTS}/adapting", scorer.SCORER_FILES)
 # A task whose gate let no scorer pass has this file alone.
 _REJECTED = storage.Owned("scorer", "adapt", (*_OWNED.working, r"results\.json"), r"results\.json", ())
 _LISTEN_S = 1.0  # after which a SIGTERM is noticed while all tasks are at work
@@ -119,7 +119,7 @@ def _base(config: Config) -> Base:
     manifest = folder / storage.MANIFEST
     writer = storage.read_json(str(manifest)).get("writer") if manifest.exists() else None
     base = Base(name, True, lora.weights_sha256(folder), writer, scorer.max_length)
-    adapt_one.trainable(config, config.adapt.training(config.training), base, torch.device("cpu"))
+    adapt_one.load_trainable(config, config.adapt.training(config.training), base, torch.device("cpu"))
     return base
 
 
@@ -167,7 +167,7 @@ def _finished(tasks: list[Task]) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        outcome = adapt_one.outcome(task)
+        outcome = adapt_one.read_outcome(task)
         if outcome is None:
             continue
         if outcome["identity"] == task.identity:
@@ -193,7 +193,7 @@ def _clear(tasks: list[Task], check: Callable[[], None] = lambda: None) -> None:
 def _owned(task: Task) -> storage.Owned:
     """What `cappy adapt` may delete of a task's place: an earlier outcome, or what a lost run left."""
     published = storage.exists(storage.join(task.uri, storage.MANIFEST))
-    return _OWNED if adapt_one.outcome(task) is None or published else _REJECTED
+    return _OWNED if adapt_one.read_outcome(task) is None or published else _REJECTED
 
 
 def _refuse_foreign_table(uri: str) -> None:
@@ -223,7 +223,7 @@ def _adapt(config: Config, base: Base, tasks: list[Task], told: threading.Event,
     gpus = settings.gpus_per_task
     if gpus is None:
         gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
-    remote = ray.remote(num_cpus=settings.cpus_per_task, num_gpus=gpus, max_retries=settings.max_retries)(adapt_one.adapt)
+    remote = ray.remote(num_cpus=settings.cpus_per_task, num_gpus=gpus, max_retries=settings.max_retries)(adapt_one.adapt_task)
     at_once = settings.concurrency or _room(settings.cpus_per_task, len(tasks))
     waiting = list(reversed(tasks))
     running: dict[Any, Task] = {}

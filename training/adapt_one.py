@@ -27,9 +27,10 @@ from cluster.errors import CappyError
 from cluster.runtime import code_version
 from generation.dataset import Pairs, RegressionSet, explode
 from generation.schema import DATASET
-from training import loop, lora, model_card, validation
-from training.scorer import CHECKPOINTS, Scorer, encode_pairs, load_tokenizer, new_model
-from training.size import Size
+from training import batch_plan, loop, lora, model_card, validation
+from training.batch_plan import Size
+from training.encoding import encode_pairs
+from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
 
 RESULTS = "results.json"
 _COLUMNS = ("id", "dataset", "instruction", "candidates")
@@ -66,7 +67,7 @@ class Task:
     """What decides the outcome, as a plain tree."""
 
 
-def adapt(
+def adapt_task(
     config: Config, task: Task, base: Base, *, threads: int = 1, gpu: bool = False, check: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Adapt to one task, publish the scorer if the gate lets it pass, and return the outcome, which `results.json` keeps.
@@ -77,11 +78,11 @@ def adapt(
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
-    done = outcome(task)
+    done = read_outcome(task)
     if done and done["identity"] == task.identity:  # Ray runs a task again when its node is lost as it ends
         return done
     dataset = RegressionSet(config.dataset_uri)
-    pairs, train_rows = collect(dataset, task.dataset, config.adapt.pairs, config.seed)
+    pairs, train_rows = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed)
     if not len(pairs):
         raise CappyError(f"no train rows of {task.name} in dataset={dataset.uri}; generate some, or leave it out of adapt.tasks")
     rows = validation_rows(dataset, task.dataset, config.adapt.validation_rows, config.seed)
@@ -90,13 +91,13 @@ def adapt(
             f"no validation rows of {task.name} with candidates to pick from in dataset={dataset.uri}, so the gate cannot compare; "
             f"generate some, or publish without by adapt.gate=false"
         )
-    tables: tuple[pa.Table, ...] = sides(rows, config.adapt.gate_fraction) if len(rows) else ()
+    tables: tuple[pa.Table, ...] = split_validation_rows(rows, config.adapt.gate_fraction) if len(rows) else ()
     training = config.adapt.training(config.training)
-    scorer, wrapped = trainable(config, training, base, torch.device("cuda" if gpu else "cpu"))
+    scorer, wrapped = load_trainable(config, training, base, torch.device("cuda" if gpu else "cpu"))
     before = _measure(scorer, tables, dataset.greedy())
     trained, lines = _fit(scorer, pairs, training, config)
     after = _measure(scorer, tables, dataset.greedy())
-    judged = judge(before[0], after[0], config.adapt) if tables else None
+    judged = decide_gate(before[0], after[0], config.adapt) if tables else None
     passed = judged is not None and judged["passed"]
     state = "published" if passed or not config.adapt.gate else "rejected"
     result = {
@@ -111,7 +112,7 @@ def adapt(
         "distinct_pairs": len(pairs),
         **trained,
         "gate": judged and {**judged, "rows": len(tables[0])},
-        "figures": figures(before[1], after[1]) | {"rows": len(tables[1]), "apart": tables[1] is not rows} if tables else None,
+        "figures": summarise_points(before[1], after[1]) | {"rows": len(tables[1]), "apart": tables[1] is not rows} if tables else None,
         "label": dataset.manifest.get("metric", {}).get("name", "rouge_l"),
         "seconds": round(time.monotonic() - start, 1),
         "identity": task.identity,
@@ -122,7 +123,7 @@ def adapt(
     return result
 
 
-def outcome(task: Task) -> dict[str, Any] | None:
+def read_outcome(task: Task) -> dict[str, Any] | None:
     """Return what an earlier run found for a task, whatever its settings; None where none came to an end."""
     if storage.exists(storage.join(task.uri, storage.MANIFEST)):
         manifest = storage.read_manifest(task.uri, "scorer", "adapt")
@@ -137,7 +138,7 @@ def outcome(task: Task) -> dict[str, Any] | None:
     return dict(found) if rejected else None  # else it was lost before its manifest was written, or is not ours
 
 
-def collect(dataset: RegressionSet, only: str | None, size: int, seed: int) -> tuple[Pairs, int]:
+def collect_pairs(dataset: RegressionSet, only: str | None, size: int, seed: int) -> tuple[Pairs, int]:
     """Return a task's distinct train pairs, at most `size` of them, chosen and ordered by hash; and the task's train rows.
 
     Pairs of the same texts in several rows are one, with the best of its labels. Holds twice `size` pairs in memory.
@@ -183,13 +184,13 @@ def _first(found: dict[bytes, T], size: int) -> dict[bytes, T]:
     return dict(sorted(found.items())[:size])
 
 
-def repeated(distinct: int, count: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(distinct: int, count: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of an epoch, int64 (count,): positions of the distinct pairs, all of them shuffled, again and again."""
     draw = np.random.default_rng([seed, epoch, 4])
     return np.concatenate([draw.permutation(distinct) for _ in range(-(-count // distinct))])[:count]
 
 
-def sides(rows: pa.Table, fraction: float) -> tuple[pa.Table, pa.Table]:
+def split_validation_rows(rows: pa.Table, fraction: float) -> tuple[pa.Table, pa.Table]:
     """Return the rows the gate decides on, the first `fraction` (they stand in the order of a hash), and those the figures are of.
 
     The figures are of the same rows where the gate has taken all.
@@ -198,7 +199,7 @@ def sides(rows: pa.Table, fraction: float) -> tuple[pa.Table, pa.Table]:
     return rows[:deciding], rows[deciding:] if deciding < len(rows) else rows
 
 
-def judge(before: Metrics, after: Metrics, settings: AdaptConfig) -> dict[str, Any]:
+def decide_gate(before: Metrics, after: Metrics, settings: AdaptConfig) -> dict[str, Any]:
     """Return what the gate decides on these metrics of its rows: `before`, `after` and `gain` in points (0 to 100), and `passed`.
 
     Null, and not passed, where the rows have nothing that tells candidates apart.
@@ -209,7 +210,7 @@ def judge(before: Metrics, after: Metrics, settings: AdaptConfig) -> dict[str, A
     return {"metric": settings.metric, "before": old, "after": new, "gain": gain, "passed": passed}
 
 
-def figures(before: Metrics, after: Metrics) -> dict[str, Any]:
+def summarise_points(before: Metrics, after: Metrics) -> dict[str, Any]:
     """Return the figures of a table's line, in points: the picks of the base, of the adapted scorer and of those without one."""
     others = {"random": "random", "self": "self_mean", "oracle": "oracle"}
     return {
@@ -227,16 +228,16 @@ def _points(metrics: Metrics, name: str) -> float | None:
 
 
 def _measure(scorer: Scorer, tables: Sequence[pa.Table], greedy: str | None) -> list[Metrics]:
-    return [validation.measure(table, scorer.score, greedy).metrics() for table in tables]
+    return [validation.measure_scores(table, scorer.score, greedy).metrics() for table in tables]
 
 
-def trainable(config: Config, training: TrainingConfig, base: Base, device: torch.device) -> tuple[Scorer, Any]:
+def load_trainable(config: Config, training: TrainingConfig, base: Base, device: torch.device) -> tuple[Scorer, Any]:
     """Return the base ready to be trained, as a scorer, and with adapters peft's model around it (else None)."""
     setting = "adapt.base" if base.scorer else "scorer.encoder"
     folder = models.resolve(base.name, setting)
     shape = config.scorer.model_copy(update={"encoder": base.name, "max_length": base.max_length})
     model = new_model(folder, shape, training, config.seed)
-    wrapped = lora.wrap(model, config.adapt.lora, config.seed) if config.adapt.method == "lora" else None
+    wrapped = lora.add_adapters(model, config.adapt.lora, config.seed) if config.adapt.method == "lora" else None
     return Scorer(model, load_tokenizer(folder, base.name, setting), base.max_length, config.scorer.dtype, device), wrapped
 
 
@@ -244,8 +245,8 @@ def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config)
     """Train the scorer's model; return what was done, and a line for metrics.jsonl every `_LOG_EVERY` steps."""
     size = Size(config.adapt.pairs, len(set(pairs.instructions)))
     windows = _windows(scorer, pairs, size.pairs, training, config.seed)
-    steps = loop.plan(windows, training, config.seed, rank=0, world=1, first=0, size=size)
-    total = loop.steps_in_epoch(size, training) * training.epochs
+    steps = batch_plan.plan_steps(windows, training, config.seed, rank=0, world=1, first=0, size=size)
+    total = batch_plan.steps_in_epoch(size, training) * training.epochs
     pad_id = scorer.tokenizer.pad_token_id
     lines: list[dict[str, Any]] = []
     losses: list[tuple[float, int]] = []
@@ -278,16 +279,16 @@ def _mean(losses: Sequence[tuple[float, int]]) -> float:
     return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
 
 
-def _windows(scorer: Scorer, pairs: Pairs, count: int, training: TrainingConfig, seed: int) -> Iterator[loop.Window]:
+def _windows(scorer: Scorer, pairs: Pairs, count: int, training: TrainingConfig, seed: int) -> Iterator[batch_plan.Window]:
     """Tokenised windows of `count` pairs, epoch after epoch."""
     for epoch in range(training.epochs):
-        order = repeated(len(pairs), count, seed, epoch)
+        order = epoch_order(len(pairs), count, seed, epoch)
         for number, start in enumerate(range(0, count, training.window)):
             rows = order[start : start + training.window]
             encoded = encode_pairs(
                 scorer.tokenizer, [pairs.instructions[row] for row in rows], [pairs.responses[row] for row in rows], scorer.max_length
             )
-            yield loop.Window(epoch, number, encoded, pairs.labels[rows], pairs.groups[rows])
+            yield batch_plan.Window(epoch, number, encoded, pairs.labels[rows], pairs.groups[rows])
 
 
 def _publish(
@@ -308,11 +309,11 @@ def _publish(
         if wrapped is None:
             scorer.save(target)
         else:
-            lora.save(wrapped, {"uri": base.name, "sha256": base.sha256, "writer": base.writer}, target)
+            lora.save_adapters(wrapped, {"uri": base.name, "sha256": base.sha256, "writer": base.writer}, target)
         result = {**result, "bytes": sum(file.stat().st_size for file in target.glob("*.safetensors"))}
         (target / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        (target / "loss.svg").write_bytes(model_card.loss_plot(lines))
-        (target / "README.md").write_text(model_card.adapted_card(config, result), encoding="utf-8")
+        (target / "loss.svg").write_bytes(model_card.plot_loss(lines))
+        (target / "README.md").write_text(model_card.render_adapted_card(config, result), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (target / RESULTS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         # Until the manifest is there nobody takes the files for a scorer.

@@ -9,7 +9,7 @@ from cluster.errors import CappyError
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedScorer:
     """The scorer of one task."""
 
     task: str
@@ -18,7 +18,7 @@ class Adapted:
     uri: str
 
 
-def published(adapted_uri: str, setting: str) -> list[Adapted]:
+def read_published(adapted_uri: str, setting: str) -> list[AdaptedScorer]:
     """Return the scorers below `adapted_uri`, in the order of their tasks; tasks whose gate let none pass are not among them.
 
     Raises `CappyError` naming `setting`, the switch that asks for them, where `cappy adapt` has not run.
@@ -30,7 +30,7 @@ def published(adapted_uri: str, setting: str) -> list[Adapted]:
         raise CappyError(f"{setting}=true: there is no {place}; run `cappy adapt` first, or set it false") from None
     return [
         # By its folder's name: the whole may have been copied or moved since.
-        Adapted(task["task"], task["dataset"], storage.join(adapted_uri, storage.check_name(task["uri"].rsplit("/", 1)[-1], place)))
+        AdaptedScorer(task["task"], task["dataset"], storage.join(adapted_uri, storage.check_name(task["uri"].rsplit("/", 1)[-1], place)))
         for task in tasks
         if task["uri"]
     ]

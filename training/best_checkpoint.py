@@ -16,12 +16,12 @@ from torch import Tensor
 from cluster import storage
 from cluster.config import TrainingConfig
 from cluster.errors import CappyError
-from training.validation import better
+from training.validation import is_better
 
 FOLDER = "best"
 
 
-class Best:
+class BestWeights:
     """What validation found so far. All workers call it alike with the same figures; the first one writes."""
 
     def __init__(self, checkpoints: str, training: TrainingConfig, writes: bool) -> None:
@@ -41,7 +41,7 @@ class Best:
         if metrics[metric] is None:
             known = ", ".join(name for name, value in metrics.items() if value is not None and name != "pairs")
             raise CappyError(f"training.best_by={metric}: the validation rows do not give it; choose last or one of {known}")
-        if not better(metric, metrics[metric], self.books["value"]):
+        if not is_better(metric, metrics[metric], self.books["value"]):
             self.books = {**self.books, "stale": self.books["stale"] + 1}
             return False
         data = save(dict(weights()))

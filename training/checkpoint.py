@@ -29,7 +29,7 @@ _PIECE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class State:
+class Checkpoint:
     """A run between two steps, in host memory."""
 
     step: int
@@ -45,12 +45,12 @@ class State:
 
 def capture(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: int, books: dict[str, Any], lines: list[str], keep: bool = True
-) -> State | None:
+) -> Checkpoint | None:
     """Copy the state of a run into host memory, so that training can go on while it is written.
 
     Where workers share the weights (FSDP) all must call it, to gather them; without `keep` a worker only lends its part.
     """
-    whole = weights(model, keep)
+    whole = copy_weights(model, keep)
     moments = {
         f"{kind}/{name}": value
         for name, parameter in model.named_parameters()
@@ -58,15 +58,15 @@ def capture(
     }
     copied = _copies(moments, keep)
     # The books go on changing; as text they do not.
-    return State(step, whole, copied, json.loads(json.dumps(books)), list(lines)) if keep else None
+    return Checkpoint(step, whole, copied, json.loads(json.dumps(books)), list(lines)) if keep else None
 
 
-def weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+def copy_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """Copy the whole weights of a model into host memory; `keep` and the duty to call it as in `capture`."""
     return _copies(_distinct(model), keep)
 
 
-def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+def restore(state: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put weights and moments back. Raises `CappyError` where they are those of another model."""
     own = _distinct(model)
     different = {name for name, value in own.items() if name not in state.weights or state.weights[name].shape != value.shape}
@@ -84,7 +84,7 @@ def restore(state: State, model: nn.Module, optimizer: torch.optim.Optimizer | N
         optimizer.state[parameter][kind] = _like(value, parameter) if value.ndim else value.to(parameter.device)
 
 
-def write(uri: str, state: State) -> None:
+def write(uri: str, state: Checkpoint) -> None:
     """Write a checkpoint into an empty folder; it counts once its manifest is there, last."""
     files = {}
     for kind, tensors in (("weights", state.weights), ("optimizer", state.moments)):
@@ -97,7 +97,7 @@ def write(uri: str, state: State) -> None:
     storage.write_json(storage.join(uri, storage.MANIFEST), {"kind": "checkpoint", "version": 1, "files": files})
 
 
-def read(uri: str) -> State:
+def read(uri: str) -> Checkpoint:
     """Read a checkpoint, each file against its SHA-256.
 
     Raises `storage.Damaged` where it is unfinished or not what was written, `CappyError` where the store does not answer.
@@ -109,7 +109,7 @@ def read(uri: str) -> State:
             tensors[name.split("-")[0]].update(load(_checked(uri, name, manifest)))
         state = json.loads(_checked(uri, "state.json", manifest))
         lines = _checked(uri, "metrics.jsonl", manifest).decode().splitlines()
-        return State(state["step"], tensors["weights"], tensors["optimizer"], state["books"], lines)
+        return Checkpoint(state["step"], tensors["weights"], tensors["optimizer"], state["books"], lines)
     except FileNotFoundError as error:
         name = str(error.filename or error).rsplit("/", 1)[-1]
         reason = "it was not finished" if name == storage.MANIFEST else f"{name} is missing"
@@ -118,7 +118,7 @@ def read(uri: str) -> State:
         raise storage.Damaged(f"{uri}: it is not what was written ({type(error).__name__})") from None
 
 
-def newest(folder: str, warn: Callable[[str], None]) -> State | None:
+def read_newest(folder: str, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest sound checkpoint below a run's folder, or None; `warn` is told of each newer one that is passed over."""
     for name in sorted(_names(folder), reverse=True):
         try:
@@ -133,7 +133,7 @@ def last_step(folder: str) -> int:
     return max((_step(name) for name, finished in _names(folder).items() if finished), default=0)
 
 
-class Writer:
+class CheckpointWriter:
     """Writes checkpoints below a run's folder, one at a time and beside the training, and keeps the newest `kept` of them.
 
     It writes and deletes nothing once the file `successor` exists or `check` raises: workers may outlive their driver by some
@@ -145,7 +145,7 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, "cappy-checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, state: State) -> None:
+    def save(self, state: Checkpoint) -> None:
         """Begin to write `state`, once the one before is written. Raises what that one failed with."""
         self.finish()
         self._pending = self._pool.submit(self._write, state)
@@ -156,7 +156,7 @@ class Writer:
         if pending:
             pending.result()
 
-    def _write(self, state: State) -> None:
+    def _write(self, state: Checkpoint) -> None:
         if storage.exists(self._successor):
             raise CappyError(f"{self._folder}: another run has taken over; it goes on, this one ends")
         self._check()

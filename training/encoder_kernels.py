@@ -17,7 +17,7 @@ from torch import Tensor, nn
 _FAMILIES = ("bert", "roberta", "xlm-roberta")
 
 
-def read_first_token_only(model: Any) -> None:
+def compute_first_token_only(model: Any) -> None:
     """Have the last layer of a BERT or RoBERTa scorer compute the first token alone, the only one its head reads.
 
     Keys and values are still of all tokens. A layer costs about a sixth of what it did, so six layers become about five, in
@@ -29,13 +29,13 @@ def read_first_token_only(model: Any) -> None:
         last.forward = MethodType(_first_token, last)
 
 
-def read_all_tokens(model: Any) -> None:
+def restore_last_layer(model: Any) -> None:
     """Undo `read_first_token_only`."""
-    if reads_first_token_only(model):
+    if computes_first_token_only(model):
         del model.base_model.encoder.layer[-1].forward
 
 
-def reads_first_token_only(model: Any) -> bool:
+def computes_first_token_only(model: Any) -> bool:
     """Whether the last layer of a model computes the first token alone."""
     return model.config.model_type in _FAMILIES and "forward" in vars(model.base_model.encoder.layer[-1])
 

@@ -27,17 +27,17 @@ _PEAKS = {
 }
 
 
-def peak(device_name: str) -> float | None:
+def peak_flops(device_name: str) -> float | None:
     """Return the dense bfloat16 FLOP/s of a GPU, or None where they are not known."""
     return next((flops for name, flops in _PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
-def peak_of(device: torch.device) -> float | None:
+def device_peak_flops(device: torch.device) -> float | None:
     """Return `peak` of a device; None for anything but a GPU."""
-    return peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-class Flops:
+class FlopCounter:
     """The floating-point operations of a forward and backward pass of an encoder.
 
     Left out are padding, and what reads one token of each pair: pooler, head, and most of a last layer made `lean`.
@@ -47,7 +47,7 @@ class Flops:
         blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         matrices = {id(each): each.numel() for block in blocks for each in block.parameters() if each.ndim >= 2}
         layers = int(getattr(model.config, "num_hidden_layers", 0))
-        if encoder_kernels.reads_first_token_only(model):
+        if encoder_kernels.computes_first_token_only(model):
             last = model.base_model.encoder.layer[-1]
             of_all_tokens = (last.attention.self.key.weight, last.attention.self.value.weight)
             for each in last.parameters():

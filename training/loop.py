@@ -22,8 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from training import objectives
-from training.scorer import Encoded, autocast, pad, token_batches
-from training.size import Size
+from training.batch_plan import Step
+from training.encoding import pad
+from training.scorer import autocast
 
 if TYPE_CHECKING:  # it needs pydantic, and `benchmarks/training_step.py` runs where there is none
     from cluster.config import TrainingConfig
@@ -31,40 +32,6 @@ if TYPE_CHECKING:  # it needs pydantic, and `benchmarks/training_step.py` runs w
 # Up to this length the backward pass of plain attention beats the fused kernel's on CPU (x1.4 at 40 tokens, x1.1 at 160,
 # x0.7 at 320; MiniLM, bfloat16); scoring has no backward pass and stays with the fused one.
 _PLAIN_ATTENTION_TOKENS = 192
-
-
-@dataclass(frozen=True)
-class Window:
-    """Some thousand tokenised pairs that are shuffled and sorted together, known alike to every worker."""
-
-    epoch: int
-    number: int
-    """Position in its epoch, from 0."""
-    encoded: Encoded
-    labels: np.ndarray
-    """float32 (pairs,), in [0, 1]."""
-    groups: np.ndarray
-    """int64 (pairs,): equal for the candidates of one instruction, different for others of the window."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one worker does in one optimizer step."""
-
-    index: int
-    """Position in the whole run, from 0."""
-    window: Window
-    size: Size
-    """The step over all workers."""
-    weight: float
-    """What the step's loss counts in its gradient: 1 or, where steps are cut by tokens, its pairs over the mean of its window's steps."""
-    targets: np.ndarray
-    """float32 (pairs of the window,): what the logits are trained towards."""
-    micro_batches: list[np.ndarray]
-    """Rows of the window, this worker's only; empty when the step is too small to give it one."""
-    passes: int
-    """Passes through the model that this worker makes, empty ones included; where the workers share weights, all make as many."""
-    last_of_window: bool
 
 
 @dataclass(frozen=True)
@@ -81,110 +48,12 @@ class StepResult:
     learning_rate: float
     tokens: int
     """Tokens of this worker's pairs."""
-    slots: int
+    padded_tokens: int
     """Tokens the model was given on this worker, padding and all."""
-    attended: int
+    squared_lengths: int
     """Sum of the squares of the lengths of this worker's pairs: what attention looks at."""
     cut: int
     """Pairs cut to the length limit in the window this step ends; 0 elsewhere."""
-
-
-def window_size(size: Size, config: TrainingConfig) -> int:
-    """Return how many pairs a window holds; where the objective compares candidates, how many instructions (about as many pairs)."""
-    if not config.objective.grouped:
-        return config.window
-    return max(round(config.window * size.instructions / size.pairs), 1)
-
-
-def _steps_in_window(held: int, size: Size, config: TrainingConfig) -> int:
-    """Return the steps of a window that holds so many pairs or, where the objective compares candidates, instructions."""
-    if not config.objective.grouped:
-        return -(-held // config.batch_size)
-    return objectives.steps_in(held, config.batch_size, size.pairs / size.instructions)
-
-
-def steps_in_epoch(size: Size, config: TrainingConfig) -> int:
-    """Return the optimizer steps an epoch of a split of this size takes: each window is cut into steps of its own."""
-    window = window_size(size, config)
-    full, rest = divmod(size.instructions if config.objective.grouped else size.pairs, window)
-    return full * _steps_in_window(window, size, config) + (_steps_in_window(rest, size, config) if rest else 0)
-
-
-def position(step: int, size: Size, config: TrainingConfig) -> tuple[int, int, int]:
-    """Return (epoch, window, step within the window) of a step of the run."""
-    epoch, within = divmod(step, steps_in_epoch(size, config))
-    return epoch, *divmod(within, _steps_in_window(window_size(size, config), size, config))
-
-
-def cut(lengths: np.ndarray, config: TrainingConfig, seed: int, epoch: int, window: int) -> list[np.ndarray]:
-    """Cut a window into steps of rows alike in length: shuffled, sorted by length, cut, and the steps shuffled.
-
-    `lengths`: int64 (pairs,), in tokens. Each row is in exactly one step. Cut by pairs, all have `batch_size` rows but one; cut
-    by tokens, as many steps have about as many tokens each.
-    """
-    draw = np.random.default_rng([seed, epoch, 2, window])
-    shuffled = draw.permutation(len(lengths))
-    ordered = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    count = -(-len(lengths) // config.batch_size)
-    if config.batch_by == "tokens":
-        ends = _even_ends(np.cumsum(lengths[ordered]), count)
-    else:
-        sizes = np.full(count, config.batch_size)
-        # The smaller step takes rows from a random place, or it would always hold the longest.
-        sizes[draw.integers(0, count)] -= count * config.batch_size - len(lengths)
-        ends = np.cumsum(sizes)
-    steps = np.split(ordered, ends[:-1])
-    return [steps[place] for place in draw.permutation(count)]
-
-
-def _even_ends(sums: np.ndarray, count: int) -> np.ndarray:
-    """Where to cut rows, given the running sum of their lengths, into `count` runs of about the same sum and one row at least."""
-    run = np.arange(1, count + 1)
-    ends = np.searchsorted(sums, sums[-1] * run / count) + 1
-    # Each run ends behind the one before it and leaves a row for each that follows.
-    kept: np.ndarray = np.minimum(np.maximum.accumulate(ends - run), len(sums) - count) + run
-    return kept
-
-
-def plan(windows: Iterable[Window], config: TrainingConfig, seed: int, rank: int, world: int, first: int, size: Size) -> Iterator[Step]:
-    """Yield a worker's steps from step `first` of the run on; `windows` starts with the window that step lies in.
-
-    The rows of a step, sorted by length, are dealt to the workers to and fro: all get as many pairs and about as many tokens.
-    Where the objective compares candidates, worker `rank` of `world` takes every `world`-th instruction.
-    """
-    index = first
-    skip = position(first, size, config)[2]
-    grouped = config.objective.grouped
-    for window in windows:
-        lengths, groups = window.encoded.lengths, window.groups
-        targets = objectives.targets(window.labels, groups, config.objective)
-        if grouped:
-            count = _steps_in_window(len(np.unique(groups)), size, config)
-            steps = objectives.cut(lengths, groups, count, np.random.default_rng([seed, window.epoch, 2, window.number]))
-        else:
-            steps = cut(lengths, config, seed, window.epoch, window.number)
-        for place, rows in enumerate(steps):
-            if place < skip:
-                continue
-            shares = {rank: _micro_batches(window, rows, rank, world, config)}
-            if config.parallel == "fsdp":  # they gather weights in each pass, all at once
-                shares |= {other: _micro_batches(window, rows, other, world, config) for other in range(world)}
-            passes = max(1, *map(len, shares.values()))
-            step_size = Size(len(rows), len(np.unique(groups[rows])))
-            weight = len(rows) * len(steps) / len(lengths) if config.batch_by == "tokens" else 1.0
-            yield Step(index, window, step_size, weight, targets, shares[rank], passes, place == len(steps) - 1)
-            index += 1
-        skip = 0
-
-
-def _micro_batches(window: Window, rows: np.ndarray, rank: int, world: int, config: TrainingConfig) -> list[np.ndarray]:
-    """Cut a worker's share of a step's rows into what goes through the model at once."""
-    lengths, groups = window.encoded.lengths, window.groups
-    if config.objective.grouped:
-        return objectives.micro_batches(objectives.share(rows, groups, rank, world), lengths, groups, config.micro_batch_tokens)
-    turn, seat = np.divmod(np.arange(len(rows)), world)
-    mine = rows[np.where(turn % 2, world - 1 - seat, seat) == rank]
-    return [mine[batch] for batch in token_batches(lengths[mine], config.micro_batch_tokens)] if len(mine) else []
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
@@ -196,7 +65,7 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
     return config.learning_rate * (left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
-def shard(model: nn.Module) -> None:
+def shard_model(model: nn.Module) -> None:
     """Share weights, gradients and moments over the workers (FSDP2), layer by layer; comes before `new_optimizer`."""
     from torch.distributed.fsdp import fully_shard  # here: its import takes a second
 
@@ -239,27 +108,31 @@ def fit(
     copies = world > 1 and not sharded
     parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if copies else None
     forward: Callable[..., Any] = parallel or model
+    window, targets = None, np.zeros(0, np.float32)
     for step in steps:
+        if step.window is not window:
+            window = step.window
+            targets = objectives.transform_labels(window.labels, window.groups, config.objective)
         model.train()
         torch.manual_seed(int(np.random.SeedSequence([seed, 3, step.index, rank]).generate_state(1, np.uint64)[0] >> 1))
         batches = [(rows, 1.0) for rows in step.micro_batches]
         # A worker with too few pairs still meets the others in what they do together: with any pair of the window, at no weight.
         batches += [(np.zeros(1, np.int64), 0.0)] * (step.passes - len(batches))
         loss, squared_error = torch.zeros((), device=device), torch.zeros((), device=device)
-        slots = 0
+        padded_tokens = 0
         for place, (rows, weight) in enumerate(batches):
             last = place == len(batches) - 1
             if sharded:
                 model.set_requires_gradient_sync(last)
             with parallel.no_sync() if parallel is not None and not last else nullcontext():
                 inputs = pad(step.window.encoded, rows, pad_id, device)
-                slots += inputs["input_ids"].numel()
-                targets_B = torch.from_numpy(step.targets[rows]).to(device)
+                padded_tokens += inputs["input_ids"].numel()
+                targets_B = torch.from_numpy(targets[rows]).to(device)
                 groups_B = torch.from_numpy(step.window.groups[rows]).to(device)
                 with autocast(dtype, device), _attention(inputs["input_ids"].shape[1], device):
                     logits_B1 = forward(**inputs).logits
                 logits_B = logits_B1[:, 0].float()
-                part = weight * objectives.loss(logits_B, targets_B, groups_B, step.size, config.objective)
+                part = weight * objectives.compute_loss(logits_B, targets_B, groups_B, step.size, config.objective)
                 # The gradients of the W workers are averaged; their sum is meant.
                 (part * step.weight * world).backward()
             loss += part.detach()
@@ -281,8 +154,8 @@ def fit(
             size=step.size.pairs,
             learning_rate=rate,
             tokens=int(lengths.sum()),
-            slots=slots,
-            attended=int(np.square(lengths).sum()),
+            padded_tokens=padded_tokens,
+            squared_lengths=int(np.square(lengths).sum()),
             cut=encoded.cut_pairs if step.last_of_window else 0,
         )
 

@@ -22,7 +22,7 @@ BASE = "base.json"
 _WEIGHTS = "adapter_model.safetensors"
 
 
-def wrap(model: Any, settings: LoraConfig, seed: int) -> Any:
+def add_adapters(model: Any, settings: LoraConfig, seed: int) -> Any:
     """Return peft's model around a scorer's: adapters beside its linear layers, all else frozen but its head.
 
     The layers of `model` itself are exchanged, so that it runs, trains and scores with the adapters too. Their first weights
@@ -57,7 +57,7 @@ def linear_layers(model: nn.Module) -> list[str]:
     ]
 
 
-def save(wrapped: Any, base: dict[str, Any], folder: Path) -> None:
+def save_adapters(wrapped: Any, base: dict[str, Any], folder: Path) -> None:
     """Write the adapters and the head; `base` has the scorer's `uri`, the `sha256` of its weights and its manifest's `writer`."""
     wrapped.peft_config["default"].base_model_name_or_path = base["uri"]
     # What this would look for in the vocabulary has not changed, and it would ask the hub.
@@ -65,14 +65,14 @@ def save(wrapped: Any, base: dict[str, Any], folder: Path) -> None:
     (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 
-def base_of(folder: Path) -> dict[str, Any]:
+def read_base(folder: Path) -> dict[str, Any]:
     """Return what a folder of adapters says of its base: `uri`, and where `save` wrote it `sha256` and `writer`."""
     if (folder / BASE).exists():
         return dict(json.loads((folder / BASE).read_text(encoding="utf-8")))
     return {"uri": json.loads((folder / models.ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]}
 
 
-def merge(model: Any, folder: Path, setting: str) -> Any:
+def merge_adapters(model: Any, folder: Path, setting: str) -> Any:
     """Return the base's model with the adapters of a folder added into its weights, so that it is as fast as the base.
 
     Raises `CappyError` naming `setting` (a key and its value) where they do not fit it.

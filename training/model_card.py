@@ -10,7 +10,7 @@ from typing import Any
 from cluster.config import Config, ObjectiveConfig
 
 
-def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes:
+def plot_loss(metrics: Sequence[dict[str, Any]]) -> bytes:
     """Return an SVG of the training loss, smoothed and raw, and the validation MSE, over optimizer steps.
 
     `metrics` are the lines of metrics.jsonl.
@@ -42,7 +42,7 @@ def loss_plot(metrics: Sequence[dict[str, Any]]) -> bytes:
     return sink.getvalue()
 
 
-def calibration_plot(groups: Sequence[dict[str, float]]) -> bytes:
+def plot_calibration(groups: Sequence[dict[str, float]]) -> bytes:
     """Return an SVG of mean label against mean score of groups of validation pairs, with counts; `groups` are `Fit.calibration`'s."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ _FIGURES = (
 )
 
 
-def model_card(config: Config, summary: dict[str, Any], dataset: dict[str, Any]) -> str:
+def render_card(config: Config, summary: dict[str, Any], dataset: dict[str, Any]) -> str:
     """Return the model card as Markdown; `dataset` is the manifest of the set it was trained on."""
     validation = summary["validation"]
     rows = [
@@ -89,7 +89,7 @@ def model_card(config: Config, summary: dict[str, Any], dataset: dict[str, Any])
     ]
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in rows if value is not None)
     training = config.training
-    best, blend = summary["best"], summary["blend"]
+    best, blend, loss = summary["best"], summary["blend"], describe_objective(training.objective)
     chosen = f"the best of the validated states by {best['metric']}, step {best['step']:,}" if best["metric"] else "the last state"
     calibration = (
         """Validation pairs in groups by score: an answer with a score on the grey line is as good as its score says.
@@ -139,13 +139,13 @@ Where a pair has more than {config.scorer.max_length} tokens the instruction is 
 {calibration}{blended}Trained on
 {summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.scorer.max_length} tokens) of `{config.dataset_uri}`
 (written by {dataset.get("code_version", "unknown code")}): {summary["epochs"]} epochs, {summary["steps"]:,} steps of
-{training.batch_size} pairs, AdamW at {training.learning_rate:g} with a {training.schedule} schedule. Loss: {objective(training.objective)}.
+{training.batch_size} pairs, AdamW at {training.learning_rate:g} with a {training.schedule} schedule. Loss: {loss}.
 Published is {chosen}.
 `config.yaml` holds every setting, `metrics.jsonl` every logged step.
 """
 
 
-def adapted_card(config: Config, result: dict[str, Any]) -> str:
+def render_adapted_card(config: Config, result: dict[str, Any]) -> str:
     """Return the model card of a scorer adapted to one task; `result` is its outcome, see `adapt.adapt`."""
     figures, base = result["figures"], result["base"]
     shown = ("before", "after", "random", "self", "oracle")
@@ -195,7 +195,7 @@ Trained {trained} on {result["pairs"]:,} pairs ({result["distinct_pairs"]:,} dis
 """
 
 
-def objective(config: ObjectiveConfig) -> str:
+def describe_objective(config: ObjectiveConfig) -> str:
     """The objective in words."""
     terms = (("mean squared error on the raw logit", config.mse), ("pairwise", config.pairwise), ("listwise", config.listwise))
     weighted = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in terms if weight]

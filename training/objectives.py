@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.size import Size
+from training.batch_plan import Size, rows_by_group
 
 if TYPE_CHECKING:  # the loop needs no pydantic
     from cluster.config import ObjectiveConfig
 
 
-def targets(labels: np.ndarray, groups: np.ndarray, config: ObjectiveConfig) -> np.ndarray:
+def transform_labels(labels: np.ndarray, groups: np.ndarray, config: ObjectiveConfig) -> np.ndarray:
     """Return what logits are trained towards, float32 (pairs,) in [0, 1], from labels and whole instructions (`groups`).
 
     `power` raises labels to `config.power`; `rank` gives an instruction's lowest label 0, its highest 1 and the rest their
@@ -32,7 +32,7 @@ def targets(labels: np.ndarray, groups: np.ndarray, config: ObjectiveConfig) -> 
         return powers
     if config.labels == "rank":
         ranked = labels.astype(np.float32)
-        for rows in _by_group(groups):
+        for rows in rows_by_group(groups):
             above = np.sign(np.subtract.outer(labels[rows], labels[rows])).sum(axis=1)
             if above.any():
                 ranked[rows] = (above - above.min()) / (above.max() - above.min())
@@ -40,7 +40,7 @@ def targets(labels: np.ndarray, groups: np.ndarray, config: ObjectiveConfig) -> 
     return labels.astype(np.float32, copy=False)
 
 
-def loss(logits_B: Tensor, targets_B: Tensor, groups_B: Tensor, size: Size, config: ObjectiveConfig) -> Tensor:
+def compute_loss(logits_B: Tensor, targets_B: Tensor, groups_B: Tensor, size: Size, config: ObjectiveConfig) -> Tensor:
     """Return these pairs' part of a step's loss; the parts of a step add up to
 
         mse * mean over pairs of (logit - target)^2
@@ -82,69 +82,3 @@ def _listwise(logits_B: Tensor, targets_B: Tensor, groups_B: Tensor, temperature
 
 def _log_softmax(values_B: Tensor, same_BB: Tensor) -> Tensor:
     return values_B - torch.where(same_BB, values_B[None, :], -torch.inf).logsumexp(dim=1)
-
-
-def steps_in(instructions: int, batch_size: int, pairs_per_instruction: float) -> int:
-    """Return how many steps of about `batch_size` pairs a window of whole instructions is cut into; 1 to `instructions`."""
-    return min(max(round(instructions * pairs_per_instruction / batch_size), 1), instructions)
-
-
-def cut(lengths: np.ndarray, groups: np.ndarray, count: int, draw: np.random.Generator) -> list[np.ndarray]:
-    """Cut a window into `count` steps of whole instructions of like length and about as many pairs, in random order.
-
-    `lengths`: int64 (pairs,), in tokens. Each row is in exactly one step, instruction after instruction. There must be at least
-    `count` instructions.
-    """
-    members = _by_group(groups)
-    shuffled = draw.permutation(len(members))
-    longest = np.array([lengths[members[place]].max() for place in shuffled])
-    ordered = shuffled[np.argsort(longest, kind="stable")]
-    steps = [
-        np.concatenate([members[place] for place in part]) for part in _even(ordered, np.array([len(members[p]) for p in ordered]), count)
-    ]
-    return [steps[place] for place in draw.permutation(count)]
-
-
-def share(rows: np.ndarray, groups: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """Return worker `rank`'s rows of a step, whole instructions, dealt out one by one; none where there are fewer than workers."""
-    members = _by_group(groups[rows])
-    return np.concatenate([rows[:0], *(rows[each] for each in members[rank::world])])
-
-
-def micro_batches(rows: np.ndarray, lengths: np.ndarray, groups: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Cut a worker's rows of a step into forward passes of whole instructions, of at most `budget` padded tokens each.
-
-    An instruction with more stands alone: what it needs is the memory for all its candidates at once.
-    """
-    members = _by_group(groups[rows])
-    if not members:
-        return []
-    batches: list[list[np.ndarray]] = [[]]
-    order = np.argsort([lengths[rows[each]].max() for each in members], kind="stable")
-    for place in order:
-        added = [*batches[-1], rows[members[place]]]
-        size = sum(map(len, added)) * max(int(lengths[each].max()) for each in added)
-        if batches[-1] and size > budget:
-            batches.append([rows[members[place]]])
-        else:
-            batches[-1] = added
-    return [np.concatenate(batch) for batch in batches]
-
-
-def _by_group(groups: np.ndarray) -> list[np.ndarray]:
-    """Return the positions of each group, groups in order of their first position."""
-    if not len(groups):
-        return []
-    _, first, number = np.unique(groups, return_index=True, return_inverse=True)
-    place = np.argsort(np.argsort(first))[number]
-    order = np.argsort(place, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(place[order])) + 1)
-
-
-def _even(things: np.ndarray, sizes: np.ndarray, count: int) -> list[np.ndarray]:
-    """Cut a row of things into `count` runs of about the same total size, none empty."""
-    place = np.arange(1, count)
-    sums = np.cumsum(sizes)
-    ends = np.searchsorted(sums, sums[-1] * place / count, side="left") + 1
-    ends = np.minimum(np.maximum.accumulate(ends - place) + place, len(things) - count + place)
-    return np.split(things, ends)

@@ -42,10 +42,10 @@ class RunChannel:
         await self._stop.wait()
 
 
-def work(job: dict[str, Any]) -> None:
+def run_worker(job: dict[str, Any]) -> None:
     """Train on one worker.
 
-    `job`: `config` as a plain tree, `size` of the train split (`training.size.Size`), `checkpoints` (the run's folder), `claim` (the
+    `job`: `config` as a plain tree, `size` of the train split (`training.batch_plan.Size`), `checkpoints` (the run's folder), `claim` (the
     driver's `cluster.lease.Claim`), `board` (the actor), `threads` of torch (null is a fair share). What the operator must mend is
     left on the board, not raised: Ray Train would start again.
     """

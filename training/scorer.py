@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cluster.errors import CappyError, UsageError
 from training import encoder_kernels
+from training.batch_plan import batch_by_tokens
+from training.encoding import Encoded, encode_pairs, pad
 
 if TYPE_CHECKING:
     from cluster.config import ScorerConfig, TrainingConfig
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "bfloat16", "float32"]
 
 CHECKPOINTS = "_checkpoints"
-RESULTS = (
+SCORER_FILES = (
     r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
     r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|vocab\.(txt|json)|merges\.txt|(spiece|sentencepiece\.bpe)\.model",
     r"README\.md|config\.yaml|metrics\.jsonl|loss\.svg|calibration\.svg|results\.json",
@@ -41,119 +42,8 @@ RESULTS = (
 _SCORING_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Pairs tokenised and sorted together when scoring, so that memory stays flat however many there are.
 _SCORING_PAIRS = 8192
-# Pairs a tokenizer is given at once: what it returns for a window of 4,096 short ones took some 30 MiB.
-_TOKENISED_PAIRS = 256
 # The names under which encoder families keep the dropout on attention probabilities.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenised pairs with their special tokens, not padded: all tokens end to end, three arrays however many pairs."""
-
-    tokens: np.ndarray
-    """int32 (tokens of all pairs,)."""
-    types: np.ndarray | None
-    """int8, as long: 0 over the instruction, 1 over the response; None for models that do not read them."""
-    starts: np.ndarray
-    """int64 (pairs + 1,): pair `row` is `tokens[starts[row] : starts[row + 1]]`."""
-    cut_pairs: int
-    """Pairs that were too long and lost the middle of their instruction."""
-    cut_responses: int
-    """Those of them whose response alone was too long: the instruction is gone and the response lost its tail."""
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 (pairs,): tokens of each pair."""
-        return np.diff(self.starts)
-
-
-def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequence[str], max_length: int) -> Encoded:
-    """Tokenise pairs; one longer than `max_length` tokens loses the middle of its instruction, its response only when that is gone.
-
-    Tasks say what they want at the start or the end of an instruction (a question after its context), so both stay. A pair
-    that fits gives the ids of plain `tokenizer(instruction, response)`. Raises `ValueError` when the lists differ in length.
-    """
-    if len(instructions) != len(responses):
-        raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
-    typed = "token_type_ids" in tokenizer.model_input_names
-    pieces = [_end_to_end([], [] if typed else None, 0, 0)]
-    for start in range(0, len(instructions), _TOKENISED_PAIRS):
-        some = slice(start, start + _TOKENISED_PAIRS)
-        pieces.append(_encode_piece(tokenizer, list(instructions[some]), list(responses[some]), max_length, typed))
-    return Encoded(
-        np.concatenate([piece.tokens for piece in pieces]),
-        np.concatenate([piece.types for piece in pieces]) if typed else None,
-        np.cumsum(np.concatenate([[0], *(piece.lengths for piece in pieces)])),
-        sum(piece.cut_pairs for piece in pieces),
-        sum(piece.cut_responses for piece in pieces),
-    )
-
-
-def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str], max_length: int, typed: bool) -> Encoded:
-    """Tokenise pairs at once; `typed` is whether the model reads token types."""
-    batch = tokenizer(instructions, responses, return_token_type_ids=typed, return_attention_mask=False, truncation=False, verbose=False)
-    ids: list[list[int]] = batch["input_ids"]
-    types: list[list[int]] | None = batch["token_type_ids"] if typed else None
-    cut_pairs = cut_responses = 0
-    for row, tokens in enumerate(ids):
-        excess = len(tokens) - max_length
-        if excess <= 0:
-            continue
-        sides = np.array([-1 if side is None else side for side in batch.sequence_ids(row)])
-        instruction, response = np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)
-        cut_pairs += 1
-        cut_responses += excess > len(instruction)
-        gone = min(excess, len(instruction))
-        start = (len(instruction) - gone + 1) // 2
-        dropped = np.concatenate([instruction[start : start + gone], response[max(len(response) - max(excess - len(instruction), 0), 0) :]])
-        kept = np.delete(np.arange(len(tokens)), dropped)
-        ids[row] = [tokens[place] for place in kept]
-        if types:
-            types[row] = [types[row][place] for place in kept]
-    return _end_to_end(ids, types, cut_pairs, cut_responses)
-
-
-def _end_to_end(ids: list[list[int]], types: list[list[int]] | None, cut_pairs: int, cut_responses: int) -> Encoded:
-    starts = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)), out=starts[1:])
-    tokens = np.fromiter(chain.from_iterable(ids), np.int32, starts[-1])
-    sides = None if types is None else np.fromiter(chain.from_iterable(types), np.int8, starts[-1])
-    return Encoded(tokens, sides, starts, cut_pairs, cut_responses)
-
-
-def pad(encoded: Encoded, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Return the model's inputs for some of the pairs: `input_ids`, `attention_mask` and, if read, `token_type_ids`, each int64 (B, T)."""
-    chosen = np.asarray(rows, np.int64)
-    starts_B1 = encoded.starts[chosen, None]
-    lengths_B1 = encoded.starts[chosen + 1, None] - starts_B1
-    columns_T = np.arange(lengths_B1.max())
-    mask_BT = columns_T < lengths_B1
-    places = (starts_B1 + columns_T)[mask_BT]
-    inputs = {"input_ids": np.full(mask_BT.shape, pad_id, np.int64), "attention_mask": mask_BT.astype(np.int64)}
-    inputs["input_ids"][mask_BT] = encoded.tokens[places]
-    if encoded.types is not None:
-        inputs["token_type_ids"] = np.zeros(mask_BT.shape, np.int64)
-        inputs["token_type_ids"][mask_BT] = encoded.types[places]
-    return {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in inputs.items()}
-
-
-def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Cut pairs, sorted by length, into batches whose padded size (pairs x longest) is at most `budget` tokens; a longer pair stands alone.
-
-    Returns positions in `lengths`; each pair is in exactly one batch.
-    """
-    order = np.argsort(lengths, kind="stable")
-    batches: list[np.ndarray] = []
-    start = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or (end - start + 1) * lengths[order[end]] > budget:
-            batches.append(order[start:end])
-            start = end
-    return batches
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> Literal["bfloat16", "float32"]:
@@ -232,7 +122,7 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
     model.config.cappy = None  # a blend's weight was fitted with the weights that are about to change
     # sentence-transformers and vLLM put a sigmoid on a single label unless the config says otherwise.
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
-    encoder_kernels.read_first_token_only(model)
+    encoder_kernels.compute_first_token_only(model)
     return model
 
 
@@ -320,7 +210,7 @@ class Scorer:
         budget = _SCORING_TOKENS[self.device.type]
         arithmetic = nullcontext() if self.model.dtype == torch.bfloat16 else autocast(self.dtype, self.device)
         with torch.inference_mode(), arithmetic:
-            for rows in token_batches(encoded.lengths, budget):
+            for rows in batch_by_tokens(encoded.lengths, budget):
                 inputs = pad(encoded, rows, self.tokenizer.pad_token_id, self.device)
                 logits_B1 = self.model(**inputs).logits
                 scores[rows] = logits_B1[:, 0].float().cpu().numpy()
@@ -360,7 +250,7 @@ def _load_whole(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise CappyError(f"{setting}={name}: the weights lack {missing}, so no head was trained; run `cappy train` on it first")
-    encoder_kernels.read_first_token_only(model)
+    encoder_kernels.compute_first_token_only(model)
     return model, tokenizer
 
 
@@ -369,14 +259,14 @@ def _load_adapted(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
     from cluster import models
     from training import lora
 
-    said = lora.base_of(folder)
+    said = lora.read_base(folder)
     base = models.resolve(said["uri"], f"base of {setting}={name}")
     if said.get("sha256", "") not in ("", lora.weights_sha256(base)):
         raise CappyError(f"{setting}={name}: its base {said['uri']} has other weights than it was adapted from; adapt it again")
     refuse_unfinished(said["uri"])
     model, tokenizer = _load_whole(base, said["uri"], f"base of {setting}={name}")
     model.config.cappy = None  # the blend's weight was fitted with the base alone
-    return lora.merge(model, folder, f"{setting}={name}"), tokenizer
+    return lora.merge_adapters(model, folder, f"{setting}={name}"), tokenizer
 
 
 def refuse_unfinished(name: str) -> None:

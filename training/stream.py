@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.errors import CappyError
 from generation.dataset import Pairs, RegressionSet, explode
-from training.size import Size
+from training.batch_plan import Size
 
 _LANES = 8
 _PIECE_ROWS = 256
@@ -29,7 +29,7 @@ _COLUMNS = ["instruction", "candidates"]
 Item = TypeVar("Item")
 
 
-def count(dataset: RegressionSet, split: str) -> Size:
+def count_pairs(dataset: RegressionSet, split: str) -> Size:
     """Return the size of a split once exact repeats are left out, by reading it once. Raises `CappyError` when a shard is damaged."""
     pairs = instructions = 0
     for read in dataset.pairs(split):
@@ -38,7 +38,9 @@ def count(dataset: RegressionSet, split: str) -> Size:
     return Size(pairs, instructions)
 
 
-def windows(dataset: RegressionSet, split: str, size: int, seed: int, epoch: int, skip: int = 0, whole: bool = False) -> Iterator[Pairs]:
+def read_windows(
+    dataset: RegressionSet, split: str, size: int, seed: int, epoch: int, skip: int = 0, whole: bool = False
+) -> Iterator[Pairs]:
     """Yield one epoch of a split as windows of `size` pairs (the last may be smaller), without the first `skip` of them.
 
     With `whole` they are windows of `size` instructions, each with all its pairs. Holds a block of rows and a window of pairs in
@@ -62,7 +64,7 @@ def windows(dataset: RegressionSet, split: str, size: int, seed: int, epoch: int
         yield _join(waiting)
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def prefetch(items: Iterator[Item]) -> Iterator[Item]:
     """Yield the items, each made in a thread while what came before it is worked on; an error comes where its item would have."""
     end = object()
     with ThreadPoolExecutor(1, "cappy-ahead") as pool:

@@ -27,10 +27,10 @@ from cluster.lease import Claim, Lease
 from cluster.progress import Bar, log
 from cluster.runtime import clean_error, code_version, on_sigterm, ray_session
 from generation.dataset import RegressionSet
-from training import checkpoint, loop, model_card, stream
-from training.run_channel import RunChannel, work
-from training.scorer import CHECKPOINTS, RESULTS, Scorer, load_tokenizer, new_model
-from training.size import Size
+from training import batch_plan, checkpoint, model_card, stream
+from training.batch_plan import Size
+from training.run_channel import RunChannel, run_worker
+from training.scorer import CHECKPOINTS, SCORER_FILES, Scorer, load_tokenizer, new_model
 from training.trackers import Trackers
 
 Work = Callable[[dict[str, Any]], None]
@@ -48,7 +48,7 @@ _OWNED = storage.Owned(
         _FINISHED,
     ),
     _FINISHED,
-    RESULTS,
+    SCORER_FILES,
 )
 # Settings that decide how a scorer is trained and not what comes out, but for rounding.
 _HOW = (
@@ -57,7 +57,7 @@ _HOW = (
 )
 
 
-def run_train(config: Config, *, overwrite: bool = False, work: Work = work) -> dict[str, Any]:
+def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worker) -> dict[str, Any]:
     """Train a scorer on the published set and publish it; return its summary. `work` is what each worker runs.
 
     Raises `UsageError` when the destination holds a finished scorer and `overwrite` is not given, `CappyError` when the set is not
@@ -87,11 +87,11 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = work) -> 
         storage.refuse_published(uri, "scorer_path", "train")
         mine = storage.join(checkpoints, name)
         size = _count(dataset, storage.join(mine, "size.json"))
-        total = config.training.epochs * loop.steps_in_epoch(size, config.training)
+        total = config.training.epochs * batch_plan.steps_in_epoch(size, config.training)
         if checkpoint.last_step(mine) < total:
             with ray_session():
                 _train(config, mine, held.claim, size, total, work, watchers)
-        state = checkpoint.newest(mine, log)
+        state = checkpoint.read_newest(mine, log)
         if state is None or state.step < total:
             raise CappyError(f"{mine} was damaged while the run ended; the same command trains what is missing")
         summary = _publish(config, dataset, uri, state, start, held)
@@ -124,7 +124,7 @@ def _count(dataset: RegressionSet, place: str) -> Size:
     try:
         return Size(**storage.read_json(place))
     except (FileNotFoundError, ValueError, TypeError):
-        size = stream.count(dataset, "train")
+        size = stream.count_pairs(dataset, "train")
     if not size.pairs:
         raise CappyError(f"dataset={dataset.uri} has no train pairs; generate it with train rows")
     storage.write_json(place, size._asdict())
@@ -253,7 +253,7 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint.State, start: float, held: Lease) -> dict[str, Any]:
+def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint.Checkpoint, start: float, held: Lease) -> dict[str, Any]:
     """Write model, card, metrics and config, then the manifest."""
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     model = new_model(folder, config.scorer, config.training, config.seed)
@@ -279,10 +279,10 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint
         }
         model.config.cappy = {"blend": progress["blend"]}
         Scorer(model, tokenizer, config.scorer.max_length).save(target)
-        (target / "loss.svg").write_bytes(model_card.loss_plot([json.loads(line) for line in state.lines]))
+        (target / "loss.svg").write_bytes(model_card.plot_loss([json.loads(line) for line in state.lines]))
         if progress["calibration"]:
-            (target / "calibration.svg").write_bytes(model_card.calibration_plot(progress["calibration"]))
-        (target / "README.md").write_text(model_card.model_card(config, summary, dataset.manifest), encoding="utf-8")
+            (target / "calibration.svg").write_bytes(model_card.plot_calibration(progress["calibration"]))
+        (target / "README.md").write_text(model_card.render_card(config, summary, dataset.manifest), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         files = storage.FolderWriter(uri, held.check).upload_folder(target)
         held.check()

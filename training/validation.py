@@ -38,14 +38,14 @@ _SIZE = len(_SUMS) + 2 * len(_PICKS) + len(_CLASSIFIED) + 3 * (len(_EDGES) + 1)
 
 
 @dataclass(frozen=True)
-class Fit:
+class ValidationSums:
     """How well scores fit labels, as sums that add up over batches and workers."""
 
     sums: np.ndarray
     """float64 (`NOTHING`'s size,)."""
 
-    def __add__(self, other: Fit) -> Fit:
-        return Fit(self.sums + other.sums)
+    def __add__(self, other: ValidationSums) -> ValidationSums:
+        return ValidationSums(self.sums + other.sums)
 
     def metrics(self) -> dict[str, float | None]:
         """Return the figures; null where no row allows one.
@@ -78,10 +78,10 @@ class Fit:
         return [{"count": int(count), "score": score / count, "label": label / count} for count, score, label in groups if count]
 
 
-NOTHING = Fit(np.zeros(_SIZE))
+EMPTY_SUMS = ValidationSums(np.zeros(_SIZE))
 
 
-def measure(table: pa.Table, score: Callable[[Sequence[str], Sequence[str]], Floats], greedy: str | None = None) -> Fit:
+def measure_scores(table: pa.Table, score: Callable[[Sequence[str], Sequence[str]], Floats], greedy: str | None = None) -> ValidationSums:
     """Score the candidates of a table of rows (`instruction`, `candidates`), each distinct response once, and compare with the labels.
 
     `score` takes instructions and responses, `greedy` is the name of the decoding without chance, if there is one.
@@ -101,7 +101,7 @@ def measure(table: pa.Table, score: Callable[[Sequence[str], Sequence[str]], Flo
     groups = np.searchsorted(_EDGES, scores, side="right")
     calibration = np.zeros((len(_EDGES) + 1, 3))
     np.add.at(calibration, groups, np.stack([np.ones_like(scores), scores, pairs.labels], axis=1))
-    return Fit(np.concatenate([sums, picks.ravel(), classified, calibration.ravel()]))
+    return ValidationSums(np.concatenate([sums, picks.ravel(), classified, calibration.ravel()]))
 
 
 def scores_by_row(rows: int, pairs: Pairs, scores: Floats) -> Iterator[dict[str, float]]:
@@ -168,7 +168,7 @@ def rank_agreement(scores_C: Floats, labels_C: Floats) -> tuple[float, int, floa
     return (float(ranks_scores @ ranks_labels) / norm if norm else 0.0), int(differ.sum()) // 2, right
 
 
-def better(metric: str, value: float | None, best: float | None) -> bool:
+def is_better(metric: str, value: float | None, best: float | None) -> bool:
     """Return whether `value` of a metric of `METRICS` is better than the best so far; the first known value is."""
     if value is None or best is None:
         return value is not None

@@ -20,17 +20,18 @@ from cluster import models
 from cluster.config import Config
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
-from training import blend, checkpoint, flops, loop, stream, validation
-from training.best_checkpoint import Best
-from training.scorer import Scorer, encode_pairs, load_tokenizer, new_model, pick_dtype
-from training.size import Size
+from training import batch_plan, blend, checkpoint, flops, loop, stream, validation
+from training.batch_plan import Size
+from training.best_checkpoint import BestWeights
+from training.encoding import encode_pairs
+from training.scorer import Scorer, load_tokenizer, new_model, pick_dtype
 
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl and moves of the progress bar
 _VALIDATION_ROWS = 64  # instructions a worker validates at once
 
 
 def train(job: dict[str, Any]) -> None:
-    """Train on this worker; `job` as `run_channel.work` has it. Raises `CappyError` for what the operator must mend."""
+    """Train on this worker; `job` as `run_channel.run_worker` has it. Raises `CappyError` for what the operator must mend."""
     _Worker(Config.model_validate(job["config"]), job).train()
 
 
@@ -55,17 +56,19 @@ class _Worker:
         # A pass through shared weights takes all workers at once, so what scores is then a whole copy.
         whole = copy.deepcopy(self.model) if self.sharded else self.model
         self.scorer = Scorer(whole, self.tokenizer, config.scorer.max_length, self.dtype, self.device)
-        self.flops, self.peak = flops.Flops(self.model), flops.peak_of(self.device)
+        self.flops, self.peak = flops.FlopCounter(self.model), flops.device_peak_flops(self.device)
         if self.sharded:
-            loop.shard(self.model)
+            loop.shard_model(self.model)
         self.optimizer = loop.new_optimizer(self.model, config.training)
-        self.per_epoch = loop.steps_in_epoch(self.size, config.training)
+        self.per_epoch = batch_plan.steps_in_epoch(self.size, config.training)
         self.total = self.per_epoch * config.training.epochs
         self.checkpoints: str = job["checkpoints"]
-        self.writer = checkpoint.Writer(self.checkpoints, config.training.checkpoints_kept, job["claim"].successor, job["claim"].check)
+        self.writer = checkpoint.CheckpointWriter(
+            self.checkpoints, config.training.checkpoints_kept, job["claim"].successor, job["claim"].check
+        )
         self.stop = loop.StopConsensus(self.world)
         threading.Thread(target=self._listen, name="cappy-stop", daemon=True).start()
-        self.best = Best(self.checkpoints, config.training, writes=self.rank == 0)
+        self.best = BestWeights(self.checkpoints, config.training, writes=self.rank == 0)
         self.metrics: list[str] = []
         self.progress: dict[str, Any] = {
             "step": 0,
@@ -96,8 +99,8 @@ class _Worker:
         training = self.config.training
         waiting: list[loop.StepResult] = []
         since = time.monotonic()
-        steps = loop.plan(
-            stream.ahead(self._windows()), training, self.config.seed, self.rank, self.world, self.progress["step"], self.size
+        steps = batch_plan.plan_steps(
+            stream.prefetch(self._windows()), training, self.config.seed, self.rank, self.world, self.progress["step"], self.size
         )
         fitting = loop.fit(
             self.model,
@@ -140,7 +143,7 @@ class _Worker:
 
     def _resume(self) -> bool:
         """Take over the newest sound checkpoint; whether there was one."""
-        state = checkpoint.newest(self.checkpoints, lambda news: self._post(say=news))
+        state = checkpoint.read_newest(self.checkpoints, lambda news: self._post(say=news))
         step = state.step if state else -1
         if loop.sum_over_workers([step], self.world, self.device)[0] != step * self.world:
             raise RuntimeError("the workers found different checkpoints")  # Ray Train starts them again
@@ -160,7 +163,7 @@ class _Worker:
 
     def _position(self, step: int) -> dict[str, int]:
         """Where in the data, and in the schedule, step `step` begins."""
-        epoch, window, within = loop.position(step, self.size, self.config.training)
+        epoch, window, within = batch_plan.position(step, self.size, self.config.training)
         return {"epoch": epoch, "window": window, "step_in_window": within, "total": self.total}
 
     def _listen(self) -> None:
@@ -169,23 +172,25 @@ class _Worker:
         ray.get(self.board.stopped.remote())
         self.stop.ask()
 
-    def _windows(self) -> Iterator[loop.Window]:
+    def _windows(self) -> Iterator[batch_plan.Window]:
         """Tokenised windows from that of the next step on, epoch after epoch."""
         training, scorer = self.config.training, self.config.scorer
         tokenizer = copy.deepcopy(self.tokenizer)  # they are made in a thread, and a tokenizer serves one at a time
-        window_size = loop.window_size(self.size, training)
-        first, skip, _ = loop.position(self.progress["step"], self.size, training)
+        window_size = batch_plan.window_size(self.size, training)
+        first, skip, _ = batch_plan.position(self.progress["step"], self.size, training)
         for epoch in range(first, training.epochs):
-            windows = stream.windows(self.dataset, "train", window_size, self.config.seed, epoch, skip, whole=training.objective.grouped)
+            windows = stream.read_windows(
+                self.dataset, "train", window_size, self.config.seed, epoch, skip, whole=training.objective.grouped
+            )
             for number, pairs in enumerate(windows, skip):
                 encoded = encode_pairs(tokenizer, pairs.instructions, pairs.responses, scorer.max_length)
-                yield loop.Window(epoch, number, encoded, pairs.labels, pairs.groups)
+                yield batch_plan.Window(epoch, number, encoded, pairs.labels, pairs.groups)
             skip = 0
 
     def _log(self, waiting: list[loop.StepResult], seconds: float) -> None:
         """Enter the steps since the last line, which took `seconds`, into the books; every worker calls it at the same steps."""
         mine = [torch.stack([torch.stack([done.loss, done.squared_error]) for done in waiting]).cpu().numpy().ravel()]
-        mine.append(np.sum([[done.tokens, done.slots, done.attended] for done in waiting], axis=0))
+        mine.append(np.sum([[done.tokens, done.padded_tokens, done.squared_lengths] for done in waiting], axis=0))
         summed = loop.sum_over_workers(np.concatenate(mine), self.world, self.device)
         losses, errors = summed[:-3].reshape(-1, 2).T.tolist()
         tokens, slots, attended = summed[-3:].tolist()
@@ -231,7 +236,7 @@ class _Worker:
         if fit is None:
             return False
         progress, step, measured = self.progress, self.progress["step"], fit.metrics()
-        is_best = self.best.enter(measured, step, lambda: checkpoint.weights(self.model))
+        is_best = self.best.enter(measured, step, lambda: checkpoint.copy_weights(self.model))
         if is_best or self.best.books["step"] is None:
             progress["validation"], progress["calibration"] = measured, fit.calibration()
         progress["best"] = self.best.books
@@ -248,7 +253,7 @@ class _Worker:
         loop.sum_over_workers([0.0], self.world, self.device)  # until the first worker has written its file
         weights = self.best.weights()
         if weights is not None:
-            checkpoint.restore(checkpoint.State(self.best.books["step"], weights, {}, {}, []), self.model)
+            checkpoint.restore(checkpoint.Checkpoint(self.best.books["step"], weights, {}, {}, []), self.model)
         self.progress["blend"] = self._fit_blend()
         self.progress["finished"] = True
 
@@ -259,37 +264,37 @@ class _Worker:
             return None
         self._ready_to_score()
         stride = max(self.dataset.rows("train") // wanted, 1)
-        tally, seen = blend.NOTHING, 0
+        tally, seen = blend.EMPTY_TALLY, 0
         for number, table in enumerate(self.dataset.batches("train", _VALIDATION_ROWS, ["instruction", "candidates"])):
             if number % self.world == self.rank:
-                tally = tally + blend.tally(table.take(np.arange(-seen % stride, len(table), stride)), self.scorer.score)
+                tally = tally + blend.tally_picks(table.take(np.arange(-seen % stride, len(table), stride)), self.scorer.score)
             seen += len(table)
         tally = loop.sum_over_workers(tally, self.world, self.device)
-        weight = blend.fit(tally)
+        weight = blend.fit_weight(tally)
         if weight is None:
             return None
-        scorer, blended = (blend.selection(tally, each) for each in (0.0, weight))
+        scorer, blended = (blend.mean_label(tally, each) for each in (0.0, weight))
         return {"logprob_weight": weight, "rows": int(tally[0]), "selection_train": scorer, "selection_train_blend": blended}
 
     def _ready_to_score(self) -> None:
         if self.sharded:
-            self.scorer.model.load_state_dict(checkpoint.weights(self.model), strict=False)
+            self.scorer.model.load_state_dict(checkpoint.copy_weights(self.model), strict=False)
         self.scorer.model.eval()
 
-    def _validate(self, only_first: bool = False) -> validation.Fit | None:
+    def _validate(self, only_first: bool = False) -> validation.ValidationSums | None:
         """Measure the model on the validation split, the workers sharing its instructions; None where there are none."""
         if not self.dataset.rows("validation"):
             return None
         self._ready_to_score()
-        fit = validation.NOTHING
+        fit = validation.EMPTY_SUMS
         greedy = self.dataset.greedy()
         rows = 2 if only_first else _VALIDATION_ROWS
         for number, table in enumerate(self.dataset.batches("validation", rows, ["instruction", "candidates"])):
             if number % self.world == self.rank or only_first:
-                fit += validation.measure(table, self.scorer.score, greedy)
+                fit += validation.measure_scores(table, self.scorer.score, greedy)
             if only_first:
                 break
-        return validation.Fit(loop.sum_over_workers(fit.sums, self.world, self.device))
+        return validation.ValidationSums(loop.sum_over_workers(fit.sums, self.world, self.device))
 
     def _save(self) -> None:
         """Copy the state and begin to write it, on the first worker; the others only lend their shards."""

@@ -182,11 +182,13 @@ async def test_adapters_are_merged_into_their_base(encoder, uris, clock, tmp_pat
     uri = str(tmp_path / "adapters")
     model = AutoModelForSequenceClassification.from_pretrained(uris["main"])
     base = Scorer(model, load_tokenizer(Path(uris["main"]), "x", "s"), 32)
-    wrapped = lora.wrap(base.model, LoraConfig(rank=2), seed=5)
+    wrapped = lora.add_adapters(base.model, LoraConfig(rank=2), seed=5)
     for name, weight in wrapped.named_parameters():
         if "lora_B" in name:
             weight.data += 0.1
-    lora.save(wrapped, {"uri": uris["main"], "sha256": lora.weights_sha256(tmp_path / "main"), "writer": None}, tmp_path / "adapters")
+    lora.save_adapters(
+        wrapped, {"uri": uris["main"], "sha256": lora.weights_sha256(tmp_path / "main"), "writer": None}, tmp_path / "adapters"
+    )
     storage.publish(uri, {"kind": "scorer", "files": storage.checksums(uri, storage.list_files(uri))})
     scores = await score(opened({**uris, "lora": uri}, clock), "lora")
     np.testing.assert_allclose(scores, base.score(*PAIRS), atol=1e-6)

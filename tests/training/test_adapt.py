@@ -24,7 +24,7 @@ from tests.generation.fixed_llm import FixedLLM
 from tests.training.test_adapt_one import publish_tasks, published_scorer, settings, task_rows
 from training import adapt, adapt_one
 from training.adapt_one import Task
-from training.adapted_index import published
+from training.adapted_index import read_published
 from training.scorer import CHECKPOINTS, Scorer
 
 NAMES = ["colors/old", "lonely", "sides"]
@@ -83,7 +83,7 @@ def test_anothers_results_are_neither_an_outcome_nor_overwritten(content: str, t
 def test_a_table_that_leads_out_of_its_folder_is_refused(tmp_path: Path):
     storage.write_json(f"{tmp_path}/adapted/results.json", {"tasks": [{"task": "a", "dataset": "a", "uri": "s3://b/adapted/.."}]})
     with pytest.raises(CappyError, match=r"results\.json names the file '\.\.', which is not within the folder"):
-        published(f"{tmp_path}/adapted", "evaluation.adapted")
+        read_published(f"{tmp_path}/adapted", "evaluation.adapted")
 
 
 def test_lora_without_a_base_is_refused(tmp_path: Path):
@@ -157,7 +157,7 @@ def test_other_settings_are_refused_and_taken_with_overwrite(adapted: tuple[Conf
 @pytest.mark.slow
 def test_evaluate_scores_each_task_with_its_own_scorer(adapted: tuple[Config, dict[str, Any]]):
     config, result = adapted
-    scorers = {each.dataset: each.uri for each in published(config.adapted_uri, "evaluation.adapted")}
+    scorers = {each.dataset: each.uri for each in read_published(config.adapted_uri, "evaluation.adapted")}
     assert scorers == {task["task"]: task["uri"] for task in result["tasks"] if task["uri"]}
     rows = [*task_rows("sides", 2, 7), *task_rows("lonely", 2, 8), *task_rows("colors/old", 2, 9), *task_rows("sides", 1, 10)]
     scored = score_by_task(rows, scorers, config)
@@ -167,7 +167,7 @@ def test_evaluate_scores_each_task_with_its_own_scorer(adapted: tuple[Config, di
         expected = own.score([row["instruction"]] * 3, [each["response"] for each in row["candidates"]])
         assert np.allclose([each["score"] for each in row["candidates"]], expected, atol=1e-5)
     with pytest.raises(CappyError, match=r"evaluation\.adapted=true: there is no .*nowhere/results\.json; run `cappy adapt` first"):
-        published("nowhere", "evaluation.adapted")
+        read_published("nowhere", "evaluation.adapted")
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_in_object_storage_it_samples_first_and_ends_alike_though_a_worker_was_k
     apart = {"seconds", "pairs_per_second", "uri", "use"}
     for task in (result["tasks"][0], result["tasks"][-1]):  # the one whose worker was killed, and one begun by the second command
         here = Task(task["task"], task["dataset"], str(tmp_path / task["task"]), {})
-        untouched = adapt_one.adapt(config, here, adapt._base(config))
+        untouched = adapt_one.adapt_task(config, here, adapt._base(config))
         assert {name: value for name, value in task.items() if name not in apart} == {
             name: value for name, value in json.loads(json.dumps(untouched)).items() if name not in {*apart, "identity"}
         }

@@ -89,26 +89,28 @@ def test_a_datasets_rows_are_read_without_the_row_groups_of_others(dataset: str)
 
 
 def test_a_tasks_pairs_are_distinct_and_cut_by_hash_whatever_the_order_of_rows(dataset: str, tmp_path: Path):
-    pairs, seen = adapt_one.collect(RegressionSet(dataset), "colors", 1000, seed=1)
+    pairs, seen = adapt_one.collect_pairs(RegressionSet(dataset), "colors", 1000, seed=1)
     texts = list(zip(pairs.instructions, pairs.responses, strict=True))
     assert seen == 40 and len(texts) == len(set(texts)) > 90
     assert len(set(pairs.groups.tolist())) == len(set(pairs.instructions))
     reverse = publish_tasks(str(tmp_path / "reverse"), task_rows("colors", 40, 1)[::-1], task_rows("colors", 1, 4))
-    cut, _ = adapt_one.collect(RegressionSet(reverse), "colors", 20, seed=1)
+    cut, _ = adapt_one.collect_pairs(RegressionSet(reverse), "colors", 20, seed=1)
     assert list(zip(cut.instructions, cut.responses, strict=True)) == texts[:20]
     assert np.array_equal(cut.labels, pairs.labels[:20])
-    other, _ = adapt_one.collect(RegressionSet(dataset), "colors", 20, seed=2)
+    other, _ = adapt_one.collect_pairs(RegressionSet(dataset), "colors", 20, seed=2)
     assert other.instructions != cut.instructions
-    everything, _ = adapt_one.collect(RegressionSet(dataset), None, 1000, seed=1)
+    everything, _ = adapt_one.collect_pairs(RegressionSet(dataset), None, 1000, seed=1)
     assert len(everything) > len(pairs)
 
 
 def test_an_epoch_takes_all_pairs_equally_often_and_is_cut_to_its_size():
-    order = adapt_one.repeated(7, 24, seed=1, epoch=0)
+    order = adapt_one.epoch_order(7, 24, seed=1, epoch=0)
     assert len(order) == 24
     assert all(sorted(order[start : start + 7].tolist()) == list(range(7)) for start in (0, 7, 14))
-    assert order[:7].tolist() != order[7:14].tolist() and order.tolist() != adapt_one.repeated(7, 24, seed=1, epoch=1).tolist()
-    assert sorted(adapt_one.repeated(7, 3, seed=1, epoch=0).tolist()) == sorted(set(adapt_one.repeated(7, 3, seed=1, epoch=0).tolist()))
+    assert order[:7].tolist() != order[7:14].tolist() and order.tolist() != adapt_one.epoch_order(7, 24, seed=1, epoch=1).tolist()
+    assert sorted(adapt_one.epoch_order(7, 3, seed=1, epoch=0).tolist()) == sorted(
+        set(adapt_one.epoch_order(7, 3, seed=1, epoch=0).tolist())
+    )
 
 
 def test_a_task_is_trained_by_one_worker_with_the_settings_of_adapt_over_those_of_train():
@@ -126,9 +128,9 @@ def test_rows_to_pick_from_are_taken_by_hash_and_shared_out_between_gate_and_fig
     assert len(sampled) == 30
     few = adapt_one.validation_rows(opened, "sides", 5, seed=1)
     assert few.equals(adapt_one.validation_rows(opened, "sides", 1000, seed=1)[:5])
-    gate, figures = adapt_one.sides(few, 0.5)
+    gate, figures = adapt_one.split_validation_rows(few, 0.5)
     assert (len(gate), len(figures)) == (3, 2) and pa.concat_tables([gate, figures]).equals(few)
-    gate, figures = adapt_one.sides(few, 1.0)
+    gate, figures = adapt_one.split_validation_rows(few, 1.0)
     assert gate.equals(few) and figures is few
     assert len(adapt_one.validation_rows(opened, "nobody", 5, seed=1)) == 0
 
@@ -139,7 +141,7 @@ def metrics(selection: float | None, pairwise: float | None = None, accuracy: fl
 
 def test_the_gate_wants_a_gain_and_as_much_as_asked_for():
     def judged(before: dict[str, Any], after: dict[str, Any], **chosen: Any) -> dict[str, Any]:
-        return adapt_one.judge(before, after, AdaptConfig.model_validate(chosen))
+        return adapt_one.decide_gate(before, after, AdaptConfig.model_validate(chosen))
 
     won = judged(metrics(0.25), metrics(0.5))
     assert won == {"metric": "selection", "before": 25.0, "after": 50.0, "gain": 25.0, "passed": True}
@@ -153,7 +155,7 @@ def test_the_gate_wants_a_gain_and_as_much_as_asked_for():
 
 
 def test_figures_are_in_points_and_accuracy_stands_in_for_selection():
-    figures = adapt_one.figures(metrics(0.25, 0.5), metrics(0.5, 0.75))
+    figures = adapt_one.summarise_points(metrics(0.25, 0.5), metrics(0.5, 0.75))
     assert figures == {
         "before": 25,
         "after": 50,
@@ -162,7 +164,7 @@ def test_figures_are_in_points_and_accuracy_stands_in_for_selection():
         "oracle": 90,
         "pairwise_accuracy": {"before": 50, "after": 75},
     }
-    assert adapt_one.figures(metrics(None, accuracy=0.5), metrics(None, accuracy=1.0))["after"] == 100
+    assert adapt_one.summarise_points(metrics(None, accuracy=0.5), metrics(None, accuracy=1.0))["after"] == 100
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +175,9 @@ def base(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def after(task: Task, config: Config) -> float:
     """The picks of a published scorer on the rows of the figures, in points, from the rows' own candidates."""
     scorer = Scorer.load(task.uri)
-    rows = adapt_one.sides(adapt_one.validation_rows(RegressionSet(config.dataset_uri), task.dataset, 1000, config.seed), 0.5)[
-        1
-    ].to_pylist()
+    rows = adapt_one.split_validation_rows(
+        adapt_one.validation_rows(RegressionSet(config.dataset_uri), task.dataset, 1000, config.seed), 0.5
+    )[1].to_pylist()
     return 100 * float(np.mean([row["candidates"][scorer.best(row["instruction"], answers(row)).index]["label"] for row in rows]))
 
 
@@ -186,7 +188,7 @@ def answers(row: dict[str, Any]) -> list[str]:
 def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str, base: str, encoder: Path, tmp_path: Path):
     config = settings(tmp_path, encoder, base=base).model_copy(update={"dataset": dataset})
     task = task_of(config, "colors")
-    result = adapt_one.adapt(config, task, base_of(base))
+    result = adapt_one.adapt_task(config, task, base_of(base))
     assert result["state"] == "published" and result["use"] == result["uri"] == task.uri
     assert result["gate"]["gain"] > 0 and result["figures"]["after"] > result["figures"]["before"]
     assert (result["label"], result["steps"], result["pairs"], result["train_rows"]) == ("rouge_l", 150, 2400, 40)
@@ -202,14 +204,14 @@ def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str
     assert AutoModelForSequenceClassification.from_pretrained(task.uri).config.num_labels == 1
     assert after(task, config) == pytest.approx(result["figures"]["after"])
     assert "Scorer.load" in Path(task.uri, "README.md").read_text()
-    assert adapt_one.adapt(config, task, base_of(base)) == storage.read_json(f"{task.uri}/results.json")  # at once: it is done
+    assert adapt_one.adapt_task(config, task, base_of(base)) == storage.read_json(f"{task.uri}/results.json")  # at once: it is done
 
 
 def test_lora_publishes_adapters_alone_and_they_load_as_a_scorer(dataset: str, base: str, encoder: Path, tmp_path: Path):
     # Whether so small a base gains from adapters is chance, so no gate; what is asked is what is published and how it loads.
     config = settings(tmp_path, encoder, base=base, method="lora", learning_rate=1e-2, gate=False).model_copy(update={"dataset": dataset})
     task = task_of(config, "sides")
-    result = adapt_one.adapt(config, task, base_of(base))
+    result = adapt_one.adapt_task(config, task, base_of(base))
     assert result["state"] == "published" and result["figures"]["self"] is None
     assert {"adapter_config.json", "adapter_model.safetensors", "base.json"} <= set(storage.list_files(task.uri))
     assert not storage.exists(f"{task.uri}/model.safetensors")
@@ -220,28 +222,28 @@ def test_lora_publishes_adapters_alone_and_they_load_as_a_scorer(dataset: str, b
 def test_a_scorer_that_does_not_gain_is_not_published(dataset: str, base: str, encoder: Path, tmp_path: Path):
     config = settings(tmp_path, encoder, base=base, pairs=32, learning_rate=1e-12).model_copy(update={"dataset": dataset})
     task = task_of(config, "colors")
-    result = adapt_one.adapt(config, task, base_of(base))
+    result = adapt_one.adapt_task(config, task, base_of(base))
     assert (result["state"], result["uri"], result["use"]) == ("rejected", None, base)
-    assert storage.list_files(task.uri).keys() == {"results.json"} and adapt_one.outcome(task) == result
+    assert storage.list_files(task.uri).keys() == {"results.json"} and adapt_one.read_outcome(task) == result
     with pytest.raises(CappyError, match=r"no config\.json, so it is not a model"):
         Scorer.load(task.uri)
     free = config.model_copy(update={"adapt": config.adapt.model_copy(update={"gate": False})})
-    assert adapt_one.adapt(free, task_of(free, "free", "colors"), base_of(base))["state"] == "published"
+    assert adapt_one.adapt_task(free, task_of(free, "free", "colors"), base_of(base))["state"] == "published"
 
 
 def test_a_task_that_cannot_be_adapted_says_why(dataset: str, base: str, encoder: Path, tmp_path: Path):
     config = settings(tmp_path, encoder, base=base, pairs=32).model_copy(update={"dataset": dataset})
     with pytest.raises(CappyError, match="no train rows of untrained"):
-        adapt_one.adapt(config, task_of(config, "untrained"), base_of(base))
+        adapt_one.adapt_task(config, task_of(config, "untrained"), base_of(base))
     with pytest.raises(CappyError, match=r"no validation rows of lonely .* publish without by adapt\.gate=false"):
-        adapt_one.adapt(config, task_of(config, "lonely"), base_of(base))
+        adapt_one.adapt_task(config, task_of(config, "lonely"), base_of(base))
     free = config.model_copy(update={"adapt": config.adapt.model_copy(update={"gate": False})})
-    result = adapt_one.adapt(free, task_of(config, "lonely"), base_of(base))
+    result = adapt_one.adapt_task(free, task_of(config, "lonely"), base_of(base))
     assert (result["state"], result["gate"], result["figures"]) == ("published", None, None)
     hot = settings(tmp_path, encoder, base=base, pairs=64, learning_rate=1e30).model_copy(update={"dataset": dataset})
     hot = hot.model_copy(update={"training": hot.training.model_copy(update={"clip_norm": 1e30})})
     with pytest.raises(CappyError, match=r"the loss is (nan|inf) at step \d+; lower adapt\.learning_rate"):
-        adapt_one.adapt(hot, task_of(hot, "hot", "colors"), base_of(base))
+        adapt_one.adapt_task(hot, task_of(hot, "hot", "colors"), base_of(base))
 
 
 def test_what_a_lost_run_left_is_no_scorer_and_no_outcome(dataset: str, base: str, encoder: Path, tmp_path: Path):
@@ -251,6 +253,6 @@ def test_what_a_lost_run_left_is_no_scorer_and_no_outcome(dataset: str, base: st
     storage.delete(f"{task.uri}/{storage.MANIFEST}")
     storage.write_json(f"{task.uri}/results.json", {"state": "published", "identity": task.identity})
     storage.write_bytes(f"{task.uri}/_checkpoints/adapting", b"")
-    assert adapt_one.outcome(task) is None
+    assert adapt_one.read_outcome(task) is None
     with pytest.raises(CappyError, match="the run writing it did not finish"):
         Scorer.load(task.uri)

@@ -9,15 +9,15 @@ import torch
 from cluster import storage
 from cluster.config import TrainingConfig, load
 from cluster.errors import CappyError, UsageError
-from training.best_checkpoint import Best
+from training.best_checkpoint import BestWeights
 
 
 def weights(value: float) -> Callable[[], dict[str, torch.Tensor]]:
     return lambda: {"w": torch.full((2,), value)}
 
 
-def best(folder: Path, **training: object) -> Best:
-    return Best(str(folder), TrainingConfig.model_validate(training), writes=True)
+def best(folder: Path, **training: object) -> BestWeights:
+    return BestWeights(str(folder), TrainingConfig.model_validate(training), writes=True)
 
 
 def test_the_best_weights_are_those_of_the_books_a_run_goes_on_from(tmp_path: Path):

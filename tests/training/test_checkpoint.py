@@ -9,13 +9,15 @@ import torch
 from cluster import storage
 from cluster.errors import CappyError
 from training import checkpoint, loop
-from training.checkpoint import State, Writer
+from training.checkpoint import Checkpoint, CheckpointWriter
 
 
-def state(step: int, value: float | None = None) -> State:
+def state(step: int, value: float | None = None) -> Checkpoint:
     """A state whose tensors tell its step."""
     filled = torch.full((3, 2), float(step if value is None else value))
-    return State(step, {"weight": filled}, {"exp_avg/weight": filled + 1, "step/weight": torch.tensor(float(step))}, {"seen": step}, ["{}"])
+    return Checkpoint(
+        step, {"weight": filled}, {"exp_avg/weight": filled + 1, "step/weight": torch.tensor(float(step))}, {"seen": step}, ["{}"]
+    )
 
 
 def steps(folder: str) -> list[int]:
@@ -24,12 +26,12 @@ def steps(folder: str) -> list[int]:
 
 @pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
 def test_the_newest_few_are_kept_and_read_back(place: str):
-    writer = Writer(place, kept=2, successor=f"{place}/next")
+    writer = CheckpointWriter(place, kept=2, successor=f"{place}/next")
     for step in (0, 5, 10):
         writer.save(state(step))
     writer.finish()
     assert steps(place) == [5, 10] and checkpoint.last_step(place) == 10
-    read = checkpoint.newest(place, pytest.fail)
+    read = checkpoint.read_newest(place, pytest.fail)
     assert read is not None and (read.step, read.books, read.lines) == (10, {"seen": 10}, ["{}"])
     assert torch.equal(read.weights["weight"], torch.full((3, 2), 10.0)) and read.moments["step/weight"] == 10
     assert {Path(name).suffix for name in storage.list_files(place)} == {".safetensors", ".json", ".jsonl"}
@@ -38,7 +40,7 @@ def test_the_newest_few_are_kept_and_read_back(place: str):
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "no manifest", "half a manifest", "other books"])
 def test_a_damaged_or_unfinished_newest_one_is_passed_over_by_name(harm: str, tmp_path: Path):
     place = str(tmp_path / "run")
-    writer = Writer(place, kept=2, successor=f"{place}/next")
+    writer = CheckpointWriter(place, kept=2, successor=f"{place}/next")
     for step in (5, 10):
         writer.save(state(step))
     writer.finish()
@@ -59,32 +61,32 @@ def test_a_damaged_or_unfinished_newest_one_is_passed_over_by_name(harm: str, tm
     else:
         (newest / "state.json").write_text('{"step": 10, "books": {"seen": 11}}')
     warnings: list[str] = []
-    read = checkpoint.newest(place, warnings.append)
+    read = checkpoint.read_newest(place, warnings.append)
     assert read is not None and read.step == 5
     assert len(warnings) == 1 and newest.name in warnings[0] and "passed over" in warnings[0]
     # The run goes on from 5, writes 10 again, and the damaged one is gone.
-    Writer(place, kept=2, successor=f"{place}/next")._write(state(10, 7))
-    again = checkpoint.newest(place, pytest.fail)
+    CheckpointWriter(place, kept=2, successor=f"{place}/next")._write(state(10, 7))
+    again = checkpoint.read_newest(place, pytest.fail)
     assert again is not None and again.weights["weight"][0, 0] == 7 and steps(place) == [5, 10] and not newest.exists()
 
 
 def test_a_store_that_does_not_answer_is_not_taken_for_a_damaged_checkpoint(bucket: str, monkeypatch: pytest.MonkeyPatch):
-    Writer(f"{bucket}/run", kept=1, successor=f"{bucket}/next")._write(state(5))
+    CheckpointWriter(f"{bucket}/run", kept=1, successor=f"{bucket}/next")._write(state(5))
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(CappyError, match=r"cannot be reached|refused the credentials"):
-        checkpoint.newest(f"{bucket}/run", pytest.fail)
+        checkpoint.read_newest(f"{bucket}/run", pytest.fail)
 
 
 def test_what_a_write_failed_with_is_raised_by_the_next(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    writer = Writer(str(tmp_path / "file"), kept=1, successor=str(tmp_path / "next"))
+    writer = CheckpointWriter(str(tmp_path / "file"), kept=1, successor=str(tmp_path / "next"))
     writer.save(state(1))
     with pytest.raises(OSError):
         writer.save(state(2))
 
 
 def test_what_outlives_its_driver_writes_nothing_once_another_run_has_taken_over(tmp_path: Path):
-    writer = Writer(str(tmp_path / "run"), kept=1, successor=str(tmp_path / "next"))
+    writer = CheckpointWriter(str(tmp_path / "run"), kept=1, successor=str(tmp_path / "next"))
     writer.save(state(1))
     writer.finish()
     (tmp_path / "next").touch()
@@ -123,7 +125,7 @@ def test_tied_weights_stand_there_once_and_another_models_are_refused():
 
 def test_large_states_are_cut_into_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 100)
-    whole = State(1, {str(n): torch.full((10,), float(n)) for n in range(7)}, {}, {}, [])
+    whole = Checkpoint(1, {str(n): torch.full((10,), float(n)) for n in range(7)}, {}, {}, [])
     checkpoint.write(str(tmp_path), whole)
     assert len(list(tmp_path.glob("weights-*"))) == 4
     read = checkpoint.read(str(tmp_path))

@@ -48,7 +48,7 @@ def inputs(padded: bool) -> dict[str, torch.Tensor]:
 def test_a_last_layer_of_one_token_gives_the_plain_scores_and_gradients(kind: Any, padded: bool):
     plain = model_of(kind)
     short = copy.deepcopy(plain)
-    encoder_kernels.read_first_token_only(short)
+    encoder_kernels.compute_first_token_only(short)
     seen: list[int] = []
     short.base_model.encoder.layer[-1].register_forward_hook(lambda _, __, output: seen.append(output.shape[1]))
     logits = [model.train()(**inputs(padded)).logits for model in (plain, short)]
@@ -64,7 +64,7 @@ def test_a_last_layer_of_one_token_gives_the_plain_scores_and_gradients(kind: An
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_dropout_is_drawn_in_training_alone(kind: Any):
     model = AutoModelForSequenceClassification.from_config(kind(**SMALL, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0))
-    encoder_kernels.read_first_token_only(model)
+    encoder_kernels.compute_first_token_only(model)
     for module in model.modules():  # heads of some families have their own
         if isinstance(module, torch.nn.Dropout) and module.p != 0.5:
             module.p = 0.0
@@ -78,7 +78,7 @@ def test_dropout_is_drawn_in_training_alone(kind: Any):
 def test_other_families_stay_as_they_are(kind: Any):
     model = model_of(kind).eval()
     before = model(**inputs(True)).logits
-    encoder_kernels.read_first_token_only(model)
+    encoder_kernels.compute_first_token_only(model)
     assert torch.equal(model(**inputs(True)).logits, before)
 
 
@@ -97,7 +97,7 @@ def test_packed_layers_give_the_plain_scores(kind: Any, dtype: torch.dtype):
 def test_what_is_saved_is_what_was_loaded(tmp_path: Path):
     plain = model_of(RobertaConfig).eval()
     lean_one = copy.deepcopy(plain)
-    encoder_kernels.read_first_token_only(lean_one)
+    encoder_kernels.compute_first_token_only(lean_one)
     encoder_kernels.pack_for_cpu(lean_one)
     lean_one.save_pretrained(tmp_path)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path)

@@ -15,40 +15,41 @@ from cluster import ports
 from cluster.config import ObjectiveConfig, ScorerConfig, TrainingConfig
 from generation.dataset import RegressionSet
 from tests.training.conftest import FAMILIES, publish, write_family
-from training import checkpoint, encoder_kernels, loop, objectives, stream
-from training.scorer import encode_pairs, load_tokenizer, new_model
-from training.size import Size
+from training import batch_plan, checkpoint, encoder_kernels, loop, stream
+from training.batch_plan import Size
+from training.encoding import encode_pairs
+from training.scorer import load_tokenizer, new_model
 
 CONFIG = TrainingConfig(epochs=2, batch_size=15, window=64, learning_rate=1e-3)
 COMPARING = ObjectiveConfig(pairwise=0.5, listwise=0.5, labels="rank")
 
 
-def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, world: int = 1, state: checkpoint.State | None = None):
+def start(encoder: Path, dataset: str, config: TrainingConfig, rank: int = 0, world: int = 1, state: checkpoint.Checkpoint | None = None):
     """The model and the generator of its steps, as a worker of the trainer has them."""
     model = new_model(encoder, ScorerConfig(max_length=32), config, seed=3)
     tokenizer = load_tokenizer(encoder, "x", "s")
     if config.parallel == "fsdp":
-        loop.shard(model)
+        loop.shard_model(model)
     optimizer = loop.new_optimizer(model, config)
     if state:
         checkpoint.restore(state, model, optimizer)
     first = state.step if state else 0
     opened = RegressionSet(dataset)
-    size = stream.count(opened, "train")
+    size = stream.count_pairs(opened, "train")
 
     def windows():
-        begin, skip, _ = loop.position(first, size, config)
+        begin, skip, _ = batch_plan.position(first, size, config)
         for epoch in range(begin, config.epochs):
             for number, window in enumerate(
-                stream.windows(opened, "train", loop.window_size(size, config), 3, epoch, skip, config.objective.grouped), skip
+                stream.read_windows(opened, "train", batch_plan.window_size(size, config), 3, epoch, skip, config.objective.grouped), skip
             ):
-                yield loop.Window(
+                yield batch_plan.Window(
                     epoch, number, encode_pairs(tokenizer, window.instructions, window.responses, 32), window.labels, window.groups
                 )
             skip = 0
 
-    steps = loop.plan(windows(), config, 3, rank, world, first, size)
-    total = loop.steps_in_epoch(size, config) * config.epochs
+    steps = batch_plan.plan_steps(windows(), config, 3, rank, world, first, size)
+    total = batch_plan.steps_in_epoch(size, config) * config.epochs
     return (
         model,
         optimizer,
@@ -96,9 +97,9 @@ def test_each_step_is_the_plain_mean_squared_error_of_its_pairs(encoder: Path, d
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     opened = RegressionSet(dataset)
-    first = next(stream.windows(opened, "train", CONFIG.window, 3, 0))
+    first = next(stream.read_windows(opened, "train", CONFIG.window, 3, 0))
     encoded = encode_pairs(tokenizer, first.instructions, first.responses, 32)
-    rows = loop.cut(encoded.lengths, CONFIG, 3, 0, 0)[0]
+    rows = batch_plan.cut_pairs(encoded.lengths, CONFIG, 3, 0, 0)[0]
     inputs = tokenizer([first.instructions[row] for row in rows], [first.responses[row] for row in rows], return_tensors="pt", padding=True)
     expected = torch.nn.functional.mse_loss(model(**inputs).logits[:, 0], torch.from_numpy(first.labels[rows])).item()
     assert next(steps).loss.item() == pytest.approx(expected, abs=1e-6)
@@ -113,12 +114,12 @@ def test_a_steps_loss_and_gradient_are_those_of_its_pairs_one_at_a_time_in_each_
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     alone = copy.deepcopy(model).train()
-    encoder_kernels.read_all_tokens(alone)
+    encoder_kernels.restore_last_layer(alone)
     tokenizer = load_tokenizer(tmp_path, "x", "s")
     texts = [" ".join(["red fox please"] * words) for words in np.random.default_rng(0).integers(1, 9, 40)]
     encoded = encode_pairs(tokenizer, texts, ["a dog"] * 40, 32)
-    window = loop.Window(0, 0, encoded, np.linspace(0, 1, 40, dtype=np.float32), np.arange(40))
-    (step,) = loop.plan([window], config, 1, 0, 1, 0, Size(40, 40))
+    window = batch_plan.Window(0, 0, encoded, np.linspace(0, 1, 40, dtype=np.float32), np.arange(40))
+    (step,) = batch_plan.plan_steps([window], config, 1, 0, 1, 0, Size(40, 40))
     assert len(step.micro_batches) > 5 and max(map(len, step.micro_batches)) > 4
     plain = torch.optim.SGD(model.parameters())
     (done,) = loop.fit(model, [step], plain, config, total=1, seed=1, pad_id=tokenizer.pad_token_id, dtype="float32")
@@ -135,21 +136,21 @@ def test_a_steps_loss_and_gradient_are_those_of_its_pairs_one_at_a_time_in_each_
 def test_a_window_is_cut_into_steps_of_like_lengths_each_row_once():
     lengths = np.random.default_rng(0).integers(5, 200, 1000)
     config = TrainingConfig(batch_size=32)
-    steps = loop.cut(lengths, config, 1, 0, 0)
+    steps = batch_plan.cut_pairs(lengths, config, 1, 0, 0)
     assert sorted(np.concatenate(steps).tolist()) == list(range(1000))
     assert sorted(map(len, steps)) == [8] + [32] * 31
     padded = sum(len(step) * lengths[step].max() for step in steps)
     assert padded < 1.08 * lengths.sum()
-    assert [step.tolist() for step in loop.cut(lengths, config, 1, 0, 0)] == [step.tolist() for step in steps]
-    assert [step.tolist() for step in loop.cut(lengths, config, 1, 1, 0)] != [step.tolist() for step in steps]
+    assert [step.tolist() for step in batch_plan.cut_pairs(lengths, config, 1, 0, 0)] == [step.tolist() for step in steps]
+    assert [step.tolist() for step in batch_plan.cut_pairs(lengths, config, 1, 1, 0)] != [step.tolist() for step in steps]
 
 
 @pytest.mark.parametrize(("pairs", "batch_size"), [(1000, 32), (1000, 1), (33, 32), (5, 32)])
 def test_cut_by_tokens_as_many_steps_have_about_as_many_tokens(pairs: int, batch_size: int):
     lengths = np.random.default_rng(0).integers(5, 500, pairs)
     config = TrainingConfig(batch_size=batch_size, batch_by="tokens")
-    steps = loop.cut(lengths, config, 1, 0, 0)
-    assert len(steps) == len(loop.cut(lengths, TrainingConfig(batch_size=batch_size), 1, 0, 0))
+    steps = batch_plan.cut_pairs(lengths, config, 1, 0, 0)
+    assert len(steps) == len(batch_plan.cut_pairs(lengths, TrainingConfig(batch_size=batch_size), 1, 0, 0))
     assert sorted(np.concatenate(steps).tolist()) == list(range(pairs))
     if batch_size < pairs and batch_size > 1:
         assert max(lengths[step].sum() for step in steps) - min(lengths[step].sum() for step in steps) <= 3 * lengths.max()
@@ -161,8 +162,8 @@ def test_every_pair_weighs_the_same_and_workers_get_as_many_tokens(batch_by: str
     texts = [" ".join(["red"] * words) for words in draw.integers(1, 29, 512)]
     encoded = encode_pairs(load_tokenizer(encoder, "x", "s"), texts, ["a"] * 512, 32)
     config = TrainingConfig(batch_size=64, window=512, batch_by=batch_by)
-    window = loop.Window(0, 0, encoded, np.zeros(512, np.float32), np.arange(512))
-    plans = [list(loop.plan([window], config, 1, rank, 2, 0, Size(512, 512))) for rank in (0, 1)]
+    window = batch_plan.Window(0, 0, encoded, np.zeros(512, np.float32), np.arange(512))
+    plans = [list(batch_plan.plan_steps([window], config, 1, rank, 2, 0, Size(512, 512))) for rank in (0, 1)]
     weights = np.array([step.weight / step.size.pairs for step in plans[0]])
     assert np.allclose(weights, 1 / 64)
     for pair in zip(*plans, strict=True):
@@ -177,9 +178,9 @@ def test_positions_count_through_windows_and_epochs(pairs: int):
     walked = []
     for epoch in range(2):
         for window, size in enumerate([64] * (pairs // 64) + ([pairs % 64] if pairs % 64 else [])):
-            walked += [(epoch, window, step) for step in range(len(loop.cut(np.ones(size, int), CONFIG, 1, epoch, window)))]
-    assert [loop.position(step, Size(pairs, pairs), CONFIG) for step in range(len(walked))] == walked
-    assert loop.steps_in_epoch(Size(pairs, pairs), CONFIG) * 2 == len(walked)
+            walked += [(epoch, window, step) for step in range(len(batch_plan.cut_pairs(np.ones(size, int), CONFIG, 1, epoch, window)))]
+    assert [batch_plan.position(step, Size(pairs, pairs), CONFIG) for step in range(len(walked))] == walked
+    assert batch_plan.steps_in_epoch(Size(pairs, pairs), CONFIG) * 2 == len(walked)
 
 
 def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
@@ -221,7 +222,7 @@ def work(rank: int, port: int, encoder: Path, dataset: str, folder: Path) -> Non
 
 
 def train_up_to(stop: int, config: TrainingConfig, rank: int, world: int, encoder: Path, dataset: str, folder: str) -> None:
-    state = checkpoint.newest(folder, pytest.fail)
+    state = checkpoint.read_newest(folder, pytest.fail)
     model, optimizer, _, steps = start(encoder, dataset, config, rank, world, state)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # its draws are a worker's own
@@ -238,20 +239,20 @@ def train_up_to(stop: int, config: TrainingConfig, rank: int, world: int, encode
 def test_positions_count_through_windows_of_whole_instructions(pairs: int):
     config = CONFIG.model_copy(update={"objective": COMPARING})
     size = Size(pairs, pairs // 3)
-    window = loop.window_size(size, config)
+    window = batch_plan.window_size(size, config)
     walked = []
     for epoch in range(2):
         for number, begin in enumerate(range(0, size.instructions, window)):
             held = min(window, size.instructions - begin)
-            walked += [(epoch, number, step) for step in range(objectives.steps_in(held, 15, 3))]
-    assert [loop.position(step, size, config) for step in range(len(walked))] == walked
-    assert loop.steps_in_epoch(size, config) * 2 == len(walked)
+            walked += [(epoch, number, step) for step in range(batch_plan.count_steps(held, 15, 3))]
+    assert [batch_plan.position(step, size, config) for step in range(len(walked))] == walked
+    assert batch_plan.steps_in_epoch(size, config) * 2 == len(walked)
 
 
 @pytest.mark.slow
 def test_workers_and_ways_to_share_the_model_may_change_and_nothing_else_does(encoder: Path, dataset: str, tmp_path: Path):
     torch.multiprocessing.spawn(work, (ports.free(), encoder, dataset, tmp_path), nprocs=2)
-    ended = {name: checkpoint.newest(str(tmp_path / name), pytest.fail) for name in RUNS}
+    ended = {name: checkpoint.read_newest(str(tmp_path / name), pytest.fail) for name in RUNS}
     for name, run in ended.items():
         one = ended["one comparing" if "comparing" in name else "one"]
         assert one is not None and run is not None and len(run.books["losses"]) == RUNS[name][-1][-1]

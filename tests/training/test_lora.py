@@ -41,13 +41,13 @@ def published_base(kind: str, encoder: Path, folder: Path) -> str:
 def adapted(base: str, folder: Path) -> np.ndarray:
     """Save adapters to a base, far from zero, in a folder; return the scores of the model that still has them beside its weights."""
     model = new_model(Path(base), ScorerConfig(encoder=base, max_length=48), TrainingConfig(), seed=3)
-    wrapped = lora.wrap(model, LoraConfig(rank=4), seed=5)
+    wrapped = lora.add_adapters(model, LoraConfig(rank=4), seed=5)
     torch.manual_seed(6)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
     scores = Scorer(model, load_tokenizer(Path(base), "x", "s"), 48).score(INSTRUCTIONS, RESPONSES)
-    lora.save(wrapped, {"uri": base, "sha256": lora.weights_sha256(Path(base)), "writer": "w"}, folder)
+    lora.save_adapters(wrapped, {"uri": base, "sha256": lora.weights_sha256(Path(base)), "writer": "w"}, folder)
     return scores
 
 
@@ -69,22 +69,22 @@ def test_a_folder_of_adapters_loads_as_the_scorer_it_was_trained_to(kind: str, e
 
 def test_only_adapters_and_head_are_trained_and_their_draw_is_the_seeds(encoder: Path):
     model = new_model(encoder, ScorerConfig(max_length=48), TrainingConfig(), seed=3)
-    lora.wrap(model, LoraConfig(), seed=5)
+    lora.add_adapters(model, LoraConfig(), seed=5)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained and all("lora_" in name or "classifier" in name for name in trained)
     assert any("attention.self.query" in name for name in trained) and any("intermediate.dense" in name for name in trained)
     again = new_model(encoder, ScorerConfig(max_length=48), TrainingConfig(), seed=3)
-    lora.wrap(again, LoraConfig(), seed=5)
+    lora.add_adapters(again, LoraConfig(), seed=5)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_targets_are_the_layers_named_and_an_unknown_one_is_refused(encoder: Path):
     model = new_model(encoder, ScorerConfig(max_length=48), TrainingConfig(), seed=3)
-    lora.wrap(model, LoraConfig(targets=("query", "value")), seed=5)
+    lora.add_adapters(model, LoraConfig(targets=("query", "value")), seed=5)
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_" in name} == {"query", "value"}
     plain = new_model(encoder, ScorerConfig(max_length=48), TrainingConfig(), seed=3)
     with pytest.raises(UsageError, match=r"adapt\.lora\.targets=\['Wqkv'\]: the base has no such layers; its linear layers are dense, key"):
-        lora.wrap(plain, LoraConfig(targets=("Wqkv",)), seed=5)
+        lora.add_adapters(plain, LoraConfig(targets=("Wqkv",)), seed=5)
 
 
 def test_adapters_are_refused_without_the_base_they_were_trained_on(encoder: Path, tmp_path: Path):

@@ -7,8 +7,8 @@ from scipy.stats import rankdata
 
 from cluster.config import ObjectiveConfig, load
 from cluster.errors import UsageError
-from training import objectives
-from training.size import Size
+from training import batch_plan, objectives
+from training.batch_plan import Size
 
 LABELS = np.array([1.0, 0.5, 0.5, 0.0, 0.3, 0.3, 1.0, 0.2], np.float32)
 GROUPS = np.array([7, 7, 7, 7, 2, 2, 9, 9])
@@ -18,17 +18,17 @@ LOGITS = np.array([0.4, 0.1, -0.2, 0.7, 0.0, 1.0, 0.3, 0.9], np.float32)
 def parts(rows: list[list[int]], config: ObjectiveConfig) -> tuple[float, np.ndarray]:
     """The step's loss and gradient when its rows are shared out like this."""
     logits = torch.tensor(LOGITS, requires_grad=True)
-    wanted = torch.from_numpy(objectives.targets(LABELS, GROUPS, config))
+    wanted = torch.from_numpy(objectives.transform_labels(LABELS, GROUPS, config))
     total = torch.zeros(())
     for part in rows:
-        total = total + objectives.loss(logits[part], wanted[part], torch.from_numpy(GROUPS[part]), Size(8, 3), config)
+        total = total + objectives.compute_loss(logits[part], wanted[part], torch.from_numpy(GROUPS[part]), Size(8, 3), config)
     total.backward()
     assert logits.grad is not None
     return total.item(), logits.grad.numpy()
 
 
 def by_hand(config: ObjectiveConfig) -> float:
-    wanted = objectives.targets(LABELS, GROUPS, config).astype(float)
+    wanted = objectives.transform_labels(LABELS, GROUPS, config).astype(float)
     pairwise = listwise = 0.0
     for group in set(GROUPS):
         rows = np.flatnonzero(group == GROUPS)
@@ -56,7 +56,7 @@ def test_the_loss_is_its_formula_however_instructions_are_shared_out(config: Obj
 def test_terms_within_an_instruction_do_not_see_others_and_are_least_where_scores_are_labels():
     config = ObjectiveConfig(mse=0, listwise=1, temperature=0.3)
     logits = torch.tensor(LABELS + 0.4 * GROUPS, dtype=torch.float32, requires_grad=True)
-    value = objectives.loss(logits, torch.from_numpy(LABELS), torch.from_numpy(GROUPS), Size(8, 3), config)
+    value = objectives.compute_loss(logits, torch.from_numpy(LABELS), torch.from_numpy(GROUPS), Size(8, 3), config)
     value.backward()
     assert abs(value.item()) < 1e-6 and logits.grad is not None and logits.grad.abs().max() < 1e-6
     config = ObjectiveConfig(mse=0, pairwise=1)
@@ -66,9 +66,9 @@ def test_terms_within_an_instruction_do_not_see_others_and_are_least_where_score
 
 
 def test_label_transforms():
-    power = objectives.targets(LABELS, GROUPS, ObjectiveConfig(labels="power", power=0.5))
+    power = objectives.transform_labels(LABELS, GROUPS, ObjectiveConfig(labels="power", power=0.5))
     assert power == pytest.approx(np.sqrt(LABELS))
-    rank = objectives.targets(LABELS, GROUPS, ObjectiveConfig(labels="rank"))
+    rank = objectives.transform_labels(LABELS, GROUPS, ObjectiveConfig(labels="rank"))
     assert rank[:4] == pytest.approx((rankdata(LABELS[:4]) - 1) / 3)
     assert rank[4:].tolist() == pytest.approx([0.3, 0.3, 1, 0])
     assert rank.dtype == power.dtype == np.float32
@@ -84,14 +84,14 @@ def window(seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_instructions_stay_whole_and_each_pair_comes_once(world: int):
     lengths, groups = window(world)
-    count = objectives.steps_in(60, 32, len(groups) / 60)
-    steps = objectives.cut(lengths, groups, count, np.random.default_rng(1))
+    count = batch_plan.count_steps(60, 32, len(groups) / 60)
+    steps = batch_plan.cut_instructions(lengths, groups, count, np.random.default_rng(1))
     assert len(steps) == count and max(map(len, steps)) < 32 + 20
     seen: list[int] = []
     for rows in steps:
         for rank in range(world):
-            mine = objectives.share(rows, groups, rank, world)
-            for batch in objectives.micro_batches(mine, lengths, groups, 2000):
+            mine = batch_plan.deal_instructions(rows, groups, rank, world)
+            for batch in batch_plan.batch_instructions(mine, lengths, groups, 2000):
                 alone = len(set(groups[batch])) == 1
                 assert alone or len(batch) * lengths[batch].max() <= 2000
                 assert all((groups == group).sum() == (groups[batch] == group).sum() for group in set(groups[batch]))
@@ -103,10 +103,12 @@ def test_instructions_stay_whole_and_each_pair_comes_once(world: int):
 
 def test_a_worker_without_an_instruction_gets_no_rows_and_a_step_is_never_empty():
     lengths, groups = np.array([5, 6]), np.array([1, 1])
-    assert [each.tolist() for each in objectives.cut(lengths, groups, objectives.steps_in(1, 1, 2), np.random.default_rng(0))] == [[0, 1]]
-    assert objectives.micro_batches(objectives.share(np.array([0, 1]), groups, 1, 2), lengths, groups, 100) == []
+    assert [
+        each.tolist() for each in batch_plan.cut_instructions(lengths, groups, batch_plan.count_steps(1, 1, 2), np.random.default_rng(0))
+    ] == [[0, 1]]
+    assert batch_plan.batch_instructions(batch_plan.deal_instructions(np.array([0, 1]), groups, 1, 2), lengths, groups, 100) == []
     skewed = np.repeat([0, 1, 2], [50, 1, 1])
-    assert all(len(step) for step in objectives.cut(np.ones(52, int), skewed, 3, np.random.default_rng(0)))
+    assert all(len(step) for step in batch_plan.cut_instructions(np.ones(52, int), skewed, 3, np.random.default_rng(0)))
 
 
 def test_an_objective_without_a_term_is_refused():

@@ -11,7 +11,9 @@ from cluster import storage
 from cluster.config import ScorerConfig, TrainingConfig
 from cluster.errors import CappyError, UsageError
 from tests.training.conftest import FAMILIES, write_family
-from training.scorer import Scorer, encode_pairs, load_tokenizer, longest_input, new_model, token_batches
+from training.batch_plan import batch_by_tokens
+from training.encoding import encode_pairs
+from training.scorer import Scorer, load_tokenizer, longest_input, new_model
 
 INSTRUCTIONS = ["say after me red fox", "please say a dog", "now", "say after me then once again the blue bee", "cow"] * 7
 RESPONSES = ["a red fox", "dog", "the owl again please", "blue", ""] * 7
@@ -106,11 +108,11 @@ def test_what_cannot_be_scored_is_a_value_error(scorer: Scorer):
 
 def test_token_batches_hold_each_pair_once_within_the_budget():
     lengths = np.random.default_rng(0).integers(1, 300, 500)
-    batches = token_batches(lengths, 1024)
+    batches = batch_by_tokens(lengths, 1024)
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     assert all(len(batch) * lengths[batch].max() <= 1024 for batch in batches)
     assert sum(len(batch) * lengths[batch].max() for batch in batches) < 1.1 * lengths.sum()
-    assert [batch.tolist() for batch in token_batches(np.array([5000, 3]), 1024)] == [[1], [0]]
+    assert [batch.tolist() for batch in batch_by_tokens(np.array([5000, 3]), 1024)] == [[1], [0]]
 
 
 def test_the_same_seed_draws_the_same_head(encoder: Path):

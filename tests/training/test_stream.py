@@ -19,30 +19,30 @@ def dataset(tmp_path: Path) -> RegressionSet:
 
 def test_an_epoch_holds_every_pair_once(dataset: RegressionSet):
     plain = sorted((i, r) for pairs in dataset.pairs("train") for i, r in zip(pairs.instructions, pairs.responses, strict=True))
-    made = list(stream.windows(dataset, "train", 128, seed=5, epoch=0))
+    made = list(stream.read_windows(dataset, "train", 128, seed=5, epoch=0))
     assert sorted((i, r) for pairs in made for i, r in zip(pairs.instructions, pairs.responses, strict=True)) == plain
     assert {len(pairs) for pairs in made[:-1]} == {128}
-    assert stream.count(dataset, "train").pairs == len(plain) == sum(map(len, made))
+    assert stream.count_pairs(dataset, "train").pairs == len(plain) == sum(map(len, made))
 
 
 def test_windows_of_whole_instructions_have_all_their_pairs(dataset: RegressionSet):
-    made = list(stream.windows(dataset, "train", 40, seed=5, epoch=0, whole=True))
+    made = list(stream.read_windows(dataset, "train", 40, seed=5, epoch=0, whole=True))
     assert [len(set(window.groups)) for window in made] == [40] * 7 + [20]
     seen = [group for window in made for group in set(window.groups)]
-    assert len(seen) == len(set(seen)) == stream.count(dataset, "train").instructions
-    assert sum(map(len, made)) == stream.count(dataset, "train").pairs
-    rest = list(stream.windows(dataset, "train", 40, seed=5, epoch=0, skip=6, whole=True))
+    assert len(seen) == len(set(seen)) == stream.count_pairs(dataset, "train").instructions
+    assert sum(map(len, made)) == stream.count_pairs(dataset, "train").pairs
+    rest = list(stream.read_windows(dataset, "train", 40, seed=5, epoch=0, skip=6, whole=True))
     assert [window.responses for window in rest] == [window.responses for window in made[6:]]
 
 
 def test_skipping_gives_the_same_windows(dataset: RegressionSet):
-    whole = list(stream.windows(dataset, "train", 128, seed=5, epoch=1))
-    rest = list(stream.windows(dataset, "train", 128, seed=5, epoch=1, skip=3))
+    whole = list(stream.read_windows(dataset, "train", 128, seed=5, epoch=1))
+    rest = list(stream.read_windows(dataset, "train", 128, seed=5, epoch=1, skip=3))
     assert [window.responses for window in rest] == [window.responses for window in whole[3:]]
 
 
 def test_epochs_differ_and_a_window_mixes_the_whole_set(dataset: RegressionSet):
-    first, second = (next(stream.windows(dataset, "train", 128, seed=5, epoch=epoch)) for epoch in (0, 1))
+    first, second = (next(stream.read_windows(dataset, "train", 128, seed=5, epoch=epoch)) for epoch in (0, 1))
     assert first.instructions != second.instructions
     place = {row: index for index, row in enumerate(dict.fromkeys(i for pairs in dataset.pairs("train") for i in pairs.instructions))}
     places = [place[instruction] for instruction in first.instructions]
@@ -56,7 +56,7 @@ def test_a_damaged_shard_is_named(dataset: RegressionSet):
         data[place] ^= 0xFF
     storage.write_bytes(uri, bytes(data))
     with pytest.raises(CappyError, match=r"part-00000.parquet is damaged"):
-        list(stream.windows(dataset, "train", 128, seed=5, epoch=0))
+        list(stream.read_windows(dataset, "train", 128, seed=5, epoch=0))
 
 
 def test_the_next_item_is_made_while_one_is_worked_on_and_an_error_comes_in_its_turn():
@@ -68,13 +68,13 @@ def test_the_next_item_is_made_while_one_is_worked_on_and_an_error_comes_in_its_
             yield number
         raise CappyError("a shard is damaged")
 
-    reader = stream.ahead(items())
+    reader = stream.prefetch(items())
     assert next(reader) == 0
     wait_until(lambda: made == [0, 1])
     assert next(reader) == 1 and next(reader) == 2
     with pytest.raises(CappyError, match="a shard is damaged"):
         next(reader)
-    assert list(stream.ahead(iter("abc"))) == ["a", "b", "c"]
+    assert list(stream.prefetch(iter("abc"))) == ["a", "b", "c"]
 
 
 def wait_until(reached, seconds=30):

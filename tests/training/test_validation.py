@@ -44,7 +44,7 @@ SECOND = [candidate("y0.9", 1.0, "reference"), candidate("n0.8", 0.0, "choice")]
 
 
 def test_the_figures_of_rows_by_hand():
-    metrics = validation.measure(table(GENERATION, CLASSIFICATION, SECOND), by_text, "greedy").metrics()
+    metrics = validation.measure_scores(table(GENERATION, CLASSIFICATION, SECOND), by_text, "greedy").metrics()
     scores = np.array([0.99, 0.9, 0.2, 0.5, 0.3, 0.8, 0.1, 0.9, 0.8])
     labels = np.array([1.0, 0.4, 0.8, 0.0, 1, 0, 0, 1, 0])
     assert metrics["pairs"] == 9
@@ -60,27 +60,27 @@ def test_the_figures_of_rows_by_hand():
 
 def test_sums_add_up_over_batches():
     rows = [GENERATION, CLASSIFICATION, SECOND, GENERATION[1:]]
-    whole = validation.measure(table(*rows), by_text, "greedy")
-    parts = sum((validation.measure(table(row), by_text, "greedy") for row in rows), validation.NOTHING)
+    whole = validation.measure_scores(table(*rows), by_text, "greedy")
+    parts = sum((validation.measure_scores(table(row), by_text, "greedy") for row in rows), validation.EMPTY_SUMS)
     assert parts.metrics() == pytest.approx(whole.metrics())
     assert [*map(tuple, (each.values() for each in parts.calibration()))] == [
         pytest.approx(tuple(each.values())) for each in whole.calibration()
     ]
-    assert set(validation.NOTHING.metrics().values()) == {0, None} and validation.NOTHING.calibration() == []
+    assert set(validation.EMPTY_SUMS.metrics().values()) == {0, None} and validation.EMPTY_SUMS.calibration() == []
 
 
 def test_a_baseline_that_one_row_does_not_allow_is_not_given():
     unknown = [candidate("a0.9", 0.4, decoding="warm"), candidate("b0.1", 0.2, decoding="warm")]
-    metrics = validation.measure(table(GENERATION, unknown), by_text, "greedy").metrics()
+    metrics = validation.measure_scores(table(GENERATION, unknown), by_text, "greedy").metrics()
     assert metrics["selection"] == pytest.approx(0.4) and metrics["oracle"] == pytest.approx(0.6)
     assert metrics["greedy"] is metrics["self_sum"] is metrics["self_mean"] is None
-    assert validation.measure(table(CLASSIFICATION), by_text).metrics()["selection"] is None
-    assert validation.measure(table(GENERATION), by_text).metrics()["accuracy"] is None
+    assert validation.measure_scores(table(CLASSIFICATION), by_text).metrics()["selection"] is None
+    assert validation.measure_scores(table(GENERATION), by_text).metrics()["accuracy"] is None
 
 
 def test_calibration_counts_each_pair_once_and_scores_beyond_the_labels_apart():
     outside = [candidate("a-0.5", 0.0), candidate("b0.0", 0.0), candidate("c1.5", 1.0), candidate("d0.95", 0.5), candidate("e0.96", 1.0)]
-    groups = validation.measure(table(outside), by_text).calibration()
+    groups = validation.measure_scores(table(outside), by_text).calibration()
     assert [group["count"] for group in groups] == [1, 1, 2, 1]
     assert [group["score"] for group in groups] == pytest.approx([-0.5, 0.0, 0.955, 1.5])
     assert [group["label"] for group in groups] == pytest.approx([0, 0, 0.75, 1])
@@ -88,7 +88,7 @@ def test_calibration_counts_each_pair_once_and_scores_beyond_the_labels_apart():
 
 def test_ranks_are_compared_within_instructions_only():
     rows = table([candidate("a0.9", 1.0), candidate("b0.4", 0.5), candidate("c0.1", 0.0)], [candidate("a0.2", 1.0), candidate("b0.3", 0.0)])
-    metrics = validation.measure(rows, by_text).metrics()
+    metrics = validation.measure_scores(rows, by_text).metrics()
     assert metrics["spearman"] == pytest.approx((1 - 1) / 2)
     assert metrics["pairwise_accuracy"] == pytest.approx(3 / 4)
 
@@ -106,24 +106,24 @@ def test_rank_agreement_is_scipys_spearman_and_counts_pairs(pairs):
 
 
 def test_better_knows_which_way_a_metric_goes():
-    assert validation.better("mse", 0.1, 0.2) and not validation.better("mse", 0.2, 0.2)
-    assert validation.better("selection", 0.3, 0.2) and validation.better("selection", 0.3, None)
-    assert not validation.better("selection", None, 0.2) and not validation.better("mse", None, None)
+    assert validation.is_better("mse", 0.1, 0.2) and not validation.is_better("mse", 0.2, 0.2)
+    assert validation.is_better("selection", 0.3, 0.2) and validation.is_better("selection", 0.3, None)
+    assert not validation.is_better("selection", None, 0.2) and not validation.is_better("mse", None, None)
 
 
 def test_the_blend_takes_the_weight_whose_picks_are_best_on_the_rows_it_is_fitted_on():
     # At a weight of 0.5 and more the second wins: 0.2 - w against 0.9 - 2 w.
-    tally = blend.tally(table(GENERATION[1:3]), by_text)
-    assert tally[0] == 1 and blend.selection(tally, 0.0) == pytest.approx(0.4)
-    weight = blend.fit(tally)
-    assert weight == 1.0 and blend.selection(tally, weight) == pytest.approx(0.8)
-    both = blend.tally(table(GENERATION[1:3], CLASSIFICATION, GENERATION[1:3]), by_text)
+    tally = blend.tally_picks(table(GENERATION[1:3]), by_text)
+    assert tally[0] == 1 and blend.mean_label(tally, 0.0) == pytest.approx(0.4)
+    weight = blend.fit_weight(tally)
+    assert weight == 1.0 and blend.mean_label(tally, weight) == pytest.approx(0.8)
+    both = blend.tally_picks(table(GENERATION[1:3], CLASSIFICATION, GENERATION[1:3]), by_text)
     assert both == pytest.approx(2 * tally)
 
 
 def test_the_blend_is_the_scorer_where_the_llm_adds_nothing_or_says_nothing():
     same = [candidate("a0.9", 0.8, logprob=-4.0, tokens=4), candidate("b0.2", 0.4, logprob=-2.0, tokens=2)]
-    assert blend.fit(blend.tally(table(same), by_text)) == 0.0
+    assert blend.fit_weight(blend.tally_picks(table(same), by_text)) == 0.0
     silent = [candidate("a0.9", 0.8), candidate("b0.2", 0.4)]
-    assert blend.fit(blend.tally(table(silent), by_text)) is None
-    assert blend.selection(blend.NOTHING, None) is None
+    assert blend.fit_weight(blend.tally_picks(table(silent), by_text)) is None
+    assert blend.mean_label(blend.EMPTY_TALLY, None) is None
