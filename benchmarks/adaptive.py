@@ -77,7 +77,10 @@ def replay(rounds: Sequence[Sequence[dict[str, Any]]], ways: Mapping[str, Way]) 
     ends = np.cumsum([len(round_) for round_ in rounds]).tolist()
     points = np.empty((len(ways), len(MEASURES)))
     for place, way in enumerate(ways.values()):
-        end = way if isinstance(way, int) else next((e for e in ends[:-1] if early_stopping.why_stop(drawn[:e], scores[:e], way)), ends[-1])
+        if isinstance(way, int):
+            end = way
+        else:
+            end = next((e for e in ends[:-1] if early_stopping.stop_reason(drawn[:e], scores[:e], way)), ends[-1])
         pick = protocol.rank(drawn[:end], scores[:end])[0]
         points[place] = drawn[pick]["label"], sum(each["tokens"] for each in drawn[:end]), end
     return points
@@ -87,7 +90,7 @@ def replay_all(
     rows: Sequence[Row], decodings: Sequence[DecodingConfig], ways: Mapping[str, Way], round_size: int, orders: int, seed: int
 ) -> Floats:
     """Return what each way comes to on each row, averaged over random orders of its pool, [R, W, M]."""
-    plan = early_stopping.rounds(decodings, 1, round_size)
+    plan = early_stopping.plan_rounds(decodings, 1, round_size)
     points_RWM = np.zeros((len(rows), len(ways), len(MEASURES)))
     with Bar("replaying", len(rows), "instructions") as bar:
         for place, row in enumerate(rows):

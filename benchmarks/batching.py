@@ -36,7 +36,7 @@ from cluster.progress import log
 from generation import instructions
 from serving.deployments import score_pairs
 from serving.protocol import Scored
-from serving.score_batcher import Batcher
+from serving.score_batcher import ScoreBatcher
 from serving.scorer_cache import LoadedScorer
 
 Pool = tuple[list[str], list[str]]
@@ -79,7 +79,7 @@ def pools(count: int, times: int, folder: Path, seed: int) -> list[Pool]:
     return made
 
 
-async def latencies(batcher: Batcher, held: LoadedScorer, some: list[Pool], moments: list[float]) -> list[float]:
+async def latencies(batcher: ScoreBatcher, held: LoadedScorer, some: list[Pool], moments: list[float]) -> list[float]:
     """Ask for each pool at its moment; return the seconds from then to its scores."""
     start = time.perf_counter()
 
@@ -117,7 +117,7 @@ def main() -> int:
         for turn in range(options.turns):
             moments = arrivals(options.rate, options.seconds, options.seed + turn)
             some = pools(len(moments), options.times, Path(name), options.seed + turn)
-            for side, batcher in (("together", Batcher(together, 1)), ("side_by_side", Batcher(score_pairs, cores))):
+            for side, batcher in (("together", ScoreBatcher(together, 1)), ("side_by_side", ScoreBatcher(score_pairs, cores))):
                 asyncio.run(latencies(batcher, held, some[:4], [0.0] * 4))
                 before = time.process_time()
                 seen[side].append(quantiles(asyncio.run(latencies(batcher, held, some, moments)), 0.5, 0.99))

@@ -21,7 +21,7 @@ import pyarrow as pa
 from cluster.config import Config, DecodingConfig, PromptConfig, load
 from cluster.progress import Bar
 from evaluation import statistics
-from evaluation.comparison import baselines, padded
+from evaluation.comparison import pad_field, pick_baselines
 from generation import engines, instructions
 from generation.engines import contract
 from generation.sampler import Sampler
@@ -64,9 +64,9 @@ async def measure(engine: contract.LLM, config: Config, rows: list[dict[str, Any
     done, _ = label(sampled.to_pylist(), config)
     for row in done:
         row["candidates"] = [each for each in row["candidates"] if each["source"] == "sampled"]
-    base = baselines(done, [each.model_dump() for each in config.sampler.decodings])
-    labels_RC, present_RC = padded(base.rows, "label")
-    picks = {**base.picks, "oracle": statistics.best_first(labels_RC, present_RC)}
+    base = pick_baselines(done, [each.model_dump() for each in config.sampler.decodings])
+    labels_RC, present_RC = pad_field(base.rows, "label")
+    picks = {**base.picks, "oracle": statistics.pick_best(labels_RC, present_RC)}
     values_RM = np.stack([labels_RC[np.arange(len(base.rows)), pick] for pick in picks.values()], axis=1)
     _, tasks_R = np.unique([row["dataset"] for row in base.rows], return_inverse=True)
     averages = 100 * statistics.macro_average(values_RM, tasks_R)

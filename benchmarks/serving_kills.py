@@ -102,7 +102,7 @@ async def updated(server: servers.Server, bodies: list[Any], moments: list[float
     before = set(server.family())
     loading = asyncio.create_task(opened(server.chat, bodies, [0.0] * _AT_ONCE + moments))
     await asyncio.sleep(1)
-    await asyncio.to_thread(serve.run, app.build(config), name=app.APPLICATION, route_prefix="/")
+    await asyncio.to_thread(serve.run, app.build_application(config), name=app.APPLICATION, route_prefix="/")
     took = time.perf_counter() - start - 1
     log(f"the update took {took:.1f} s")
     answers = await loading

@@ -50,7 +50,7 @@ class Baselines:
     """Rows left out because one of the baselines in `picks` has no candidate there."""
 
 
-def baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) -> Baselines:
+def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) -> Baselines:
     """Pick by every baseline the rows allow. `decodings` are those of the set's sampler: `name` and `temperature`.
 
     Greedy is the decoding with temperature 0, the sample the first one of the first decoding above 0. A baseline no row
@@ -59,15 +59,15 @@ def baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) -> Ba
     """
     greedy = next((each["name"] for each in decodings if each["temperature"] == 0), None)
     sampling = next((each["name"] for each in decodings if each["temperature"] > 0), None)
-    logprobs_RC, present_RC = padded(rows, "logprob")
-    tokens_RC, _ = padded(rows, "tokens")
+    logprobs_RC, present_RC = pad_field(rows, "logprob")
+    tokens_RC, _ = pad_field(rows, "tokens")
     known_R = ~(np.isnan(logprobs_RC) & present_RC).any(axis=1)
     sized_R = known_R & ~(np.isnan(tokens_RC) & present_RC).any(axis=1)
     picks = {
         "greedy": _first_of(rows, greedy),
         "sample": _first_of(rows, sampling),
-        "self_sum": np.where(known_R, statistics.best_first(logprobs_RC, present_RC), -1),
-        "self_mean": np.where(sized_R, statistics.best_first(logprobs_RC / np.maximum(tokens_RC, 1), present_RC), -1),
+        "self_sum": np.where(known_R, statistics.pick_best(logprobs_RC, present_RC), -1),
+        "self_mean": np.where(sized_R, statistics.pick_best(logprobs_RC / np.maximum(tokens_RC, 1), present_RC), -1),
     }
     missing = {
         "greedy": f"no candidate of a decoding with temperature 0 (decodings: {', '.join(each['name'] for each in decodings)})",
@@ -92,7 +92,7 @@ def _first_of(rows: Sequence[Row], decoding: str | None) -> Integers:
     return np.asarray(positions if decoding else [-1] * len(rows), np.int64)
 
 
-def padded(rows: Sequence[Row], field: str) -> tuple[Floats, Booleans]:
+def pad_field(rows: Sequence[Row], field: str) -> tuple[Floats, Booleans]:
     """Return a number of every candidate, [R, C], NaN where unknown or padding; and which places hold a candidate, [R, C]."""
     sizes_R = np.asarray([len(row["candidates"]) for row in rows])
     present_RC = np.arange(sizes_R.max()) < sizes_R[:, None]
@@ -102,7 +102,7 @@ def padded(rows: Sequence[Row], field: str) -> tuple[Floats, Booleans]:
     return values_RC, present_RC
 
 
-def compare(
+def compare_methods(
     rows: Sequence[Row], baseline_picks: Mapping[str, Integers], settings: EvaluationConfig, seed: int, logprob_weight: float | None = None
 ) -> Comparison:
     """Compare the picks by `score` with the baselines' and the oracle's on scored rows.
@@ -114,16 +114,16 @@ def compare(
     the oracle's lead over that baseline the scorer gains (null without a lead); `outcomes` per instruction; `curves` against
     the number of candidates; `quality` and `calibration` of the scores themselves.
     """
-    labels_RC, present_RC = padded(rows, "label")
-    scores_RC, _ = padded(rows, "score")
-    means_RC = padded(rows, "logprob")[0] / np.maximum(padded(rows, "tokens")[0], 1)
+    labels_RC, present_RC = pad_field(rows, "label")
+    scores_RC, _ = pad_field(rows, "score")
+    means_RC = pad_field(rows, "logprob")[0] / np.maximum(pad_field(rows, "tokens")[0], 1)
     picks = {
         **baseline_picks,
-        "scorer": statistics.best_first(scores_RC, present_RC),
+        "scorer": statistics.pick_best(scores_RC, present_RC),
     }
     if logprob_weight is not None and not np.isnan(means_RC[present_RC]).any():
-        picks["blend"] = statistics.best_first(np.asarray(blend_scores(scores_RC, means_RC, logprob_weight), np.float64), present_RC)
-    picks["oracle"] = statistics.best_first(labels_RC, present_RC)
+        picks["blend"] = statistics.pick_best(np.asarray(blend_scores(scores_RC, means_RC, logprob_weight), np.float64), present_RC)
+    picks["oracle"] = statistics.pick_best(labels_RC, present_RC)
     methods = list(picks)
     values_RM = np.stack([labels_RC[np.arange(len(rows)), picks[method]] for method in methods], axis=1)
     names, tasks_R = np.unique([row["dataset"] for row in rows], return_inverse=True)
@@ -217,10 +217,10 @@ def _average_quality(quality_R: Floats) -> dict[str, float | None]:
 
 def _curves(rows: Sequence[Row], tasks_R: Integers, settings: EvaluationConfig, seed: int) -> dict[str, Any]:
     """Average points against the number k of candidates drawn at random from the pool; the scorer's with its interval."""
-    labels_RC, present_RC = padded(rows, "label")
-    scores_RC, _ = padded(rows, "score")
-    logprobs_RC, _ = padded(rows, "logprob")
-    tokens_RC, _ = padded(rows, "tokens")
+    labels_RC, present_RC = pad_field(rows, "label")
+    scores_RC, _ = pad_field(rows, "score")
+    logprobs_RC, _ = pad_field(rows, "logprob")
+    tokens_RC, _ = pad_field(rows, "tokens")
     most = labels_RC.shape[1]
     sizes = sorted({round(size) for size in np.geomspace(1, most, _CURVE_POINTS)}) if most > _CURVE_POINTS else list(range(1, most + 1))
     rankings = {

@@ -22,7 +22,7 @@ from cluster.errors import CappyError
 from cluster.progress import Bar, log
 from cluster.runtime import code_version
 from evaluation import report
-from evaluation.comparison import Comparison, Row, baselines, compare
+from evaluation.comparison import Comparison, Row, compare_methods, pick_baselines
 from evaluation.statistics import Integers
 from generation.dataset import RegressionSet
 from training.adapted_index import read_published
@@ -48,7 +48,7 @@ _CANDIDATE = pa.struct(
 )
 
 
-class Scoring(Protocol):
+class PairScorer(Protocol):
     """Anything that scores pairs: our scorer, or a rival in its place. A `logprob_weight` it has makes the blend a method too."""
 
     def score(self, instructions: list[str], responses: list[str]) -> NDArray[np.floating[Any]]:
@@ -56,14 +56,14 @@ class Scoring(Protocol):
         ...
 
 
-def load_scorer(config: Config) -> Scoring:
+def load_scorer(config: Config) -> PairScorer:
     """Load the published scorer, in float32: an evaluation must not depend on the hardware's fast arithmetic."""
     from training.scorer import Scorer
 
     return Scorer.load(config.scorer_uri, dtype="float32", setting="scorer_path")
 
 
-def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Config], Scoring] = load_scorer) -> dict[str, Any]:
+def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Config], PairScorer] = load_scorer) -> dict[str, Any]:
     """Evaluate the scorer on `config.evaluation.split` and publish to `config.evaluation_uri`; return the summary.
 
     Writes `results.json`, `rows.parquet`, `report.html` and `config.yaml`, then the manifest. What is there is replaced only
@@ -75,17 +75,17 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
     storage.refuse_foreign(uri, "evaluation_path", _OWNED, overwrite=overwrite)
     dataset = RegressionSet(config.dataset_uri)
     rows, without = read_rows(dataset, config.evaluation.split)
-    base = baselines(rows, dataset.manifest["config"]["sampler"]["decodings"])
+    base = pick_baselines(rows, dataset.manifest["config"]["sampler"]["decodings"])
     for name, reason in base.left_out.items():
         log(f"evaluate: {name} is left out: {reason}")
     adapted: dict[str | None, str] = {}
     if config.evaluation.adapted:
         adapted = {scorer.dataset: scorer.uri for scorer in read_published(config.adapted_uri, "evaluation.adapted")}
-        scored, weight = score_by_task(base.rows, adapted, config, load), None  # each scorer would have a weight of its own
+        scored, weight = score_rows_by_task(base.rows, adapted, config, load), None  # each scorer would have a weight of its own
     else:
         scorer = load(config)
         scored, weight = score_rows(scorer, base.rows), getattr(scorer, "logprob_weight", None)
-    compared = compare(scored, base.picks, config.evaluation, config.seed, weight)
+    compared = compare_methods(scored, base.picks, config.evaluation, config.seed, weight)
     results = {
         **compared.results,
         "logprob_weight": weight,
@@ -94,7 +94,7 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
         "made": {**_provenance(config, dataset, uri), "adapted": sorted(adapted.values())},
     }
     table = to_table(scored, compared)
-    page = report.render(results, table, config.evaluation.examples)
+    page = report.render_report(results, table, config.evaluation.examples)
 
     if overwrite:
         storage.withdraw(uri, "evaluation_path", _OWNED)
@@ -165,7 +165,7 @@ def read_rows(dataset: RegressionSet, split: str) -> tuple[list[Row], int]:
     return rows, seen - len(rows)
 
 
-def score_rows(scorer: Scoring, rows: Sequence[Row]) -> list[Row]:
+def score_rows(scorer: PairScorer, rows: Sequence[Row]) -> list[Row]:
     """Return the rows with a `score` on every candidate; a response repeated within an instruction is scored once.
 
     Raises `CappyError` when a score is not a finite number.
@@ -188,8 +188,8 @@ def score_rows(scorer: Scoring, rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def score_by_task(
-    rows: Sequence[Row], adapted: Mapping[str | None, str], config: Config, load: Callable[[Config], Scoring] = load_scorer
+def score_rows_by_task(
+    rows: Sequence[Row], adapted: Mapping[str | None, str], config: Config, load: Callable[[Config], PairScorer] = load_scorer
 ) -> list[Row]:
     """Return what `score_rows` does, each task's rows scored by its own scorer (`adapted`: URIs), the others by the common one."""
     uris = [adapted.get(row["dataset"], adapted.get(None, config.scorer_uri)) for row in rows]

@@ -50,7 +50,7 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def bars(results: dict[str, Any]) -> str:
+def plot_bars(results: dict[str, Any]) -> str:
     """Return every method's points on each task and on average, with intervals, in panels of a few tasks each."""
     groups = [("average", results["averages"])] + [(task, entry["methods"]) for task, entry in results["per_task"].items()]
     panels = -(-len(groups) // _TASKS_A_PANEL)
@@ -82,7 +82,7 @@ def bars(results: dict[str, Any]) -> str:
         return _svg(figure, "bars", "Rouge-L of each method on each task, with intervals")
 
 
-def curves(results: dict[str, Any]) -> str:
+def plot_curves(results: dict[str, Any]) -> str:
     """Return average points against the number of candidates the pick is made from."""
     series = results["curves"]
     sizes = series["k"]
@@ -116,7 +116,7 @@ def curves(results: dict[str, Any]) -> str:
         return _svg(figure, "curves", "Rouge-L against the number of candidates, by way of picking")
 
 
-def scores(score: Floats, label: Floats, calibration: Sequence[dict[str, float]]) -> str:
+def plot_scores(score: Floats, label: Floats, calibration: Sequence[dict[str, float]]) -> str:
     """Return the density of candidates by score and true Rouge-L, with the mean of equal-sized groups over it."""
     shades = matplotlib.colors.LinearSegmentedColormap.from_list("ink", [(*_rgb("self_sum"), 0.14), (*_rgb("self_sum"), 1.0)])
     with matplotlib.rc_context(_STYLE):
@@ -138,7 +138,7 @@ def scores(score: Floats, label: Floats, calibration: Sequence[dict[str, float]]
         return _svg(figure, "scores", "Score against true Rouge-L of every distinct candidate")
 
 
-def labels(every: Floats, picked: dict[str, Floats]) -> str:
+def plot_labels(every: Floats, picked: dict[str, Floats]) -> str:
     """Return how Rouge-L is distributed over all candidates and over the picks of some methods, as shares of each."""
     edges = np.linspace(0, 1, 11)
     with matplotlib.rc_context(_STYLE):

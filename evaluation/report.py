@@ -22,17 +22,17 @@ OUTCOMES = ("win", "loss", "tie")
 _LONG_TEXT = 4000  # characters of an instruction or response shown
 
 
-def render(results: dict[str, Any], rows: pa.Table, examples: int) -> str:
+def render_report(results: dict[str, Any], rows: pa.Table, examples: int) -> str:
     """Return the page. `results` and `rows` are those of `evaluation.run`; `examples` rows are shown with their candidates."""
     candidates = pa.concat_arrays(rows["candidates"].chunks).flatten()
     label = candidates.field("label").to_numpy(zero_copy_only=False).astype(np.float64)
     score = candidates.field("score").to_numpy(zero_copy_only=False).astype(np.float64)
     picked = {name: rows[f"rouge_l_{name}"].to_numpy() for name in (results["best_baseline"], "scorer")}
     figures = {
-        "bars": plots.bars(results),
-        "curves": plots.curves(results),
-        "scores": plots.scores(score, label, results["calibration"]),
-        "labels": plots.labels(label, picked),
+        "bars": plots.plot_bars(results),
+        "curves": plots.plot_curves(results),
+        "scores": plots.plot_scores(score, label, results["calibration"]),
+        "labels": plots.plot_labels(label, picked),
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["signed"] = lambda value, digits=1: f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")

@@ -19,7 +19,7 @@ Booleans = NDArray[np.bool_]
 _DRAWS = 4_000_000  # row indices drawn at once: 32 MB, whatever the size of a task
 
 
-def best_first(scores_RC: Floats, present_RC: Booleans) -> Integers:
+def pick_best(scores_RC: Floats, present_RC: Booleans) -> Integers:
     """Return the position of the highest score of each row, the first one where several tie.
 
     Every row must have a candidate. With the scorer's scores this is the paper's boosted decoding (Cappy, Tan et al. 2023),

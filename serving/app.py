@@ -18,9 +18,9 @@ from cluster import models, storage
 from cluster.config import Config, DecodingConfig, Scaling, ServingConfig
 from generation import engines
 from generation.prompts import Message
-from serving.deployments import LLM, UNAVAILABLE, Scorer, answer, answering
+from serving.deployments import LLM, UNAVAILABLE, Scorer, get_result, translate_errors
 from serving.gateway import build_api
-from serving.model_registry import further_scorers
+from serving.model_registry import additional_scorers
 from serving.prometheus import Metrics
 from serving.protocol import ApiError, Early, Sampled, Scored
 
@@ -35,12 +35,12 @@ _SCORER_TRIES = 8
 _PATIENCE = 0.5
 
 
-class Backend:
+class ServeBackend:
     """The gateway's models, reached through Serve handles."""
 
     def __init__(self, llm: Any, scorer: Any, serving: ServingConfig, metrics: Metrics) -> None:
         self.llm, self.scorer, self.serving, self.metrics = llm, scorer, serving, metrics
-        self._in_parts = llm.options(stream=True).in_parts
+        self._stream_sample = llm.options(stream=True).stream_sample
         self._looking: asyncio.Task[dict[str, bool]] | None = None
         self._looked = 0.0
 
@@ -53,10 +53,10 @@ class Backend:
         early: Early | None,
     ) -> Sampled:
         if early is None:
-            whole: Sampled = await answer(self.llm.sample.remote(prompt, decodings, seeds, logprobs), "the LLM")
+            whole: Sampled = await get_result(self.llm.sample.remote(prompt, decodings, seeds, logprobs), "the LLM")
             return whole
-        parts = self._in_parts.remote(prompt, decodings, seeds, logprobs)
-        with answering(parts, "the LLM"):
+        parts = self._stream_sample.remote(prompt, decodings, seeds, logprobs)
+        with translate_errors(parts, "the LLM"):
             async for part in parts:
                 if not isinstance(part, dict):
                     early(part)
@@ -73,11 +73,11 @@ class Backend:
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, ApiError) and error.code == UNAVAILABLE),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
             stop=tenacity.stop_after_attempt(_SCORER_TRIES) | tenacity.stop_after_delay(self.serving.scorer_timeout_s),
-            before_sleep=lambda _: self.metrics.retried(),
+            before_sleep=lambda _: self.metrics.count_scorer_retry(),
             reraise=True,
         ):
             with attempt:
-                scored: Scored = await answer(handle.score.remote(scorer, *pairs), "the scorer")
+                scored: Scored = await get_result(handle.score.remote(scorer, *pairs), "the scorer")
         return scored
 
     async def ready(self) -> dict[str, bool]:
@@ -97,7 +97,7 @@ async def _ready(handle: Any, replicas: Scaling) -> bool:
     try:
         async with asyncio.timeout(_READY_TIMEOUT_S):
             if replicas.min:
-                return bool(await answer(handle.ready.remote(), "it"))
+                return bool(await get_result(handle.ready.remote(), "it"))
             status = await asyncio.to_thread(serve.status)
             deployment = status.applications[handle.app_name].deployments[handle.deployment_name]
             return deployment.status.name not in ("UNHEALTHY", "DEPLOY_FAILED")
@@ -110,13 +110,13 @@ class Gateway:
 
     def __init__(self, config: Config, further: Sequence[str], llm: Any, scorer: Any) -> None:
         self.config, self.further, self.metrics = config, further, Metrics()
-        self.backend = Backend(llm, scorer, config.serving, self.metrics)
+        self.backend = ServeBackend(llm, scorer, config.serving, self.metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self.config, self.backend, self.further, self.metrics, proxied=True)
 
 
-def build(config: Config) -> serve.Application:
+def build_application(config: Config) -> serve.Application:
     """Return the graph of `config`. Needs Ray only to see whether the cluster has GPUs for the LLM."""
     serving = config.serving
     common: dict[str, Any] = {
@@ -163,7 +163,7 @@ def build(config: Config) -> serve.Application:
     )
     ledger = storage.absolute(storage.join(config.workspace, "serving", "cost"))
     patience_s = _PATIENCE * serving.timeout_s
-    further = further_scorers(config)
+    further = additional_scorers(config)
     main = models.absolute(config.scorer_uri)
     scorers = scorer.bind(serving, main, further)
     return gateway.bind(config, tuple(further), llm.bind(config.sampler, patience_s, ledger), scorers)
@@ -171,7 +171,7 @@ def build(config: Config) -> serve.Application:
 
 def application(args: dict[str, Any]) -> serve.Application:
     """Return the graph of a config's plain tree: what a Serve config file imports (`export.py`)."""
-    return build(Config.model_validate(args))
+    return build_application(Config.model_validate(args))
 
 
 def replica_options(replicas: Scaling) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from cluster.config import AdaptiveConfig, DecodingConfig
 from generation.engines.contract import Candidate, request_seed
 from serving import early_stopping, protocol
-from serving.early_stopping import Stopped
+from serving.early_stopping import StopReason
 from serving.protocol import ApiError, Early, Sampled, Scored
 
 Sample = Callable[[Sequence[DecodingConfig], Sequence[int | None], Early | None], Awaitable[Sampled]]
@@ -42,9 +42,9 @@ class Pool:
     """Of the scorer that answered last, where it has one: see `Scored`. One published anew in between leaves scores of both."""
     logprob_weight: float | None = None
     """The blend's weight, where one was fitted with the scorer."""
-    stopped: Stopped | None = None
+    stop_reason: StopReason | None = None
     """Why the drawing ended, where it went in rounds or the scorer failed."""
-    failure: ApiError | TimeoutError | None = None
+    scorer_error: ApiError | TimeoutError | None = None
     """What the scorer failed with; a time-out where it was late."""
 
     @property
@@ -57,12 +57,12 @@ class Pool:
         return [self.score_of.get(candidate["response"], math.nan) for candidate in self.candidates]
 
     @property
-    def scored(self) -> bool:
+    def has_scores(self) -> bool:
         """Whether any candidate can be chosen by its score."""
-        return not self.failure or any(not math.isnan(score) for score in self.score_of.values())
+        return not self.scorer_error or any(not math.isnan(score) for score in self.score_of.values())
 
 
-async def draw(
+async def draw_pool(
     decodings: Sequence[DecodingConfig],
     sample: Sample,
     score: Score | None,
@@ -82,19 +82,19 @@ async def draw(
     is then sampled decoding by decoding, all at once. Raises what `sample` raises.
     """
     pool = Pool()
-    rounds = [list(decodings)] if stopping is None else early_stopping.rounds(decodings, n, stopping.round_size)
+    rounds = [list(decodings)] if stopping is None else early_stopping.plan_rounds(decodings, n, stopping.round_size)
     # The LLM's probabilities are at temperature 1: a hotter decoding repeats itself less than they say.
     likelihoods = all(decoding.temperature <= 1 for decoding in decodings)
     for number, drawn in enumerate(rounds):
         calls = [[decoding] for decoding in drawn] if tell and stopping is None else [drawn]
         await _round(pool, calls, number, sample, score, seed, scorer_timeout_s, early, tell or (lambda _: None))
-        if pool.failure:
-            pool.stopped = "scorer"
+        if pool.scorer_error:
+            pool.stop_reason = "scorer"
         elif stopping:
-            pool.stopped = early_stopping.why_stop(pool.candidates, pool.scores, stopping, n, likelihoods=likelihoods)
-        if pool.stopped:
+            pool.stop_reason = early_stopping.stop_reason(pool.candidates, pool.scores, stopping, n, likelihoods=likelihoods)
+        if pool.stop_reason:
             return pool
-    pool.stopped = "candidates" if stopping else None
+    pool.stop_reason = "candidates" if stopping else None
     return pool
 
 
@@ -140,12 +140,12 @@ async def _round(
             _, late = await asyncio.wait(asked, timeout=scorer_timeout_s)
             for task, responses in asked.items():
                 if task in late:
-                    pool.failure = TimeoutError()
+                    pool.scorer_error = TimeoutError()
                     continue
                 try:
                     scored = task.result()
                 except (ApiError, TimeoutError) as error:
-                    pool.failure = error
+                    pool.scorer_error = error
                     continue
                 pool.score_of |= zip(responses, scored["scores"], strict=True)
                 pool.version, pool.logprob_weight = scored.get("version"), scored.get("logprob_weight")

@@ -25,7 +25,7 @@ from generation.engines.contract import Candidate, EngineUnavailable, PromptTooL
 from generation.prompts import Message
 from serving.ledger import Ledger
 from serving.protocol import ApiError, Early, Sampled, Scored
-from serving.score_batcher import Batcher
+from serving.score_batcher import ScoreBatcher
 from serving.scorer_cache import LoadedScorer, ScorerCache, ScorerUnavailable
 
 logger = logging.getLogger("ray.serve")
@@ -59,7 +59,7 @@ class LLM:
         # A form the model does not have is told now and not to the first client.
         self.engine.encode([{"role": "user", "content": "?"}], self.form, room=1, drop_shots=False)
 
-    async def in_parts(
+    async def stream_sample(
         self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None], logprobs: bool
     ) -> AsyncIterator[Sequence[str] | Sampled]:
         """Yield what `sample` tells early, and then what it returns."""
@@ -189,7 +189,7 @@ class Scorer:
 
         room, dtype = serving.scorers_loaded, serving.scorer_dtype
         threads = 1 if torch.cuda.is_available() else min(serving.scorer_threads, len(os.sched_getaffinity(0)))
-        self._batcher = Batcher(score_pairs, threads)
+        self._batcher = ScoreBatcher(score_pairs, threads)
         self.shelf = ScorerCache(serving.scorer_name, main_uri, further, room=room, reload_s=serving.reload_s, dtype=dtype)
 
         async def here(name: str) -> str:
@@ -240,14 +240,14 @@ async def _before(enough: asyncio.Event, all_drawn: asyncio.Future[Any]) -> bool
         waiting.cancel()
 
 
-async def answer(response: Any, name: str) -> Any:
+async def get_result(response: Any, name: str) -> Any:
     """Await a call of a deployment; see `answering`."""
-    with answering(response, name):
+    with translate_errors(response, name):
         return await response
 
 
 @contextmanager
-def answering(response: Any, name: str) -> Iterator[None]:
+def translate_errors(response: Any, name: str) -> Iterator[None]:
     """Await a call of a deployment, or all it yields, in the block; `name` is what the client is told failed.
 
     Cancelling the block cancels the call in its replica. Raises `ApiError`: what the replica raised, or 503 while the deployment

@@ -30,12 +30,12 @@ from typing import Literal
 from cluster.config import AdaptiveConfig, DecodingConfig
 from generation.engines.contract import Candidate
 
-Stopped = Literal["target_score", "min_gain", "candidates", "scorer"]
+StopReason = Literal["target_score", "min_gain", "candidates", "scorer"]
 """Why a pool grew no further: good enough, no gain expected, all drawn, or the scorer failed."""
 _STANDARD = NormalDist()
 
 
-def rounds(decodings: Sequence[DecodingConfig], first: int, size: int) -> list[list[DecodingConfig]]:
+def plan_rounds(decodings: Sequence[DecodingConfig], first: int, size: int) -> list[list[DecodingConfig]]:
     """Return the rounds a pool is drawn in: the greedy decodings, then one candidate of each decoding in turn.
 
     The first round has all greedy candidates and at least `first`, each other one `size`, the last what is left.
@@ -50,11 +50,11 @@ def rounds(decodings: Sequence[DecodingConfig], first: int, size: int) -> list[l
     return [[decodings[place].model_copy(update={"n": n}) for place, n in sorted(Counter(places).items())] for places in cut]
 
 
-def why_stop(
+def stop_reason(
     candidates: Sequence[Candidate], scores: Sequence[float], settings: AdaptiveConfig, n: int = 1, *, likelihoods: bool = True
-) -> Stopped | None:
+) -> StopReason | None:
     """Return why no more candidates should be drawn for `n` choices, None where more should. See `expected_gain`."""
-    bar = nth_best(candidates, scores, n)
+    bar = nth_best_score(candidates, scores, n)
     if settings.target_score is not None and bar >= settings.target_score:
         return "target_score"
     if settings.min_gain and expected_gain(candidates, scores, settings, n, likelihoods=likelihoods) < settings.min_gain:
@@ -62,7 +62,7 @@ def why_stop(
     return None
 
 
-def nth_best(candidates: Sequence[Candidate], scores: Sequence[float], n: int) -> float:
+def nth_best_score(candidates: Sequence[Candidate], scores: Sequence[float], n: int) -> float:
     """Return the n-th highest score of different responses, minus infinity where there are fewer (empty and scoreless ones are none)."""
     ranked = sorted(_scores(candidates, scores), reverse=True)
     return ranked[n - 1] if len(ranked) >= n else -math.inf
@@ -75,7 +75,7 @@ def expected_gain(
 
     `scores` are raw logits, one for each candidate, NaN where unknown. Without `likelihoods` the log-probabilities are not used.
     """
-    bar = nth_best(candidates, scores, n)
+    bar = nth_best_score(candidates, scores, n)
     if bar == -math.inf:
         return math.inf
     known = _scores(candidates, scores)
@@ -85,10 +85,10 @@ def expected_gain(
     spread = math.fsum((score - own) ** 2 for score in known)
     std = math.sqrt((weight * prior.prior_std**2 + spread) / (weight + len(known) - 1))
     z = (mean - bar) / std
-    return new_chance(candidates, likelihoods=likelihoods) * ((mean - bar) * _STANDARD.cdf(z) + std * _STANDARD.pdf(z))
+    return new_response_probability(candidates, likelihoods=likelihoods) * ((mean - bar) * _STANDARD.cdf(z) + std * _STANDARD.pdf(z))
 
 
-def new_chance(candidates: Sequence[Candidate], *, likelihoods: bool = True) -> float:
+def new_response_probability(candidates: Sequence[Candidate], *, likelihoods: bool = True) -> float:
     """Return the estimated chance that the next candidate is none of those drawn, in [0, 1]."""
     logprobs = {candidate["response"]: candidate["logprob"] for candidate in candidates}
     known = [logprob for logprob in logprobs.values() if logprob is not None]

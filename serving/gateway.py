@@ -139,7 +139,7 @@ class RequestLogMiddleware:
         finally:
             # The pattern, not the path: that is of the client's making. nginx's 499: it went away before an answer began.
             route, status = getattr(scope.get("route"), "path", "other"), status or 499
-            self.metrics.answered(route, status)
+            self.metrics.count_request(route, status)
             if self.access_log:
                 caller: Caller | None = scope.get("caller")
                 answered = {
@@ -198,20 +198,20 @@ def build_api(
     catalogue = ModelRegistry(config.serving, further)
     door = AdmissionQueue(config.serving.max_concurrency, config.serving.max_queue)
     metrics = metrics or Metrics()
-    metrics.working.set_function(lambda: door.here)
+    metrics.requests_in_progress.set_function(lambda: door.here)
 
     async def working(work: Callable[[], Awaitable[T]]) -> T:
         start = time.monotonic()
         try:
             async with asyncio.timeout(config.serving.timeout_s), door:
-                metrics.took("queue", time.monotonic() - start)
+                metrics.observe_seconds("queue", time.monotonic() - start)
                 return await work()
         except TimeoutError:
             raise ApiError(
                 f"no answer within serving.timeout_s={config.serving.timeout_s:g}; ask for less in one request", 504, code="timeout"
             ) from None
         finally:
-            metrics.took("total", time.monotonic() - start)
+            metrics.observe_seconds("total", time.monotonic() - start)
 
     async def read(http: Request) -> bytes:
         # Not a thing is done for a request that will be turned away: when there are many, each takes from those that are not.
@@ -219,7 +219,7 @@ def build_api(
         return await limits.read(http, config.serving)
 
     async def completed(http: Request, request: protocol.SampleRequest) -> Response:
-        scorer = catalogue.chooser(request)
+        scorer = catalogue.find_selection_scorer(request)
         decodings = protocol.decodings_for(request, config, scored=scorer is not None)
         http.scope["caller"].sample(sum(decoding.n for decoding in decodings))
         news: asyncio.Queue[str | None] = asyncio.Queue()
@@ -258,7 +258,7 @@ def build_api(
 
     async def judged(kind: type[scoring_api.R], http: Request) -> tuple[scoring_api.R, Scored]:
         request = scoring_api.parse(kind, await read(http), config.serving)
-        scorer = catalogue.judge(request.model)
+        scorer = catalogue.find_scorer(request.model)
         return request, await working(lambda: _score(backend, scorer, *request.pairs()))
 
     @api.post("/v1/score", **openapi.takes(scoring_api.ScoreRequest, scoring_api.ScoreAnswer))
@@ -363,7 +363,7 @@ async def _complete(
         return _score(backend, scorer, [request.instruction] * len(responses), responses)
 
     logprobs = protocol.logprobs_wanted(request, config, scored=scorer is not None)
-    pool = await best_of_n.draw(
+    pool = await best_of_n.draw_pool(
         decodings,
         lambda drawn, seeds, early: backend.sample(prompt, drawn, seeds, logprobs, early),
         score if scorer else None,
@@ -374,10 +374,10 @@ async def _complete(
         early=early,
         tell=tell if request.cappy.progress else None,
     )
-    metrics.drew(pool)
+    metrics.observe_pool(pool)
     fallback = _fallback(request, pool, config)
     if fallback:
-        metrics.fell_back(fallback)
+        metrics.count_fallback(fallback)
     if fallback or scorer is None:
         preferences = protocol.fallback_preferences(pool.candidates, fallback or "first")
     else:
@@ -396,22 +396,22 @@ async def _complete(
         created=created,
         fallback=fallback,
         cost=pool.cost,
-        stopped=pool.stopped,
+        stopped=pool.stop_reason,
     )
     if answer.cappy and answer.cappy.abstained:
-        metrics.abstained()
+        metrics.count_abstention()
     return answer
 
 
 def _fallback(request: protocol.SampleRequest, pool: best_of_n.Pool, config: Config) -> Fallback | None:
     """Return what chooses where the scorer failed before it scored any, else None. Raises `ApiError` (503) where nothing is declared."""
-    if pool.failure is None or pool.scored:
+    if pool.scorer_error is None or pool.has_scores:
         return None
     fallback = protocol.fallback_for(request, config)
     if fallback != "none":
         return fallback
-    if isinstance(pool.failure, ApiError):
-        raise pool.failure
+    if isinstance(pool.scorer_error, ApiError):
+        raise pool.scorer_error
     late = f"the scorer gave no answer within serving.scorer_timeout_s={config.serving.scorer_timeout_s:g}; try again"
     raise ApiError(late, 503, code="scorer_late")
 

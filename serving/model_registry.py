@@ -27,7 +27,7 @@ _NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What stands behind a name."""
 
     llm: bool
@@ -39,16 +39,16 @@ class ModelRegistry:
 
     def __init__(self, serving: ServingConfig, further: Sequence[str] = ()) -> None:
         self.scorers = (serving.scorer_name, *further)
-        self.models = {serving.pair(scorer): Served(True, scorer) for scorer in self.scorers}
-        self.models[serving.llm_name] = Served(True, None)
-        self.models |= {scorer: Served(False, scorer) for scorer in self.scorers}
+        self.models = {serving.pair(scorer): ServedModel(True, scorer) for scorer in self.scorers}
+        self.models[serving.llm_name] = ServedModel(True, None)
+        self.models |= {scorer: ServedModel(False, scorer) for scorer in self.scorers}
 
     def describe(self, name: str, created: int) -> Model:
         """Return OpenAI's description of a model, with what stands behind it under `cappy`; `created` is a Unix time."""
         served = self._find(name, list(self.models))
         return Model(id=name, created=created, owned_by="cappy-ray", cappy=Behind(llm=served.llm, scorer=served.scorer))
 
-    def chooser(self, request: SampleRequest) -> str | None:
+    def find_selection_scorer(self, request: SampleRequest) -> str | None:
         """Return the scorer that chooses among a request's candidates, `cappy.scorer` before the one of `model`; None is none.
 
         Raises `ApiError`: 404 for a name that is not served or has no LLM, 400 for what wants a score where nothing scores.
@@ -69,13 +69,13 @@ class ModelRegistry:
             raise _unknown("cappy.scorer", asked, self.scorers)
         return asked
 
-    def judge(self, model: str) -> str:
+    def find_scorer(self, model: str) -> str:
         """Return the scorer of a request that scores, ranks or classifies. Raises `ApiError` (404) where `model` has none."""
         scorer = self._find(model, [name for name, each in self.models.items() if each.scorer]).scorer
         assert scorer is not None
         return scorer
 
-    def _find(self, name: str, known: Sequence[str]) -> Served:
+    def _find(self, name: str, known: Sequence[str]) -> ServedModel:
         if name not in known:
             raise _unknown("model", name, known)
         return self.models[name]
@@ -88,7 +88,7 @@ def _unknown(param: str, name: str, known: Sequence[str]) -> ApiError:
     return ApiError(f"{param}={name[:80]!r} is not served here; known: {shown}", 404, param=param, code="model_not_found")
 
 
-def further_scorers(config: Config) -> dict[str, str]:
+def additional_scorers(config: Config) -> dict[str, str]:
     """Return where each scorer beside the main one is, by its name: `serving.scorers`, and with `serving.adapted` the tasks' own.
 
     Raises `UsageError` where two models would have one name, `CappyError` where `cappy adapt` has not run.

@@ -35,17 +35,17 @@ class Metrics:
             "cappy_serving_stopped", "Pools that grew no further in rounds, or whose scorer failed", ["why"], registry=self.registry
         )
         self._abstentions = Counter("cappy_serving_abstentions", "Answers withheld below `min_score`", registry=self.registry)
-        self.working = Gauge("cappy_serving_requests_here", "Requests in work or waiting", registry=self.registry)
+        self.requests_in_progress = Gauge("cappy_serving_requests_here", "Requests in work or waiting", registry=self.registry)
 
-    def answered(self, route: str, status: int) -> None:
+    def count_request(self, route: str, status: int) -> None:
         """Count a request, by its route's pattern: paths of a client's own making would be without end."""
         self._requests.labels(route, str(status)).inc()
 
-    def took(self, stage: str, seconds: float) -> None:
+    def observe_seconds(self, stage: str, seconds: float) -> None:
         """Note the seconds of a stage: `queue`, `sampling`, `scoring`, or `total` for what the models work on."""
         self._seconds.labels(stage).observe(seconds)
 
-    def drew(self, pool: Pool) -> None:
+    def observe_pool(self, pool: Pool) -> None:
         """Count a pool: its candidates, tokens and dollars, the scores of its different responses, its time, and why it grew no further."""
         candidates = pool.candidates
         self._cost.inc(pool.cost or 0.0)
@@ -54,20 +54,20 @@ class Metrics:
         self._tokens.labels("sampled").inc(sum(candidate["tokens"] for candidate in candidates))
         for score in filter(isfinite, pool.score_of.values()):
             self._scores.observe(score)
-        self.took("sampling", pool.sampling_s)
-        self.took("scoring", pool.scoring_s)
-        if pool.stopped:
-            self._stopped.labels(pool.stopped).inc()
+        self.observe_seconds("sampling", pool.sampling_s)
+        self.observe_seconds("scoring", pool.scoring_s)
+        if pool.stop_reason:
+            self._stopped.labels(pool.stop_reason).inc()
 
-    def retried(self) -> None:
+    def count_scorer_retry(self) -> None:
         """Count a call of the scorer that is sent again."""
         self._retries.inc()
 
-    def fell_back(self, how: str) -> None:
+    def count_fallback(self, how: str) -> None:
         """Count an answer chosen without the scorer."""
         self._fallbacks.labels(how).inc()
 
-    def abstained(self) -> None:
+    def count_abstention(self) -> None:
         """Count an answer withheld."""
         self._abstentions.inc()
 

@@ -23,7 +23,7 @@ from cluster.errors import CappyError
 from generation.engines.contract import Candidate
 from generation.prompts import Message
 from serving import strict_json
-from serving.early_stopping import Stopped
+from serving.early_stopping import StopReason
 from training.blend import blend_scores
 
 M = TypeVar("M", bound=BaseModel)
@@ -381,7 +381,7 @@ class CappyAnswer(Shape):
     """Whether no candidate reached `min_score`."""
     drawn: int
     """Candidates that were drawn."""
-    stopped: Stopped | None = None
+    stopped: StopReason | None = None
     """Why no more were: the target or the least gain was reached, all were drawn, or the scorer failed; null where there were no rounds."""
     scorer: str | None
     """Its name; null where the model is the LLM alone."""
@@ -737,7 +737,7 @@ def completion(
     version: str | None = None,
     fallback: Fallback | None = None,
     cost: float | None = None,
-    stopped: Stopped | None = None,
+    stopped: StopReason | None = None,
 ) -> Completion:
     """Return the answer: the `request.n` most preferred candidates as choices, or a refusal where the best is below `min_score`.
 

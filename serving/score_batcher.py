@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from serving.protocol import Scored
 from serving.scorer_cache import LoadedScorer
 
-Score = Callable[[LoadedScorer, Sequence[str], Sequence[str], int], Scored]
+ScoreFunction = Callable[[LoadedScorer, Sequence[str], Sequence[str], int], Scored]
 """Scores the pairs of some instructions and responses with so many threads."""
 # Tokens of a batch at most, by device. On a CPU core a scorer of 22 million weights reads so many in less than a tenth of a second.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -55,10 +55,10 @@ class _Pair:
     tokens: int = field(compare=False)
 
 
-class Batcher:
+class ScoreBatcher:
     """`score` is called in `threads` threads, with that many to compute with in all of them; what it raises fails the requests in it."""
 
-    def __init__(self, score: Score, threads: int) -> None:
+    def __init__(self, score: ScoreFunction, threads: int) -> None:
         self._score = score
         self._threads = self._free = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="scoring")

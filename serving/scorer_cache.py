@@ -150,7 +150,7 @@ def load_if_changed(uri: str, setting: str, held: LoadedScorer | None, dtype: Dt
     """
     from training.scorer import Scorer
 
-    version = version_of(uri)
+    version = read_version(uri)
     if held is not None and version == held.version:
         return held
     if held is not None and version is None:
@@ -159,12 +159,12 @@ def load_if_changed(uri: str, setting: str, held: LoadedScorer | None, dtype: Dt
         _check_weights(uri, setting)
     with _loading:
         model = Scorer.load(uri, dtype, setting=setting)
-    if version_of(uri) != version:
+    if read_version(uri) != version:
         raise CappyError(f"{setting}={uri} was published anew, or taken back, while it was loaded")
     return LoadedScorer(model, version, model.logprob_weight)
 
 
-def version_of(uri: str) -> str | None:
+def read_version(uri: str) -> str | None:
     """Return what changes with every publication at `uri`: 12 hex digits of the manifest's SHA-256, None where there is none."""
     try:
         return hashlib.sha256(storage.read_bytes(storage.join(uri, storage.MANIFEST))).hexdigest()[:12]

@@ -21,13 +21,13 @@ from cluster.config import Config, ServingConfig
 from cluster.errors import CappyError, UsageError
 from cluster.runtime import clean_error, ray_session
 from generation import engines
-from serving.app import APPLICATION, build, http_options
+from serving.app import APPLICATION, build_application, http_options
 from serving.client import curl_command
-from serving.model_registry import further_scorers
+from serving.model_registry import additional_scorers
 from serving.protocol import ApiError, ChatMessage, ChatRequest, decodings_for
 
 # What `training.scorer.CHECKPOINTS` names, without loading torch here.
-UNFINISHED = "_checkpoints"
+CHECKPOINTS_FOLDER = "_checkpoints"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -39,10 +39,10 @@ def run_serve(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     is not to be had; after it, `CappyError` where a model does not start.
     """
     serving = config.serving
-    refuse(config)
+    check_access_and_limits(config)
     ports.check_port(serving.host, serving.port, "serving.")
     check_scorer(config)
-    further = further_scorers(config)
+    further = additional_scorers(config)
     engines.check_sampler_config(config.sampler)
     if config.sampler.engine.kind != "endpoint":
         models.resolve(config.sampler.model, "sampler.model")
@@ -56,7 +56,7 @@ def run_serve(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     with ray_session(), _stopped_by_signals():
         try:
             _start(config)
-            progress.log(welcome(config, url, tuple(further)))
+            progress.log(ready_message(config, url, tuple(further)))
             threading.Event().wait()
         except _Stopped:
             progress.log("serve: stopping; requests under way are finished first")
@@ -78,14 +78,14 @@ def check_scorer(config: Config) -> None:
         models.resolve(uri, "scorer_path")  # a hub name, or an error that says what else may stand there
         return
     storage.check_uri(uri, "scorer_path")
-    ours = any(storage.exists(storage.join(uri, name)) for name in (storage.MANIFEST, UNFINISHED))
+    ours = any(storage.exists(storage.join(uri, name)) for name in (storage.MANIFEST, CHECKPOINTS_FOLDER))
     if ours or not storage.exists(storage.join(uri, "config.json")):
         storage.read_manifest(uri, "scorer", "train")
     else:
         models.resolve(uri, "scorer_path")
 
 
-def welcome(config: Config, url: str, further: Sequence[str] = ()) -> str:
+def ready_message(config: Config, url: str, further: Sequence[str] = ()) -> str:
     """What the operator reads once the server answers; `further` are the scorers beside the main one."""
     serving = config.serving
     body = {"model": serving.model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
@@ -101,13 +101,13 @@ def welcome(config: Config, url: str, further: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def refuse(config: Config) -> None:
+def check_access_and_limits(config: Config) -> None:
     """Raise `UsageError` where other machines could ask without a key, or where the limits refuse every request."""
-    _refuse_open(config.serving)
-    _refuse_useless(config)
+    _check_access(config.serving)
+    _check_limits(config)
 
 
-def _refuse_open(serving: ServingConfig) -> None:
+def _check_access(serving: ServingConfig) -> None:
     """Refuse to let other machines ask without a key, unless told so."""
     if not ports.is_loopback(serving.host) and not serving.api_keys and not serving.allow_no_keys:
         raise UsageError(
@@ -116,7 +116,7 @@ def _refuse_open(serving: ServingConfig) -> None:
         )
 
 
-def _refuse_useless(config: Config) -> None:
+def _check_limits(config: Config) -> None:
     """Refuse limits that a request which asks for nothing special would break."""
     plain = ChatRequest(model=config.serving.model_name, messages=[ChatMessage(role="user", content="hi")])
     try:
@@ -131,12 +131,12 @@ def _start(config: Config) -> None:
     # Serve's logs stay in Ray's session folder; they have routes and statuses, never bodies.
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http_options(serving))
     try:
-        serve.run(build(config), name=APPLICATION, route_prefix="/")
+        serve.run(build_application(config), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
-        raise _why(error) from None
+        raise _start_error(error) from None
 
 
-def _why(error: RuntimeError) -> CappyError:
+def _start_error(error: RuntimeError) -> CappyError:
     """Return what kept a deployment from starting; Serve's own error names the deployment alone."""
     deployments = serve.status().applications[APPLICATION].deployments.values()
     report = "\n".join(deployment.message for deployment in deployments if deployment.status.name == "DEPLOY_FAILED") or str(error)

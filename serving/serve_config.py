@@ -22,15 +22,15 @@ _LEFT_OUT = {"source", "decontaminate", "generate", "plan", "scorer", "training"
 
 def export_serve_config(config: Config, file: str) -> dict[str, Any]:
     """Write the file; return where it is. Raises `UsageError` for what `app.refuse` refuses."""
-    serve.refuse(config)
+    serve.check_access_and_limits(config)
     path = Path(file).absolute()
-    path.write_text(yaml.safe_dump(tree(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(serve_config_tree(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
     if not storage.is_s3(config.scorer_uri):
         progress.log(f"note: the scorer {config.scorer_uri} is no s3:// prefix; every machine of the cluster must have it")
     return {"uri": str(path)}
 
 
-def tree(config: Config) -> dict[str, Any]:
+def serve_config_tree(config: Config) -> dict[str, Any]:
     """Return the file as a plain tree, of the schema `ray.serve.schema.ServeDeploySchema`."""
     scorer = models.absolute(config.scorer_path) if config.scorer_path else None  # which may be a hub name
     config = paths.absolute(config).model_copy(update={"scorer_path": scorer})

@@ -4,7 +4,7 @@ import pytest
 
 from cluster.config import EvaluationConfig
 from cluster.errors import CappyError
-from evaluation.comparison import baselines, compare
+from evaluation.comparison import compare_methods, pick_baselines
 from tests.evaluation.conftest import candidate
 
 DECODINGS = [{"name": "hot", "temperature": 1.0}, {"name": "greedy", "temperature": 0.0}, {"name": "cool", "temperature": 0.5}]
@@ -31,23 +31,23 @@ def test_baselines_know_greedy_and_the_first_sample_by_the_temperatures_of_the_s
             candidate("a", 0.1, "cool", -1), candidate("b", 0.2, "hot", -9), candidate("c", 0.3, "greedy", -2), candidate("d", 0, "hot", -1)
         )
     ]
-    picks = baselines(rows, DECODINGS).picks
+    picks = pick_baselines(rows, DECODINGS).picks
     assert (picks["greedy"].tolist(), picks["sample"].tolist()) == ([2], [1])
 
 
 def test_self_score_by_sum_favours_short_answers_and_by_mean_does_not():
     rows = [row(candidate("short", 0, "greedy", -2.0, tokens=1), candidate("long", 1, "hot", -6.0, tokens=6))]
-    picks = baselines(rows, DECODINGS).picks
+    picks = pick_baselines(rows, DECODINGS).picks
     assert (picks["self_sum"].tolist(), picks["self_mean"].tolist()) == ([0], [1])
 
 
 def test_an_empty_response_of_no_tokens_does_not_divide_by_zero():
     rows = [row(candidate("", 0, "greedy", -0.5, tokens=0), candidate("x", 1, "hot", -0.2, tokens=1))]
-    assert baselines(rows, DECODINGS).picks["self_mean"].tolist() == [1]
+    assert pick_baselines(rows, DECODINGS).picks["self_mean"].tolist() == [1]
 
 
 def test_a_baseline_no_row_allows_is_left_out_and_said():
-    found = baselines([row(candidate("a", 0, "hot", None))], [{"name": "hot", "temperature": 1.0}])
+    found = pick_baselines([row(candidate("a", 0, "hot", None))], [{"name": "hot", "temperature": 1.0}])
     assert list(found.picks) == ["sample"]
     assert "temperature 0" in found.left_out["greedy"]
     assert "log-probabilities" in found.left_out["self_sum"]
@@ -55,7 +55,7 @@ def test_a_baseline_no_row_allows_is_left_out_and_said():
 
 def test_a_row_without_one_of_the_baselines_is_left_out_of_all():
     complete = row(candidate("a", 0, "greedy", -1), candidate("b", 0, "hot", -1))
-    found = baselines(
+    found = pick_baselines(
         [complete, row(candidate("c", 0, "hot", -1)), row(candidate("d", 0, "greedy", -1), candidate("e", 0, "hot", None))], DECODINGS
     )
     assert found.rows == [complete]
@@ -64,11 +64,11 @@ def test_a_row_without_one_of_the_baselines_is_left_out_of_all():
 
 def test_no_baseline_at_all_is_an_error_with_a_way_out():
     with pytest.raises(CappyError, match="generate the set"):
-        baselines([row(candidate("a", 0, "unknown", None))], DECODINGS)
+        pick_baselines([row(candidate("a", 0, "unknown", None))], DECODINGS)
 
 
 def compared(rows, resamples=200):
-    return compare(rows, baselines(rows, DECODINGS).picks, EvaluationConfig(resamples=resamples), seed=0)
+    return compare_methods(rows, pick_baselines(rows, DECODINGS).picks, EvaluationConfig(resamples=resamples), seed=0)
 
 
 def test_results_of_two_tasks_by_hand():
@@ -90,13 +90,13 @@ def test_results_of_two_tasks_by_hand():
 def test_the_blend_adds_the_mean_log_probability_at_its_weight():
     # Mean log-probabilities are -1/4, -2/4 and -3/4: at weight 2 the first leads by 0.5 and by 1.
     rows = [scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)), scored((0.4, 0.5), (0.0, 0.9), (0.8, 0.2))]
-    base = baselines(rows, DECODINGS).picks
-    blend = compare(rows, base, EvaluationConfig(resamples=100), 0, logprob_weight=2.0)
+    base = pick_baselines(rows, DECODINGS).picks
+    blend = compare_methods(rows, base, EvaluationConfig(resamples=100), 0, logprob_weight=2.0)
     assert blend.picks["blend"].tolist() == [1, 0]
     assert blend.results["methods"] == ["greedy", "sample", "self_sum", "self_mean", "scorer", "blend", "oracle"]
-    assert compare(rows, base, EvaluationConfig(resamples=100), 0, logprob_weight=0.0).picks["blend"].tolist() == [1, 1]
+    assert compare_methods(rows, base, EvaluationConfig(resamples=100), 0, logprob_weight=0.0).picks["blend"].tolist() == [1, 1]
     rows[0]["candidates"][0]["logprob"] = None
-    assert "blend" not in compare(rows, {"greedy": base["greedy"]}, EvaluationConfig(resamples=100), 0, logprob_weight=2.0).picks
+    assert "blend" not in compare_methods(rows, {"greedy": base["greedy"]}, EvaluationConfig(resamples=100), 0, logprob_weight=2.0).picks
 
 
 def test_curves_end_at_the_averages_and_start_at_the_random_pick():

@@ -71,7 +71,7 @@ def test_the_page_names_every_task_method_and_where_its_data_came_from(evaluatio
 
 def test_the_page_is_a_function_of_the_published_files(evaluation):
     results, rows, page = evaluation
-    assert report.render(results, rows, 100) == page
+    assert report.render_report(results, rows, 100) == page
 
 
 def test_ids_are_unique_within_the_plots_and_every_reference_has_its_target(evaluation):
@@ -101,7 +101,7 @@ def test_asking_for_more_examples_than_rows_shows_each_row_once(evaluation):
 
 def test_no_examples_leaves_the_section_out(evaluation):
     results, rows, _ = evaluation
-    assert "<details" not in report.render(results, rows, 0)
+    assert "<details" not in report.render_report(results, rows, 0)
 
 
 def test_an_example_shows_repeats_of_a_response_once_with_all_that_picked_it(evaluation):

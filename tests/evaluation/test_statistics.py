@@ -23,12 +23,12 @@ def rows(*lists):
 
 def test_the_first_of_tied_scores_is_picked():
     scores, present = rows([0.1, 0.7, 0.7], [0.5, 0.5, 0.5], [-3.0, -2.0])
-    assert statistics.best_first(scores, present).tolist() == [1, 0, 1]
+    assert statistics.pick_best(scores, present).tolist() == [1, 0, 1]
 
 
 def test_padding_is_never_picked_even_below_the_worst_score():
     scores, present = rows([-1e9], [-5.0, -6.0])
-    assert statistics.best_first(scores, present).tolist() == [0, 0]
+    assert statistics.pick_best(scores, present).tolist() == [0, 0]
 
 
 def test_every_task_counts_the_same_whatever_its_rows():

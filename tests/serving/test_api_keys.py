@@ -11,7 +11,7 @@ from cluster.config import ApiKeyConfig, ServingConfig
 from cluster.errors import UsageError
 from serving.api_keys import Keyring, TokenBucket, digest, new_key
 from serving.protocol import ApiError
-from serving.serve import _refuse_open
+from serving.serve import _check_access
 
 
 class Clock:
@@ -93,14 +93,14 @@ def test_requests_and_candidates_above_a_keys_limits_are_told_when_to_come_back_
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "gpu-box"])
 def test_without_keys_a_server_stays_on_its_machine_unless_told(host):
     with pytest.raises(UsageError, match=f"serving.host={host} is reachable from other machines and serving.api_keys is empty"):
-        _refuse_open(ServingConfig(host=host))
-    _refuse_open(ServingConfig(host=host, allow_no_keys=True))
-    _refuse_open(ServingConfig(host=host, api_keys=[{"name": "a", "sha256": new_key()[1]}]))
+        _check_access(ServingConfig(host=host))
+    _check_access(ServingConfig(host=host, allow_no_keys=True))
+    _check_access(ServingConfig(host=host, api_keys=[{"name": "a", "sha256": new_key()[1]}]))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_on_its_own_machine_it_needs_none(host):
-    _refuse_open(ServingConfig(host=host))
+    _check_access(ServingConfig(host=host))
 
 
 def test_the_command_line_makes_a_key_and_its_entry():

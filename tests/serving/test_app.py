@@ -65,7 +65,7 @@ def test_limits_that_every_request_would_break_are_refused(tmp_path):
 def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
     from training.scorer import CHECKPOINTS
 
-    assert serve.UNFINISHED == CHECKPOINTS
+    assert serve.CHECKPOINTS_FOLDER == CHECKPOINTS
     with pytest.raises(CappyError, match="scorer is not there; run `cappy train`"):
         serve.check_scorer(Config(workspace=str(tmp_path)))
     (tmp_path / "scorer" / CHECKPOINTS).mkdir(parents=True)
@@ -81,7 +81,7 @@ class Handle:
 
     def __init__(self, *ends):
         self.ends, self.calls = ends, 0
-        self.score = self.ready = self.sample = self.in_parts = self
+        self.score = self.ready = self.sample = self.stream_sample = self
 
     def remote(self, *_):
         end = self.ends[min(self.calls, len(self.ends) - 1)]
@@ -135,7 +135,7 @@ LOST = (ActorDiedError(), ActorUnavailableError("it is restarting", None), Deplo
 
 
 def backend(llm, scorer, **serving):
-    return app.Backend(llm, scorer, ServingConfig(**serving), Metrics())
+    return app.ServeBackend(llm, scorer, ServingConfig(**serving), Metrics())
 
 
 @pytest.mark.parametrize("name", ["cappy-scorer", "another"])

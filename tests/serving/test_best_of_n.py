@@ -43,7 +43,7 @@ class Models:
 
     def draw(self, stopping=None, n=1, seed=5, tell=None, timeout_s=5, early=True):
         how = {"seed": seed, "n": n, "stopping": stopping, "scorer_timeout_s": timeout_s, "early": early, "tell": tell}
-        return best_of_n.draw(DECODINGS, self.sample, self.score, **how)
+        return best_of_n.draw_pool(DECODINGS, self.sample, self.score, **how)
 
 
 async def test_without_stopping_the_pool_is_one_call_with_the_seeds_of_its_decodings():
@@ -52,7 +52,7 @@ async def test_without_stopping_the_pool_is_one_call_with_the_seeds_of_its_decod
     assert models.drawn == [[("greedy", 1), ("a", 2), ("b", 2)]]
     assert models.seeds == [request_seed(5, "", name) for name in ("greedy", "a", "b")]
     assert models.read == [["x", "xx", "xxx", ""]] and pool.scores == [0.1, 0.2, 0.1, 0.3, 0.0]
-    assert (pool.stopped, pool.prompt_tokens) == (None, 7)
+    assert (pool.stop_reason, pool.prompt_tokens) == (None, 7)
 
 
 @pytest.mark.parametrize("stopping", [None, AdaptiveConfig(target_score=9, round_size=2)])
@@ -67,12 +67,12 @@ async def test_rounds_end_where_the_target_is_reached_and_a_response_met_again_i
     pool = await models.draw(AdaptiveConfig(target_score=0.3, round_size=2))
     assert models.drawn == [[("greedy", 1)], [("a", 1), ("b", 1)]]
     assert models.read == [["x"], ["xxx"]] and pool.scores == [0.1, 0.1, 0.3]
-    assert (pool.stopped, pool.prompt_tokens) == ("target_score", 7)
+    assert (pool.stop_reason, pool.prompt_tokens) == ("target_score", 7)
 
 
 async def test_a_seed_draws_each_round_anew_and_the_whole_the_same():
     first, second, other = (Models(*"abcde") for _ in range(3))
-    assert (await first.draw(NEVER)).stopped == "candidates"
+    assert (await first.draw(NEVER)).stop_reason == "candidates"
     await second.draw(NEVER)
     await other.draw(NEVER, seed=6)
     assert first.drawn == [[("greedy", 1)], [("a", 1), ("b", 1)], [("a", 1), ("b", 1)]]
@@ -82,15 +82,15 @@ async def test_a_seed_draws_each_round_anew_and_the_whole_the_same():
 async def test_nothing_is_stopped_before_there_are_as_many_different_responses_as_choices():
     models = Models("xxxxx", "xxxxx", "xxxxx", "xxxxx", "xxxx")
     pool = await models.draw(AdaptiveConfig(target_score=0.4, round_size=1), n=2)
-    assert [len(part) for part in pool.parts] == [2, 1, 1, 1] and pool.stopped == "target_score"
+    assert [len(part) for part in pool.parts] == [2, 1, 1, 1] and pool.stop_reason == "target_score"
 
 
 @pytest.mark.parametrize("trouble", [{"broken_after": 1}, {"wait": 5}])
 async def test_a_scorer_that_fails_ends_the_drawing_and_what_it_scored_before_stays(trouble):
     late = "wait" in trouble
     pool = await Models(*"abcde", **trouble).draw(NEVER, timeout_s=0.05 if late else 5)
-    assert pool.stopped == "scorer" and isinstance(pool.failure, TimeoutError if late else ApiError)
-    assert pool.scored is not late
+    assert pool.stop_reason == "scorer" and isinstance(pool.scorer_error, TimeoutError if late else ApiError)
+    assert pool.has_scores is not late
     assert len(pool.candidates) == (1 if late else 3) and math.isnan(pool.scores[-1])
 
 
@@ -158,7 +158,7 @@ async def test_what_has_ended_is_scored_while_the_rest_is_sampled_and_the_rest_a
     models.go.set()
     pool = await drawing
     assert models.read == [["x", "xx"], ["xxx"]] and pool.scores == [0.1, 0.2, 0.1, 0.2, 0.3]
-    assert pool.sampling_s >= 0.3 and pool.scoring_s < pool.sampling_s and pool.failure is None
+    assert pool.sampling_s >= 0.3 and pool.scoring_s < pool.sampling_s and pool.scorer_error is None
 
 
 async def test_a_scorer_still_busy_with_what_ended_early_is_waited_for_and_not_asked_again():
@@ -168,7 +168,7 @@ async def test_a_scorer_still_busy_with_what_ended_early_is_waited_for_and_not_a
     assert models.read == [["x", "xx"]] and pool.scores == [0.1, 0.2, 0.1, 0.2, 0.1] and pool.scoring_s >= 0.1
     late = Staggered("x", "xx", "x", "xx", "x", ended=4, wait=5)
     late.go.set()
-    assert isinstance((await late.draw(timeout_s=0.05)).failure, TimeoutError)
+    assert isinstance((await late.draw(timeout_s=0.05)).scorer_error, TimeoutError)
 
 
 async def test_all_is_scored_at_the_end_where_early_is_not_wanted():
@@ -187,9 +187,9 @@ async def test_what_was_scored_early_in_vain_is_asked_again_when_all_is_there(fa
     pool = await drawing
     assert models.asked == 3
     if failing == 1:
-        assert sorted(models.read) == [["x", "xx"], ["xxx"]] and pool.scores == [0.1, 0.2, 0.1, 0.2, 0.3] and pool.failure is None
+        assert sorted(models.read) == [["x", "xx"], ["xxx"]] and pool.scores == [0.1, 0.2, 0.1, 0.2, 0.3] and pool.scorer_error is None
     else:
-        assert isinstance(pool.failure, ApiError) and not pool.scored
+        assert isinstance(pool.scorer_error, ApiError) and not pool.has_scores
 
 
 async def test_a_request_given_up_while_some_of_it_is_scored_stops_the_scorer():

@@ -20,10 +20,10 @@ OF_THE_SCRAPE = {"job", "instance"}
 def told():
     """The labels of each metric at /metrics, once everything there is to count has happened."""
     metrics = Metrics()
-    metrics.answered("/v1/chat/completions", 200)
-    metrics.took("total", 1.0)
-    metrics.drew(Pool(stopped="candidates"))
-    metrics.fell_back("first")
+    metrics.count_request("/v1/chat/completions", 200)
+    metrics.observe_seconds("total", 1.0)
+    metrics.observe_pool(Pool(stop_reason="candidates"))
+    metrics.count_fallback("first")
     families = text_string_to_metric_families(metrics.text().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

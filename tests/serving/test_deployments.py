@@ -224,7 +224,7 @@ async def test_most_of_a_pool_is_told_while_the_rest_is_sampled_and_only_then(t5
     llm = seq2seq(t5)
     llm.engine = Staggered(llm.engine, after)
     parts = []
-    async for part in llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True):
+    async for part in llm.stream_sample(TURNS, [BEAM, WARM], [1, 2], True):
         parts.append(part)
         llm.engine.ended["told"].set()
     pool = parts[-1]
@@ -237,13 +237,13 @@ async def test_most_of_a_pool_is_told_while_the_rest_is_sampled_and_only_then(t5
 async def test_what_fails_after_most_of_a_pool_fails_the_whole_and_what_nobody_awaits_is_stopped(t5):
     llm = seq2seq(t5)
     llm.engine = Staggered(llm.engine, {"beam": "told"}, failing=("beam",))
-    parts = llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True)
+    parts = llm.stream_sample(TURNS, [BEAM, WARM], [1, 2], True)
     assert len(await anext(parts)) == 3
     llm.engine.ended["told"].set()
     with pytest.raises(ApiError, match="takes no requests now"):
         await anext(parts)
     llm.engine.after, llm.engine.failing = {"beam": "never"}, ()
-    parts = llm.in_parts(TURNS, [BEAM, WARM], [1, 2], True)
+    parts = llm.stream_sample(TURNS, [BEAM, WARM], [1, 2], True)
     await anext(parts)
     await parts.aclose()
     await asyncio.sleep(0.05)

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import AdaptiveConfig, Config, DecodingConfig
 from generation.engines.contract import Candidate
-from serving.early_stopping import expected_gain, new_chance, nth_best, rounds, why_stop
+from serving.early_stopping import expected_gain, new_response_probability, nth_best_score, plan_rounds, stop_reason
 from serving.protocol import decodings_for, parse
 
 PRIOR = AdaptiveConfig(prior_mean=0.4, prior_std=0.2, prior_weight=2)
@@ -19,7 +19,7 @@ def drawn(*responses, logprob=None):
 def cut(n, first=1, size=3, **fields):
     fields = {"model": "cappy", "messages": [{"role": "user", "content": "hi"}], "cappy": {"candidates": n}, **fields}
     decodings = decodings_for(parse(json.dumps(fields).encode()), Config())
-    return decodings, [[(part.name, part.n) for part in parts] for parts in rounds(decodings, first, size)]
+    return decodings, [[(part.name, part.n) for part in parts] for parts in plan_rounds(decodings, first, size)]
 
 
 def test_the_rounds_are_greedy_then_one_of_each_decoding_in_turn():
@@ -44,7 +44,7 @@ def test_all_rounds_together_are_the_pool_and_the_first_has_enough_for_the_choic
 
 def test_every_candidate_of_a_beam_search_is_in_the_first_round():
     beam = DecodingConfig(name="beam", n=2, temperature=0, beams=4)
-    assert [[(part.name, part.n) for part in parts] for parts in rounds([DecodingConfig(name="a", n=2), beam], 1, 9)] == [
+    assert [[(part.name, part.n) for part in parts] for parts in plan_rounds([DecodingConfig(name="a", n=2), beam], 1, 9)] == [
         [("beam", 2)],
         [("a", 2)],
     ]
@@ -63,20 +63,21 @@ def test_the_gain_is_the_mean_improvement_of_draws_from_the_shrunk_distribution(
 
 def test_a_response_is_new_the_less_often_the_more_draws_were_repeats():
     # (responses drawn once + 1) / (draws + 1)
-    assert [new_chance(drawn(*text)) for text in ("a", "ab", "aa", "aaaa", "aabc")] == [1, 1, 1 / 3, 1 / 5, 3 / 5]
+    assert [new_response_probability(drawn(*text)) for text in ("a", "ab", "aa", "aaaa", "aabc")] == [1, 1, 1 / 3, 1 / 5, 3 / 5]
 
 
 def test_what_the_llm_itself_finds_likely_leaves_little_that_is_new():
     sure = drawn("a", logprob=math.log(0.9))
-    assert new_chance(sure) == new_chance(sure * 2) == pytest.approx(0.1)  # the same response: its probability counts once
-    assert new_chance([*sure, *drawn("b", logprob=math.log(0.05))]) == pytest.approx(0.05)
-    assert new_chance(sure, likelihoods=False) == new_chance([*sure, *drawn("b")]) == 1  # not known of all
-    assert new_chance([*sure, *drawn("b", logprob=math.log(0.2))]) == 0
+    # The probability of a repeated response counts once.
+    assert new_response_probability(sure) == new_response_probability(sure * 2) == pytest.approx(0.1)
+    assert new_response_probability([*sure, *drawn("b", logprob=math.log(0.05))]) == pytest.approx(0.05)
+    assert new_response_probability(sure, likelihoods=False) == new_response_probability([*sure, *drawn("b")]) == 1  # not known of all
+    assert new_response_probability([*sure, *drawn("b", logprob=math.log(0.2))]) == 0
 
 
 def test_with_several_choices_the_bar_is_the_last_of_them_and_repeats_and_empty_responses_are_none():
     candidates, scores = drawn("a", "b", "a", "", "c"), [0.9, 0.3, 0.9, 2.0, math.nan]
-    assert [nth_best(candidates, scores, n) for n in (1, 2, 3)] == [0.9, 0.3, -math.inf]
+    assert [nth_best_score(candidates, scores, n) for n in (1, 2, 3)] == [0.9, 0.3, -math.inf]
     assert expected_gain(candidates, scores, PRIOR, 1) < expected_gain(candidates, scores, PRIOR, 2)
     assert expected_gain(candidates, scores, PRIOR, 3) == math.inf
 
@@ -86,7 +87,7 @@ def test_drawing_stops_at_the_target_or_where_no_gain_is_expected():
     gain = expected_gain(candidates, scores, PRIOR)
 
     def why(n=1, **settings):
-        return why_stop(candidates, scores, PRIOR.model_copy(update=settings), n)
+        return stop_reason(candidates, scores, PRIOR.model_copy(update=settings), n)
 
     assert why(target_score=0.9) == "target_score" and why(target_score=0.91) is None and why(n=2, target_score=0.9) is None
     assert why(min_gain=gain * 1.01) == "min_gain" and why(min_gain=gain * 0.99) is None and why(n=3, min_gain=9.0) is None

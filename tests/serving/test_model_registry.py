@@ -3,7 +3,7 @@ import pytest
 from cluster import storage
 from cluster.config import Config, ServingConfig
 from cluster.errors import CappyError, UsageError
-from serving.model_registry import further_scorers
+from serving.model_registry import additional_scorers
 
 
 def config(workspace, **serving):
@@ -18,12 +18,13 @@ def test_scorers_come_from_the_config_and_from_what_was_adapted(tmp_path):
     storage.write_json(f"{tmp_path}/adapted/results.json", {"tasks": tasks})
     (tmp_path / "adapted" / "tense").mkdir()
     named = [{"name": "big", "path": "owner/scorer"}]
-    assert further_scorers(config(tmp_path, scorers=named)) == {"big": "owner/scorer"}
-    assert further_scorers(config(tmp_path, scorers=named, adapted=True)) == {"big": "owner/scorer", "tense": f"{tmp_path}/adapted/tense"}
+    assert additional_scorers(config(tmp_path, scorers=named)) == {"big": "owner/scorer"}
+    both = {"big": "owner/scorer", "tense": f"{tmp_path}/adapted/tense"}
+    assert additional_scorers(config(tmp_path, scorers=named, adapted=True)) == both
     with pytest.raises(UsageError, match="serving: scorers and scorers are both 'tense'; give each its own"):
-        further_scorers(config(tmp_path, scorers=[{"name": "tense", "path": "x"}], adapted=True))
+        additional_scorers(config(tmp_path, scorers=[{"name": "tense", "path": "x"}], adapted=True))
     with pytest.raises(CappyError, match=r"serving\.adapted=true: there is no .*results\.json; run `cappy adapt` first"):
-        further_scorers(config(tmp_path / "other", adapted=True))
+        additional_scorers(config(tmp_path / "other", adapted=True))
 
 
 @pytest.mark.parametrize(

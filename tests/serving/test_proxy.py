@@ -36,7 +36,7 @@ class Slow:
             raise
         return {"candidates": []}
 
-    async def in_parts(self, *call: object):
+    async def stream_sample(self, *call: object):
         yield await self.sample(*call)
 
     async def ready(self) -> bool:

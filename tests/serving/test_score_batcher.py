@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.score_batcher import Batcher
+from serving.score_batcher import ScoreBatcher
 
 
 def held(name="main", device="cpu"):
@@ -38,7 +38,7 @@ class Reader:
 
 async def test_what_waits_is_scored_together_and_everyone_gets_the_own_scores():
     reader, main = Reader(), held()
-    batcher = Batcher(reader, 1)
+    batcher = ScoreBatcher(reader, 1)
     (first,) = reader.answered(batcher, main, ["a"])
     await reader.started.acquire()
     others = reader.answered(batcher, main, ["bb", "c"], ["ddd"])
@@ -53,7 +53,7 @@ async def test_what_waits_is_scored_together_and_everyone_gets_the_own_scores():
 
 async def test_a_long_request_is_scored_in_pieces_and_a_short_one_need_not_wait_for_all_of_it():
     reader, main = Reader(), held()
-    batcher = Batcher(reader, 1)
+    batcher = ScoreBatcher(reader, 1)
     texts = [str(number) for number in range(8)]
     (long,) = reader.answered(batcher, main, texts, size=500)
     await reader.started.acquire()
@@ -71,7 +71,7 @@ async def test_a_long_request_is_scored_in_pieces_and_a_short_one_need_not_wait_
 
 async def test_pairs_of_like_lengths_are_scored_together_and_answered_in_the_order_asked_for():
     reader, main = Reader(), held()
-    batcher = Batcher(reader, 1)
+    batcher = ScoreBatcher(reader, 1)
     responses = [letter * 4 * length for letter, length in zip("abcdef", (400, 10, 390, 20, 500, 30), strict=True)]
     asked = asyncio.create_task(batcher.score(main, [""] * 6, responses))
     for _ in range(2):
@@ -82,7 +82,7 @@ async def test_pairs_of_like_lengths_are_scored_together_and_answered_in_the_ord
 
 async def test_threads_score_batches_side_by_side_and_are_done_together():
     reader, main = Reader(), held()
-    batcher = Batcher(reader, 4)
+    batcher = ScoreBatcher(reader, 4)
     (asked,) = reader.answered(batcher, main, [f"{number:02}" for number in range(12)], size=250)
     for _ in range(4):
         await reader.started.acquire()
@@ -98,7 +98,7 @@ async def test_threads_score_batches_side_by_side_and_are_done_together():
 
 async def test_threads_that_nothing_else_waits_for_compute_together():
     reader, main = Reader(), held()
-    batcher = Batcher(reader, 8)
+    batcher = ScoreBatcher(reader, 8)
     (alone,) = reader.answered(batcher, main, ["a"], size=400)
     await reader.started.acquire()
     assert reader.threads == [8]
@@ -113,7 +113,7 @@ async def test_threads_that_nothing_else_waits_for_compute_together():
 
 async def test_short_requests_that_go_on_coming_hold_a_long_one_up_for_its_own_length_alone():
     reader, main = Reader(), held()
-    batcher = Batcher(reader, 1)
+    batcher = ScoreBatcher(reader, 1)
     (blocker,) = reader.answered(batcher, main, ["blocker"], size=400)
     await reader.started.acquire()
     (long,) = reader.answered(batcher, main, [str(number) for number in range(4)], size=500)
@@ -134,7 +134,7 @@ async def test_short_requests_that_go_on_coming_hold_a_long_one_up_for_its_own_l
 
 async def test_a_batch_is_of_one_scorer():
     reader, one, two = Reader(), held("one"), held("two")
-    batcher = Batcher(reader, 1)
+    batcher = ScoreBatcher(reader, 1)
     (first,) = reader.answered(batcher, one, ["a"])
     await reader.started.acquire()
     rest = [*reader.answered(batcher, one, ["b"]), *reader.answered(batcher, two, ["c"]), *reader.answered(batcher, one, ["d"])]
@@ -147,7 +147,7 @@ async def test_a_batch_is_of_one_scorer():
 
 async def test_what_is_given_up_is_not_read_and_what_fails_fails_its_batch_alone():
     reader, main = Reader(broken=("bad",)), held()
-    batcher = Batcher(reader, 1)
+    batcher = ScoreBatcher(reader, 1)
     (first,) = reader.answered(batcher, main, ["a"])
     await reader.started.acquire()
     (gone,) = reader.answered(batcher, main, ["gone"] * 4, size=500)
@@ -172,4 +172,4 @@ async def test_what_is_given_up_is_not_read_and_what_fails_fails_its_batch_alone
 
 
 async def test_no_pairs_have_no_scores():
-    assert (await Batcher(Reader(), 1).score(held(), [], []))["scores"] == []
+    assert (await ScoreBatcher(Reader(), 1).score(held(), [], []))["scores"] == []

@@ -13,7 +13,7 @@ from cluster.config import LoraConfig, ScorerConfig, TrainingConfig
 from cluster.errors import CappyError
 from serving import scorer_cache
 from serving.deployments import score_pairs
-from serving.score_batcher import Batcher
+from serving.score_batcher import ScoreBatcher
 from serving.scorer_cache import ScorerCache, ScorerUnavailable
 from tests.training import conftest
 from training import lora
@@ -204,7 +204,7 @@ async def test_requests_at_once_that_fill_many_batches_get_the_scores_they_get_a
         calls.append(len(responses))
         return score_pairs(held, instructions, responses, threads)
 
-    batcher = Batcher(counted, 4)
+    batcher = ScoreBatcher(counted, 4)
     asked = [
         (name, [f"say after me {number} " * 12] * size) for number, (name, size) in enumerate(zip(("main", "a") * 2, sizes, strict=True))
     ]

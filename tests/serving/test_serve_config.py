@@ -42,18 +42,18 @@ def test_the_file_is_serves_and_builds_the_graph_of_the_config(tmp_path, monkeyp
     assert (schema.http_options.host, schema.http_options.port) == ("127.0.0.1", 8000)
     assert application.import_path == "serving.app:application" and application.runtime_env["env_vars"]["AWS_ENDPOINT_URL"]
     assert [each.name for each in application.deployments] == ["Gateway", "LLM", "Scorer"]
-    assert deployments(app.application(application.args)) == deployments(app.build(config))
+    assert deployments(app.application(application.args)) == deployments(app.build_application(config))
 
 
 def test_replicas_are_serves_options():
-    built = deployments(app.build(load(None, SETTINGS)))
+    built = deployments(app.build_application(load(None, SETTINGS)))
     llm, scorer, gateway = (built[name][0] for name in ("LLM", "Scorer", "Gateway"))
     assert gateway["num_replicas"] == 2 and gateway["autoscaling_config"] is None
     scaling = llm["autoscaling_config"]
     assert (scaling["min_replicas"], scaling["initial_replicas"], scaling["max_replicas"]) == (0, 1, 4)
     assert (scaling["target_ongoing_requests"], scaling["downscale_delay_s"], scaling["upscale_delay_s"]) == (6, 60, 10)
     assert (scorer["autoscaling_config"]["min_replicas"], scorer["autoscaling_config"]["max_replicas"]) == (1, 3)
-    plain = deployments(app.build(Config()))
+    plain = deployments(app.build_application(Config()))
     assert {plain[name][0]["num_replicas"] for name in plain} == {1}
 
 

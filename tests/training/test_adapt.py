@@ -18,7 +18,7 @@ from rich.console import Console
 from cluster import storage
 from cluster.config import Config, FilesSource, load
 from cluster.errors import CappyError, Stopped, UsageError
-from evaluation.evaluate import score_by_task
+from evaluation.evaluate import score_rows_by_task
 from evaluation.table import print_adapted
 from tests.generation.fixed_llm import FixedLLM
 from tests.training.test_adapt_one import publish_tasks, published_scorer, settings, task_rows
@@ -160,7 +160,7 @@ def test_evaluate_scores_each_task_with_its_own_scorer(adapted: tuple[Config, di
     scorers = {each.dataset: each.uri for each in read_published(config.adapted_uri, "evaluation.adapted")}
     assert scorers == {task["task"]: task["uri"] for task in result["tasks"] if task["uri"]}
     rows = [*task_rows("sides", 2, 7), *task_rows("lonely", 2, 8), *task_rows("colors/old", 2, 9), *task_rows("sides", 1, 10)]
-    scored = score_by_task(rows, scorers, config)
+    scored = score_rows_by_task(rows, scorers, config)
     assert [row["id"] for row in scored] == [row["id"] for row in rows]
     for row in scored:
         own = Scorer.load(scorers.get(row["dataset"], config.scorer_uri))
