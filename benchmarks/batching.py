@@ -33,7 +33,7 @@ from benchmarks.load import arrivals, quantiles
 from cluster.config import load
 from cluster.cpu import lower_priority, openmp_environment
 from cluster.progress import log
-from generation import instructions
+from generation import few_shot
 from serving.deployments import score_pairs
 from serving.protocol import Scored
 from serving.score_batcher import ScoreBatcher
@@ -69,7 +69,7 @@ def busy(count: int) -> Iterator[None]:
 
 def pools(count: int, times: int, folder: Path, seed: int) -> list[Pool]:
     """Return real instructions, `times` as long, each for several responses of a few words."""
-    rows = [each[1] for each in instructions.prepared(load("demo", [f"workspace={folder}"])) if isinstance(each, tuple)]
+    rows = [each[1] for each in few_shot.prepare_rows(load("demo", [f"workspace={folder}"])) if isinstance(each, tuple)]
     draw = random.Random(seed)
     made = []
     for _ in range(count):

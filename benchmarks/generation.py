@@ -21,7 +21,7 @@ import pyarrow as pa
 from cluster.config import Config, load
 from cluster.progress import log
 from cluster.runtime import ray_session
-from generation import engines, generate, instructions, units
+from generation import engines, few_shot, generate, units
 from generation.sampler import Sampler
 from generation.schema import PREPARED
 
@@ -33,13 +33,13 @@ class Clock(units.BudgetGate):
         super().__init__()
         self._start, self._end = 0.0, 0.0
 
-    def enter(self, unit: str, most: float) -> bool | None:
+    def acquire(self, unit: str, most: float) -> bool | None:
         self._start = self._start or time.time()
-        return super().enter(unit, most)
+        return super().acquire(unit, most)
 
-    def leave(self, unit: str, cost: float) -> None:
+    def release(self, unit: str, cost: float) -> None:
         self._end = time.time()
-        super().leave(unit, cost)
+        super().release(unit, cost)
 
     def seconds(self) -> float:
         return self._end - self._start
@@ -66,10 +66,10 @@ def through_pipeline(config: Config, rows: list[dict[str, Any]], folder: Path) -
     for number, start in enumerate(range(0, len(rows), config.generate.unit_rows)):
         names.append(f"train-{number:06d}")
         table = pa.Table.from_pylist(rows[start : start + config.generate.unit_rows], PREPARED)
-        units.write(units.unit_uri(str(folder), "prepared", names[-1]), table)
+        units.write_unit(units.unit_uri(str(folder), "prepared", names[-1]), table)
     gate = ray.remote(num_cpus=0)(Clock).remote()
-    results = list(generate.plan(str(folder), names, config, engines.load_engine, gate).iter_rows())
-    pairs = sum(len(row) for name in names for row in units.read(units.unit_uri(str(folder), "units", name))["candidates"].to_pylist())
+    results = list(generate.build_plan(str(folder), names, config, engines.load_engine, gate).iter_rows())
+    pairs = sum(len(row) for name in names for row in units.read_unit(units.unit_uri(str(folder), "units", name))["candidates"].to_pylist())
     totals = {key: sum(result[key] for result in results) for key in ("candidates", "tokens")}
     return {"seconds": ray.get(gate.seconds.remote()), "pairs": pairs, **totals}
 
@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = parser.parse_args()
     config = load("demo")
-    train = [each[1] for each in instructions.prepared(config) if isinstance(each, tuple) and each[0] == "train"]
+    train = [each[1] for each in few_shot.prepare_rows(config) if isinstance(each, tuple) and each[0] == "train"]
     rows = train[:: max(1, len(train) // options.rows)][: options.rows]
     turns: dict[str, list[dict[str, float]]] = {"pipeline": [], "direct": []}
     with ray_session(), tempfile.TemporaryDirectory(prefix="cappy-benchmark-") as folder:

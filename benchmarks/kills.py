@@ -91,7 +91,7 @@ class Watch:
             for name in storage.list_files(storage.join(self._staging, "units")).keys() - self._seen:
                 now = time.time()
                 try:
-                    ids = units.read(storage.join(self._staging, "units", name))["id"].to_pylist()
+                    ids = units.read_unit(storage.join(self._staging, "units", name))["id"].to_pylist()
                 except FileNotFoundError:  # merged and removed meanwhile
                     continue
                 self._seen.add(name)

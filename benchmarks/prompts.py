@@ -22,11 +22,11 @@ from cluster.config import Config, DecodingConfig, PromptConfig, load
 from cluster.progress import Bar
 from evaluation import statistics
 from evaluation.comparison import pad_field, pick_baselines
-from generation import engines, instructions
+from generation import engines, few_shot
 from generation.engines import contract
 from generation.sampler import Sampler
 from generation.schema import PREPARED
-from generation.units import label
+from generation.units import label_rows
 
 FORMS = {
     "chat, zero-shot": (PromptConfig(form="chat"), ()),
@@ -48,7 +48,7 @@ def train_rows(config: Config, count: int) -> list[dict[str, Any]]:
     """The first `count` train rows of each task, prepared under the config's prompt form."""
     taken: dict[str, int] = {}
     rows = []
-    for each in instructions.prepared(config):
+    for each in few_shot.prepare_rows(config):
         if isinstance(each, tuple) and each[0] == "train" and taken.get(each[1]["dataset"], 0) < count:
             taken[each[1]["dataset"]] = taken.get(each[1]["dataset"], 0) + 1
             rows.append(each[1])
@@ -61,7 +61,7 @@ async def measure(engine: contract.LLM, config: Config, rows: list[dict[str, Any
     start = time.perf_counter()
     (sampled,) = [batch async for batch in sampler(pa.Table.from_pylist(rows, PREPARED))]
     seconds = time.perf_counter() - start
-    done, _ = label(sampled.to_pylist(), config)
+    done, _ = label_rows(sampled.to_pylist(), config)
     for row in done:
         row["candidates"] = [each for each in row["candidates"] if each["source"] == "sampled"]
     base = pick_baselines(done, [each.model_dump() for each in config.sampler.decodings])

@@ -39,7 +39,7 @@ from benchmarks import servers
 from benchmarks.load import Answer, Body, arrivals, closed, opened, quantiles, rate, seconds
 from cluster.config import Config, load
 from cluster.progress import log
-from generation import instructions
+from generation import few_shot
 from generation.prompts import messages
 
 RATES = {"light": 0.25, "moderate": 0.5, "high": 0.8}
@@ -51,7 +51,7 @@ class Prompts:
     """Bodies of requests, never the same prompt again before all were used; `state` has how a run of bodies is drawn again."""
 
     def __init__(self, config: Config, options: argparse.Namespace) -> None:
-        rows = [each[1] for each in instructions.prepared(config) if isinstance(each, tuple)]
+        rows = [each[1] for each in few_shot.prepare_rows(config) if isinstance(each, tuple)]
         random.Random(options.seed).shuffle(rows)
         lines = options.answers == "lines"
         same: Body = {"model": config.serving.model_name, "max_tokens": 32 if lines else 128, "temperature": 0.9}

@@ -16,6 +16,7 @@ from cluster.config import EvaluationConfig
 from cluster.errors import CappyError
 from evaluation import statistics
 from evaluation.statistics import Booleans, Floats, Integers
+from generation.logprobs import mean_logprobs
 from training.blend import blend_scores
 from training.validation import rank_agreement
 
@@ -67,7 +68,7 @@ def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) 
         "greedy": _first_of(rows, greedy),
         "sample": _first_of(rows, sampling),
         "self_sum": np.where(known_R, statistics.pick_best(logprobs_RC, present_RC), -1),
-        "self_mean": np.where(sized_R, statistics.pick_best(logprobs_RC / np.maximum(tokens_RC, 1), present_RC), -1),
+        "self_mean": np.where(sized_R, statistics.pick_best(mean_logprobs(logprobs_RC, tokens_RC), present_RC), -1),
     }
     missing = {
         "greedy": f"no candidate of a decoding with temperature 0 (decodings: {', '.join(each['name'] for each in decodings)})",
@@ -116,7 +117,7 @@ def compare_methods(
     """
     labels_RC, present_RC = pad_field(rows, "label")
     scores_RC, _ = pad_field(rows, "score")
-    means_RC = pad_field(rows, "logprob")[0] / np.maximum(pad_field(rows, "tokens")[0], 1)
+    means_RC = mean_logprobs(pad_field(rows, "logprob")[0], pad_field(rows, "tokens")[0])
     picks = {
         **baseline_picks,
         "scorer": statistics.pick_best(scores_RC, present_RC),
@@ -227,7 +228,7 @@ def _curves(rows: Sequence[Row], tasks_R: Integers, settings: EvaluationConfig, 
         "oracle": labels_RC,
         "scorer": scores_RC,
         "self_sum": logprobs_RC,
-        "self_mean": logprobs_RC / np.maximum(tokens_RC, 1),
+        "self_mean": mean_logprobs(logprobs_RC, tokens_RC),
     }
     curves: dict[str, Any] = {"k": sizes}
     for name, ranking_RC in rankings.items():

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from evaluation import plots
 from evaluation.comparison import METHODS
 from evaluation.report_template import PAGE
+from generation.logprobs import mean_logprob
 
 OUTCOMES = ("win", "loss", "tie")
 _LONG_TEXT = 4000  # characters of an instruction or response shown
@@ -81,7 +82,7 @@ def _example(row: dict[str, Any], outcome: str, baseline: str) -> dict[str, Any]
             seen["decodings"].append(each["decoding"])
     for each in merged.values():
         each["picks"].sort(key=METHODS.index)
-        each["mean_logprob"] = None if each["logprob"] is None else each["logprob"] / max(each["tokens"] or 0, 1)
+        each["mean_logprob"] = mean_logprob(each["logprob"], each["tokens"])
     return {
         "outcome": outcome,
         "dataset": row["dataset"],

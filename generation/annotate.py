@@ -30,7 +30,7 @@ from generation import dataset, dataset_card, labels
 from generation.dataset import RegressionSet
 from generation.schema import DATASET
 
-_OWNED = storage.Owned("dataset", "annotate", dataset.WORKING, r"_staging/run\.json", dataset.RESULTS)
+_OWNED = storage.Owned("dataset", "annotate", dataset.WORKING_FILES, r"_staging/run\.json", dataset.RESULT_FILES)
 # Rows labelled at once; bounds a task's memory.
 _BATCH_ROWS = 1024
 
@@ -51,14 +51,14 @@ def run_annotate(config: Config, *, src: str, dst: str, overwrite: bool = False)
     storage.refuse_foreign(uri, "DST", _OWNED, overwrite=False)
     storage.finish_withdrawal(uri, "DST", _OWNED)
     origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
-    metric = labels.describe(config.generate.label)
-    _claim(uri, {"relabelled_from": origin, "metric": metric})
+    metric = labels.describe_metric(config.generate.label)
+    _claim_destination(uri, {"relabelled_from": origin, "metric": metric})
     with ray_session():
         shards = _write_shards(source, uri, config.generate.label)
     return _publish(uri, source, shards, origin, config.generate.label, time.monotonic() - start)
 
 
-def relabel(table: pa.Table, config: LabelConfig) -> pa.Table:
+def replace_labels(table: pa.Table, config: LabelConfig) -> pa.Table:
     """Return rows of a set with the labels of their sampled candidates by `config`, all else as it was."""
     table = table.combine_chunks()
     lists = table["candidates"].combine_chunks()
@@ -69,7 +69,7 @@ def relabel(table: pa.Table, config: LabelConfig) -> pa.Table:
     at = lists.offsets.to_numpy() - lists.offsets[0].as_py()
     responses = pa.ListArray.from_arrays(pa.array(before[at]), candidates.field("response").filter(pa.array(sampled)))
     new_labels = candidates.field("label").to_numpy().copy()
-    new_labels[sampled] = labels.labels(responses, table["references"].combine_chunks(), config)
+    new_labels[sampled] = labels.compute_labels(responses, table["references"].combine_chunks(), config)
     fields = {field.name: candidates.field(field.name) for field in candidates.type} | {"label": pa.array(new_labels)}
     struct = pa.StructArray.from_arrays(list(fields.values()), fields=list(candidates.type))
     lists = pa.ListArray.from_arrays(pa.array(at, pa.int32()), struct, type=DATASET.field("candidates").type)
@@ -83,7 +83,7 @@ def _refuse_nested(source: str, uri: str) -> None:
         raise UsageError(f"DST={uri} and SRC={source} are the same folder or one is in the other; give DST a folder of its own")
 
 
-def _claim(uri: str, work: dict[str, Any]) -> None:
+def _claim_destination(uri: str, work: dict[str, Any]) -> None:
     """Write down what the destination is being made from, or check that it is the same as before."""
     place = storage.join(uri, "_staging", "run.json")
     if storage.create_json(place, work):
@@ -127,9 +127,9 @@ def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelCon
         with pq.ParquetWriter(new, DATASET, compression="zstd", write_page_checksum=True) as writer:
             for group in range(parquet.num_row_groups):
                 batches = parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
-                tables = [relabel(pa.Table.from_batches([batch]).cast(DATASET), config) for batch in batches]
+                tables = [replace_labels(pa.Table.from_batches([batch]).cast(DATASET), config) for batch in batches]
                 for table in tables:
-                    statistics = dataset.add_statistics(statistics, dataset.statistics(table))
+                    statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
                 writer.write_table(pa.concat_tables(tables))
         entry = storage.FolderWriter(uri).upload_file(new, name) | {"rows": statistics["instructions"]}
     return {"name": name, "entry": entry, "statistics": statistics}
@@ -164,11 +164,11 @@ def _publish(
         "code_version": code_version(),
         "command": f"cappy annotate SRC DST --set generate.label.metric={label.metric} --set generate.label.mode={label.mode}",
         "summary": summary,
-        "metric": labels.describe(label),
+        "metric": labels.describe_metric(label),
         "relabelled_from": origin,
         "config": config,
         "files": files,
     }
-    storage.publish(uri, dataset_card.write(uri, made))
+    storage.publish(uri, dataset_card.write_card(uri, made))
     storage.cleanup(storage.join(uri, "_staging"))
     return summary

@@ -30,7 +30,7 @@ class Budget:
         self._reserved[unit] = most
         return True
 
-    def promised(self, unit: str) -> bool:
+    def is_reserved(self, unit: str) -> bool:
         """Whether a unit is under way."""
         return unit in self._reserved
 

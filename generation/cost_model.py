@@ -59,7 +59,7 @@ class Rates:
     origin: Mapping[str, str]
 
 
-def estimate(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_from: str = "given") -> dict[str, Any]:
+def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_from: str = "given") -> dict[str, Any]:
     """Return the plan: `mixture` (a row a dataset), `totals`, `compute`, `dollars`, `assumptions`.
 
     Sampled tokens are given as expected and as the most the decodings allow; hours and dollars likewise. Hours are of whole
@@ -67,12 +67,16 @@ def estimate(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_f
     """
     sampler = config.sampler
     candidates = sum(decoding.n for decoding in sampler.decodings)
-    rows = {name: _row(count, config, rates, candidates) for name, count in counts.items()}
+    rows = {name: _dataset_row(count, config, rates, candidates) for name, count in counts.items()}
     total = {key: sum(row[key] for row in rows.values()) for key in _SUMMED}
     pairs = {source: sum(row["by_source"][source] for row in rows.values()) for source in ("reference", "choice", "mismatched", "sampled")}
     assumptions = [
         ("tokens of a prompt", "see the table", tokens_from),
-        ("tokens of a candidate", _round(total["sampled_tokens"] / max(1, total["candidates"])), rates.origin["tokens_per_candidate"]),
+        (
+            "tokens of a candidate",
+            _round(total["sampled_tokens"] / max(1, total["candidates"])),
+            rates.origin["tokens_per_candidate"],
+        ),
         ("bytes of a published pair", _round(rates.bytes_per_pair), rates.origin["bytes_per_pair"]),
         ("mismatched responses", "all found", "fewer in datasets too small or uniform to borrow from"),
     ]
@@ -97,14 +101,14 @@ def estimate(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_f
         },
     }
     if sampler.engine.kind == "endpoint":
-        return result | _endpoint(total, config, assumptions)
-    return result | _gpus(total, config, rates, assumptions)
+        return result | _endpoint_costs(total, config, assumptions)
+    return result | _gpu_costs(total, config, rates, assumptions)
 
 
 _SUMMED = ("train", "validation", "sampled_rows", "candidates", "fresh_tokens", "prompt_tokens", "sampled_tokens", "most_tokens")
 
 
-def _row(count: Count, config: Config, rates: Rates, candidates: int) -> dict[str, Any]:
+def _dataset_row(count: Count, config: Config, rates: Rates, candidates: int) -> dict[str, Any]:
     decodings = config.sampler.decodings
     reference = count.reference_tokens / max(1, count.sampled_references)
     expected = sum(each.n * min(max(rates.tokens_per_candidate or reference, each.min_tokens), each.max_tokens) for each in decodings)
@@ -133,7 +137,7 @@ def _row(count: Count, config: Config, rates: Rates, candidates: int) -> dict[st
     }
 
 
-def _gpus(total: dict[str, Any], config: Config, rates: Rates, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
+def _gpu_costs(total: dict[str, Any], config: Config, rates: Rates, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
     plan, engine = config.plan, config.sampler.engine
     span = engine.tensor_parallel if engine.kind == "vllm" else 1
     reading = total["fresh_tokens"] / rates.prompt if rates.prompt else 0.0
@@ -159,11 +163,11 @@ def _gpus(total: dict[str, Any], config: Config, rates: Rates, assumptions: list
             "wall_hours": {str(count): hours["expected"] / (count // span) if count >= span else None for count in plan.gpus},
         },
         "dollars": {name: value * plan.gpu_dollars_per_hour for name, value in gpu_hours.items()},
-        "assumptions": _told(assumptions),
+        "assumptions": _assumption_rows(assumptions),
     }
 
 
-def _endpoint(total: dict[str, Any], config: Config, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
+def _endpoint_costs(total: dict[str, Any], config: Config, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
     """An endpoint's bill: each decoding is a request, which pays for the whole prompt."""
     engine = config.sampler.engine
     prompt, sampled = (float(getattr(engine, f"price_per_million_{kind}", 0) or 0) for kind in ("prompt", "sampled"))
@@ -182,11 +186,11 @@ def _endpoint(total: dict[str, Any], config: Config, assumptions: list[tuple[str
             "expected": reading + total["sampled_tokens"] * sampled / 1e6,
             "most": reading + total["most_tokens"] * sampled / 1e6,
         },
-        "assumptions": _told(assumptions),
+        "assumptions": _assumption_rows(assumptions),
     }
 
 
-def _told(assumptions: list[tuple[str, Any, str]]) -> list[dict[str, Any]]:
+def _assumption_rows(assumptions: list[tuple[str, Any, str]]) -> list[dict[str, Any]]:
     return [{"what": what, "value": value, "from": origin} for what, value, origin in assumptions]
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import ray.data
 
 LABEL_BINS = 10
-WORKING = (
+WORKING_FILES = (
     r"_lease/\d+\.json",
     r"_staging/(run|prepared)\.json",
     r"_staging/prepared/(dead_letters\.jsonl|decontamination\.json)",
@@ -35,7 +35,7 @@ WORKING = (
     r"_staging/promises/(train|validation)-\d+-[0-9a-f]{32}\.json",
 )
 """The files of an unfinished set (its shards have their run in their names), as `storage.Owned` takes them."""
-RESULTS = (
+RESULT_FILES = (
     r"data/(train|validation)/part-\d{5,}\.parquet",
     r"config\.yaml|README\.md|labels\.svg|dead_letters\.jsonl|decontamination\.json",
 )
@@ -90,7 +90,7 @@ class RegressionSet:
                 with fs.open_input_file(path) as file:
                     parquet = pq.ParquetFile(file, page_checksum_verification=True)
                     groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
-                    wanted = [number for number, group in enumerate(groups) if only is None or _may_hold(group, only)]
+                    wanted = [number for number, group in enumerate(groups) if only is None or _may_contain(group, only)]
                     seen += sum(group.num_rows for number, group in enumerate(groups) if number not in wanted)
                     for batch in parquet.iter_batches(batch_size=rows, row_groups=wanted, columns=list(columns) if columns else None):
                         seen += batch.num_rows
@@ -131,7 +131,7 @@ class RegressionSet:
         return ray.data.read_parquet([path for _, path in located], filesystem=located[0][0])
 
 
-def _may_hold(group: pq.RowGroupMetaData, dataset: str) -> bool:
+def _may_contain(group: pq.RowGroupMetaData, dataset: str) -> bool:
     """Whether a row group can have rows of a dataset, by the least and the greatest name that its statistics give."""
     column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "dataset")
     names = column.statistics
@@ -167,7 +167,7 @@ def pair_table(table: pa.Table) -> pa.Table:
     return pa.table(columns, schema=PAIRS)
 
 
-def statistics(table: pa.Table) -> dict[str, Any]:
+def compute_statistics(table: pa.Table) -> dict[str, Any]:
     """Return counts of a table of rows that add up over tables: `instructions`, `pairs`, `tokens`, histograms.
 
     `sources`, `decodings` and `datasets` count candidates (datasets: instructions) by name; `labels` counts candidates in
@@ -185,9 +185,9 @@ def statistics(table: pa.Table) -> dict[str, Any]:
         "instructions": table.num_rows,
         "pairs": len(flat),
         "tokens": int(np.nansum(flat.field("tokens").to_numpy(zero_copy_only=False).astype(float))) if len(flat) else 0,
-        "sources": _counts(flat.field("source")),
-        "decodings": _counts(flat.field("decoding").drop_null()),
-        "datasets": _counts(table["dataset"]),
+        "sources": _count_values(flat.field("source")),
+        "decodings": _count_values(flat.field("decoding").drop_null()),
+        "datasets": _count_values(table["dataset"]),
         "labels": np.bincount(bins, minlength=LABEL_BINS).tolist(),
         "source_labels": dict(sorted(zip(names, by_source, strict=True))),
     }
@@ -208,5 +208,5 @@ def _add(a: Any, b: Any) -> Any:
     return a + b
 
 
-def _counts(values: pa.Array | pa.ChunkedArray) -> dict[str, int]:
+def _count_values(values: pa.Array | pa.ChunkedArray) -> dict[str, int]:
     return {item["values"]: item["counts"] for item in sorted(values.value_counts().to_pylist(), key=lambda item: item["values"])}

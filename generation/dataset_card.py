@@ -17,7 +17,7 @@ from generation.dataset import LABEL_BINS
 GIVEN = ("reference", "choice", "mismatched")
 """Sources whose label is given (1 or 0), not computed."""
 
-_MOST_DATASETS = 100
+_MAX_DATASETS = 100
 _COLUMNS = {
     "id": "32 hex digits, a hash of dataset, template, instruction and references",
     "dataset": "the task or data set the row is from",
@@ -37,20 +37,20 @@ _COLUMNS = {
 _SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"), (10**8, "10M<n<100M")]
 
 
-def write(uri: str, manifest: dict[str, Any], check: Callable[[], None] | None = None) -> dict[str, Any]:
+def write_card(uri: str, manifest: dict[str, Any], check: Callable[[], None] | None = None) -> dict[str, Any]:
     """Write `README.md` and `labels.svg` beside a set; return its manifest, not yet published, with both among its files.
 
     `check` is called before each write, see `storage.FolderWriter`.
     """
     folder = storage.FolderWriter(uri, check)
     made = {
-        "labels.svg": folder.write_bytes("labels.svg", histogram(manifest["summary"]["source_labels"])),
-        "README.md": folder.write_bytes("README.md", card(manifest).encode()),
+        "labels.svg": folder.write_bytes("labels.svg", plot_labels(manifest["summary"]["source_labels"])),
+        "README.md": folder.write_bytes("README.md", render_card(manifest).encode()),
     }
     return {**manifest, "files": manifest["files"] | made}
 
 
-def histogram(labels: Mapping[str, Sequence[int]], form: str = "svg") -> bytes:
+def plot_labels(labels: Mapping[str, Sequence[int]], form: str = "svg") -> bytes:
     """Return a picture (`svg` or `png`) of the label counts by source, `LABEL_BINS` bins of [0, 1] each.
 
     Samples, whose label is computed, stand apart from the given responses, which all have 0 or 1.
@@ -88,7 +88,7 @@ def histogram(labels: Mapping[str, Sequence[int]], form: str = "svg") -> bytes:
     return sink.getvalue()
 
 
-def card(manifest: Mapping[str, Any]) -> str:
+def render_card(manifest: Mapping[str, Any]) -> str:
     """Return the dataset card of a set, or of a table of pairs, as Markdown with the YAML header the Hugging Face hub reads."""
     summary, config, metric = manifest["summary"], manifest["config"], manifest["metric"]
     pairs = manifest["kind"] == "pairs"
@@ -109,22 +109,28 @@ def card(manifest: Mapping[str, Any]) -> str:
         ],
     }
     datasets = sorted(summary["datasets"].items(), key=lambda item: (-item[1], item[0]))
-    counts = _table(
+    counts = _markdown_table(
         ("split", "instructions", "pairs"),
         [(split, f"{each['instructions']:,}", f"{each['pairs']:,}") for split, each in manifest["counts"].items()],
     )
-    sources = _table(("source", "pairs"), [(name, f"{count:,}") for name, count in summary["sources"].items()])
-    by_dataset = _table(("dataset", "instructions"), [(name, f"{count:,}") for name, count in datasets[:_MOST_DATASETS]])
-    if len(datasets) > _MOST_DATASETS:
-        by_dataset += f"\n\nand {len(datasets) - _MOST_DATASETS:,} more; `_MANIFEST.json` has all."
-    decodings = _table(
+    sources = _markdown_table(("source", "pairs"), [(name, f"{count:,}") for name, count in summary["sources"].items()])
+    by_dataset = _markdown_table(("dataset", "instructions"), [(name, f"{count:,}") for name, count in datasets[:_MAX_DATASETS]])
+    if len(datasets) > _MAX_DATASETS:
+        by_dataset += f"\n\nand {len(datasets) - _MAX_DATASETS:,} more; `_MANIFEST.json` has all."
+    decodings = _markdown_table(
         ("decoding", "n", "settings"),
         [
-            (each["name"], str(each["n"]), ", ".join(f"{key} {_plain(value)}" for key, value in each.items() if _told(key, value)))
+            (
+                each["name"],
+                str(each["n"]),
+                ", ".join(f"{key} {_format_setting(value)}" for key, value in each.items() if _is_worth_listing(key, value)),
+            )
             for each in sampler["decodings"]
         ],
     )
-    columns = _table(("column", "type", "what it is"), [(name, kind, _COLUMNS.get(name, "")) for name, kind in _types(manifest["schema"])])
+    columns = _markdown_table(
+        ("column", "type", "what it is"), [(name, kind, _COLUMNS.get(name, "")) for name, kind in _column_types(manifest["schema"])]
+    )
     size = f"{summary['instructions']:,} instructions, {summary['pairs']:,} pairs, {summary['tokens']:,} sampled tokens"
     return f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
@@ -133,7 +139,7 @@ def card(manifest: Mapping[str, Any]) -> str:
 # {"Pairs of a" if pairs else "A"} Cappy regression set
 
 Instructions with responses of known quality, to fit a scorer on (Cappy, arXiv 2311.06720): correct ones (label 1), wrong ones
-(label 0) and responses sampled from an LLM, labelled by their {_metric(metric)} against the references.
+(label 0) and responses sampled from an LLM, labelled by their {_metric_name(metric)} against the references.
 {"One row a pair" if pairs else "One row an instruction with its candidates as a list"}: {size}.
 
 {counts}
@@ -146,7 +152,7 @@ Instructions with responses of known quality, to fit a scorer on (Cappy, arXiv 2
 
 A copy elsewhere opens by its own path. Of s3:// paths `datasets` and pandas need `s3fs`; or `cappy pull` the set first.
 
-{_loading(summary["uri"], next(iter(manifest["counts"])), pairs)}
+{_loading_section(summary["uri"], next(iter(manifest["counts"])), pairs)}
 
 ## Columns
 
@@ -158,12 +164,12 @@ SHA-256; `cappy inspect` checks them.
 ## How it was made
 
 - by `{manifest["command"]}`, code {manifest["code_version"]}, {manifest["created"]}; `config.yaml` holds every setting
-- instructions: {_sources(config["source"])}
+- instructions: {_describe_sources(config["source"])}
 - LLM: `{sampler["model"]}`
 - prompt: {prompt["form"]} form, {prompt["shots"]} shots{", with a system text" if prompt["system"] else ""}
-- labels: {_metric(metric)} ({metric["mode"]} mode, version {metric["version"]})
+- labels: {_metric_name(metric)} ({metric["mode"]} mode, version {metric["version"]})
 - seed: {config["seed"]}
-{_made_from(manifest)}
+{_made_from_line(manifest)}
 {decodings}
 
 ## Instructions by dataset
@@ -172,41 +178,41 @@ SHA-256; `cappy inspect` checks them.
 
 ## Licence
 
-{_licence(license_)}
-{_canary(config["source"])}"""
+{_licence_text(license_)}
+{_canary_section(config["source"])}"""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["--:" if name in ("n", "pairs", "instructions") else "---" for name in head]
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in (head, rule, *rows))
+    return "\n".join("| " + " | ".join(_escape_cell(text) for text in line) + " |" for line in (head, rule, *rows))
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _told(key: str, value: Any) -> bool:
+def _is_worth_listing(key: str, value: Any) -> bool:
     """Whether a decoding's setting says something beside its name and n."""
     if key == "temperature":
         return True
     return key not in ("name", "n") and value not in (None, [], 0) and not (key in ("top_p", "beams") and value == 1)
 
 
-def _plain(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     return ", ".join(repr(each) for each in value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _types(schema: Mapping[str, str]) -> list[tuple[str, str]]:
+def _column_types(schema: Mapping[str, str]) -> list[tuple[str, str]]:
     """Columns and their Arrow types, without the inside of nested ones."""
     plain = {"list<item: string>": "list of strings"}
     return [(name, "list of structs" if "struct<" in kind else plain.get(kind, kind)) for name, kind in schema.items()]
 
 
-def _metric(metric: Mapping[str, Any]) -> str:
+def _metric_name(metric: Mapping[str, Any]) -> str:
     return {"rouge_l": "Rouge-L"}.get(metric["name"], str(metric["name"]))
 
 
-def _loading(uri: str, split: str, pairs: bool) -> str:
+def _loading_section(uri: str, split: str, pairs: bool) -> str:
     part = f"{uri}/data/{split}/part-*.parquet"
     ours = (
         ""
@@ -235,31 +241,31 @@ pandas.read_parquet("{uri}/data/{split}")
 ```"""
 
 
-def _sources(source: Mapping[str, Any]) -> str:
+def _describe_sources(source: Mapping[str, Any]) -> str:
     """The sources of a config as one line: kinds with their paths or tasks, also those within a mixture."""
     found = []
-    for each in _leaves(source):
+    for each in _find_sources(source):
         told = {key: value for key, value in each.items() if key != "kind" and isinstance(value, str | list) and value}
         what = "; ".join(f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in told.items())
         found.append(f"{each['kind']} ({what})" if what else str(each["kind"]))
     return "; ".join(found)
 
 
-def _leaves(tree: Any) -> list[Mapping[str, Any]]:
+def _find_sources(tree: Any) -> list[Mapping[str, Any]]:
     """The innermost mappings of a tree that have a `kind`."""
     if isinstance(tree, list):
-        return [leaf for each in tree for leaf in _leaves(each)]
+        return [leaf for each in tree for leaf in _find_sources(each)]
     if not isinstance(tree, Mapping):
         return []
-    below = [leaf for each in tree.values() for leaf in _leaves(each)]
+    below = [leaf for each in tree.values() for leaf in _find_sources(each)]
     return below or ([tree] if "kind" in tree else [])
 
 
-def _made_from(manifest: Mapping[str, Any]) -> str:
+def _made_from_line(manifest: Mapping[str, Any]) -> str:
     return f"- made from: `{manifest['made_from']['uri']}`\n" if "made_from" in manifest else ""
 
 
-def _licence(license_: str) -> str:
+def _licence_text(license_: str) -> str:
     if license_ != "unknown":
         return f"{license_}, as its maker set it (`generate.license`)."
     return (
@@ -268,8 +274,8 @@ def _licence(license_: str) -> str:
     )
 
 
-def _canary(source: Mapping[str, Any]) -> str:
-    if not any(leaf["kind"] == "bigbench" for leaf in _leaves(source)):
+def _canary_section(source: Mapping[str, Any]) -> str:
+    if not any(leaf["kind"] == "bigbench" for leaf in _find_sources(source)):
         return ""
     return """
 ## BIG-bench's canary

@@ -30,18 +30,19 @@ from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Lease, LeaseLost
 from cluster.progress import Bar, log
 from cluster.runtime import code_version, on_sigterm, ray_session
-from generation import dataset, dataset_card, engines, instructions, labels, prometheus, shards, units
-from generation.instructions import DeadLetter
-from generation.prometheus import Metrics
+from generation import dataset, dataset_card, engines, few_shot, labels, prometheus, shards, units
+from generation.prometheus import GenerateMetrics
 from generation.sampler import LoadLLM
 from generation.schema import DATASET, PREPARED, SPLITS
+from generation.sources import reader
+from generation.sources.row import DeadLetter
 
 # Rows after which the share of dead letters says something about the whole run.
 _ERROR_RATE_ROWS = 200
 # Blocks a plan is cut into at most: Ray Data's books in the driver grow with them, not with the rows.
 _BLOCKS = 1000
 _LEASE = "_lease"
-_OWNED = storage.Owned("dataset", "generate", dataset.WORKING, r"_staging/(units|letters)/.+", dataset.RESULTS)
+_OWNED = storage.Owned("dataset", "generate", dataset.WORKING_FILES, r"_staging/(units|letters)/.+", dataset.RESULT_FILES)
 
 
 def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
         storage.refuse_published(uri, "dataset", "generate")
     storage.refuse_foreign(uri, "dataset", _OWNED, overwrite=overwrite)
     engines.check_sampler_config(config.sampler)
-    with prometheus.exposed(config.generate) as progress, lease.held(storage.join(uri, _LEASE), f"dataset={uri}") as held:
+    with prometheus.serve_metrics(config.generate) as progress, lease.held(storage.join(uri, _LEASE), f"dataset={uri}") as held:
         if overwrite:
             storage.withdraw(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
         storage.finish_withdrawal(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
@@ -64,7 +65,7 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
         storage.refuse_foreign(uri, "dataset", _OWNED, overwrite=False)
         staging = storage.join(uri, "_staging")
         held.check()
-        _claim(staging, config)
+        _claim_destination(staging, config)
         prepared = _prepare(staging, config, held)
         stages = {"reading": time.monotonic() - start}
         try:
@@ -81,20 +82,20 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
     return summary
 
 
-def identity(config: Config) -> dict[str, Any]:
+def result_settings(config: Config) -> dict[str, Any]:
     """The settings that decide the set's content, as a plain tree; the others (replicas, sizes) may change on resume."""
     tree = config.model_dump(mode="json")
     sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
     engine = {key: tree["sampler"]["engine"][key] for key in config.sampler.engine.decides}
     generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "max_per_bin", "unit_rows")}
-    generate["label"] = labels.describe(config.generate.label)
+    generate["label"] = labels.describe_metric(config.generate.label)
     source = {key: tree[key] for key in ("source", "decontaminate")}
     return {"seed": config.seed, **source, "sampler": {**sampler, "engine": engine}, "generate": generate}
 
 
-def _claim(staging: str, config: Config) -> None:
+def _claim_destination(staging: str, config: Config) -> None:
     """Write down what this destination is being made from, or check that it is the same as before."""
-    mine = identity(config)
+    mine = result_settings(config)
     place = storage.join(staging, "run.json")
     if storage.create_json(place, {"fingerprint": fingerprint(mine), "settings": mine}):
         return
@@ -122,15 +123,17 @@ def _prepare(staging: str, config: Config, held: Lease) -> dict[str, Any]:
 
     def flush(split: str) -> None:
         held.check(look=False)
-        units.write(units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(waiting[split], PREPARED))
+        units.write_unit(
+            units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(waiting[split], PREPARED)
+        )
         numbers[split] += 1
         counts[split] += len(waiting[split])
         bar.advance(len(waiting[split]), note=f"{failed} dead letters" if failed else "")
         waiting[split].clear()
 
-    with _letters() as letters, Bar(f"reading {describe_source(config)}", None, "instructions") as bar:
-        evaluation = instructions.contamination(config)
-        for each in instructions.prepared(config, evaluation):
+    with _dead_letter_file() as letters, Bar(f"reading {describe_source(config)}", None, "instructions") as bar:
+        evaluation = few_shot.load_contamination(config)
+        for each in few_shot.prepare_rows(config, evaluation):
             if isinstance(each, DeadLetter):
                 letters.write(each.to_json() + "\n")
                 failed += 1
@@ -145,7 +148,7 @@ def _prepare(staging: str, config: Config, held: Lease) -> dict[str, Any]:
         letters.flush()
         held.check()
         storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
-    _stop_above_error_rate(failed, failed + sum(counts.values()), config)
+    _check_error_rate(failed, failed + sum(counts.values()), config)
     storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
     result = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": failed}
     held.check()
@@ -153,7 +156,7 @@ def _prepare(staging: str, config: Config, held: Lease) -> dict[str, Any]:
     return result
 
 
-def _letters() -> Any:
+def _dead_letter_file() -> Any:
     """A local file for dead letters on their way to the destination: there may be too many to hold."""
     return tempfile.NamedTemporaryFile("w+", prefix="cappy-dead-letters-", suffix=".jsonl", encoding="utf-8")
 
@@ -163,21 +166,23 @@ def describe_source(config: Config) -> str:
     source = config.source
     if source.kind == "mixture":
         return f"a mixture of {len(source.parts)} sources"
-    return f"BIG-bench ({', '.join(source.tasks)})" if source.kind == "bigbench" else instructions.part_name(source)
+    return f"BIG-bench ({', '.join(source.tasks)})" if source.kind == "bigbench" else reader.part_name(source)
 
 
-def _names(prepared: dict[str, Any]) -> list[str]:
+def _unit_names(prepared: dict[str, Any]) -> list[str]:
     return [f"{split}-{number:06d}" for split in SPLITS for number in range(prepared["units"][split])]
 
 
-def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLLM, held: Lease, progress: Metrics) -> dict[str, Any]:
+def _sample(
+    staging: str, prepared: dict[str, Any], config: Config, load: LoadLLM, held: Lease, progress: GenerateMetrics
+) -> dict[str, Any]:
     """Run every unit that is not done yet through sampling and labelling; return the rates of what was sampled."""
-    names = _names(prepared)
+    names = _unit_names(prepared)
     finished = {name.removesuffix(".parquet") for name in storage.list_files(storage.join(staging, "units"))}
     pending = [name for name in names if name not in finished]
     total = prepared["rows"]
-    done = total - _rows(pending, prepared, config.generate.unit_rows)
-    progress.begin(total, done)
+    done = total - _count_rows(pending, prepared, config.generate.unit_rows)
+    progress.start(total, done)
     if finished:
         log(f"{len(finished)} of {len(names)} units are done already; going on")
     if not pending:
@@ -187,14 +192,14 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
 
     log(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
     ceiling = engines.cost_limit(config.sampler)
-    spent = units.spent(staging, sorted(finished)) if ceiling is not None else 0.0
+    spent = units.dollars_spent(staging, sorted(finished)) if ceiling is not None else 0.0
     # Beside the driver: on a worker node it would be lost with it, and the run with the gate.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     gate = ray.remote(num_cpus=0, scheduling_strategy=here)(units.BudgetGate).remote(ceiling, spent)
     failed = 0
     closing = on_sigterm("finishing the units in flight; the same command goes on afterwards", gate.close.remote)
     with closing as told, Bar("sampling", total, "instructions", done=done) as bar:
-        for result in plan(staging, pending, config, load, gate).iter_rows():
+        for result in build_plan(staging, pending, config, load, gate).iter_rows():
             held.check(look=False)
             failed += result["dead_letters"]
             spent += result["cost"]
@@ -202,7 +207,7 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
             note = "  ".join([f"{failed} dead letters"] * bool(failed) + [f"${spent:,.4f}"] * bool(spent))
             bar.advance(result["rows"], note=note, candidates=result["candidates"], tokens=result["tokens"])
             if bar.done - done >= _ERROR_RATE_ROWS:
-                _stop_above_error_rate(failed, bar.done - done, config)
+                _check_error_rate(failed, bar.done - done, config)
         state = f"{bar.done:,} of {total:,} instructions are done and saved"
         if told.is_set():
             raise Stopped(f"stopped on SIGTERM; {state}, the same command goes on")
@@ -214,7 +219,7 @@ def _sample(staging: str, prepared: dict[str, Any], config: Config, load: LoadLL
         return {f"{name}_per_second": rate for name, rate in bar.rates().items()}
 
 
-def plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate: Any) -> Any:
+def build_plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate: Any) -> Any:
     """Return the Ray Data plan: names of units in, a row a finished unit out (`units.COUNTS`)."""
     import ray.data
 
@@ -233,7 +238,7 @@ def plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate
     )
 
 
-def _stop_above_error_rate(letters: int, rows: int, config: Config) -> None:
+def _check_error_rate(letters: int, rows: int, config: Config) -> None:
     """Raise `CappyError` when more than `generate.max_error_rate` of `rows` rows went to the dead-letter file."""
     if rows and letters / rows > config.generate.max_error_rate:
         raise CappyError(
@@ -248,13 +253,13 @@ def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config, hel
 
     held.check()
     sizes = storage.list_files(storage.join(staging, "units"))
-    merge = ray.remote(num_cpus=1)(shards.write)
+    merge = ray.remote(num_cpus=1)(shards.write_shard)
     tasks: dict[Any, str] = {}
     for split in SPLITS:
         # Named by what was prepared: a listing may lack one, and that must be noticed.
-        mine = {name: sizes.get(f"{name}.parquet", 0) for name in _names(prepared) if name.startswith(f"{split}-")}
-        for number, names in enumerate(shards.fill(mine, config.generate.shard_mib << 20)):
-            name = shards.path(split, number, held.run)
+        mine = {name: sizes.get(f"{name}.parquet", 0) for name in _unit_names(prepared) if name.startswith(f"{split}-")}
+        for number, names in enumerate(shards.group_by_size(mine, config.generate.shard_mib << 20)):
+            name = shards.shard_path(split, number, held.run)
             target = storage.join(uri, name)
             tasks[merge.remote(names, staging, target, config.generate.row_group_rows, held.claim.check)] = name
     merged: dict[str, Any] = {}
@@ -269,7 +274,7 @@ def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config, hel
     if rows != prepared["rows"]:
         raise CappyError(f"{uri}: {prepared['rows']} instructions were prepared, the units hold {rows}; generate it again with --overwrite")
     sampled_badly = sum(shard["letters"] for shard in merged.values())
-    _stop_above_error_rate(prepared["dead_letters"] + sampled_badly, prepared["dead_letters"] + prepared["rows"], config)
+    _check_error_rate(prepared["dead_letters"] + sampled_badly, prepared["dead_letters"] + prepared["rows"], config)
     return dict(sorted(merged.items()))
 
 
@@ -288,8 +293,11 @@ def _publish(
         raise CappyError(f"{uri}: every row failed, nothing is published; the reasons stand below {staging}")
     dead_letters = 0
     folder = storage.FolderWriter(uri, held.check)
-    with _letters() as letters:
-        for place in [storage.join(staging, "prepared", "dead_letters.jsonl"), *(shards.letters_of(staging, name) for name in merged)]:
+    with _dead_letter_file() as letters:
+        for place in [
+            storage.join(staging, "prepared", "dead_letters.jsonl"),
+            *(shards.dead_letters_uri(staging, name) for name in merged),
+        ]:
             text = storage.read_bytes(place).decode()
             letters.write(text)
             dead_letters += text.count("\n")
@@ -313,12 +321,12 @@ def _publish(
         "seconds": {stage: round(seconds, 1) for stage, seconds in stages.items()},
         "cost": {"dollars": round(sum(shard["cost"] for shard in merged.values()), 6)},
         "schema": {field.name: str(field.type) for field in DATASET},
-        "metric": labels.describe(config.generate.label),
-        "lineage": identity(config),
+        "metric": labels.describe_metric(config.generate.label),
+        "lineage": result_settings(config),
         "config": config.model_dump(mode="json"),
         "files": files,
     }
-    manifest = dataset_card.write(uri, manifest, held.check)
+    manifest = dataset_card.write_card(uri, manifest, held.check)
     shards.remove_superseded(uri, merged, held.check)
     held.check()
     storage.publish(uri, manifest)
@@ -326,7 +334,7 @@ def _publish(
     return summary
 
 
-def _rows(units: Sequence[str], prepared: dict[str, Any], size: int) -> int:
+def _count_rows(units: Sequence[str], prepared: dict[str, Any], size: int) -> int:
     """Instructions in some of the units: all hold `size` but the last of each split."""
     last = {
         f"{split}-{number - 1:06d}": prepared["counts"][split] - (number - 1) * size

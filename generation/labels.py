@@ -45,12 +45,12 @@ def rouge_l(response: str, references: Sequence[str], mode: Mode = "paper") -> f
 
 def rouge_l_batch(responses: pa.ListArray, references: pa.ListArray, mode: Mode = "paper") -> np.ndarray:
     """Return the Rouge-L F-measure of every response (float64), in order."""
-    return _overlaps(responses, references, mode, ordered=True)
+    return _word_f_measures(responses, references, mode, ordered=True)
 
 
 def token_f1(responses: pa.ListArray, references: pa.ListArray, mode: Mode = "paper") -> np.ndarray:
     """Return the F-measure of every response over the words it shares with a reference (float64), in order."""
-    return _overlaps(responses, references, mode, ordered=False)
+    return _word_f_measures(responses, references, mode, ordered=False)
 
 
 def chrf(responses: pa.ListArray, references: pa.ListArray) -> np.ndarray:
@@ -58,7 +58,7 @@ def chrf(responses: pa.ListArray, references: pa.ListArray) -> np.ndarray:
     values = []
     for said, right in zip(responses.to_pylist(), references.to_pylist(), strict=True):
         targets = [_ngrams(text) for text in right]
-        values += [max((_chrf(_ngrams(text), target) for target in targets), default=0.0) for text in said]
+        values += [max((_chrf_score(_ngrams(text), target) for target in targets), default=0.0) for text in said]
     return np.array(values, np.float64)
 
 
@@ -66,8 +66,8 @@ def exact_match(responses: pa.ListArray, references: pa.ListArray) -> np.ndarray
     """Return 1.0 for every response that equals a reference but for white space and case, else 0.0, in order."""
     values = []
     for said, right in zip(responses.to_pylist(), references.to_pylist(), strict=True):
-        known = {_plain(text) for text in right} - {""}
-        values += [_plain(text) in known for text in said]
+        known = {_normalize(text) for text in right} - {""}
+        values += [_normalize(text) in known for text in said]
     return np.array(values, np.float64)
 
 
@@ -89,13 +89,13 @@ METRICS = {
 }
 
 
-def describe(config: LabelConfig) -> dict[str, Any]:
+def describe_metric(config: LabelConfig) -> dict[str, Any]:
     """What the labels of a set are, for its manifest; `mode` is null where the metric has none."""
     metric = METRICS[config.metric]
     return {"name": config.metric, "mode": config.mode if metric.by_words else None, "version": metric.version}
 
 
-def labels(responses: pa.ListArray, references: pa.ListArray, config: LabelConfig) -> np.ndarray:
+def compute_labels(responses: pa.ListArray, references: pa.ListArray, config: LabelConfig) -> np.ndarray:
     """Return the label of every response (float64, in [0, 1]), in order, by the metric a config names."""
     metric = METRICS[config.metric]
     return metric.labels(responses, references, config.mode) if metric.by_words else metric.labels(responses, references)
@@ -104,10 +104,10 @@ def labels(responses: pa.ListArray, references: pa.ListArray, config: LabelConfi
 def warm_up(config: LabelConfig) -> None:
     """Load the code a metric is compiled to, which takes a second, before its first labels are wanted."""
     text = pa.array([["a"]], TEXTS)
-    labels(text, text, config)
+    compute_labels(text, text, config)
 
 
-def assemble(rows: Sequence[Mapping[str, Any]], config: LabelConfig, model: str) -> list[list[dict[str, Any]]]:
+def assemble_candidates(rows: Sequence[Mapping[str, Any]], config: LabelConfig, model: str) -> list[list[dict[str, Any]]]:
     """Return the labelled candidates of each instruction (paper, section 3.1), ordered: references, wrong ones, samples.
 
     - references: 1.0;
@@ -119,14 +119,17 @@ def assemble(rows: Sequence[Mapping[str, Any]], config: LabelConfig, model: str)
     is stripped, here and from samples by the engine, so that it cannot tell a reference from a sample.
     """
     sampled = pa.array([[candidate["response"] for candidate in row["sampled"]] for row in rows], TEXTS)
-    values = iter(labels(sampled, pa.array([row["references"] for row in rows], TEXTS), config).tolist())
+    values = iter(compute_labels(sampled, pa.array([row["references"] for row in rows], TEXTS), config).tolist())
     return [
-        [*_given(row), *({**candidate, "label": next(values), "source": "sampled", "model": model} for candidate in row["sampled"])]
+        [
+            *_unsampled_candidates(row),
+            *({**candidate, "label": next(values), "source": "sampled", "model": model} for candidate in row["sampled"]),
+        ]
         for row in rows
     ]
 
 
-def balanced(candidates: Sequence[dict[str, Any]], most: int, seed: int, row_id: str) -> list[dict[str, Any]]:
+def limit_per_bin(candidates: Sequence[dict[str, Any]], most: int, seed: int, row_id: str) -> list[dict[str, Any]]:
     """Return an instruction's candidates, in order, with at most `most` different samples in each of `LABEL_BINS` bins of the label.
 
     Which of a bin's samples stay is a function of (seed, row id); of samples alike the first stays. References, choices and
@@ -144,13 +147,13 @@ def balanced(candidates: Sequence[dict[str, Any]], most: int, seed: int, row_id:
     return [each for place, each in enumerate(candidates) if each["source"] != "sampled" or place in kept]
 
 
-def _given(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _unsampled_candidates(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The candidates of an instruction that nobody sampled: they have no decoding, tokens or log-probability."""
-    right = {_plain(text) for text in row["references"]}
+    right = {_normalize(text) for text in row["references"]}
     texts = {
         "reference": (1.0, row["references"]),
-        "choice": (0.0, [text for text in row["answer_choices"] or () if _plain(text) not in right]),
-        "mismatched": (0.0, [text for text in row["mismatched"] if _plain(text) not in right]),
+        "choice": (0.0, [text for text in row["answer_choices"] or () if _normalize(text) not in right]),
+        "mismatched": (0.0, [text for text in row["mismatched"] if _normalize(text) not in right]),
     }
     unknown = dict.fromkeys(("model", "decoding", "tokens", "finish_reason", "logprob"))
     return [
@@ -160,7 +163,7 @@ def _given(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
@@ -170,7 +173,7 @@ def _ngrams(text: str) -> list[Counter[str]]:
     return [Counter(letters[at : at + n] for at in range(len(letters) - n + 1)) for n in range(1, _CHRF_ORDER + 1)]
 
 
-def _chrf(said: Sequence[Counter[str]], right: Sequence[Counter[str]]) -> float:
+def _chrf_score(said: Sequence[Counter[str]], right: Sequence[Counter[str]]) -> float:
     """The F-measure of precision and recall averaged over the orders both texts have n-grams of."""
     both = [(one, other) for one, other in zip(said, right, strict=True) if one and other]
     common = [(one & other).total() for one, other in both]
@@ -182,11 +185,11 @@ def _chrf(said: Sequence[Counter[str]], right: Sequence[Counter[str]]) -> float:
     return (1 + weight) * precision * recall / (weight * precision + recall)
 
 
-def _overlaps(responses: pa.ListArray, references: pa.ListArray, mode: Mode, *, ordered: bool) -> np.ndarray:
+def _word_f_measures(responses: pa.ListArray, references: pa.ListArray, mode: Mode, *, ordered: bool) -> np.ndarray:
     """The F-measure of every response with its best reference over the words in common, in the same order or in any."""
     words = vocabulary(mode, stemmed=ordered)
-    said, said_at = _texts(responses)
-    right, right_at = _texts(references)
+    said, said_at = _flatten(responses)
+    right, right_at = _flatten(references)
     # Cut after the instruction with which each further `_BLOCK` bytes of text are full.
     blocks = (_bytes_before(said)[said_at] + _bytes_before(right)[right_at]) // _BLOCK
     cuts = [0, *np.flatnonzero(np.diff(blocks[1:])) + 1, len(responses)]
@@ -199,7 +202,7 @@ def _overlaps(responses: pa.ListArray, references: pa.ListArray, mode: Mode, *, 
     return np.concatenate(values)
 
 
-def _texts(lists: pa.ListArray) -> tuple[pa.StringArray, np.ndarray]:
+def _flatten(lists: pa.ListArray) -> tuple[pa.StringArray, np.ndarray]:
     """Return the texts of all instructions, end to end, and where each instruction's begin (and the last end)."""
     at = lists.offsets.to_numpy()
     return lists.flatten(), at - at[0]
@@ -223,7 +226,7 @@ def _f_measures(
             said = words[begins[response] : ends[response]]
             for reference in range(right_at[row], right_at[row + 1]):
                 right = words[begins[reference] : ends[reference]]
-                common = _subsequence(said, right, seen, carries) if ordered else _bag(said, right, seen)
+                common = _longest_common_subsequence(said, right, seen, carries) if ordered else _shared_words(said, right, seen)
                 if common:
                     precision, recall = common / len(said), common / len(right)
                     values[response] = max(values[response], 2 * precision * recall / (precision + recall))
@@ -231,7 +234,7 @@ def _f_measures(
 
 
 @compiled
-def _subsequence(left: np.ndarray, right: np.ndarray, seen: np.ndarray, carries: np.ndarray) -> int:
+def _longest_common_subsequence(left: np.ndarray, right: np.ndarray, seen: np.ndarray, carries: np.ndarray) -> int:
     """Return the length of the longest common subsequence; bit-parallel (Hyyrö 2004), 64 words of the shorter text a pass.
 
     `seen` (a place for each number) is all -1, before and after; `carries` has a place for each word of the longer text.
@@ -268,7 +271,7 @@ def _subsequence(left: np.ndarray, right: np.ndarray, seen: np.ndarray, carries:
 
 
 @compiled
-def _bag(left: np.ndarray, right: np.ndarray, seen: np.ndarray) -> int:
+def _shared_words(left: np.ndarray, right: np.ndarray, seen: np.ndarray) -> int:
     """Return how many words two texts share, each as often as both have it. `seen` is all -1, before and after."""
     common = 0
     for word in left:

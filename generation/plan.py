@@ -18,52 +18,53 @@ from cluster import models, storage
 from cluster.config import Config
 from cluster.errors import CappyError, UsageError
 from cluster.progress import log
-from generation import cost_model, instructions, prompts
+from generation import cost_model, prompts
 from generation.cost_model import Count, Rates
-from generation.instructions import DeadLetter, Instruction
+from generation.sources import reader
+from generation.sources.row import DeadLetter, Instruction
 
 CountTokens = Callable[[Sequence[str]], list[int]]
 
 _BATCH = 256
-_NEWS_EVERY_S = 10.0
+_LOG_INTERVAL_S = 10.0
 
 
 def run_plan(config: Config) -> dict[str, Any]:
-    """Return the plan of a config; see `plan.estimate`, and `dead_letters`, the rows the source has that cannot be used.
+    """Return the plan of a config; see `cost_model.estimate_plan`, and `dead_letters`, the rows the source has that cannot be used.
 
     Raises `UsageError` or `CappyError` where the source or `plan.rates_from` cannot be read.
     """
     rates = find_rates(config)
-    of_prompts, of_texts, tokens_from = _tokenizer(config)
-    counts, letters = count(config, of_prompts, of_texts)
-    return {**cost_model.estimate(counts, config, rates, tokens_from), "dead_letters": letters}
+    of_prompts, of_texts, tokens_from = _token_counters(config)
+    counts, letters = count_source(config, of_prompts, of_texts)
+    return {**cost_model.estimate_plan(counts, config, rates, tokens_from), "dead_letters": letters}
 
 
-def count(config: Config, of_prompts: CountTokens, of_texts: CountTokens) -> tuple[dict[str, Count], int]:
+def count_source(config: Config, of_prompts: CountTokens, of_texts: CountTokens) -> tuple[dict[str, Count], int]:
     """Return a `Count` for each dataset (or part of a mixture), and the number of unusable rows.
 
     Tokens are counted for `plan.sample_rows` sampled rows of each; the others' follow from their bytes. `of_prompts` counts
     the tokens of instructions as prompts, `of_texts` of plain texts.
     """
-    found: dict[str, _Counting] = {}
+    found: dict[str, _DatasetCounter] = {}
     letters = rows = 0
     start = news = time.monotonic()
-    for row in instructions.read(config.source, config.seed):
+    for row in reader.read_rows(config.source, config.seed):
         if isinstance(row, DeadLetter):
             letters += 1
             continue
         name = row.part if config.source.kind == "mixture" else row.dataset
         if name not in found:
-            found[name] = _Counting(config.plan.sample_rows, of_prompts, of_texts)
+            found[name] = _DatasetCounter(config.plan.sample_rows, of_prompts, of_texts)
         found[name].add(row)
         rows += 1
-        if rows % 1000 == 0 and time.monotonic() - news >= _NEWS_EVERY_S:
+        if rows % 1000 == 0 and time.monotonic() - news >= _LOG_INTERVAL_S:
             news = time.monotonic()
             log(f"counting: {rows:,} rows  {rows / (news - start):,.0f} rows/s")
     return {name: each.result() for name, each in sorted(found.items())}, letters
 
 
-class _Counting:
+class _DatasetCounter:
     """The counts of one dataset as its rows come."""
 
     def __init__(self, limit: int, of_prompts: CountTokens, of_texts: CountTokens) -> None:
@@ -109,9 +110,9 @@ class _Counting:
         return self._counts
 
 
-def _tokenizer(config: Config) -> tuple[CountTokens, CountTokens, str]:
+def _token_counters(config: Config) -> tuple[CountTokens, CountTokens, str]:
     """Counters of prompts and of texts, and what they are: the LLM's tokenizer where it is on this machine, else bytes / 4."""
-    folder = _local_model(config)
+    folder = _local_model_folder(config)
     if folder is None:
 
         def quarter(texts: Sequence[str]) -> list[int]:
@@ -138,7 +139,7 @@ def _tokenizer(config: Config) -> tuple[CountTokens, CountTokens, str]:
     return of_prompts, of_texts, f"its tokenizer, on up to {config.plan.sample_rows:,} rows of a dataset; the others by their bytes"
 
 
-def _local_model(config: Config) -> Path | None:
+def _local_model_folder(config: Config) -> Path | None:
     """The LLM's folder where it needs no download: embedded, or local."""
     name = config.sampler.model
     if config.sampler.engine.kind == "endpoint":
@@ -152,7 +153,7 @@ def find_rates(config: Config) -> Rates:
     Raises `UsageError` where `plan.rates_from` holds none.
     """
     given, uri = config.plan, config.plan.rates_from
-    measured = _measured(storage.check_uri(uri, "plan.rates_from"), config.sampler.model) if uri else {}
+    measured = _measured_rates(storage.check_uri(uri, "plan.rates_from"), config.sampler.model) if uri else {}
     values: dict[str, float | None] = {"tokens_per_candidate": None, "bytes_per_pair": cost_model.BYTES_PER_PAIR}
     origin = {
         "tokens_per_candidate": "the mean reference is taken for its length, within min_tokens and max_tokens",
@@ -170,7 +171,7 @@ def find_rates(config: Config) -> Rates:
         sampled, prompt = measured["tokens_per_second"], None
         origin |= {"sampled": f"measured in {uri}{measured['note']}", "prompt": f"as many a sampled token as there{measured['prompts']}"}
     else:
-        parameters, known = _parameters(config)
+        parameters, known = _model_parameters(config)
         gpus = getattr(config.sampler.engine, "tensor_parallel", 1)
         sampled = prompt = cost_model.GPU_SHARE * cost_model.GPU_FLOPS * gpus / (2 * parameters)
         reason = (
@@ -187,13 +188,13 @@ def find_rates(config: Config) -> Rates:
     )
 
 
-def _measured(uri: str, model: str) -> dict[str, Any]:
+def _measured_rates(uri: str, model: str) -> dict[str, Any]:
     """`tokens_per_second` of one replica, and what else a published set or a benchmark's JSON tells."""
     if uri.endswith(".json"):
-        result = _from_benchmark(_json(uri))
+        result = _rates_from_benchmark(_read_json(uri))
     else:
         manifest = storage.read_manifest(uri, "dataset", "generate")
-        result = _from_set(manifest)
+        result = _rates_from_set(manifest)
         other = manifest["config"]["sampler"]["model"]
         if other != model:
             result["note"] += f" with {other}, not {model}"
@@ -202,7 +203,7 @@ def _measured(uri: str, model: str) -> dict[str, Any]:
     return result
 
 
-def _json(uri: str) -> Any:
+def _read_json(uri: str) -> Any:
     """A JSON file, or the last line of a benchmark's output kept in one."""
     try:
         text = storage.read_bytes(uri).decode()
@@ -211,13 +212,13 @@ def _json(uri: str) -> Any:
         raise UsageError(f"plan.rates_from={uri} cannot be read as JSON ({type(error).__name__}); give a benchmark's result") from None
 
 
-def _from_benchmark(found: Any) -> dict[str, Any]:
+def _rates_from_benchmark(found: Any) -> dict[str, Any]:
     rates = found.get("rates", found) if isinstance(found, Mapping) else {}
     kept = {name: rates.get(name) for name in ("tokens_per_second", "tokens_per_candidate", "bytes_per_pair")}
     return {**kept, "note": "", "prompts": ""}
 
 
-def _from_set(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _rates_from_set(manifest: Mapping[str, Any]) -> dict[str, Any]:
     summary, rates = manifest["summary"], manifest.get("rates") or {}
     replicas = manifest["config"]["sampler"]["replicas"]
     sampled = summary["sources"].get("sampled", 0)
@@ -233,10 +234,10 @@ def _from_set(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parameters(config: Config) -> tuple[float, str]:
+def _model_parameters(config: Config) -> tuple[float, str]:
     """How many parameters a token passes, and how that is known."""
     name = config.sampler.model
-    folder = _local_model(config)
+    folder = _local_model_folder(config)
     if folder is not None:
         parameters = sum(_count_parameters(file) for file in folder.glob("*.safetensors"))
         if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("is_encoder_decoder"):

@@ -19,7 +19,7 @@ _COUNTERS = {
 }
 
 
-class Metrics:
+class GenerateMetrics:
     """Gauges of instructions (`cappy_generate_instructions`, and those `_done`, earlier attempts included) and counters."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Metrics:
         self._done = Gauge("cappy_generate_instructions_done", "Instructions sampled, labelled and saved", registry=self.registry)
         self._counters = {name: Counter(f"cappy_generate_{name}", text, registry=self.registry) for name, text in _COUNTERS.items()}
 
-    def begin(self, total: int, done: int) -> None:
+    def start(self, total: int, done: int) -> None:
         """Sampling begins: `done` of `total` instructions are there from before."""
         self._total.set(total)
         self._done.set(done)
@@ -41,9 +41,9 @@ class Metrics:
 
 
 @contextmanager
-def exposed(config: GenerateConfig) -> Iterator[Metrics]:
+def serve_metrics(config: GenerateConfig) -> Iterator[GenerateMetrics]:
     """Serve the metrics inside the block where `generate.metrics_port` is set. Raises what `ports.check` does."""
-    metrics = Metrics()
+    metrics = GenerateMetrics()
     if config.metrics_port is None:
         yield metrics
         return

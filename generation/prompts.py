@@ -41,7 +41,7 @@ def drop_first_shot(turns: Sequence[Message]) -> list[Message] | None:
     return [*turns[:start], *turns[start + 2 :]] if len(turns) - start >= 3 else None
 
 
-def text_of(turns: Sequence[Message], form: str) -> str | None:
+def prompt_text(turns: Sequence[Message], form: str) -> str | None:
     """Return the text a model continues after the turns, None in the `chat` form, whose text the model's template makes."""
     if form == "verbatim":
         return "".join(turn["content"] for turn in turns)

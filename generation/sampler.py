@@ -63,9 +63,9 @@ class Sampler:
 
     def max_cost(self, rows: Sequence[dict[str, Any]]) -> float:
         """Return the most dollars the sampling of some rows can cost, whatever happens to it."""
-        return sum(self._most(row) for row in rows if row["answer_choices"] is None)
+        return sum(self._max_row_cost(row) for row in rows if row["answer_choices"] is None)
 
-    def _most(self, row: dict[str, Any]) -> float:
+    def _max_row_cost(self, row: dict[str, Any]) -> float:
         try:
             prompt = self.llm.encode(self._turns(row), self.config.prompt.form, self._room)
         except RowError:

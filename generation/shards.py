@@ -23,7 +23,7 @@ from generation.schema import DATASET, SPLITS
 _NAME = re.compile(rf"data/(?:{'|'.join(SPLITS)})/part-\d{{5,}}(?:-([0-9a-f]{{8}}))?\.parquet")
 
 
-def fill(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+def group_by_size(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
     """Cut names in order into groups whose sizes (bytes) add up to at most `limit`; a larger one stands alone."""
     group: list[str] = []
     filled = 0
@@ -37,7 +37,7 @@ def fill(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
         yield group
 
 
-def path(split: str, number: int, run: str) -> str:
+def shard_path(split: str, number: int, run: str) -> str:
     """Return the path of a shard within its set; `run` is the 8 hex digits of the lease its writer holds."""
     return f"data/{split}/part-{number:05d}-{run}.parquet"
 
@@ -47,24 +47,24 @@ def remove_superseded(uri: str, published: Iterable[str], check: Callable[[], No
 
     What another run writes after `check` has other names, so it stays.
     """
-    left = sorted(name for name in _files(uri).difference(published) if _NAME.fullmatch(name))
+    left = sorted(name for name in _list_data_files(uri).difference(published) if _NAME.fullmatch(name))
     check()
     storage.delete_files(uri, left)
 
 
 def remove_own(uri: str, run: str) -> None:
     """Remove the shards that one run wrote, at the end of a run that lost its lease."""
-    found = {name: _NAME.fullmatch(name) for name in _files(uri)}
+    found = {name: _NAME.fullmatch(name) for name in _list_data_files(uri)}
     storage.delete_files(uri, [name for name, match in found.items() if match and match[1] == run])
 
 
-def _files(uri: str) -> set[str]:
+def _list_data_files(uri: str) -> set[str]:
     """The files below `data/`, without those that are still being written."""
     names = {f"data/{name}" for name in storage.list_files(storage.join(uri, "data"))}
     return {name for name in names if not name.split("/")[-1].startswith(".")}
 
 
-def write(names: Sequence[str], staging: str, target: str, row_group_rows: int, check: Callable[[], None]) -> dict[str, Any]:
+def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows: int, check: Callable[[], None]) -> dict[str, Any]:
     """Merge units into the shard `target`, their dead letters into `{staging}/letters`, one unit in memory at a time.
 
     `check` raises where the run has lost its lease; it is called before anything is written.
@@ -79,10 +79,10 @@ def write(names: Sequence[str], staging: str, target: str, row_group_rows: int, 
             waiting: list[pa.Table] = []
             for name in names:
                 table = _read(staging, name)
-                beside = units.metadata(table)
+                beside = units.unit_metadata(table)
                 letters += beside["letters"]
                 cost += beside["counts"]["cost"]
-                statistics = dataset.add_statistics(statistics, dataset.statistics(table))
+                statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
                 waiting.append(table.replace_schema_metadata(None).cast(DATASET))
                 if sum(map(len, waiting)) >= row_group_rows:
                     writer.write_table(pa.concat_tables(waiting), row_group_size=row_group_rows)
@@ -91,11 +91,11 @@ def write(names: Sequence[str], staging: str, target: str, row_group_rows: int, 
                 writer.write_table(pa.concat_tables(waiting), row_group_size=row_group_rows)
         check()
         entry = storage.upload_file(file, target) | {"rows": statistics["instructions"]}
-    storage.write_bytes(letters_of(staging, target), "".join(f"{line}\n" for line in letters).encode())
+    storage.write_bytes(dead_letters_uri(staging, target), "".join(f"{line}\n" for line in letters).encode())
     return {"entry": entry, "statistics": statistics, "letters": len(letters), "cost": cost}
 
 
-def letters_of(staging: str, target: str) -> str:
+def dead_letters_uri(staging: str, target: str) -> str:
     """Where the dead letters of the units in a shard stand until the set is published."""
     return storage.join(staging, "letters", "-".join(target.split("/")[-2:]) + ".jsonl")
 
@@ -103,7 +103,7 @@ def letters_of(staging: str, target: str) -> str:
 def _read(staging: str, name: str) -> pa.Table:
     uri = units.unit_uri(staging, "units", name)
     try:
-        return units.read(uri)
+        return units.read_unit(uri)
     except FileNotFoundError:
         raise CappyError(f"{uri} is gone since it was written; run `cappy generate` again to sample it anew") from None
     except (OSError, pa.ArrowInvalid) as error:

@@ -12,7 +12,7 @@ import numpy as np
 _WORD = re.compile(r"[^\W_]+")
 
 
-class Similarity:
+class TfidfIndex:
     """A pool of texts to compare with. Words in few of its texts weigh most, those in all (a template's) next to nothing."""
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ class Similarity:
         self._weight = weight / np.maximum(norm, 1e-12)[self._text]
         self._size = len(texts)
 
-    def scores(self, text: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def similarities(self, text: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return a number per text of the pool that grows with its likeness to `text`, 0 where no word is shared."""
         query = np.zeros(len(self._rarity))
         for word, count in Counter(_WORD.findall(text.lower())).items():

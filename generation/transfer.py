@@ -116,7 +116,7 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
         "schema": {field.name: str(field.type) for field in PAIRS},
         "files": written | {"config.yaml": settings},
     }
-    storage.publish(destination, dataset_card.write(destination, made))
+    storage.publish(destination, dataset_card.write_card(destination, made))
     return _report(destination, "pairs", source, written, written, time.monotonic() - start)
 
 

@@ -23,9 +23,9 @@ from cluster import storage
 from cluster.config import Config
 from generation import engines, labels
 from generation.budget import Budget
-from generation.instructions import DeadLetter
 from generation.sampler import LoadLLM, Sampler
 from generation.schema import DATASET
+from generation.sources.row import DeadLetter
 
 _METADATA = b"cappy.unit"
 
@@ -42,7 +42,7 @@ COUNTS = pa.schema(
 """A finished unit: its instructions, sampled candidates, their tokens, dollars spent, and the instructions left out."""
 
 # Seconds between two looks at whether the units in flight left room below the ceiling.
-_ROOM_S = 0.5
+_RETRY_S = 0.5
 
 
 class BudgetGate:
@@ -59,7 +59,7 @@ class BudgetGate:
         """Let no further unit start."""
         self._closed = True
 
-    def enter(self, unit: str, most: float) -> bool | None:
+    def acquire(self, unit: str, most: float) -> bool | None:
         """Whether a unit that can cost `most` dollars may start; None when it should ask again, as others may leave room."""
         if self._closed or self._exhausted:
             return False
@@ -70,9 +70,9 @@ class BudgetGate:
         self._exhausted = True
         return False
 
-    def leave(self, unit: str, cost: float) -> None:
+    def release(self, unit: str, cost: float) -> None:
         """Count what a finished unit did cost; one that has left already is known."""
-        if self._budget.promised(unit):
+        if self._budget.is_reserved(unit):
             self._budget.settle(unit, cost)
 
     def exhausted(self) -> bool:
@@ -97,24 +97,24 @@ class UnitWorker:
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         for unit in batch["unit"].to_pylist():
-            done = await asyncio.to_thread(finished, self.staging, unit) or await self._work(unit)
+            done = await asyncio.to_thread(read_counts, self.staging, unit) or await self._work(unit)
             if done is None:
                 return
             # Also for a unit found done: an actor lost between saving and leaving would hold its promise for ever.
-            await self.gate.leave.remote(unit, done["cost"])
+            await self.gate.release.remote(unit, done["cost"])
             yield pa.Table.from_pylist([done], COUNTS)
 
     async def _work(self, unit: str) -> dict[str, Any] | None:
         """Return the counts of a unit once it is saved, or None where the gate is closed."""
-        prepared = await asyncio.to_thread(read, unit_uri(self.staging, "prepared", unit))
+        prepared = await asyncio.to_thread(read_unit, unit_uri(self.staging, "prepared", unit))
         most = await asyncio.to_thread(self.sampler.max_cost, prepared.to_pylist()) if self.limited else 0.0
-        while (enter := await self.gate.enter.remote(unit, most)) is None:
-            await asyncio.sleep(_ROOM_S)
+        while (enter := await self.gate.acquire.remote(unit, most)) is None:
+            await asyncio.sleep(_RETRY_S)
         if not enter:
             return None
-        promise = await asyncio.to_thread(write_promise, self.staging, unit, most) if most else None
+        promise = await asyncio.to_thread(write_reservation, self.staging, unit, most) if most else None
         async for sampled in self.sampler(prepared):
-            done = await asyncio.to_thread(save, self.staging, unit, sampled, self.config)
+            done = await asyncio.to_thread(save_unit, self.staging, unit, sampled, self.config)
         if promise:
             await asyncio.to_thread(storage.delete, promise)
         return done
@@ -125,53 +125,53 @@ def unit_uri(staging: str, folder: str, unit: str) -> str:
     return storage.join(staging, folder, f"{unit}.parquet")
 
 
-def read(uri: str) -> pa.Table:
+def read_unit(uri: str) -> pa.Table:
     """Return the rows of a unit's object."""
     return pq.read_table(io.BytesIO(storage.read_bytes(uri)), page_checksum_verification=True)
 
 
-def write(uri: str, table: pa.Table) -> None:
+def write_unit(uri: str, table: pa.Table) -> None:
     """Write a unit's object."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     storage.write_bytes(uri, sink.getvalue())
 
 
-def finished(staging: str, unit: str) -> dict[str, Any] | None:
+def read_counts(staging: str, unit: str) -> dict[str, Any] | None:
     """Return the counts of a unit that is done already, else None."""
     try:
-        return dict(metadata(read(unit_uri(staging, "units", unit)))["counts"])
+        return dict(unit_metadata(read_unit(unit_uri(staging, "units", unit)))["counts"])
     except FileNotFoundError:
         return None
 
 
-def write_promise(staging: str, unit: str, most: float) -> str:
+def write_reservation(staging: str, unit: str, most: float) -> str:
     """Write down that a unit is begun that can cost `most` dollars, and return where: it is deleted once the unit is saved."""
     place = storage.join(staging, "promises", f"{unit}-{uuid.uuid4().hex}.json")
     storage.write_json(place, {"unit": unit, "dollars": most})
     return place
 
 
-def spent(staging: str, names: Sequence[str]) -> float:
+def dollars_spent(staging: str, names: Sequence[str]) -> float:
     """Return the dollars that finished units cost, and the most that those lost under way can have cost."""
     promises = storage.join(staging, "promises")
     with ThreadPoolExecutor(16) as pool:
-        costs = [float(counts["cost"]) for counts in pool.map(partial(finished, staging), names) if counts]
+        costs = [float(counts["cost"]) for counts in pool.map(partial(read_counts, staging), names) if counts]
         lost = pool.map(storage.read_json, [storage.join(promises, name) for name in storage.list_files(promises)])
         return sum(costs) + sum(float(each["dollars"]) for each in lost)
 
 
-def metadata(table: pa.Table) -> dict[str, Any]:
+def unit_metadata(table: pa.Table) -> dict[str, Any]:
     """Return what a finished unit carries beside its rows: `counts` (see `COUNTS`) and `letters` (JSON lines)."""
     return dict(json.loads(table.schema.metadata[_METADATA]))
 
 
-def save(staging: str, unit: str, sampled: pa.Table, config: Config) -> dict[str, Any]:
+def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> dict[str, Any]:
     """Label a sampled unit, save it as one object and return its counts."""
-    rows, letters = label(sampled.to_pylist(), config)
+    rows, letters = label_rows(sampled.to_pylist(), config)
     if config.generate.max_per_bin is not None and unit.startswith("train-"):
         most = config.generate.max_per_bin
-        rows = [{**row, "candidates": labels.balanced(row["candidates"], most, config.seed, row["id"])} for row in rows]
+        rows = [{**row, "candidates": labels.limit_per_bin(row["candidates"], most, config.seed, row["id"])} for row in rows]
     drawn = [candidate for pool in sampled["sampled"].to_pylist() for candidate in pool]
     counts = {
         "unit": unit,
@@ -182,11 +182,11 @@ def save(staging: str, unit: str, sampled: pa.Table, config: Config) -> dict[str
         "dead_letters": len(letters),
     }
     beside = json.dumps({"counts": counts, "letters": letters}).encode()
-    write(unit_uri(staging, "units", unit), pa.Table.from_pylist(rows, DATASET).replace_schema_metadata({_METADATA: beside}))
+    write_unit(unit_uri(staging, "units", unit), pa.Table.from_pylist(rows, DATASET).replace_schema_metadata({_METADATA: beside}))
     return counts
 
 
-def label(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dict[str, Any]], list[str]]:
+def label_rows(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the rows of a sampled unit with their candidates labelled (columns of `schema.DATASET`), and its dead letters."""
     good, done, letters = [], [], []
     for row in rows:
@@ -197,5 +197,5 @@ def label(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dict[str
         else:
             good.append(row)
             done.append(plain)
-    candidates = labels.assemble(good, config.generate.label, config.sampler.model)
+    candidates = labels.assemble_candidates(good, config.generate.label, config.sampler.model)
     return [{**plain, "candidates": each} for plain, each in zip(done, candidates, strict=True)], letters

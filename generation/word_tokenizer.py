@@ -93,7 +93,7 @@ class Vocabulary:
             room = plain.nbytes + len(codes)
             if 2 * (self._entered[0] + room) > len(self._table):
                 self._start_afresh(max(_SLOTS, 1 << (2 * room).bit_length()))
-            words, at = self._number(*_bytes(plain))
+            words, at = self._number(*_ascii_codes(plain))
             more, more_at = self._number(codes, codes_at)
         # As the texts stand: first the plain ones, then the others.
         begins, ends = np.concatenate([at[:-1], more_at[:-1] + len(words)]), np.concatenate([at[1:], more_at[1:] + len(words)])
@@ -103,7 +103,7 @@ class Vocabulary:
 
     def _number(self, codes: np.ndarray, text_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the number of each word, and where each text's words begin (and the last end)."""
-        words, at, new = _split(codes, text_at, self._kinds, self._table, self._entered)
+        words, at, new = _split_words(codes, text_at, self._kinds, self._table, self._entered)
         numbers = self._table["number"]
         for place, slot, start, stop in new:
             if numbers[slot] < 0:
@@ -134,7 +134,7 @@ def _paper_codes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     `rouge_score` lowers first, which makes ASCII letters of two characters that are none, U+212A (Kelvin) and U+0130 (dotted I).
     """
     texts = [text.replace("\u212a", "k").replace("\u0130", "i?") for text in texts]
-    return np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8), _begins(texts)
+    return np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8), _text_offsets(texts)
 
 
 def _unicode_codes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,10 +144,10 @@ def _unicode_codes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """
     texts = [_IGNORED.sub("", unicodedata.normalize("NFKC", text).casefold()) for text in texts]
     texts = [unicodedata.normalize("NFKC", text).replace("\u2212", "-") for text in texts]
-    return np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32), _begins(texts)
+    return np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32), _text_offsets(texts)
 
 
-def _begins(texts: Sequence[str]) -> np.ndarray:
+def _text_offsets(texts: Sequence[str]) -> np.ndarray:
     return np.array([0, *accumulate(map(len, texts))], np.int32)
 
 
@@ -170,7 +170,7 @@ def _unicode_kinds() -> np.ndarray:
     return kinds
 
 
-def _bytes(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
+def _ascii_codes(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
     """Return the characters of ASCII texts, end to end, and where each text begins (and the last ends)."""
     _, offsets, data = texts.buffers()
     if data is None or not len(texts):
@@ -179,7 +179,7 @@ def _bytes(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @compiled
-def _split(
+def _split_words(
     codes: np.ndarray, text_at: np.ndarray, kinds: np.ndarray, table: np.ndarray, entered: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, np.int64, np.uint64, np.uint64]]]:
     """Cut texts (text i is `codes[text_at[i] : text_at[i + 1]]`) into words; upper-case ASCII letters are lowered first.
@@ -207,20 +207,20 @@ def _split(
                     if kind == _SPACE:
                         continue
                     goes_on = 0
-                elif kind & _BEGINS or (kind == _SIGN and _signs_a_number(codes, start, begin, end, kinds)):
+                elif kind & _BEGINS or (kind == _SIGN and _is_number_sign(codes, start, begin, end, kinds)):
                     goes_on = _MARK if kind == _SINGLE else _MARK | _DIGIT | _LETTER
                 else:
                     continue
                 slot = _ROOT
-                chunk = _append(np.uint64(0), codes[start])
+                chunk = _append_character(np.uint64(0), codes[start])
                 while position < end and kinds[codes[position]] & goes_on:
                     code = codes[position]
                     if chunk >= (_FULL_FOR_ASCII if code < 128 else _FULL):
-                        slot = _enter(slot, chunk, table, entered)
+                        slot = _find_or_add_chunk(slot, chunk, table, entered)
                         chunk = np.uint64(0)
-                    chunk = _append(chunk, code)
+                    chunk = _append_character(chunk, code)
                     position += _ONE
-                slot = _enter(slot, chunk, table, entered)
+                slot = _find_or_add_chunk(slot, chunk, table, entered)
                 words[found] = table[slot].number
                 if words[found] < 0:
                     new.append((found, slot, start, position))
@@ -239,7 +239,7 @@ def _ascii_lower(codes: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def _signs_a_number(codes: np.ndarray, sign: np.uint64, begin: np.uint64, end: np.uint64, kinds: np.ndarray) -> bool:
+def _is_number_sign(codes: np.ndarray, sign: np.uint64, begin: np.uint64, end: np.uint64, kinds: np.ndarray) -> bool:
     """Whether a digit is behind the sign and no word before it, in the text from `begin` to `end`."""
     if sign + _ONE == end or kinds[codes[sign + _ONE]] != _DIGIT:
         return False
@@ -247,7 +247,7 @@ def _signs_a_number(codes: np.ndarray, sign: np.uint64, begin: np.uint64, end: n
 
 
 @compiled
-def _append(chunk: np.uint64, code: np.unsignedinteger[Any]) -> np.uint64:
+def _append_character(chunk: np.uint64, code: np.unsignedinteger[Any]) -> np.uint64:
     """Add a character to a chunk of a word: one byte if it is ASCII, else three, of which the first is above all ASCII."""
     if code < 128:
         return (chunk << np.uint64(8)) | np.uint64(code)
@@ -255,7 +255,7 @@ def _append(chunk: np.uint64, code: np.unsignedinteger[Any]) -> np.uint64:
 
 
 @compiled
-def _enter(parent: np.int64, chunk: np.uint64, table: np.ndarray, entered: np.ndarray) -> np.int64:
+def _find_or_add_chunk(parent: np.int64, chunk: np.uint64, table: np.ndarray, entered: np.ndarray) -> np.int64:
     """Return the slot of a chunk that follows the one in slot `parent` (`_ROOT` where it begins a word); a new one takes a slot.
 
     The table is open-addressed; a slot is free while its chunk is 0. A word is the chain of its chunks, so it has one slot.

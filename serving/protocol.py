@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from cluster.config import AdaptiveConfig, Config, DecodingConfig, Fallback
 from cluster.errors import CappyError
 from generation.engines.contract import Candidate
+from generation.logprobs import mean_logprob
 from generation.prompts import Message
 from serving import strict_json
 from serving.early_stopping import StopReason
@@ -704,7 +705,7 @@ def preferences(candidates: Sequence[Candidate], scores: Sequence[float], weight
 
     The scores alone where one of the candidates has no log-probability: its rank would be chance.
     """
-    means = [None if each["logprob"] is None else each["logprob"] / max(each["tokens"], 1) for each in candidates]
+    means = [mean_logprob(each["logprob"], each["tokens"]) for each in candidates]
     known = [mean for mean in means if mean is not None]
     if weight is None or len(known) < len(means):
         return list(scores)
@@ -716,10 +717,10 @@ def fallback_preferences(candidates: Sequence[Candidate], fallback: Fallback) ->
 
     The order drawn also where `self_score` lacks a log-probability.
     """
-    logprobs = [candidate["logprob"] for candidate in candidates]
-    known = [logprob for logprob in logprobs if logprob is not None]
-    if fallback == "self_score" and len(known) == len(logprobs):
-        return [logprob / max(candidate["tokens"], 1) for logprob, candidate in zip(known, candidates, strict=True)]
+    means = [mean_logprob(each["logprob"], each["tokens"]) for each in candidates]
+    known = [mean for mean in means if mean is not None]
+    if fallback == "self_score" and len(known) == len(means):
+        return known
     return [-float(position) for position in range(len(candidates))]
 
 

@@ -28,7 +28,7 @@ from cappy.jobs import target
 from cluster import ports
 from cluster.config import Config, load
 from generation.dataset import RegressionSet
-from generation.prometheus import Metrics as GenerateMetrics
+from generation.prometheus import GenerateMetrics
 from serving.gateway import build_api
 from serving.prometheus import Metrics as ServingMetrics
 from tests.conftest import cappy

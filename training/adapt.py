@@ -126,7 +126,7 @@ def _base(config: Config) -> Base:
 def _say_where_it_differs(config: Config, dataset: RegressionSet) -> None:
     """Tell the operator where a set that was there already is not what this config would generate."""
     made = dataset.manifest.get("lineage")
-    changes = [change.split(":")[0] for change in differences(made, generate.identity(config))] if made else []
+    changes = [change.split(":")[0] for change in differences(made, generate.result_settings(config))] if made else []
     if changes:
         log(f"dataset={dataset.uri} is used as it is; it was generated with another {', '.join(changes)} than this config has")
 

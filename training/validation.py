@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from generation.dataset import Pairs, explode
+from generation.logprobs import mean_logprobs
 
 Floats = NDArray[np.floating]
 Row = Mapping[str, Any]
@@ -135,7 +136,7 @@ def log_probabilities(sampled: Sequence[Row]) -> tuple[Floats | None, Floats | N
     sums_C = np.array([each["logprob"] for each in sampled], np.float64)
     if any(each["tokens"] is None for each in sampled):
         return sums_C, None
-    return sums_C, sums_C / np.maximum([each["tokens"] for each in sampled], 1)
+    return sums_C, mean_logprobs(sums_C, [each["tokens"] for each in sampled])
 
 
 def _compare(scores: Floats, labels: Floats, groups: np.ndarray) -> Floats:

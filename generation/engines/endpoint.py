@@ -119,7 +119,7 @@ class EndpointEngine:
 
     def encode(self, turns: Sequence[prompts.Message], form: str, room: int, drop_shots: bool = True) -> list[prompts.Message] | str:
         """Return the messages, or the text where the form has one. How long they are only the server knows."""
-        text = prompts.text_of(turns, form)
+        text = prompts.prompt_text(turns, form)
         return list(turns) if text is None else text
 
     async def sample(

@@ -25,7 +25,7 @@ def encode_prompt(tokenizer: Any, turns: Sequence[prompts.Message], form: str, l
 
 
 def _tokenize(tokenizer: Any, turns: Sequence[prompts.Message], form: str) -> list[int]:
-    continued = prompts.text_of(turns, form)
+    continued = prompts.prompt_text(turns, form)
     if continued is not None:
         return list(tokenizer(continued)["input_ids"])
     if tokenizer.chat_template is None:

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.config import CONFIG_FOLDER, BigBenchSource, HubSource, MixtureSource, load
-from generation.instructions import read
+from generation.sources.reader import read_rows
 
 CONFIGS = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 
@@ -42,8 +42,8 @@ def test_t0_reads_a_copy_of_p3_on_disk_with_its_columns_and_choices(tmp_path):
         folder.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(rows), folder / "0000.parquet")
     local = [part.model_copy(update={"source": part.source.model_copy(update={"name": str(tmp_path), "revision": None})}) for part in some]
-    read_rows = list(read(source.model_copy(update={"parts": tuple(local)}), seed=1))
-    assert [row.dataset for row in read_rows] == ["qasc"] * 130 + ["xsum"] * 130
-    assert {row.answer_choices for row in read_rows[:130]} == {("safe", "trolley")}
-    assert {row.answer_choices for row in read_rows[130:]} == {None}
-    assert max(int(row.instruction.split()[-1]) for row in read_rows) < 200
+    rows = list(read_rows(source.model_copy(update={"parts": tuple(local)}), seed=1))
+    assert [row.dataset for row in rows] == ["qasc"] * 130 + ["xsum"] * 130
+    assert {row.answer_choices for row in rows[:130]} == {("safe", "trolley")}
+    assert {row.answer_choices for row in rows[130:]} == {None}
+    assert max(int(row.instruction.split()[-1]) for row in rows) < 200

@@ -46,7 +46,7 @@ def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", **facts
             pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
             storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
             files[name] = {**storage.checksums(uri, [name])[name], "rows": rows}
-            numbers = dataset.statistics(table)
+            numbers = dataset.compute_statistics(table)
             counts[split] = dataset.add_statistics(counts.get(split, {}), {key: numbers[key] for key in ("instructions", "pairs")})
             total = dataset.add_statistics(total, numbers)
     storage.write_bytes(storage.join(uri, "config.yaml"), config.to_yaml().encode())
@@ -60,11 +60,11 @@ def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", **facts
         "counts": counts,
         "summary": {"uri": uri, **total, "splits": counts, "dead_letters": letters.count("\n"), "seconds": 2.0},
         "schema": {field.name: str(field.type) for field in DATASET},
-        "metric": labels.describe(config.generate.label),
+        "metric": labels.describe_metric(config.generate.label),
         "lineage": {"sampler": config.model_dump(mode="json")["sampler"]},
         "config": config.model_dump(mode="json"),
         "files": files | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"]),
         **facts,
     }
-    storage.publish(uri, dataset_card.write(uri, manifest))
+    storage.publish(uri, dataset_card.write_card(uri, manifest))
     return storage.read_json(storage.join(uri, storage.MANIFEST))

@@ -12,8 +12,8 @@ from cluster import storage
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
 from generation import annotate, generate
-from generation.dataset import RegressionSet, statistics
-from generation.labels import TEXTS, labels, rouge_l
+from generation.dataset import RegressionSet, compute_statistics
+from generation.labels import TEXTS, compute_labels, rouge_l
 from tests.generation.fixed_llm import FixedLLM
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -47,7 +47,7 @@ def test_sampled_candidates_get_the_new_labels_and_all_else_stays(made, place):
     moved = 0
     for before, after in zip(old, new, strict=True):
         said = [[each["response"] for each in before["candidates"] if each["source"] == "sampled"]]
-        expected = iter(labels(pa.array(said, TEXTS), pa.array([before["references"]], TEXTS), CHRF.generate.label))
+        expected = iter(compute_labels(pa.array(said, TEXTS), pa.array([before["references"]], TEXTS), CHRF.generate.label))
         for each in before["candidates"]:
             if each["source"] == "sampled":
                 value = next(expected)
@@ -58,7 +58,8 @@ def test_sampled_candidates_get_the_new_labels_and_all_else_stays(made, place):
     opened = RegressionSet(place)
     assert storage.verify(opened.uri, opened.manifest) == []
     assert (
-        summary["labels"] == statistics(pa.concat_tables(t for split in ("train", "validation") for t in opened.batches(split)))["labels"]
+        summary["labels"]
+        == compute_statistics(pa.concat_tables(t for split in ("train", "validation") for t in opened.batches(split)))["labels"]
     )
 
 
@@ -87,7 +88,7 @@ def test_labels_equal_the_one_pair_function_and_row_groups_stay_as_they_were(mad
     (name,) = [name for name in RegressionSet(made).manifest["files"] if name.startswith("data/train/")]
     table = pq.read_table(Path(made) / name)
     for group in (table, table.slice(3, 5)):
-        for row in annotate.relabel(group, load(None, ["generate.label.mode=unicode"]).generate.label).to_pylist():
+        for row in annotate.replace_labels(group, load(None, ["generate.label.mode=unicode"]).generate.label).to_pylist():
             for each in row["candidates"]:
                 if each["source"] == "sampled":
                     assert each["label"] == rouge_l(each["response"], row["references"], "unicode")

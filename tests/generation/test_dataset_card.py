@@ -18,7 +18,7 @@ def test_the_card_says_what_the_manifest_counts_and_how_it_was_made(tmp_path):
     config = load(None, ["sampler.prompt={form: raw, shots: 3}", "seed=7", "sampler.decodings=[{name: warm, n: 4, stop: ['|']}]"])
     manifest = publish(str(tmp_path), config=config)
     text = (tmp_path / "README.md").read_text()
-    assert text == dataset_card.card({key: value for key, value in manifest.items() if key != "writer"})
+    assert text == dataset_card.render_card({key: value for key, value in manifest.items() if key != "writer"})
     for line in (
         "13 instructions, 91 pairs, 195 sampled tokens",
         "| train | 10 | 70 |",
@@ -47,11 +47,11 @@ def test_hugging_face_reads_the_splits_from_the_header(tmp_path):
 def test_the_canary_note_stands_where_a_source_is_big_bench_even_within_a_mixture():
     bigbench = Config().model_dump(mode="json")["source"]
     files = {"kind": "files", "path": "rows.jsonl", "train_rows": None}
-    assert "canary" in dataset_card._canary(bigbench) and "canary" in dataset_card._canary(
+    assert "canary" in dataset_card._canary_section(bigbench) and "canary" in dataset_card._canary_section(
         {"kind": "mixture", "parts": [{"source": bigbench}, files]}
     )
-    assert dataset_card._canary(files) == ""
-    assert dataset_card._sources({"kind": "mixture", "parts": [files, {"kind": "bigbench", "tasks": ["a", "b"]}]}) == (
+    assert dataset_card._canary_section(files) == ""
+    assert dataset_card._describe_sources({"kind": "mixture", "parts": [files, {"kind": "bigbench", "tasks": ["a", "b"]}]}) == (
         "files (path rows.jsonl); bigbench (tasks a, b)"
     )
 
@@ -72,10 +72,11 @@ def test_nothing_of_the_environment_reaches_the_card(tmp_path, monkeypatch):
 
 def test_the_picture_is_a_function_of_the_counts_and_shows_each_source_that_is_there():
     labels = {"sampled": [5, 0, 1, 0, 0, 2, 0, 0, 0, 3], "reference": [0] * 9 + [1234], "mismatched": [77] + [0] * 9}
-    picture = dataset_card.histogram(labels)
-    assert ElementTree.fromstring(picture).tag.endswith("svg") and dataset_card.histogram(labels) == picture
+    picture = dataset_card.plot_labels(labels)
+    assert ElementTree.fromstring(picture).tag.endswith("svg") and dataset_card.plot_labels(labels) == picture
     comments = re.findall(r"<!-- (.+?) -->", picture.decode())  # matplotlib draws text as paths and names it in a comment
     assert {"reference (1)", "1,234", "mismatched (0)", "77", "sampled"} <= set(comments) and "choice (0)" not in comments
     assert (
-        dataset_card.histogram(labels, "png").startswith(b"\x89PNG") and dataset_card.histogram(labels | {"sampled": [1] * 10}) != picture
+        dataset_card.plot_labels(labels, "png").startswith(b"\x89PNG")
+        and dataset_card.plot_labels(labels | {"sampled": [1] * 10}) != picture
     )

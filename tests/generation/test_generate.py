@@ -161,7 +161,7 @@ def wait_for_units(place, driver, count=3):
 def saved_ids(place):
     """The ids of the rows whose units are done."""
     names = storage.list_files(f"{place}/_staging/units")
-    return {row for name in names for row in units.read(f"{place}/_staging/units/{name}")["id"].to_pylist()}
+    return {row for name in names for row in units.read_unit(f"{place}/_staging/units/{name}")["id"].to_pylist()}
 
 
 @pytest.mark.slow
@@ -205,7 +205,7 @@ def test_on_sigterm_the_units_in_flight_end_and_the_same_command_goes_on(rows, t
 
 def test_changed_settings_do_not_go_on_from_a_begun_run(rows, tmp_path):
     staging = f"{tmp_path}/set/_staging"
-    generate._claim(staging, config_for(rows, tmp_path / "set"))
+    generate._claim_destination(staging, config_for(rows, tmp_path / "set"))
     storage.write_json(f"{staging}/prepared.json", {})
     with pytest.raises(UsageError, match=r"was begun with other settings \(seed: 20261121 -> 5\)"):
         generate.run_generate(config_for(rows, tmp_path / "set", "seed=5"), load=FixedLLM)
@@ -227,7 +227,7 @@ def test_too_many_failures_stop_the_run_before_it_publishes(tmp_path):
 
 
 def test_units_fill_shards_in_order_up_to_the_limit():
-    assert list(shards.fill({"a": 4, "b": 4, "c": 9, "d": 1, "e": 1}, 8)) == [["a", "b"], ["c"], ["d", "e"]]
+    assert list(shards.group_by_size({"a": 4, "b": 4, "c": 9, "d": 1, "e": 1}, 8)) == [["a", "b"], ["c"], ["d", "e"]]
 
 
 def test_an_llm_that_cannot_load_is_one_clean_error(rows, tmp_path):

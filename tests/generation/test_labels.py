@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from benchmarks.pairs import bigbench_rows
 from benchmarks.rouge import compare, real_pairs
 from cluster.config import LabelConfig
-from generation.labels import METRICS, TEXTS, assemble, balanced, describe, labels, rouge_l, rouge_l_batch
+from generation.labels import METRICS, TEXTS, assemble_candidates, compute_labels, describe_metric, limit_per_bin, rouge_l, rouge_l_batch
 
 ROUGE_SCORE = RougeScorer(["rougeL"], use_stemmer=True)
 PAPER = LabelConfig()
@@ -28,7 +28,7 @@ def theirs(response, references):
 
 def label(metric, response, *references, mode="paper"):
     config = LabelConfig(metric=metric, mode=mode)
-    return labels(pa.array([[response]], TEXTS), pa.array([references], TEXTS), config)[0]
+    return compute_labels(pa.array([[response]], TEXTS), pa.array([references], TEXTS), config)[0]
 
 
 def unicode(response, *references):
@@ -229,13 +229,13 @@ def test_chrf_is_worked_out_by_hand(response, reference, value):
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_batch_of_any_metric_has_a_label_a_response_in_order(metric):
     responses, references = [["a red fox", "7"], [], ["one two"]], [["a red fox", "vixen"], ["x"], []]
-    values = labels(pa.array(responses, TEXTS), pa.array(references, TEXTS), LabelConfig(metric=metric))
+    values = compute_labels(pa.array(responses, TEXTS), pa.array(references, TEXTS), LabelConfig(metric=metric))
     assert values.dtype == np.float64 and values.tolist() == [1.0, 0.0, 0.0]
 
 
 def test_the_manifest_says_which_labels_a_set_has():
-    assert describe(PAPER) == {"name": "rouge_l", "mode": "paper", "version": 1}
-    assert describe(LabelConfig(metric="chrf")) == {"name": "chrf", "mode": None, "version": 1}
+    assert describe_metric(PAPER) == {"name": "rouge_l", "mode": "paper", "version": 1}
+    assert describe_metric(LabelConfig(metric="chrf")) == {"name": "chrf", "mode": None, "version": 1}
 
 
 def sampled(response):
@@ -244,7 +244,9 @@ def sampled(response):
 
 def test_candidates_are_references_then_wrong_ones_then_labelled_samples():
     row = {"references": [" a red fox", "vixen"], "mismatched": ["a blue whale", "A  RED fox"], "answer_choices": None}
-    (candidates, others) = assemble([{**row, "sampled": [sampled("a fox")]}, {**row, "sampled": [sampled("vixen")]}], PAPER, "llm")
+    (candidates, others) = assemble_candidates(
+        [{**row, "sampled": [sampled("a fox")]}, {**row, "sampled": [sampled("vixen")]}], PAPER, "llm"
+    )
     assert [(each["response"], each["label"], each["source"]) for each in candidates] == [
         ("a red fox", 1.0, "reference"),
         ("vixen", 1.0, "reference"),
@@ -257,7 +259,7 @@ def test_candidates_are_references_then_wrong_ones_then_labelled_samples():
 
 def test_the_wrong_choices_of_a_classification_row_are_zero():
     row = {"references": ["Yes"], "mismatched": [], "answer_choices": ["Yes", "No", "Maybe"], "sampled": []}
-    (candidates,) = assemble([row], PAPER, "llm")
+    (candidates,) = assemble_candidates([row], PAPER, "llm")
     assert [(each["response"], each["label"], each["source"]) for each in candidates] == [
         ("Yes", 1.0, "reference"),
         ("No", 0.0, "choice"),
@@ -272,11 +274,11 @@ def test_a_balanced_pool_has_at_most_so_many_different_samples_in_each_tenth_of_
     given = [{"response": "r", "label": 1.0, "source": "reference"}, {"response": "w", "label": 0.0, "source": "mismatched"}]
     bad, good = [sample(f"bad {n}", 0.05) for n in range(9)], [sample("good", 0.97), sample("best", 1.0), sample("fine", 0.9)]
     pool = [*given, *bad[:5], *good, *bad[5:], bad[0], sample("middling", 0.5)]
-    kept = balanced(pool, 2, seed=1, row_id="a")
+    kept = limit_per_bin(pool, 2, seed=1, row_id="a")
     assert [each for each in kept if each["source"] != "sampled"] == given
     assert sum(each["label"] < 0.1 for each in kept[2:]) == 2 and sum(each["label"] >= 0.9 for each in kept[2:]) == 2
     assert sample("middling", 0.5) in kept and kept == [each for each in [*pool[:-2], pool[-1]] if each in kept]
-    assert balanced(pool, 2, seed=1, row_id="a") == kept
-    assert len({str(balanced(pool, 2, seed=1, row_id=row)) for row in "abcdefgh"}) > 1
+    assert limit_per_bin(pool, 2, seed=1, row_id="a") == kept
+    assert len({str(limit_per_bin(pool, 2, seed=1, row_id=row)) for row in "abcdefgh"}) > 1
     # Only repeats go where there is room for all.
-    assert balanced(pool, 9, seed=1, row_id="a") == [*pool[:-2], pool[-1]]
+    assert limit_per_bin(pool, 9, seed=1, row_id="a") == [*pool[:-2], pool[-1]]

@@ -22,7 +22,7 @@ COUNTS = {
 
 def planned(*overrides, **changed):
     rates = {"sampled": 50.0, "prompt": 200.0, "tokens_per_candidate": None, "bytes_per_pair": 100.0, "origin": ORIGIN}
-    return cost_model.estimate(COUNTS, load(None, [DECODINGS, *overrides]), Rates(**rates | changed))
+    return cost_model.estimate_plan(COUNTS, load(None, [DECODINGS, *overrides]), Rates(**rates | changed))
 
 
 def test_rows_pairs_and_tokens_are_those_worked_by_hand():
@@ -71,7 +71,7 @@ def test_an_endpoint_costs_its_prices_and_no_gpu():
 
     config = load(None, [DECODINGS])
     config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"engine": Priced()})})
-    result = cost_model.estimate(COUNTS, config, Rates(1.0, None, None, 100.0, ORIGIN))
+    result = cost_model.estimate_plan(COUNTS, config, Rates(1.0, None, None, 100.0, ORIGIN))
     assert result["compute"] is None
     assert result["dollars"]["expected"] == pytest.approx((2 * 2000 * 0.5 + 4000 * 2) / 1e6)  # two decodings, two requests
 
@@ -102,7 +102,7 @@ def test_a_source_is_counted_row_by_row_and_its_tokens_from_a_part_of_it(tmp_pat
         seen.extend(texts)
         return [10] * len(texts)
 
-    counts, letters = plan.count(config, ten_a_row, lambda texts: [4] * len(texts))
+    counts, letters = plan.count_source(config, ten_a_row, lambda texts: [4] * len(texts))
     assert letters == 1 and counts["choice"] == Count(train=1, references=1, choices=2)
     assert counts["a"].train == counts["a"].sampled_rows == counts["a"].sampled_references == 15
     assert sorted(seen) == [f"say number {n}" for n in range(6)]  # three of each sampled dataset

@@ -19,9 +19,9 @@ def told(port):
 def test_prometheus_reads_how_far_the_run_is_and_the_port_is_free_afterwards():
     config = GenerateConfig(metrics_port=ports.free())
     for _ in range(2):
-        with prometheus.exposed(config) as progress:
+        with prometheus.serve_metrics(config) as progress:
             assert set(told(config.metrics_port).values()) == {0}
-            progress.begin(total=60, done=14)
+            progress.start(total=60, done=14)
             progress.add(UNIT)
             progress.add(UNIT)
             assert told(config.metrics_port) == {
@@ -33,7 +33,7 @@ def test_prometheus_reads_how_far_the_run_is_and_the_port_is_free_afterwards():
 def test_a_taken_port_is_told_before_anything_is_read_or_written(tmp_path):
     config = load(None, [f"dataset={tmp_path}/set", "source={kind: files, path: /none.jsonl}", f"generate.metrics_port={ports.free()}"])
     with (
-        prometheus.exposed(config.generate),
+        prometheus.serve_metrics(config.generate),
         pytest.raises(CappyError, match=rf"generate\.metrics_port={config.generate.metrics_port} is in use"),
     ):
         generate.run_generate(config)

@@ -1,4 +1,4 @@
-from generation.prompts import drop_first_shot, messages, raw_text, text_of
+from generation.prompts import drop_first_shot, messages, prompt_text, raw_text
 
 SHOT = {"instruction": "\nQ: 1 + 1\nA: ", "response": " 2"}
 
@@ -19,7 +19,11 @@ def test_raw_text_answers_after_a_cue_and_never_ends_in_a_space():
 
 def test_a_verbatim_prompt_is_continued_letter_by_letter_and_a_chat_has_no_text():
     turns = [{"role": "user", "content": " Once upon a "}]
-    assert (text_of(turns, "verbatim"), text_of(turns, "raw"), text_of(turns, "chat")) == (" Once upon a ", "Once upon a\n", None)
+    assert (prompt_text(turns, "verbatim"), prompt_text(turns, "raw"), prompt_text(turns, "chat")) == (
+        " Once upon a ",
+        "Once upon a\n",
+        None,
+    )
 
 
 def test_raw_text_answers_on_the_next_line_without_a_cue():

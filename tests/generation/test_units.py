@@ -13,27 +13,27 @@ from tests.generation.fixed_llm import FixedLLM
 
 def test_below_a_ceiling_a_unit_waits_for_those_in_flight_and_is_refused_only_when_none_is():
     gate = BudgetGate(ceiling=1.0)
-    assert gate.enter("a", 0.7) is True
-    assert gate.enter("b", 0.7) is None and not gate.exhausted()
-    gate.leave("a", 0.2)
-    assert gate.enter("b", 0.7) is True
-    gate.leave("b", 0.5)
-    assert gate.enter("c", 0.7) is False and gate.exhausted()
+    assert gate.acquire("a", 0.7) is True
+    assert gate.acquire("b", 0.7) is None and not gate.exhausted()
+    gate.release("a", 0.2)
+    assert gate.acquire("b", 0.7) is True
+    gate.release("b", 0.5)
+    assert gate.acquire("c", 0.7) is False and gate.exhausted()
 
 
 def test_a_unit_found_done_after_its_actor_was_lost_frees_its_promise_once():
     gate = BudgetGate(ceiling=1.0)
-    assert gate.enter("a", 0.9) is True
-    gate.leave("a", 0.5)
-    gate.leave("a", 0.5)
-    assert gate.enter("b", 0.5) is True
+    assert gate.acquire("a", 0.9) is True
+    gate.release("a", 0.5)
+    gate.release("a", 0.5)
+    assert gate.acquire("b", 0.5) is True
 
 
 def test_a_closed_gate_lets_nobody_in():
     gate = BudgetGate()
-    assert gate.enter("a", 0.0) is True
+    assert gate.acquire("a", 0.0) is True
     gate.close()
-    assert gate.enter("b", 0.0) is False and not gate.exhausted()
+    assert gate.acquire("b", 0.0) is False and not gate.exhausted()
 
 
 class CostlyLLM(FixedLLM):
@@ -60,7 +60,7 @@ def in_process(gate):
 
         return SimpleNamespace(remote=remote)
 
-    return SimpleNamespace(enter=method(gate.enter), leave=method(gate.leave))
+    return SimpleNamespace(acquire=method(gate.acquire), release=method(gate.release))
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
@@ -72,7 +72,7 @@ def test_money_spent_on_a_unit_lost_under_way_is_remembered(place):
     row = {"references": ["x"], "dataset": "d", "shots": [], "mismatched": []}
     for name, text in (("train-000000", "life"), ("train-000001", "death")):
         table = pa.Table.from_pylist([{**row, "id": name, "instruction": text}], PREPARED)
-        units.write(units.unit_uri(place, "prepared", name), table)
+        units.write_unit(units.unit_uri(place, "prepared", name), table)
     worker = units.UnitWorker(place, config, CostlyLLM, in_process(BudgetGate(9.0)))
 
     async def work(unit):
@@ -80,10 +80,10 @@ def test_money_spent_on_a_unit_lost_under_way_is_remembered(place):
 
     (done,) = asyncio.run(work("train-000000"))[0].to_pylist()
     assert done["cost"] == pytest.approx(0.1)
-    assert units.spent(place, ["train-000000"]) == pytest.approx(0.1)
+    assert units.dollars_spent(place, ["train-000000"]) == pytest.approx(0.1)
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(work("train-000001"))
-    assert units.spent(place, ["train-000000"]) == pytest.approx(0.1 + 0.3)
+    assert units.dollars_spent(place, ["train-000000"]) == pytest.approx(0.1 + 0.3)
 
 
 def test_only_train_instructions_are_balanced_and_all_that_was_sampled_is_counted(tmp_path):
@@ -91,7 +91,7 @@ def test_only_train_instructions_are_balanced_and_all_that_was_sampled_is_counte
     row = {"id": "a", "instruction": "say", "references": ["number 1 0"], "dataset": "d", "shots": [], "mismatched": []}
     kept = {}
     for unit in ("train-000000", "validation-000000"):
-        units.write(units.unit_uri(str(tmp_path), "prepared", unit), pa.Table.from_pylist([row], PREPARED))
+        units.write_unit(units.unit_uri(str(tmp_path), "prepared", unit), pa.Table.from_pylist([row], PREPARED))
         worker = units.UnitWorker(str(tmp_path), config, FixedLLM, in_process(BudgetGate()))
 
         async def work(worker=worker, unit=unit):
@@ -99,7 +99,7 @@ def test_only_train_instructions_are_balanced_and_all_that_was_sampled_is_counte
 
         (done,) = asyncio.run(work())[0].to_pylist()
         assert done["candidates"] == 17 and done["tokens"] == 17 * 3
-        (candidates,) = units.read(units.unit_uri(str(tmp_path), "units", unit))["candidates"].to_pylist()
+        (candidates,) = units.read_unit(units.unit_uri(str(tmp_path), "units", unit))["candidates"].to_pylist()
         kept[unit] = [min(int(each["label"] * 10), 9) for each in candidates if each["source"] == "sampled"]
     assert len(kept["validation-000000"]) == 17
     assert sorted(kept["train-000000"]) == sorted(set(kept["validation-000000"]))

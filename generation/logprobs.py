@@ -1,0 +1,35 @@
+"""Mean log-probability per token of sampled candidates. Pure: no Ray, no files, no model.
+
+A candidate's `logprob` is the sum over its sampled tokens, in nats. The mean over its tokens is the self-score that the
+baselines, the blend and the report use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def mean_logprob(logprob: float | None, tokens: int | None) -> float | None:
+    """Return the mean log-probability per token of one candidate, in nats.
+
+    Args:
+        logprob: The sum over the tokens; None where it is not known, and the result is then None.
+        tokens: The number of sampled tokens. 0 and None count as 1, so an empty response keeps its sum.
+    """
+    return None if logprob is None else logprob / max(tokens or 0, 1)
+
+
+def mean_logprobs(logprobs: ArrayLike, tokens: ArrayLike) -> Floats:
+    """Return the mean log-probability per token of many candidates, in nats, float64.
+
+    Args:
+        logprobs: The sums over the tokens, of any shape; NaN where a sum is not known.
+        tokens: The numbers of sampled tokens, of the same shape; 0 counts as 1, NaN gives NaN.
+    """
+    means: Floats = np.asarray(logprobs, np.float64) / np.maximum(tokens, 1)
+    return means

@@ -1,0 +1,144 @@
+"""Read an instruction source: checked rows in order, with limits, splits and mixtures applied. Imports no Ray.
+
+Rows are streamed. A row that cannot be used becomes a dead letter with its location and the reason; it raises no exception.
+The t0 policy reads its sources one more time to count their rows, and so does the weights policy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from cluster.config import BigBenchSource, FilesSource, HubSource, MixtureSource, RowsSource, Source
+from cluster.errors import UsageError
+from generation.sources import bigbench, files, formats, hub, mixture, promptsource, split
+from generation.sources.row import DeadLetter, Instruction, dead, fault
+
+Stream = Callable[[], Iterator[Instruction | DeadLetter]]
+
+
+def read_rows(source: Source, seed: int) -> Iterator[Instruction | DeadLetter]:
+    """Yield a source's rows in order, within its limits."""
+    return row_reader(source, seed)()
+
+
+def row_reader(source: Source, seed: int) -> Stream:
+    """Return what yields a source's rows, anew each time it is called; what a mixture must count first is counted once."""
+    if not isinstance(source, MixtureSource):
+        return partial(_read_limited, source, seed, part_name(source))
+    streams = [partial(_read_limited, part.source, seed, part.name or part_name(part.source)) for part in source.parts]
+
+    def everything() -> Iterator[Instruction | DeadLetter]:
+        return chain.from_iterable(stream() for stream in streams)
+
+    if source.policy == "concatenate":
+        return everything
+    if source.policy == "t0":
+        counts = Counter(_template_key(row) for row in everything() if isinstance(row, Instruction))
+        caps = mixture.t0_caps(counts, source.cap)
+        return lambda: mixture.draw(everything(), _template_key, counts, caps, seed)
+    sizes = [sum(isinstance(row, Instruction) for row in stream()) for stream in streams]
+    wanted = mixture.in_ratio(sizes, [part.weight or 0.0 for part in source.parts], source.rows)
+
+    def weighted() -> Iterator[Instruction | DeadLetter]:
+        parts = zip(streams, sizes, wanted, strict=True)
+        drawn = [mixture.draw(stream(), _single_stratum, {None: size}, {None: rows}, seed) for stream, size, rows in parts]
+        return mixture.interleave(drawn, wanted)
+
+    return weighted
+
+
+def _template_key(row: Instruction) -> tuple[str, str | None]:
+    return row.dataset, row.template
+
+
+def _single_stratum(row: Instruction) -> None:
+    """A part is drawn from as one stratum."""
+
+
+def part_name(source: Source) -> str:
+    """What rows of a source are counted under where the config does not say."""
+    if isinstance(source, FilesSource):
+        return source.path
+    return source.name if isinstance(source, HubSource) else source.kind
+
+
+def _read_limited(source: BigBenchSource | FilesSource | HubSource, seed: int, part: str) -> Iterator[Instruction | DeadLetter]:
+    limits = {"train": source.train_rows, "validation": source.validation_rows}
+    taken: Counter[tuple[str, str]] = Counter()
+    count = 0
+    for row in _bigbench_rows(source, seed) if isinstance(source, BigBenchSource) else _file_or_hub_rows(source, seed):
+        if isinstance(row, Instruction):
+            taken[row.dataset, row.split] += 1
+            limit = limits[row.split]
+            if limit is not None and taken[row.dataset, row.split] > limit:
+                continue
+            if count == source.limit:
+                return
+            count += 1
+            row = replace(row, part=part)
+        yield row
+
+
+def _bigbench_rows(source: BigBenchSource, seed: int) -> Iterator[Instruction]:
+    for task, side, example in bigbench.read(source.tasks, seed):
+        yield Instruction(task, example["subtask"], side, example["instruction"], tuple(example["references"]))
+
+
+def _file_or_hub_rows(source: FilesSource | HubSource, seed: int) -> Iterator[Instruction | DeadLetter]:
+    name, renderer = None, None
+    if source.templates is not None:
+        name, templates = promptsource.load(source.templates)
+        renderer = promptsource.Renderer(templates, seed)
+    first: DeadLetter | None = None
+    usable = False
+    for default, raws in _raw_rows(source):
+        if renderer is not None:
+            converted = chain.from_iterable(renderer.rows(where, raw) for where, raw in raws)
+        else:
+            merged = formats.merge_choices(raws) if source.format in ("auto", "p3") else raws
+            converted = chain.from_iterable(formats.convert(where, raw, source.format) for where, raw in merged)
+        for where, row in converted:
+            parsed = row if isinstance(row, DeadLetter) else parse_row(row, where, name or default, source)
+            usable |= isinstance(parsed, Instruction)
+            first = first or (parsed if isinstance(parsed, DeadLetter) else None)
+            yield parsed
+    if not usable:
+        place = f"source.path={source.path}" if isinstance(source, FilesSource) else f"source.name={source.name}"
+        raise UsageError(
+            f"{place}: no row can be used; each needs `instruction` (text) and `references` (a list of texts), "
+            f'e.g. {{"instruction": "...", "references": ["..."]}}, or the columns of another source.format'
+            + (f"; the first: {first.reason} at {first.where}" if first else "; there are no rows")
+        )
+
+
+def _raw_rows(source: FilesSource | HubSource) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
+    """Yield `(dataset name where the rows have none, raw rows)` of each file, or of the hub dataset."""
+    if isinstance(source, HubSource):
+        yield "_".join(filter(None, (source.name.rstrip("/").rsplit("/", 1)[-1], source.subset or source.data_dir))), hub.rows(source)
+        return
+    for uri in files.find(source.path):
+        yield uri.rsplit("/", 1)[-1].split(".")[0], files.rows(uri)
+
+
+def parse_row(row: Mapping[str, Any], where: str, dataset: str, source: RowsSource) -> Instruction | DeadLetter:
+    """Return the instruction a row in our own columns holds, or a dead letter that names the field, what it holds and must."""
+    reason = fault(row)
+    if reason:
+        return dead(where, reason, row)
+    instruction = row["instruction"]
+    choices = row.get("answer_choices")
+    dataset = source.dataset or row.get("dataset") or dataset
+    key = dataset if source.split_by == "dataset" else row.get("example") or split.longest_sentence(instruction)
+    return Instruction(
+        dataset=dataset,
+        template=row.get("template"),
+        split=row.get("split") or split.side(key, source.validation_fraction),
+        instruction=instruction,
+        references=tuple(dict.fromkeys(row["references"])),
+        answer_choices=tuple(dict.fromkeys(choices)) if choices is not None else None,
+    )

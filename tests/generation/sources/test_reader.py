@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.pairs import bigbench_rows
+from cluster.config import load
+from cluster.errors import UsageError
+from generation import few_shot
+from generation.sources.reader import read_rows
+from generation.sources.row import DeadLetter, Instruction
+from tests.generation.sources.row_files import ROWS, files_config, write_jsonl
+
+
+def rows_of(config):
+    return list(read_rows(config.source, config.seed))
+
+
+BAD_ROWS = [
+    ({"references": ["a"]}, "`instruction` is missing; the row has references"),
+    ({"instruction": "x"}, "`references` is missing"),
+    ({"instruction": "x", "references": []}, "`references` is empty"),
+    ({"instruction": "x", "references": {"a": 1}}, "`references` is a dict; it must be a list of texts"),
+    ({"instruction": "x", "references": ["a", 3]}, "`references` holds a int"),
+    ({"instruction": "x", "references": ["a", "  "]}, "`references` holds an empty text"),
+    ({"instruction": 5, "references": ["a"]}, "`instruction` is a int; it must be text"),
+    ({"instruction": " ", "references": ["a"]}, "`instruction` is empty"),
+    ({"instruction": "x", "references": ["a"], "split": "test"}, "`split` is 'test'; it must be train or validation"),
+    ({"instruction": "x", "references": ["a"], "answer_choices": []}, "`answer_choices` is empty"),
+    ('{"instruction": "x", "references": ["\\ud800"]}', "lone surrogate"),
+    ('{"instruction": ', "the line is not JSON"),
+    ("[1, 2]", "the row is a list"),
+    ("[" * 100_000, "the line is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=[reason[:40] for _, reason in BAD_ROWS])
+def test_a_bad_row_becomes_a_dead_letter_with_place_and_reason_and_the_rest_goes_on(tmp_path, row, reason):
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], row, ROWS[1]])
+    first, letter, last = rows_of(files_config(path))
+    assert isinstance(letter, DeadLetter) and reason in letter.reason
+    assert letter.where == f"{path}:2" and len(letter.row) <= 500
+    assert json.loads(letter.to_json())["stage"] == "read"
+    assert (first.instruction, last.instruction) == ("say 0", "say 1")
+
+
+def test_bytes_that_are_no_text_are_a_dead_letter(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"instruction": "\xff\xfe"}\n' + json.dumps(ROWS[0]).encode())
+    letter, row = rows_of(files_config(tmp_path / "rows.jsonl"))
+    assert isinstance(letter, DeadLetter) and isinstance(row, Instruction)
+
+
+def test_a_source_without_one_usable_row_is_an_error_that_shows_the_shape(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "x"}])
+    with pytest.raises(UsageError, match=r"no row can be used; each needs `instruction` \(text\) and `references`"):
+        rows_of(files_config(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("pattern", ["missing.jsonl", "*.tsv", ""])
+def test_a_path_without_files_is_an_error(tmp_path, pattern):
+    with pytest.raises(UsageError, match=r"no .jsonl, .ndjson, .json, .csv, .parquet \(or .gz\) file is there"):
+        rows_of(files_config(tmp_path / pattern))
+
+
+def test_jsonl_gzip_parquet_and_s3_hold_the_same_rows(tmp_path, bucket):
+    from cluster import storage
+
+    def contents(path):
+        return [replace(row, part="") for row in rows_of(files_config(path))]
+
+    plain = contents(write_jsonl(tmp_path / "d.jsonl", ROWS))
+    (tmp_path / "z").mkdir()
+    with gzip.open(tmp_path / "z" / "d.jsonl.gz", "wt") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in ROWS)
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "d.parquet")
+    storage.upload_file(tmp_path / "d.jsonl", f"{bucket}/in/d.jsonl")
+    storage.upload_file(tmp_path / "z" / "d.jsonl.gz", f"{bucket}/zip/d.jsonl.gz")
+    for path in (tmp_path / "z", tmp_path / "d.parquet", f"{bucket}/in/*.jsonl", f"{bucket}/zip/"):
+        assert contents(path) == plain
+    assert len(plain) == 40
+
+
+def test_the_split_is_by_hash_of_the_instruction_unless_the_row_says(tmp_path):
+    rows = rows_of(
+        files_config(write_jsonl(tmp_path / "d.jsonl", [*ROWS, {**ROWS[0], "split": "validation"}, {**ROWS[0], "split": "train"}]))
+    )
+    assert [row.split for row in rows[-2:]] == ["validation", "train"]
+    counts = [row.split for row in rows[:40]].count("validation")
+    assert 2 <= counts <= 16
+    assert all(row.split == "train" for row in rows_of(files_config(tmp_path / "d.jsonl", "source.validation_fraction=0"))[:40])
+
+
+def test_limits_hold_for_each_dataset_and_split(tmp_path):
+    rows = [{**row, "dataset": name, "split": split} for row in ROWS for name in "ab" for split in ("train", "validation")]
+    config = files_config(write_jsonl(tmp_path / "d.jsonl", rows), "source.train_rows=3", "source.validation_rows=2")
+    taken = [(row.dataset, row.split) for row in rows_of(config)]
+    assert {key: taken.count(key) for key in taken} == {
+        ("a", "train"): 3,
+        ("b", "train"): 3,
+        ("a", "validation"): 2,
+        ("b", "validation"): 2,
+    }
+
+
+def test_instructions_of_one_example_fall_on_one_side_and_so_do_those_of_a_dataset(tmp_path):
+    rows = [{"instruction": f"{ask} {n}", "references": ["x"], "example": str(n), "dataset": f"d{n}"} for n in range(50) for ask in "abc"]
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    for override in ("source.split_by=example", "source.split_by=dataset"):
+        sides = {}
+        for row in rows_of(files_config(path, override)):
+            sides.setdefault(row.dataset, set()).add(row.split)
+        assert {len(each) for each in sides.values()} == {1} and len(set.union(*sides.values())) == 2
+
+
+def test_each_row_names_its_part_and_a_limit_takes_the_first(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", ROWS)
+    parts = f"[{{name: a, source: {{kind: files, path: '{path}', limit: 3}}}}, {{source: {{kind: files, path: '{path}', dataset: e}}}}]"
+    rows = list(read_rows(load(None, [f"source={{kind: mixture, parts: {parts}}}"]).source, 1))
+    assert [row.part for row in rows] == ["a"] * 3 + [str(path)] * 40
+    assert [row.instruction for row in rows[:3]] == ["say 0", "say 1", "say 2"] and rows[-1].dataset == "e"
+
+
+@pytest.mark.usefixtures("bigbench_tasks")
+def test_rows_in_p3_columns_equal_the_same_rows_in_our_columns(tmp_path):
+    table = pa.Table.from_pylist(bigbench_rows(dict.fromkeys(("conlang_translation", "date_understanding", "gem"), 100)))
+    assert 0 < table["answer_choices"].null_count < len(table)
+    pq.write_table(table, tmp_path / "own.parquet")
+    rows = [{**row, "inputs_pretokenized": row["instruction"], "targets_pretokenized": row["references"]} for row in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows).drop_columns(["instruction", "references"]), tmp_path / "p3.parquet")
+    own, p3 = (rows_of(files_config(tmp_path / name)) for name in ("own.parquet", "p3.parquet"))
+    assert [replace(row, part="") for row in own] == [replace(row, part="") for row in p3] and len(own) == 300
+
+
+@pytest.mark.usefixtures("bigbench_tasks")
+def test_bigbench_task_files_are_read_unchanged(tmp_path):
+    from generation.sources import bigbench
+
+    (subtasks,) = bigbench.load_tasks(["codenames"])
+    (tmp_path / "task.json").write_text(json.dumps(subtasks["codenames"]))
+    texts = {row.instruction for row in rows_of(files_config(tmp_path / "task.json"))}
+    assert texts == {row["instruction"] for _, _, row in bigbench.read(["codenames"], seed=1)}
+
+
+def test_a_weighted_mixture_is_in_ratio_and_the_same_each_time_it_is_read(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", ROWS)
+    source = f"source: {{kind: files, path: '{path}'}}"
+    parts = f"[{{name: a, weight: 3, {source}}}, {{name: b, weight: 1, {source}}}]"
+    config = load(None, [f"source={{kind: mixture, policy: weights, rows: 40, parts: {parts}}}"])
+    names = [row["part"] for _, row in few_shot.prepare_rows(config)]
+    assert (names.count("a"), names.count("b"), names[:8].count("a")) == (30, 10, 6)
+    assert rows_of(config) == rows_of(config)
+    assert rows_of(config) != list(read_rows(config.source, config.seed + 1))
+
+
+def test_t0s_mixture_caps_each_template(tmp_path):
+    rows = [{**row, "template": "even" if n % 2 else "odd"} for n, row in enumerate(ROWS)]
+    path = write_jsonl(tmp_path / "d.jsonl", [*rows, {**ROWS[0], "dataset": "small"}])
+    config = load(None, [f"source={{kind: mixture, policy: t0, cap: 10, parts: [{{source: {{kind: files, path: '{path}'}}}}]}}"])
+    taken = [(row.dataset, row.template) for row in rows_of(config)]
+    assert {key: taken.count(key) for key in taken} == {("d", "odd"): 5, ("d", "even"): 5, ("small", None): 1}
