@@ -39,7 +39,7 @@ from evaluation.comparison import Row
 from evaluation.evaluate import read_rows, score_rows
 from evaluation.statistics import Floats
 from generation.dataset import RegressionSet
-from serving import early_stopping, protocol
+from serving import early_stopping, responses
 
 MIN_GAINS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 TARGETS = (0.3, 0.5, 0.7, 0.9)
@@ -81,7 +81,7 @@ def replay(rounds: Sequence[Sequence[dict[str, Any]]], ways: Mapping[str, Way]) 
             end = way
         else:
             end = next((e for e in ends[:-1] if early_stopping.stop_reason(drawn[:e], scores[:e], way)), ends[-1])
-        pick = protocol.rank(drawn[:end], scores[:end])[0]
+        pick = responses.rank_candidates(drawn[:end], scores[:end])[0]
         points[place] = drawn[pick]["label"], sum(each["tokens"] for each in drawn[:end]), end
     return points
 

@@ -34,8 +34,8 @@ from cluster.config import load
 from cluster.cpu import lower_priority, openmp_environment
 from cluster.progress import log
 from generation import few_shot
+from serving.backend import Scored
 from serving.deployments import score_pairs
-from serving.protocol import Scored
 from serving.score_batcher import ScoreBatcher
 from serving.scorer_cache import LoadedScorer
 

@@ -182,7 +182,7 @@ def serve(
         _finish(exporting.export_serve_config(configuration.load(config, set_ or ()), export), as_json)
         return
     if new_key is not None:
-        from serving.api_keys import new_key as make
+        from serving.api_keys import create_key as make
 
         key, sha256 = make()
         if not as_json:

@@ -13,18 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.config import ApiKeyConfig
-from serving.protocol import ApiError
+from serving.backend import ApiError
 
 _PREFIX = "cappy-"
 
 
-def new_key() -> tuple[str, str]:
+def create_key() -> tuple[str, str]:
     """Return a key to give to a client and the SHA-256 to put into `serving.api_keys`."""
     key = _PREFIX + secrets.token_urlsafe(32)
-    return key, digest(key)
+    return key, hash_key(key)
 
 
-def digest(key: str) -> str:
+def hash_key(key: str) -> str:
     """Return the SHA-256 of a key, in hexadecimal."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -60,11 +60,11 @@ class Caller:
     requests: TokenBucket
     candidates: TokenBucket
 
-    def enter(self) -> None:
+    def count_request(self) -> None:
         """Count a request. Raises `ApiError` (429) above the key's limit."""
         self._take(self.requests, 1, "requests")
 
-    def sample(self, count: int) -> None:
+    def count_candidates(self, count: int) -> None:
         """Count candidates about to be sampled. Raises `ApiError` (429) above the key's limit, (400) where it never fits."""
         self._take(self.candidates, count, "candidates")
 
@@ -88,7 +88,7 @@ class Keyring:
         ]
         self._anyone = Caller(None, TokenBucket(None), TokenBucket(None))
 
-    def caller(self, authorization: str | None, x_api_key: str | None = None) -> Caller:
+    def authenticate(self, authorization: str | None, x_api_key: str | None = None) -> Caller:
         """Return who sent the headers `Authorization: Bearer KEY` or `X-API-Key: KEY`.
 
         Compares with every key, each in constant time. Raises `ApiError` (401) for a key that is missing or not known.
@@ -99,7 +99,7 @@ class Keyring:
         given = bearer.strip() if scheme.lower() == "bearer" else (x_api_key or "").strip()
         if not given:
             raise ApiError("no API key; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`", 401, code="invalid_api_key")
-        hashed = digest(given)
+        hashed = hash_key(given)
         found = [caller for known, caller in self._callers if hmac.compare_digest(known, hashed)]
         if not found:
             raise ApiError("the API key is not known to this server", 401, code="invalid_api_key")

@@ -18,11 +18,11 @@ from cluster import models, storage
 from cluster.config import Config, DecodingConfig, Scaling, ServingConfig
 from generation import engines
 from generation.prompts import Message
+from serving.backend import ApiError, OnFinished, Sampled, Scored
 from serving.deployments import LLM, UNAVAILABLE, Scorer, get_result, translate_errors
 from serving.gateway import build_api
 from serving.model_registry import additional_scorers
 from serving.prometheus import Metrics
-from serving.protocol import ApiError, Early, Sampled, Scored
 
 APPLICATION = "cappy"
 _READY_TIMEOUT_S = 5.0
@@ -50,7 +50,7 @@ class ServeBackend:
         decodings: Sequence[DecodingConfig],
         seeds: Sequence[int | None],
         logprobs: bool,
-        early: Early | None,
+        early: OnFinished | None,
     ) -> Sampled:
         if early is None:
             whole: Sampled = await get_result(self.llm.sample.remote(prompt, decodings, seeds, logprobs), "the LLM")

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 
 from cluster.config import AdaptiveConfig, DecodingConfig
 from generation.engines.contract import Candidate, request_seed
-from serving import early_stopping, protocol
+from serving import early_stopping
+from serving.backend import ApiError, OnFinished, Sampled, Scored
 from serving.early_stopping import StopReason
-from serving.protocol import ApiError, Early, Sampled, Scored
+from serving.responses import distinct_responses
 
-Sample = Callable[[Sequence[DecodingConfig], Sequence[int | None], Early | None], Awaitable[Sampled]]
+Sample = Callable[[Sequence[DecodingConfig], Sequence[int | None], OnFinished | None], Awaitable[Sampled]]
 """Draws the candidates of some decodings, with a seed for each; may tell early which have ended, to be scored meanwhile."""
 Score = Callable[[Sequence[str]], Awaitable[Scored]]
 """Scores responses to the request's instruction."""
@@ -133,7 +134,7 @@ async def _round(
             if (cost := sampled.get("cost")) is not None:
                 pool.cost = (pool.cost or 0.0) + cost
             all_there.set()
-            ask(protocol.distinct(sampled["candidates"]))
+            ask(distinct_responses(sampled["candidates"]))
             tell(pool)
             if not asked:
                 return

@@ -23,8 +23,8 @@ from cluster.errors import CappyError
 from generation import engines
 from generation.engines.contract import Candidate, EngineUnavailable, PromptTooLong, RowError
 from generation.prompts import Message
+from serving.backend import ApiError, OnFinished, Sampled, Scored
 from serving.ledger import Ledger
-from serving.protocol import ApiError, Early, Sampled, Scored
 from serving.score_batcher import ScoreBatcher
 from serving.scorer_cache import LoadedScorer, ScorerCache, ScorerUnavailable
 
@@ -79,7 +79,7 @@ class LLM:
         decodings: Sequence[DecodingConfig],
         seeds: Sequence[int | None],
         logprobs: bool = True,
-        early: Early | None = None,
+        early: OnFinished | None = None,
     ) -> Sampled:
         """Return the candidates of one prompt, decoding by decoding; `seeds` holds one for each, None for chance.
 

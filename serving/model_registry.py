@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from cluster import models
 from cluster.config import Config, ServingConfig, check_names
 from cluster.errors import UsageError
-from serving.protocol import ApiError, Behind, Model, SampleRequest
+from serving.backend import ApiError
+from serving.completions_api import SampleRequest
+from serving.responses import Model, ModelParts
 from training import adapted_index
 
 # A server may have a scorer for each of hundreds of tasks.
@@ -46,7 +48,7 @@ class ModelRegistry:
     def describe(self, name: str, created: int) -> Model:
         """Return OpenAI's description of a model, with what stands behind it under `cappy`; `created` is a Unix time."""
         served = self._find(name, list(self.models))
-        return Model(id=name, created=created, owned_by="cappy-ray", cappy=Behind(llm=served.llm, scorer=served.scorer))
+        return Model(id=name, created=created, owned_by="cappy-ray", cappy=ModelParts(llm=served.llm, scorer=served.scorer))
 
     def find_selection_scorer(self, request: SampleRequest) -> str | None:
         """Return the scorer that chooses among a request's candidates, `cappy.scorer` before the one of `model`; None is none.

@@ -10,9 +10,9 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from serving.protocol import ErrorAnswer
+from serving.responses import ErrorAnswer
 
-ERRORS = {
+ERROR_DESCRIPTIONS = {
     400: "The request is wrong: `param` names the field, the message what would be right",
     401: "No API key, or one this server does not know",
     403: "The header Host has no name of this machine, which is all a server without keys answers to",
@@ -28,7 +28,7 @@ ERRORS = {
     503: "A model is down, or too many requests wait; `Retry-After` says when to come back",
     504: "No answer within the server's time limit",
 }
-_OF_EVERY_ROUTE = (401, 403, 414, 429, 431, 500)
+_EVERY_ROUTE = (401, 403, 414, 429, 431, 500)
 
 _SCORER = {"model": "cappy-scorer"}
 _SCORER_USAGE = {"prompt_tokens": 23, "total_tokens": 23, "completion_tokens": 0}
@@ -124,10 +124,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-def takes(body: type[BaseModel], answer: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
+def describe_route(body: type[BaseModel], answer: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
     """Return what a POST route tells FastAPI: its body, its answer (as events too, where it `streams`) and its errors."""
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-    responses = errors(400, 404, 408, 413, 415, 503, 504, *((502,) if streams else ()))
+    responses = error_responses(400, 404, 408, 413, 415, 503, 504, *((502,) if streams else ()))
     if streams:  # as those that sample do
         events = 'data: {"object": "chat.completion.chunk", "choices": [...], ...}\n\ndata: [DONE]\n\n'
         responses[200] = {"content": {"text/event-stream": {"schema": {"description": "Server-sent events"}, "example": events}}}
@@ -138,15 +138,15 @@ def takes(body: type[BaseModel], answer: type[BaseModel], *, streams: bool = Fal
     }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return a route's answers that are errors, those that any route may give included."""
-    return {status: {"model": ErrorAnswer, "description": ERRORS[status]} for status in sorted({*statuses, *_OF_EVERY_ROUTE})}
+    return {status: {"model": ErrorAnswer, "description": ERROR_DESCRIPTIONS[status]} for status in sorted({*statuses, *_EVERY_ROUTE})}
 
 
-def complete(api: FastAPI, *, keys: bool, own_names: bool) -> None:
+def complete_schema(api: FastAPI, *, keys: bool, own_names: bool) -> None:
     """Add to the schema what stands nowhere else: the models of the bodies, examples, and how to show a key where there are `keys`.
 
-    `own_names` is whether a request must name this machine (`gateway.Guard`).
+    `own_names` is whether a request must name this machine (`middleware.AuthMiddleware`).
     """
     tree = api.openapi()  # which keeps it: what is changed here is what is served
     models = tree["components"]["schemas"]

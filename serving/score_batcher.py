@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from serving.protocol import Scored
+from serving.backend import Scored
 from serving.scorer_cache import LoadedScorer
 
 ScoreFunction = Callable[[LoadedScorer, Sequence[str], Sequence[str], int], Scored]

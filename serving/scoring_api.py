@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
 
 from cluster.config import ServingConfig
-from serving import protocol
-from serving.protocol import ApiError, Scored, Shape
+from serving import completions_api
+from serving.backend import ApiError, Scored
+from serving.completions_api import ApiModel
 
-# Fields of vLLM's, Jina's and Cohere's requests that would change a score: see `protocol._UNSUPPORTED`.
+# Fields of vLLM's, Jina's and Cohere's requests that would change a score: see `completions_api._UNSUPPORTED`.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (None,),
     "max_tokens_per_doc": (None,),
@@ -40,7 +41,7 @@ def _document_text(documents: Any) -> Any:
     return [each["text"] if isinstance(each, dict) and isinstance(each.get("text"), str) else each for each in documents]
 
 
-class Document(Shape):
+class Document(ApiModel):
     """A document as Cohere's and Jina's clients may send it, and get it back."""
 
     text: str
@@ -52,7 +53,7 @@ Texts = Annotated[_Texts, BeforeValidator(_as_list, json_schema_input_type=str |
 Documents = Annotated[_Texts, BeforeValidator(_document_text, json_schema_input_type=Annotated[list[str | Document], Field(min_length=1)])]
 
 
-class ScoreRequest(Shape):
+class ScoreRequest(ApiModel):
     """The body of POST /v1/score, as vLLM takes it: one text against one or many, or lists of equal length pair by pair."""
 
     model_config = ConfigDict(strict=True)
@@ -75,7 +76,7 @@ class ScoreRequest(Shape):
         return (self.text_1 if len(self.text_1) > 1 else self.text_1 * len(self.text_2)), self.text_2
 
 
-class RerankRequest(Shape):
+class RerankRequest(ApiModel):
     """The body of POST /v1/rerank (Jina's, vLLM's) and /v2/rerank (Cohere's): documents ranked as responses to a query."""
 
     model_config = ConfigDict(strict=True)
@@ -92,7 +93,7 @@ class RerankRequest(Shape):
         return [self.query] * len(self.documents), self.documents
 
 
-class ClassifyRequest(Shape):
+class ClassifyRequest(ApiModel):
     """The body of POST /v1/classify: which of the choices answers the instruction."""
 
     model_config = ConfigDict(strict=True)
@@ -105,7 +106,7 @@ class ClassifyRequest(Shape):
         # Counted, not compared with each other: the list is a client's, as long as a body may be.
         choice, times = Counter(self.choices).most_common(1)[0]
         if times > 1:
-            raise ValueError(f"choices has {protocol.short(choice)} {times} times; give each choice once")
+            raise ValueError(f"choices has {completions_api.json_preview(choice)} {times} times; give each choice once")
         return self
 
     def pairs(self) -> tuple[list[str], list[str]]:
@@ -113,7 +114,7 @@ class ClassifyRequest(Shape):
         return [self.instruction] * len(self.choices), self.choices
 
 
-class ScoreUsage(Shape):
+class ScoreUsage(ApiModel):
     """Tokens the scorer read."""
 
     prompt_tokens: int
@@ -121,7 +122,7 @@ class ScoreUsage(Shape):
     completion_tokens: int = 0
 
 
-class PairScore(Shape):
+class PairScore(ApiModel):
     """The score of one pair."""
 
     index: int
@@ -129,7 +130,7 @@ class PairScore(Shape):
     score: float
 
 
-class ScoreAnswer(Shape):
+class ScoreAnswer(ApiModel):
     """The answer to POST /v1/score."""
 
     id: str
@@ -142,7 +143,7 @@ class ScoreAnswer(Shape):
     usage: ScoreUsage
 
 
-class Ranked(Shape):
+class RankedDocument(ApiModel):
     """One document, by its place in the request."""
 
     index: int
@@ -150,19 +151,19 @@ class Ranked(Shape):
     document: Document | None = None
 
 
-class RerankAnswer(Shape):
+class RerankAnswer(ApiModel):
     """The answer to POST /v1/rerank and /v2/rerank."""
 
     id: str
     model: str
-    results: list[Ranked]
+    results: list[RankedDocument]
     """Best first; of equal scores the first given."""
     usage: ScoreUsage
     meta: dict[str, Any]
     """For Cohere's client: the version of its API and what it bills, one search a request."""
 
 
-class Classification(Shape):
+class Classification(ApiModel):
     """The answer to POST /v1/classify."""
 
     id: str
@@ -178,12 +179,12 @@ class Classification(Shape):
     usage: ScoreUsage
 
 
-R = TypeVar("R", ScoreRequest, RerankRequest, ClassifyRequest)
+RequestT = TypeVar("RequestT", ScoreRequest, RerankRequest, ClassifyRequest)
 
 
-def parse(kind: type[R], body: bytes, serving: ServingConfig) -> R:
+def parse_scoring_request(kind: type[RequestT], body: bytes, serving: ServingConfig) -> RequestT:
     """Return the request in `body`. Raises `ApiError` (400) naming what is wrong, its pairs above the server's limits included."""
-    request = protocol.parse_as(kind, body, _UNSUPPORTED)
+    request = completions_api.parse_request(kind, body, _UNSUPPORTED)
     instructions, responses = request.pairs()
     if (count := len(responses)) > (limit := serving.max_pairs):
         raise ApiError(f"the request has {count} pairs to score, this server's limit is {limit} (serving.max_pairs)", code="invalid_value")
@@ -195,28 +196,28 @@ def parse(kind: type[R], body: bytes, serving: ServingConfig) -> R:
     return request
 
 
-def score_answer(request: ScoreRequest, scored: Scored, identity: str, created: int) -> ScoreAnswer:
+def build_score_answer(request: ScoreRequest, scored: Scored, identity: str, created: int) -> ScoreAnswer:
     """Return vLLM's answer."""
-    data = [PairScore(index=index, score=score) for index, score in enumerate(_numbers(scored))]
+    data = [PairScore(index=index, score=score) for index, score in enumerate(_finite_scores(scored))]
     return ScoreAnswer(id=f"score-{identity}", created=created, model=request.model, data=data, usage=_usage(scored))
 
 
-def rerank_answer(request: RerankRequest, scored: Scored, identity: str, *, version: Literal[1, 2]) -> RerankAnswer:
+def build_rerank_answer(request: RerankRequest, scored: Scored, identity: str, *, version: Literal[1, 2]) -> RerankAnswer:
     """Return Jina's and vLLM's (`version` 1) or Cohere's (2) answer."""
-    scores = _numbers(scored)
+    scores = _finite_scores(scored)
     best_first = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or None]
     shown = version == 1 if request.return_documents is None else request.return_documents
     results = [
-        Ranked(index=index, relevance_score=scores[index], document=Document(text=request.documents[index]) if shown else None)
+        RankedDocument(index=index, relevance_score=scores[index], document=Document(text=request.documents[index]) if shown else None)
         for index in best_first
     ]
     meta = {"api_version": {"version": str(version)}, "billed_units": {"search_units": 1}}
     return RerankAnswer(id=f"rerank-{identity}", model=request.model, results=results, usage=_usage(scored), meta=meta)
 
 
-def classification(request: ClassifyRequest, scored: Scored, identity: str, created: int) -> Classification:
+def build_classification(request: ClassifyRequest, scored: Scored, identity: str, created: int) -> Classification:
     """Return the choice with the highest score, and all scores."""
-    scores = _numbers(scored)
+    scores = _finite_scores(scored)
     index = max(range(len(scores)), key=lambda place: (scores[place], -place))
     return Classification(
         id=f"classify-{identity}",
@@ -229,7 +230,7 @@ def classification(request: ClassifyRequest, scored: Scored, identity: str, crea
     )
 
 
-def _numbers(scored: Scored) -> Sequence[float]:
+def _finite_scores(scored: Scored) -> Sequence[float]:
     """Return the scores; JSON has no NaN, and a rank among them would be chance."""
     scores = scored["scores"]
     bad = next((index for index, score in enumerate(scores) if not math.isfinite(score)), None)

@@ -22,9 +22,11 @@ from cluster.errors import CappyError, UsageError
 from cluster.runtime import clean_error, ray_session
 from generation import engines
 from serving.app import APPLICATION, build_application, http_options
+from serving.backend import ApiError
 from serving.client import curl_command
+from serving.completions_api import ChatMessage, ChatRequest
 from serving.model_registry import additional_scorers
-from serving.protocol import ApiError, ChatMessage, ChatRequest, decodings_for
+from serving.sampling_policy import select_decodings
 
 # What `training.scorer.CHECKPOINTS` names, without loading torch here.
 CHECKPOINTS_FOLDER = "_checkpoints"
@@ -120,7 +122,7 @@ def _check_limits(config: Config) -> None:
     """Refuse limits that a request which asks for nothing special would break."""
     plain = ChatRequest(model=config.serving.model_name, messages=[ChatMessage(role="user", content="hi")])
     try:
-        decodings_for(plain, config)
+        select_decodings(plain, config)
     except ApiError as error:
         raise UsageError(f"every request would be refused: {error}") from None
 

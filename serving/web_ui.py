@@ -17,13 +17,13 @@ from cluster.config import ServingConfig
 _FILE = Path(__file__).with_name("page.html")
 
 
-def page(serving: ServingConfig) -> HTMLResponse:
+def build_page(serving: ServingConfig) -> HTMLResponse:
     """Return the page with the server's number of candidates, and their limit, on its slider."""
     html = _FILE.read_text(encoding="utf-8")
     for name in ("candidates", "max_candidates"):
         html = html.replace(f"{{{{{name}}}}}", str(getattr(serving, name)))
     policy = (
-        f"default-src 'none'; script-src {_hash_of('script', html)}; style-src {_hash_of('style', html)}; img-src data:; "
+        f"default-src 'none'; script-src {_csp_hash('script', html)}; style-src {_csp_hash('style', html)}; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
     )
     headers = {
@@ -35,7 +35,7 @@ def page(serving: ServingConfig) -> HTMLResponse:
     return HTMLResponse(html, headers=headers)
 
 
-def _hash_of(tag: str, html: str) -> str:
+def _csp_hash(tag: str, html: str) -> str:
     """Return what a Content-Security-Policy calls the text of the page's one `tag`."""
     (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from cappy.cli import app
 from cluster.config import ApiKeyConfig, ServingConfig
 from cluster.errors import UsageError
-from serving.api_keys import Keyring, TokenBucket, digest, new_key
-from serving.protocol import ApiError
+from serving.api_keys import Keyring, TokenBucket, create_key, hash_key
+from serving.backend import ApiError
 from serving.serve import _check_access
 
 
@@ -23,22 +23,27 @@ class Clock:
 
 
 def ring(clock=None, **limits):
-    key, sha256 = new_key()
-    other, other_sha256 = new_key()
+    key, sha256 = create_key()
+    other, other_sha256 = create_key()
     entries = [ApiKeyConfig(name="a", sha256=sha256, **limits), ApiKeyConfig(name="b", sha256=other_sha256)]
     return Keyring(entries, clock or Clock()), key, other
 
 
 def test_a_new_key_is_long_different_each_time_and_its_hash_is_sha_256():
-    keys = [new_key() for _ in range(50)]
+    keys = [create_key() for _ in range(50)]
     assert len({key for key, _ in keys}) == 50 and all(len(key) >= 43 for key, _ in keys)
     assert all(sha256 == hashlib.sha256(key.encode()).hexdigest() for key, sha256 in keys)
 
 
 def test_a_known_key_says_who_asks_in_either_header():
     keyring, key, other = ring()
-    assert keyring.caller(f"Bearer {key}").name == keyring.caller(f"bearer  {key} ").name == keyring.caller(None, key).name == "a"
-    assert keyring.caller(f"Bearer {other}").name == "b"
+    assert (
+        keyring.authenticate(f"Bearer {key}").name
+        == keyring.authenticate(f"bearer  {key} ").name
+        == keyring.authenticate(None, key).name
+        == "a"
+    )
+    assert keyring.authenticate(f"Bearer {other}").name == "b"
 
 
 @pytest.mark.parametrize(
@@ -47,16 +52,16 @@ def test_a_known_key_says_who_asks_in_either_header():
 def test_any_other_header_is_refused_and_the_key_is_not_told(authorization):
     keyring, key, _ = ring()
     with pytest.raises(ApiError) as caught:
-        keyring.caller(authorization and authorization.format(key=key))
+        keyring.authenticate(authorization and authorization.format(key=key))
     assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
     assert caught.value.headers == {"WWW-Authenticate": "Bearer"} and key not in str(caught.value.body)
 
 
 def test_without_keys_everyone_may_ask():
-    caller = Keyring(()).caller(None)
+    caller = Keyring(()).authenticate(None)
     for _ in range(1000):
-        caller.enter()
-        caller.sample(1000)
+        caller.count_request()
+        caller.count_candidates(1000)
 
 
 def test_a_minutes_allowance_refills_evenly_and_never_above_its_size():
@@ -74,19 +79,19 @@ def test_a_minutes_allowance_refills_evenly_and_never_above_its_size():
 def test_requests_and_candidates_above_a_keys_limits_are_told_when_to_come_back_and_others_go_on():
     clock = Clock()
     keyring, key, other = ring(clock, requests_per_minute=2, candidates_per_minute=10)
-    caller = keyring.caller(f"Bearer {key}")
-    caller.enter()
-    keyring.caller(f"Bearer {key}").enter()
+    caller = keyring.authenticate(f"Bearer {key}")
+    caller.count_request()
+    keyring.authenticate(f"Bearer {key}").count_request()
     with pytest.raises(ApiError, match="this key's requests for the minute are used up") as caught:
-        caller.enter()
+        caller.count_request()
     assert (caught.value.status, caught.value.code, caught.value.headers) == (429, "rate_limit_exceeded", {"Retry-After": "30"})
-    keyring.caller(f"Bearer {other}").enter()
-    caller.sample(8)
+    keyring.authenticate(f"Bearer {other}").count_request()
+    caller.count_candidates(8)
     with pytest.raises(ApiError, match="candidates for the minute") as caught:
-        caller.sample(8)
+        caller.count_candidates(8)
     assert caught.value.headers == {"Retry-After": "36"}
     with pytest.raises(ApiError, match="11 candidates are more than this key may have in a minute; ask for fewer") as caught:
-        caller.sample(11)
+        caller.count_candidates(11)
     assert caught.value.status == 400
 
 
@@ -95,7 +100,7 @@ def test_without_keys_a_server_stays_on_its_machine_unless_told(host):
     with pytest.raises(UsageError, match=f"serving.host={host} is reachable from other machines and serving.api_keys is empty"):
         _check_access(ServingConfig(host=host))
     _check_access(ServingConfig(host=host, allow_no_keys=True))
-    _check_access(ServingConfig(host=host, api_keys=[{"name": "a", "sha256": new_key()[1]}]))
+    _check_access(ServingConfig(host=host, api_keys=[{"name": "a", "sha256": create_key()[1]}]))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
@@ -107,9 +112,9 @@ def test_the_command_line_makes_a_key_and_its_entry():
     said = CliRunner().invoke(app, ["serve", "--new-key", "team a"]).stdout
     key = re.search(r"cappy-\S+", said)[0]
     serving = yaml.safe_load(said.split("for the config:")[1])["serving"]
-    assert Keyring(ServingConfig(**serving).api_keys).caller(f"Bearer {key}").name == "team a"
+    assert Keyring(ServingConfig(**serving).api_keys).authenticate(f"Bearer {key}").name == "team a"
     told = json.loads(CliRunner().invoke(app, ["serve", "--new-key", "b", "--json"]).stdout)
-    assert told["sha256"] == digest(told["key"]) and told["name"] == "b"
+    assert told["sha256"] == hash_key(told["key"]) and told["name"] == "b"
 
 
 def test_the_llm_and_the_scorer_have_names_of_their_own():

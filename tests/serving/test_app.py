@@ -31,8 +31,8 @@ from generation.engines.contract import PromptTooLong, RowError
 from generation.engines.endpoint import EndpointEngine
 from generation.prompts import messages
 from serving import app, client, serve
+from serving.backend import ApiError
 from serving.prometheus import Metrics
-from serving.protocol import ApiError
 from tests.conftest import CAPPY
 from tests.generation.engines.test_vllm_server import GREEDY, TOP_K, TURNS, WARM, ask
 from tests.serving.test_scorer_cache import publish

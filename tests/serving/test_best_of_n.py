@@ -6,7 +6,7 @@ import pytest
 from cluster.config import AdaptiveConfig, DecodingConfig
 from generation.engines.contract import Candidate, request_seed
 from serving import best_of_n
-from serving.protocol import ApiError
+from serving.backend import ApiError
 
 DECODINGS = [DecodingConfig(name="greedy", temperature=0), DecodingConfig(name="a", n=2), DecodingConfig(name="b", n=2)]
 NEVER = AdaptiveConfig(target_score=9, round_size=2)

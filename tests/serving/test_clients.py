@@ -6,12 +6,12 @@ import cohere
 import pytest
 
 from cluster.config import Config, ServingConfig
-from serving.api_keys import new_key
+from serving.api_keys import create_key
 from serving.gateway import build_api
 from tests.serving.standin import running
 from tests.serving.test_gateway import Echo
 
-KEY, SHA256 = new_key()
+KEY, SHA256 = create_key()
 DOCUMENTS = ["x", "xxx", "xx"]
 
 

@@ -13,9 +13,9 @@ from cluster.errors import CappyError
 from generation.engines.contract import EngineUnavailable
 from generation.engines.seq2seq import Seq2SeqEngine
 from generation.prompts import messages
+from serving.backend import ApiError
 from serving.deployments import LLM
 from serving.gateway import build_api
-from serving.protocol import ApiError
 from tests.generation.engines.conftest import write_seq2seq
 from tests.generation.engines.openai_server import OpenAIServer, error, good
 from tests.serving.test_gateway import BODY, Echo

@@ -6,8 +6,9 @@ import pytest
 
 from cluster.config import AdaptiveConfig, Config, DecodingConfig
 from generation.engines.contract import Candidate
+from serving.completions_api import parse_chat_request
 from serving.early_stopping import expected_gain, new_response_probability, nth_best_score, plan_rounds, stop_reason
-from serving.protocol import decodings_for, parse
+from serving.sampling_policy import select_decodings
 
 PRIOR = AdaptiveConfig(prior_mean=0.4, prior_std=0.2, prior_weight=2)
 
@@ -18,7 +19,7 @@ def drawn(*responses, logprob=None):
 
 def cut(n, first=1, size=3, **fields):
     fields = {"model": "cappy", "messages": [{"role": "user", "content": "hi"}], "cappy": {"candidates": n}, **fields}
-    decodings = decodings_for(parse(json.dumps(fields).encode()), Config())
+    decodings = select_decodings(parse_chat_request(json.dumps(fields).encode()), Config())
     return decodings, [[(part.name, part.n) for part in parts] for parts in plan_rounds(decodings, first, size)]
 
 

@@ -10,9 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import Config, ServingConfig
 from generation.engines.contract import Candidate
-from serving.api_keys import new_key
+from serving.api_keys import create_key
+from serving.backend import ApiError
 from serving.gateway import build_api
-from serving.protocol import ApiError
 
 BODY = {"model": "cappy", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -429,7 +429,7 @@ async def test_a_request_that_is_turned_away_is_not_even_read():
 
 
 async def test_with_keys_every_path_but_health_and_the_page_wants_one():
-    key, sha256 = new_key()
+    key, sha256 = create_key()
     entry = {"name": "a", "sha256": sha256, "requests_per_minute": 4, "candidates_per_minute": 9}
     paths = [("POST", "/v1/chat/completions"), ("POST", "/v1/score"), ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/health/")]
     paths += [("GET", path) for path in ("/page.html", "/%2F", "/%2Fhealth", "/health/../v1/models")]
@@ -674,7 +674,7 @@ def logged():
 
 
 async def test_each_answer_is_a_line_of_the_access_log_without_prompt_or_key(logged):
-    key, sha256 = new_key()
+    key, sha256 = create_key()
     mine = {"headers": {"Authorization": f"Bearer {key}", "X-Request-Id": "my-1"}}
     async with client(Echo(), api_keys=[{"name": "team-a", "sha256": sha256}]) as http:
         asked = await http.post("/v1/chat/completions", json={**BODY, "messages": [{"role": "user", "content": "private"}]}, **mine)

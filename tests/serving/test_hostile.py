@@ -8,12 +8,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.hostile import HI, Hostile, ask, requests
 from cluster.config import Config, ServingConfig
-from serving.api_keys import new_key
+from serving.api_keys import create_key
 from serving.gateway import build_api
 from tests.serving.standin import running
 from tests.serving.test_gateway import Echo
 
-KEY, SHA256 = new_key()
+KEY, SHA256 = create_key()
 SERVING = ServingConfig(api_keys=[{"name": "a", "sha256": SHA256}], body_timeout_s=0.5)
 
 

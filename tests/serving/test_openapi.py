@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 from schemathesis.specs.openapi import checks as openapi_checks
 
 from cluster.config import Config, ServingConfig
-from serving.api_keys import new_key
+from serving.api_keys import create_key
 from serving.gateway import build_api
 from tests.serving.test_gateway import Echo, client
 
@@ -78,7 +78,7 @@ def test_the_example_of_each_answer_is_one():
 
 
 def test_with_keys_the_schema_says_how_to_show_one():
-    keyed = build_api(Config(serving=ServingConfig(api_keys=[{"name": "a", "sha256": new_key()[1]}])), Echo()).openapi()
+    keyed = build_api(Config(serving=ServingConfig(api_keys=[{"name": "a", "sha256": create_key()[1]}])), Echo()).openapi()
     assert keyed["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
     assert keyed["security"] == [{"bearer": []}, {"header": []}] and keyed["paths"]["/health"]["get"]["security"] == []
     assert {"401", "429"} <= keyed["paths"]["/v1/score"]["post"]["responses"].keys()

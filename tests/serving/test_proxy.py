@@ -14,7 +14,7 @@ from ray.serve._private import constants
 from benchmarks import hostile
 from cluster import ports
 from cluster.config import Config, ServingConfig
-from serving import app, limits
+from serving import app, middleware
 
 STEERING = [each for each in hostile.requests(ServingConfig()) if each.code == "unsupported_header"]
 GOOD = hostile.Writer(None).post(hostile.CHAT, {"model": "cappy", "messages": hostile.HI})
@@ -103,4 +103,8 @@ def test_every_header_that_serve_reads_of_a_client_is_known():
     }
     named |= {name: getattr(constants, name) for name in ("SERVE_MULTIPLEXED_MODEL_ID", "SERVE_SESSION_ID")}
     harmless = {"x-request-id"}
-    assert {value.replace("_", "-") for value in named.values()} == {*limits.STEERING, limits.STEERING_PREFIX, *harmless}
+    assert {value.replace("_", "-") for value in named.values()} == {
+        *middleware.PROXY_CONTROL_HEADERS,
+        middleware.PROXY_CONTROL_PREFIX,
+        *harmless,
+    }

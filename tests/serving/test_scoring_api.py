@@ -4,12 +4,14 @@ import pytest
 
 from cluster.config import ServingConfig
 from serving import scoring_api
-from serving.protocol import ApiError
+from serving.backend import ApiError
 from serving.scoring_api import ClassifyRequest, RerankRequest, ScoreRequest
 
 
 def parse(kind, **body):
-    return scoring_api.parse(kind, json.dumps({"model": "m", **body}).encode(), ServingConfig(max_pairs=10, max_pairs_chars=1000))
+    return scoring_api.parse_scoring_request(
+        kind, json.dumps({"model": "m", **body}).encode(), ServingConfig(max_pairs=10, max_pairs_chars=1000)
+    )
 
 
 def scored(*scores):
@@ -37,7 +39,7 @@ def test_cohere_documents_may_be_objects_with_a_text():
 
 def test_documents_come_best_first_and_the_first_of_equals_first():
     request = parse(RerankRequest, query="q", documents=["a", "b", "c"])
-    answer = scoring_api.rerank_answer(request, scored(0.2, 0.9, 0.9), "1", version=1)
+    answer = scoring_api.build_rerank_answer(request, scored(0.2, 0.9, 0.9), "1", version=1)
     assert [(each.index, each.relevance_score, each.document.text) for each in answer.results] == [
         (1, 0.9, "b"),
         (2, 0.9, "c"),
@@ -49,18 +51,18 @@ def test_documents_come_best_first_and_the_first_of_equals_first():
 @pytest.mark.parametrize(("version", "said", "shown"), [(1, None, True), (2, None, False), (1, False, False), (2, True, True)])
 def test_documents_are_returned_as_each_api_does_unless_told(version, said, shown):
     request = parse(RerankRequest, query="q", documents=["a", "b"], return_documents=said, top_n=1)
-    (only,) = scoring_api.rerank_answer(request, scored(0, 1), "1", version=version).results
+    (only,) = scoring_api.build_rerank_answer(request, scored(0, 1), "1", version=version).results
     assert only.index == 1 and (only.document is not None) is shown
 
 
 def test_top_n_of_0_is_all_as_for_vllm():
     request = parse(RerankRequest, query="q", documents=["a", "b"], top_n=0)
-    assert len(scoring_api.rerank_answer(request, scored(0, 1), "1", version=1).results) == 2
+    assert len(scoring_api.build_rerank_answer(request, scored(0, 1), "1", version=1).results) == 2
 
 
 def test_the_choice_with_the_highest_score_is_chosen_and_the_first_of_equals():
     request = parse(ClassifyRequest, instruction="is 3 odd?", choices=["no", "yes", "sure"])
-    answer = scoring_api.classification(request, scored(0.1, 0.8, 0.8), "1", 5)
+    answer = scoring_api.build_classification(request, scored(0.1, 0.8, 0.8), "1", 5)
     assert (answer.choice, answer.index, answer.scores) == ("yes", 1, [0.1, 0.8, 0.8])
 
 
@@ -93,11 +95,11 @@ def test_bad_requests_are_named_with_the_way_out(kind, body, message):
 
 def test_what_is_no_object_is_told_what_to_send():
     with pytest.raises(ApiError, match="send an object with `model` and `query` and `documents`"):
-        scoring_api.parse(RerankRequest, b"[]", ServingConfig())
+        scoring_api.parse_scoring_request(RerankRequest, b"[]", ServingConfig())
 
 
 def test_a_scorer_that_gives_no_number_is_a_500_that_says_so():
     request = parse(ClassifyRequest, instruction="q", choices=["a", "b"])
     with pytest.raises(ApiError, match="no number for pair 1") as caught:
-        scoring_api.classification(request, scored(0.1, float("nan")), "1", 5)
+        scoring_api.build_classification(request, scored(0.1, float("nan")), "1", 5)
     assert caught.value.status == 500

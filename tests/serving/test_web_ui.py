@@ -16,10 +16,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from cluster.config import Config, ServingConfig
-from serving.api_keys import new_key
+from serving.api_keys import create_key
+from serving.backend import ApiError
 from serving.gateway import build_api
-from serving.protocol import ApiError
-from serving.web_ui import page
+from serving.web_ui import build_page
 from tests.serving import browser
 from tests.serving.standin import running
 from tests.serving.test_gateway import Echo, client
@@ -165,7 +165,7 @@ def test_escape_and_the_button_abort_and_the_sampling_with_it(driver):
 
 @in_a_browser
 def test_where_the_server_wants_a_key_the_page_asks_for_it_and_sends_it(driver):
-    key, sha256 = new_key()
+    key, sha256 = create_key()
     with gateway(Cities(), api_keys=[{"name": "a", "sha256": sha256}]) as url:
         browser.open_page(driver, url)
         assert "no API key" in text(driver, "#error-text")
@@ -225,7 +225,7 @@ def test_candidates_are_shown_as_they_arrive_where_the_server_tells_and_at_the_e
         yield event(cappy=answer | {"latency": {"sampling_s": 0.1, "scoring_s": 0.01}}, usage=usage) + "data: [DONE]\n\n"
 
     api = FastAPI()
-    api.add_api_route("/", lambda: page(ServingConfig()))
+    api.add_api_route("/", lambda: build_page(ServingConfig()))
     api.add_api_route("/v1/models", lambda: {"data": [{"id": "cappy"}, {"id": "scorer", "cappy": {"llm": False}}]})
 
     @api.post("/v1/chat/completions")

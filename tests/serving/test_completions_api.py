@@ -4,8 +4,11 @@ import pytest
 
 from cluster.config import GREEDY, Config, DecodingConfig, SamplerConfig, ServingConfig
 from generation.engines.contract import Candidate
-from serving import protocol
-from serving.protocol import ApiError, ChatRequest, decodings_for, distinct, parse, rank, select, turns_for
+from serving import completions_api, responses
+from serving.backend import ApiError
+from serving.completions_api import ChatRequest, build_messages, parse_chat_request
+from serving.responses import distinct_responses, rank_candidates, select_choices
+from serving.sampling_policy import select_decodings
 
 USER = {"role": "user", "content": "hi"}
 
@@ -15,7 +18,7 @@ def body(**fields):
 
 
 def request(**fields) -> ChatRequest:
-    return parse(json.dumps(body(**fields)).encode())
+    return parse_chat_request(json.dumps(body(**fields)).encode())
 
 
 def candidate(response: str, tokens: int = 3) -> Candidate:
@@ -23,11 +26,11 @@ def candidate(response: str, tokens: int = 3) -> Candidate:
 
 
 def text(**fields):
-    return protocol.parse_text(json.dumps({"model": "cappy", **fields}).encode())
+    return completions_api.parse_text_request(json.dumps({"model": "cappy", **fields}).encode())
 
 
 def pool(fields=None, config=None):
-    return [(decoding.name, decoding.n) for decoding in decodings_for(request(**(fields or {})), config or Config())]
+    return [(decoding.name, decoding.n) for decoding in select_decodings(request(**(fields or {})), config or Config())]
 
 
 def test_the_pool_is_greedy_first_then_the_sampling_decodings_in_turn():
@@ -47,9 +50,9 @@ def test_n_above_the_default_pool_enlarges_it():
 
 
 def test_a_temperature_in_the_request_replaces_the_decodings():
-    (decoding,) = decodings_for(request(temperature=0.5, top_p=0.9, cappy={"candidates": 6}), Config())
+    (decoding,) = select_decodings(request(temperature=0.5, top_p=0.9, cappy={"candidates": 6}), Config())
     assert (decoding.n, decoding.temperature, decoding.top_p, decoding.top_k) == (6, 0.5, 0.9, None)
-    (decoding,) = decodings_for(request(temperature=0), Config())
+    (decoding,) = select_decodings(request(temperature=0), Config())
     assert (decoding.n, decoding.temperature) == (1, 0.0)
 
 
@@ -67,7 +70,7 @@ def test_a_sampler_of_greedy_alone_fills_its_pool_at_temperature_1():
 
 def test_a_pool_that_nothing_scores_is_as_large_as_what_is_returned_unless_more_is_asked_for():
     def size(**fields):
-        return sum(decoding.n for decoding in decodings_for(request(**fields), Config(), scored=False))
+        return sum(decoding.n for decoding in select_decodings(request(**fields), Config(), scored=False))
 
     assert (size(), size(n=3), size(n=3, cappy={"candidates": 5})) == (1, 3, 5)
 
@@ -75,8 +78,8 @@ def test_a_pool_that_nothing_scores_is_as_large_as_what_is_returned_unless_more_
 def test_a_prompt_is_a_text_or_a_list_of_one_and_the_instruction_is_all_of_it():
     for prompt in (" Say hi:\n", [" Say hi:\n"]):
         parsed = text(prompt=prompt, max_tokens=5, best_of=1, echo=False, suffix=None, logprobs=None)
-        assert protocol.prompt_for(parsed, "Be brief.") == " Say hi:\n" and parsed.instruction == "Say hi:"
-        assert {decoding.max_tokens for decoding in decodings_for(parsed, Config())} == {5}
+        assert completions_api.build_prompt(parsed, "Be brief.") == " Say hi:\n" and parsed.instruction == "Say hi:"
+        assert {decoding.max_tokens for decoding in select_decodings(parsed, Config())} == {5}
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_a_bad_field_of_a_text_completion_is_a_400_naming_field_and_value(fields
 def test_length_and_stop_strings_of_the_request_reach_every_decoding():
     own = (DecodingConfig(name="a", min_tokens=5, stop=("\n",)), DecodingConfig(name="b"))
     config = Config(sampler=SamplerConfig(decodings=own))
-    decodings = decodings_for(request(max_tokens=9, max_completion_tokens=3, stop="END", n=2), config)
+    decodings = select_decodings(request(max_tokens=9, max_completion_tokens=3, stop="END", n=2), config)
     assert [(each.max_tokens, each.min_tokens, each.stop) for each in decodings] == [(3, 3, ("\n", "END")), (3, 0, ("END",))]
 
 
@@ -148,7 +151,7 @@ def test_length_and_stop_strings_of_the_request_reach_every_decoding():
 )
 def test_a_bad_field_is_a_400_naming_field_and_value(fields, param, says):
     with pytest.raises(ApiError) as caught:
-        decodings_for(request(**fields), Config())
+        select_decodings(request(**fields), Config())
     error = caught.value.body["error"]
     assert caught.value.status == 400
     assert error["type"] == "invalid_request_error"
@@ -167,7 +170,7 @@ def test_a_bad_field_is_a_400_naming_field_and_value(fields, param, says):
 )
 def test_a_body_that_is_no_request_is_a_400(raw, says):
     with pytest.raises(ApiError, match=says) as caught:
-        parse(raw)
+        parse_chat_request(raw)
     assert caught.value.status == 400
 
 
@@ -180,53 +183,53 @@ def test_text_parts_are_one_text_and_the_scorer_reads_the_last_turn():
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two "}]
     parsed = request(messages=[USER, {"role": "assistant", "content": "yes"}, {"role": "user", "content": parts}])
     assert parsed.instruction == "one\ntwo"
-    assert [turn["content"] for turn in turns_for(parsed, None)] == ["hi", "yes", "one\ntwo"]
+    assert [turn["content"] for turn in build_messages(parsed, None)] == ["hi", "yes", "one\ntwo"]
 
 
 def test_the_servers_system_text_stands_in_only_where_the_client_has_none():
-    assert turns_for(request(), "Be brief.")[0] == {"role": "system", "content": "Be brief."}
+    assert build_messages(request(), "Be brief.")[0] == {"role": "system", "content": "Be brief."}
     own = request(messages=[{"role": "developer", "content": "Rhyme."}, USER])
-    assert [turn["role"] for turn in turns_for(own, "Be brief.")] == ["system", "user"]
-    assert turns_for(own, "Be brief.")[0]["content"] == "Rhyme."
+    assert [turn["role"] for turn in build_messages(own, "Be brief.")] == ["system", "user"]
+    assert build_messages(own, "Be brief.")[0]["content"] == "Rhyme."
 
 
 def test_choices_are_distinct_and_best_first_and_ties_go_to_the_first():
     candidates = [candidate(text) for text in ("b", "a", "b", "c", "d")]
     scores = [0.2, 0.9, 0.2, 0.2, 0.1]
-    assert distinct(candidates) == ["b", "a", "c", "d"]
-    assert select(candidates, scores, 3) == [1, 0, 3]
-    assert rank(candidates, scores) == [1, 0, 2, 3, 4]
+    assert distinct_responses(candidates) == ["b", "a", "c", "d"]
+    assert select_choices(candidates, scores, 3) == [1, 0, 3]
+    assert rank_candidates(candidates, scores) == [1, 0, 2, 3, 4]
 
 
 def test_duplicates_come_again_only_when_nothing_else_is_left():
     candidates = [candidate(text) for text in ("a", "a", "b")]
-    assert select(candidates, [0.5, 0.5, 0.1], 3) == [0, 2, 1]
+    assert select_choices(candidates, [0.5, 0.5, 0.1], 3) == [0, 2, 1]
 
 
 def test_empty_and_scoreless_responses_rank_last():
     candidates = [candidate(""), candidate("a"), candidate("b")]
-    assert select(candidates, [0.9, 0.1, 0.2], 3) == [2, 1, 0]
-    assert select(candidates, [0.9, float("nan"), 0.2], 1) == [2]
+    assert select_choices(candidates, [0.9, 0.1, 0.2], 3) == [2, 1, 0]
+    assert select_choices(candidates, [0.9, float("nan"), 0.2], 1) == [2]
 
 
 def test_the_blend_adds_the_mean_log_probability_and_is_left_where_one_is_unknown():
     candidates = [{**candidate("a", 4), "logprob": -8.0}, {**candidate("b", 2), "logprob": -1.0}, {**candidate("", 0), "logprob": 0.0}]
-    assert protocol.preferences(candidates, [0.9, 0.5, 0.1], 0.5) == pytest.approx([-0.1, 0.25, 0.1])
-    assert protocol.preferences(candidates, [0.9, 0.5, 0.1], None) == [0.9, 0.5, 0.1]
+    assert responses.ranking_scores(candidates, [0.9, 0.5, 0.1], 0.5) == pytest.approx([-0.1, 0.25, 0.1])
+    assert responses.ranking_scores(candidates, [0.9, 0.5, 0.1], None) == [0.9, 0.5, 0.1]
     unknown = [*candidates, {**candidate("c"), "logprob": None}]
-    assert protocol.preferences(unknown, [0.9, 0.5, 0.1, 0.2], 0.5) == [0.9, 0.5, 0.1, 0.2]
+    assert responses.ranking_scores(unknown, [0.9, 0.5, 0.1, 0.2], 0.5) == [0.9, 0.5, 0.1, 0.2]
 
 
 def test_usage_counts_the_returned_choices_and_cappy_all_candidates():
     candidates = [candidate("a", 5), candidate("b", 7), candidate("", 1)]
-    answer = protocol.completion(
+    answer = responses.build_completion(
         request(n=2, cappy={"return_candidates": True}),
         candidates,
         [0.1, 0.2, float("nan")],
         [0.1, 0.2, float("nan")],
         prompt_tokens=10,
         scorer="s",
-        latency=protocol.Latency(sampling_s=1, scoring_s=0.1),
+        latency=responses.Latency(sampling_s=1, scoring_s=0.1),
         identity="1",
         created=1,
     )

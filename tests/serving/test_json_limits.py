@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.strict_json import MAX_DEPTH, load
+from serving.json_limits import MAX_DEPTH, parse_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -16,21 +16,21 @@ VALUES = st.recursive(
 @given(value=VALUES, ascii_only=st.booleans())
 @settings(deadline=None, max_examples=100)
 def test_what_json_writes_is_read_back(value, ascii_only):
-    assert load(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
+    assert parse_json(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
 
 
 @pytest.mark.parametrize("text", ["[" * 99, '"', '\\"[[', "\\\\", '\\\\"{'])
 def test_brackets_inside_texts_are_no_levels(text):
-    assert load(json.dumps({text: text * 20}).encode()) == {text: text * 20}
+    assert parse_json(json.dumps({text: text * 20}).encode()) == {text: text * 20}
 
 
 @pytest.mark.parametrize("pair", [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
 def test_the_last_level_is_read_and_the_next_is_not(pair):
     levels = MAX_DEPTH // sum(pair[0].count(bracket) for bracket in "[{")
     opened, closed = pair[0] * levels, pair[1] * levels
-    load(f"{opened}1{closed}".encode())
+    parse_json(f"{opened}1{closed}".encode())
     with pytest.raises(ValueError, match="nested deeper than 32"):
-        load(f"[{opened}1{closed}]".encode())
+        parse_json(f"[{opened}1{closed}]".encode())
 
 
 @pytest.mark.parametrize(
@@ -52,5 +52,5 @@ def test_the_last_level_is_read_and_the_next_is_not(pair):
 )
 def test_what_is_not_read_is_named_in_one_line(body, says):
     with pytest.raises(ValueError, match=says) as caught:
-        load(body)
+        parse_json(body)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200

@@ -1,4 +1,4 @@
-"""JSON for a server that trusts nobody: UTF-8 alone, no deeper than `MAX_DEPTH`, and nothing two readers could take differently. Pure."""
+"""Parses JSON with limits that the standard parser does not have: depth, duplicate names, digits of a number. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 MAX_DEPTH = 32
 """Levels of arrays and objects."""
-MAX_NAMES = 1000
+MAX_KEYS = 1000
 """Names in an object."""
 _STRING = re.compile(rb'"[^"]*"')
 _LONG_NUMBER = re.compile(rb"[0-9]{100}")
@@ -20,7 +20,7 @@ _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 """A bracket as the step it is between levels, +1 or -1 as int8."""
 
 
-def load(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
     """Return the value in `body`.
 
     Raises `ValueError`, one line, for what is no JSON, too deep, has endless numbers, `NaN`, half of a surrogate pair, a name twice
@@ -54,8 +54,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > MAX_NAMES:
-        raise ValueError(f"an object in it has {len(pairs)} names, more than {MAX_NAMES}")
+    if len(pairs) > MAX_KEYS:
+        raise ValueError(f"an object in it has {len(pairs)} names, more than {MAX_KEYS}")
     tree = dict(pairs)
     if len(tree) < len(pairs):
         name, times = Counter(name for name, _ in pairs).most_common(1)[0]
