@@ -55,7 +55,9 @@ def bigbench_rows(wanted: dict[str, int], seed: int = 20261121) -> list[Row]:
     rows: list[Row] = []
     for (task, most), subtasks in zip(wanted.items(), bigbench.load_tasks(list(wanted)), strict=True):
         examples = [
-            each for name, body in subtasks.items() for each in (*bigbench.render(name, body), *bigbench.render_choices(name, body))
+            each
+            for name, body in subtasks.items()
+            for each in (*bigbench.render_examples(name, body), *bigbench.render_choices(name, body))
         ]
         for example in draw.sample(examples, min(most, len(examples))):
             choices = example.get("answer_choices")

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.pairs import Row, read_rows
-from generation.sources.decontaminate import Contamination
-from generation.sources.split import longest_sentence, side
+from generation.sources.decontaminate import NgramIndex
+from generation.sources.split import assign_split, longest_sentence
 
 KEYS: dict[str, Callable[[dict[str, str]], str]] = {
     "whole instruction": lambda row: row["instruction"].strip(),
@@ -45,7 +45,7 @@ def main() -> None:
     for group in datasets.values():
         runs = own_runs(group)
         for name, key in KEYS.items():
-            sides = [side(key(row), arguments.fraction) for row in group]
+            sides = [assign_split(key(row), arguments.fraction) for row in group]
             train = [each for each, at in zip(runs, sides, strict=True) if at == "train"]
             seen = np.unique(np.concatenate(train)) if train else np.empty(0, np.uint64)
             held_out = [each for each, at in zip(runs, sides, strict=True) if at == "validation"]
@@ -67,8 +67,8 @@ def overlaps(runs: np.ndarray, seen: np.ndarray) -> bool:
 
 def own_runs(group: list[dict[str, str]]) -> list[np.ndarray]:
     """The hashed runs of each row of a dataset, without the runs of its template."""
-    hasher = Contamination([], 13)
-    runs = [np.unique(hasher.runs(row["instruction"])) for row in group]
+    hasher = NgramIndex([], 13)
+    runs = [np.unique(hasher.hash_ngrams(row["instruction"])) for row in group]
     templates = defaultdict(list)
     for row, each in zip(group, runs, strict=True):
         templates[row["template"]].append(each)

@@ -15,9 +15,9 @@ from typing import Any
 
 from cluster.config import Config, FilesSource
 from generation.sources import files, split
-from generation.sources.decontaminate import Contamination
+from generation.sources.decontaminate import NgramIndex
 from generation.sources.reader import read_rows, row_reader
-from generation.sources.row import DeadLetter, Instruction, dead
+from generation.sources.row import DeadLetter, Instruction, dead_letter
 from generation.tfidf import TfidfIndex
 
 POOL_ROWS = 256
@@ -95,7 +95,7 @@ class Pools:
         return list(nearest.values())[::-1]
 
 
-def prepare_rows(config: Config, evaluation: Contamination | None = None) -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
+def prepare_rows(config: Config, evaluation: NgramIndex | None = None) -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
     """Yield `(split, row)` for every usable instruction, a row having the columns of `schema.PREPARED`; dead letters between.
 
     Train rows that overlap `evaluation` (null is what the config names) are left out and counted there. A train row whose
@@ -103,7 +103,7 @@ def prepare_rows(config: Config, evaluation: Contamination | None = None) -> Ite
     Raises `UsageError` or `CappyError` where the source as a whole cannot be read.
     """
     evaluation = evaluation or load_contamination(config)
-    held_out = split.HeldOut()
+    held_out = split.HeldOutTexts()
     rows = row_reader(config.source, config.seed)
 
     def watched() -> Iterator[Instruction | DeadLetter]:
@@ -113,22 +113,22 @@ def prepare_rows(config: Config, evaluation: Contamination | None = None) -> Ite
             yield row
 
     def unfit(row: Instruction) -> bool:
-        return row.instruction in held_out or evaluation.overlap(row.instruction) is not None
+        return row.instruction in held_out or evaluation.find_overlap(row.instruction) is not None
 
     pools = Pools(watched(), config.seed, unfit)
     for each in rows():
         if isinstance(each, DeadLetter):
             yield each
         elif each.split == "train" and each.instruction in held_out:
-            yield dead(each.id, "the same instruction stands in validation", {"dataset": each.dataset, "instruction": each.instruction})
-        elif each.split == "validation" or not evaluation.record(each):
+            yield dead_letter(each.id, "the same instruction stands in validation", {"dataset": each.dataset, "instruction": each.instruction})
+        elif each.split == "validation" or not evaluation.check_row(each):
             yield each.split, prepare_row(each, pools, config)
 
 
-def load_contamination(config: Config) -> Contamination:
+def load_contamination(config: Config) -> NgramIndex:
     """Return the word runs of the evaluation rows that `config.decontaminate` names; empty where it names none."""
-    uris = [uri for path in config.decontaminate.files for uri in files.find(path, "decontaminate.files")]
-    return Contamination([(uri, read_rows(FilesSource(path=uri), config.seed)) for uri in uris], config.decontaminate.n)
+    uris = [uri for path in config.decontaminate.files for uri in files.find_data_files(path, "decontaminate.files")]
+    return NgramIndex([(uri, read_rows(FilesSource(path=uri), config.seed)) for uri in uris], config.decontaminate.n)
 
 
 def prepare_row(row: Instruction, pools: Pools, config: Config) -> dict[str, Any]:

@@ -33,28 +33,28 @@ class Example(TypedDict):
     references: list[str]
 
 
-class Choice(Example):
+class ChoiceExample(Example):
     """A multiple-choice example: the right texts are the references, all texts the choices."""
 
     answer_choices: list[str]
 
 
-def read(tasks: Sequence[str], seed: int) -> Iterator[tuple[str, str, Example]]:
+def read_tasks(tasks: Sequence[str], seed: int) -> Iterator[tuple[str, str, Example]]:
     """Yield `(task, split, example)` of each task in turn, its train rows first.
 
     Raises `UsageError` for a task BIG-bench does not have or that has no generation examples.
     """
     for task, subtasks in zip(tasks, load_tasks(tasks), strict=True):
-        examples = {name: render(name, body) for name, body in subtasks.items()}
+        examples = {name: render_examples(name, body) for name, body in subtasks.items()}
         examples = {name: rows for name, rows in examples.items() if rows}
         if not examples:
             raise UsageError(f"source.tasks: {task!r} is multiple-choice only, it has no example with a target; leave it out")
-        for name, rows in split(list(examples.values()), f"{seed}:{task}").items():
+        for name, rows in split_task(list(examples.values()), f"{seed}:{task}").items():
             for row in rows:
                 yield task, name, row
 
 
-def render(subtask: str, body: dict[str, Any]) -> list[Example]:
+def render_examples(subtask: str, body: dict[str, Any]) -> list[Example]:
     """Return the examples of one task file, zero-shot: `task_prefix + input_prefix + input + output_prefix`.
 
     Examples without a target (multiple choice) or with an empty one are left out; equal instructions become one example
@@ -76,7 +76,7 @@ def render(subtask: str, body: dict[str, Any]) -> list[Example]:
     ]
 
 
-def render_choices(subtask: str, body: dict[str, Any]) -> list[Choice]:
+def render_choices(subtask: str, body: dict[str, Any]) -> list[ChoiceExample]:
     """Return the examples that have `target_scores` and no target, with their choices listed below the input.
 
     The order of the choices is drawn by the input's text: many tasks write the right one first.
@@ -85,7 +85,7 @@ def render_choices(subtask: str, body: dict[str, Any]) -> list[Choice]:
     before = body.get("example_input_prefix", "\nQ: ")
     after = body.get("example_output_prefix", "\nA: ")
     mark = body.get("choice_prefix", "\n  choice: ")
-    found: list[Choice] = []
+    found: list[ChoiceExample] = []
     for example in body.get("examples", []):
         scores = example.get("target_scores")
         if example.get("target") or not isinstance(scores, dict) or not scores or not isinstance(example.get("input"), str):
@@ -94,7 +94,7 @@ def render_choices(subtask: str, body: dict[str, Any]) -> list[Choice]:
         listed = "".join(f"{mark}{choice}" for choice in choices) if body.get("append_choices_to_input", True) else ""
         best = max(scores.values())
         found.append(
-            Choice(
+            ChoiceExample(
                 subtask=subtask,
                 instruction=f"{prefix}{before}{example['input']}{listed}{after}",
                 references=[choice for choice in choices if scores[choice] == best],
@@ -104,7 +104,7 @@ def render_choices(subtask: str, body: dict[str, Any]) -> list[Choice]:
     return found
 
 
-def split(subtasks: Sequence[Sequence[Example]], seed: str) -> dict[str, list[Example]]:
+def split_task(subtasks: Sequence[Sequence[Example]], seed: str) -> dict[str, list[Example]]:
     """Return `{"train", "validation"}` of one task, each with its subtasks in turn.
 
     Every subtask gives 20 % to validation; then one row of each subtask in turn follows until validation has 20 % of the

@@ -22,7 +22,7 @@ _WORD = re.compile(r"[^\W_]+")
 _Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
-class Contamination:
+class NgramIndex:
     """The runs of `n` words of evaluation rows, by file; `take` tells whether a train row may stay and counts those that may not."""
 
     def __init__(self, files: Iterable[tuple[str, Iterable[Instruction | DeadLetter]]], n: int) -> None:
@@ -46,7 +46,7 @@ class Contamination:
         for row in rows:
             if isinstance(row, Instruction):
                 count += 1
-                waiting.append(self.runs(row.instruction))
+                waiting.append(self.hash_ngrams(row.instruction))
                 held += len(waiting[-1])
                 if held > 1 << 20:
                     self._merge(waiting, number)
@@ -62,11 +62,11 @@ class Contamination:
         self._hashes, first = np.unique(new, return_index=True)
         self._file_of = files[first]
 
-    def runs(self, text: str) -> _Hashes:
+    def hash_ngrams(self, text: str) -> _Hashes:
         """Return the hashes of a text's runs of `n` words, in order; one of the whole text where it is shorter."""
-        return self._runs(_words(text))
+        return self._hash_words(_words(text))
 
-    def _runs(self, words: list[str]) -> _Hashes:
+    def _hash_words(self, words: list[str]) -> _Hashes:
         """As `runs`; Python's own hash of a word will do, since they never leave this process."""
         values = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
         width = min(self.n, len(words))
@@ -76,12 +76,12 @@ class Contamination:
             runs += values[place : place + count] * self._factors[place]
         return runs ^ (runs >> np.uint64(29))
 
-    def overlap(self, text: str) -> tuple[str, str] | None:
+    def find_overlap(self, text: str) -> tuple[str, str] | None:
         """Return the first evaluation file a text shares a run with, and that run; None where it shares none."""
         if not len(self._hashes):
             return None
         words = _words(text)
-        runs = self._runs(words)
+        runs = self._hash_words(words)
         if not len(runs):
             return None
         places = np.minimum(self._hashes.searchsorted(runs), len(self._hashes) - 1)
@@ -91,10 +91,10 @@ class Contamination:
         start = int(hits[0])
         return self._files[int(self._file_of[places[start]])], " ".join(words[start : start + self.n])
 
-    def record(self, row: Instruction) -> bool:
+    def check_row(self, row: Instruction) -> bool:
         """Return whether a train row overlaps, and count it for the report."""
         self._checked += 1
-        found = self.overlap(row.instruction)
+        found = self.find_overlap(row.instruction)
         if found is None:
             return False
         name, run = found

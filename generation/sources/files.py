@@ -19,26 +19,26 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.errors import UsageError
-from generation.sources.row import dead
+from generation.sources.row import dead_letter
 
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 _CELL = 1 << 27
 """Characters a CSV cell may have; Python's own limit is 2^17."""
 
 
-def find(path: str, setting: str = "source.path") -> list[str]:
+def find_data_files(path: str, setting: str = "source.path") -> list[str]:
     """Return the data files of a path, folder or glob, local or s3://, sorted.
 
     Raises `UsageError` naming `setting` where there is none.
     """
     storage.check_uri(path, setting)
-    found = [uri for uri in storage.glob(path) if uri.removesuffix(".gz").endswith(KINDS)]
+    found = [uri for uri in storage.glob(path) if uri.removesuffix(".gz").endswith(SUFFIXES)]
     if not found:
-        raise UsageError(f"{setting}={path}: no {', '.join(KINDS)} (or .gz) file is there; give a file, a folder or a glob")
+        raise UsageError(f"{setting}={path}: no {', '.join(SUFFIXES)} (or .gz) file is there; give a file, a folder or a glob")
     return found
 
 
-def rows(uri: str) -> Iterator[tuple[str, Any]]:
+def read_rows(uri: str) -> Iterator[tuple[str, Any]]:
     """Yield `(place, row)` of a file, a row being what JSON can hold or a `DeadLetter`.
 
     Raises `UsageError` for a file that is not what its name says, as a whole.
@@ -82,7 +82,7 @@ def _parse(text: bytes, where: str) -> tuple[str, Any]:
     try:
         return where, json.loads(text)
     except (ValueError, RecursionError) as error:
-        return where, dead(where, f"the line is not JSON: {error}", text[:2000].decode("utf-8", "replace"))
+        return where, dead_letter(where, f"the line is not JSON: {error}", text[:2000].decode("utf-8", "replace"))
 
 
 def _json(uri: str) -> Iterator[tuple[str, Any]]:
@@ -120,7 +120,7 @@ def _csv(uri: str) -> Iterator[tuple[str, Any]]:
             for row in reader:
                 where = f"{uri}:{reader.line_num}"
                 if None in row:
-                    yield where, dead(where, f"the row has more cells than the header's {len(reader.fieldnames or ())}", row)
+                    yield where, dead_letter(where, f"the row has more cells than the header's {len(reader.fieldnames or ())}", row)
                 else:
                     yield where, {name: cell or None for name, cell in row.items()}
         except csv.Error as error:

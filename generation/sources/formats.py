@@ -15,7 +15,7 @@ from typing import Any
 
 from generation.schema import SPLITS
 from generation.sources import bigbench
-from generation.sources.row import DeadLetter, dead
+from generation.sources.row import DeadLetter, dead_letter
 
 Row = dict[str, Any]
 Converter = Callable[[Mapping[str, Any]], Iterable[Row]]
@@ -25,7 +25,7 @@ _PAIRS = (("instruction", "output"), ("inputs", "targets"), ("prompt", "completi
 _KNOWN = ("dataset", "template", "split", "example", "answer_choices")
 
 
-def detect(row: Any) -> str:
+def detect_format(row: Any) -> str:
     """Return the name of a row's format by its keys; `cappy`, our own, where no other fits."""
     keys = set(row) if isinstance(row, Mapping) else set()
     if {"inputs_pretokenized", "targets_pretokenized"} <= keys:
@@ -41,7 +41,7 @@ def detect(row: Any) -> str:
     return "cappy"
 
 
-def cappy(row: Mapping[str, Any]) -> Iterable[Row]:
+def convert_cappy(row: Mapping[str, Any]) -> Iterable[Row]:
     """Our own columns. A CSV cell holds a list as JSON; a single reference may stand as it is."""
     yield {**row, **{name: _listed(row[name]) for name in ("references", "answer_choices") if name in row}}
 
@@ -56,7 +56,7 @@ def _listed(value: Any) -> Any:
     return [value]
 
 
-def p3(row: Mapping[str, Any]) -> Iterable[Row]:
+def convert_p3(row: Mapping[str, Any]) -> Iterable[Row]:
     """P3 and T0: `inputs_pretokenized` and `targets_pretokenized`, with `answer_choices` where the set has them."""
     yield {**_known(row), "instruction": row["inputs_pretokenized"], "references": _texts(row["targets_pretokenized"])}
 
@@ -93,7 +93,7 @@ def _merged(group: list[Mapping[str, Any]]) -> Mapping[str, Any]:
     return {**group[0], "targets_pretokenized": right, "answer_choices": choices}
 
 
-def natural_instructions(row: Mapping[str, Any]) -> Iterable[Row]:
+def convert_natural_instructions(row: Mapping[str, Any]) -> Iterable[Row]:
     """A Super-NaturalInstructions task: each instance is its definition and its input; positive examples are train rows."""
     definition = "\n".join(_texts(row["Definition"])).strip()
     for split, name in (("train", "Positive Examples"), (None, "Instances")):
@@ -113,16 +113,16 @@ def natural_instructions(row: Mapping[str, Any]) -> Iterable[Row]:
             }
 
 
-def big_bench(row: Mapping[str, Any]) -> Iterable[Row]:
+def convert_bigbench(row: Mapping[str, Any]) -> Iterable[Row]:
     """A BIG-bench JSON task: its examples with a target, then its multiple-choice ones as classification rows."""
     if not isinstance(row.get("examples"), list) or not all(isinstance(each, Mapping) for each in row["examples"]):
         raise ValueError("`examples` must be a list of objects with `input` and `target` or `target_scores`")
     dataset = row.get("name") if isinstance(row.get("name"), str) else None
-    for example in [*bigbench.render("", dict(row)), *bigbench.render_choices("", dict(row))]:
+    for example in [*bigbench.render_examples("", dict(row)), *bigbench.render_choices("", dict(row))]:
         yield {"dataset": dataset, **{key: value for key, value in example.items() if key != "subtask"}}
 
 
-def alpaca(row: Mapping[str, Any]) -> Iterable[Row]:
+def convert_alpaca(row: Mapping[str, Any]) -> Iterable[Row]:
     """Alpaca and FLAN styles: a column with the question, perhaps one with its input, and one with the answer."""
     for prompt, answer in _PAIRS:
         if prompt in row and answer in row:
@@ -134,7 +134,7 @@ def alpaca(row: Mapping[str, Any]) -> Iterable[Row]:
     raise ValueError(f"no column of an answer is there; one of {', '.join(' with '.join(pair) for pair in _PAIRS)} is needed")
 
 
-def chat(row: Mapping[str, Any]) -> Iterable[Row]:
+def convert_chat(row: Mapping[str, Any]) -> Iterable[Row]:
     """OpenAI's chat rows: the last assistant turn is the reference, the turns before it are the instruction."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
@@ -177,28 +177,28 @@ def _texts(value: Any) -> Any:
 
 
 CONVERTERS: dict[str, Converter] = {
-    "cappy": cappy,
-    "p3": p3,
-    "natural-instructions": natural_instructions,
-    "bigbench": big_bench,
-    "alpaca": alpaca,
-    "chat": chat,
+    "cappy": convert_cappy,
+    "p3": convert_p3,
+    "natural-instructions": convert_natural_instructions,
+    "bigbench": convert_bigbench,
+    "alpaca": convert_alpaca,
+    "chat": convert_chat,
 }
 
 
-def convert(where: str, raw: Any, format: str) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
+def convert_row(where: str, raw: Any, format: str) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
     """Yield `(place, row in our columns)` for what a raw row holds, or a dead letter; `format` may be `auto`."""
     if isinstance(raw, DeadLetter):
         yield where, raw
         return
-    name = detect(raw) if format == "auto" else format
+    name = detect_format(raw) if format == "auto" else format
     if not isinstance(raw, Mapping):
-        yield where, dead(where, f"the row is a {type(raw).__name__}; it must be an object with `instruction` and `references`", raw)
+        yield where, dead_letter(where, f"the row is a {type(raw).__name__}; it must be an object with `instruction` and `references`", raw)
         return
     try:
         for number, row in enumerate(CONVERTERS[name](raw), 1):
             yield (f"{where}#{number}" if name in ("natural-instructions", "bigbench") else where), row
     except KeyError as error:
-        yield where, dead(where, f"format {name} needs {error}; the row has {', '.join(map(str, raw)) or 'no key'}", raw)
+        yield where, dead_letter(where, f"format {name} needs {error}; the row has {', '.join(map(str, raw)) or 'no key'}", raw)
     except ValueError as error:
-        yield where, dead(where, f"{error} (format {name})", raw)
+        yield where, dead_letter(where, f"{error} (format {name})", raw)

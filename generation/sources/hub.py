@@ -13,7 +13,7 @@ from cluster.config import HubSource
 from cluster.errors import UsageError
 
 
-def rows(source: HubSource) -> Iterator[tuple[str, Any]]:
+def read_rows(source: HubSource) -> Iterator[tuple[str, Any]]:
     """Yield `(place, row)` of the source's split.
 
     Raises `UsageError` for a name without a pinned commit and for a dataset that cannot be opened or read.

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from generation.sources.row import DeadLetter, Instruction, unit_interval
+from generation.sources.row import DeadLetter, Instruction, hash_to_unit_interval
 
 Rows = Iterable[Instruction | DeadLetter]
 Stratum = TypeVar("Stratum")
@@ -24,7 +24,7 @@ def t0_caps(counts: Mapping[tuple[str, str | None], int], cap: int) -> dict[tupl
     return {key: min(count, max(1, cap // templates[key[0]])) for key, count in counts.items()}
 
 
-def in_ratio(sizes: Sequence[int], weights: Sequence[float], rows: int | None) -> list[int]:
+def rows_per_part(sizes: Sequence[int], weights: Sequence[float], rows: int | None) -> list[int]:
     """Return how many rows each part gives so that they stand in the ratio of their weights: `rows` in all, or as many as
     there are until the first part is used up."""
     whole = min(size / weight for size, weight in zip(sizes, weights, strict=True)) * sum(weights)
@@ -38,7 +38,7 @@ def in_ratio(sizes: Sequence[int], weights: Sequence[float], rows: int | None) -
     return taken
 
 
-def draw(
+def sample_rows(
     rows: Rows, stratum: Callable[[Instruction], Stratum], sizes: Mapping[Stratum, int], wanted: Mapping[Stratum, int], seed: int
 ) -> Iterator[Instruction | DeadLetter]:
     """Yield exactly `wanted[s]` of the `sizes[s]` rows of each stratum `s = stratum(row)`, in order; dead letters all."""
@@ -48,7 +48,7 @@ def draw(
             yield row
             continue
         key = stratum(row)
-        if unit_interval(f"{seed}:mixture:{row.id}") * left[key] < missing[key]:
+        if hash_to_unit_interval(f"{seed}:mixture:{row.id}") * left[key] < missing[key]:
             missing[key] -= 1
             yield row
         left[key] -= 1

@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from cluster import storage
 from cluster.errors import UsageError
 from generation.sources.formats import Row
-from generation.sources.row import DeadLetter, dead
+from generation.sources.row import DeadLetter, dead_letter
 
 MAX_STEPS = 100_000
 """Loop steps and calls one render may take."""
@@ -62,7 +62,7 @@ _Loader.add_constructor("!Template", _mapping)
 _Loader.add_constructor("!TemplateMetadata", _mapping)
 
 
-def load(uri: str) -> tuple[str | None, list[Template]]:
+def load_templates(uri: str) -> tuple[str | None, list[Template]]:
     """Return the dataset's name (subset included, null where it is not given) and the templates of a file, ordered by name.
 
     Raises `UsageError` where the file cannot be read or holds no template.
@@ -88,7 +88,7 @@ def load(uri: str) -> tuple[str | None, list[Template]]:
     return "_".join(names) or None, sorted(templates, key=lambda template: template.name)
 
 
-class Renderer:
+class TemplateRenderer:
     """All templates of a file, compiled once; `rows` applies them to a raw row."""
 
     def __init__(self, templates: Sequence[Template], seed: int) -> None:
@@ -103,23 +103,23 @@ class Renderer:
         except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 
-    def rows(self, where: str, raw: Any) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
+    def render_rows(self, where: str, raw: Any) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
         """Yield a row for each template that does not render blank, in order of their names."""
         if isinstance(raw, DeadLetter):
             yield where, raw
             return
         if not isinstance(raw, Mapping):
-            yield where, dead(where, f"the row is a {type(raw).__name__}; a template needs an object", raw)
+            yield where, dead_letter(where, f"the row is a {type(raw).__name__}; a template needs an object", raw)
             return
         protected = {str(name): value.replace(_SEPARATOR, _PROTECTED) if isinstance(value, str) else value for name, value in raw.items()}
-        example = underlying(raw)
+        example = example_text(raw)
         for name, template, choices in self._templates:
             place = f"{where}#{name}"
             try:
                 row = self._render(template, choices, protected, f"{self._seed}:{name}:{example}")
             except Exception as error:
                 # What a template can raise is anything its expressions can, e.g. a ZeroDivisionError.
-                yield place, dead(place, f"template {name!r}: {type(error).__name__}: {str(error)[:300]}", raw)
+                yield place, dead_letter(place, f"template {name!r}: {type(error).__name__}: {str(error)[:300]}", raw)
                 continue
             if row is not None:
                 yield place, {**row, "template": name, "example": example}
@@ -140,7 +140,7 @@ class Renderer:
         return {"instruction": _restore(prompt), "references": references, "answer_choices": kept or None}
 
 
-def underlying(raw: Mapping[str, Any]) -> str:
+def example_text(raw: Mapping[str, Any]) -> str:
     """The text that stands for a raw row: its longest one, e.g. the passage that several questions share.
 
     A row without a text stands for itself.

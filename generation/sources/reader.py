@@ -16,7 +16,7 @@ from typing import Any
 from cluster.config import BigBenchSource, FilesSource, HubSource, MixtureSource, RowsSource, Source
 from cluster.errors import UsageError
 from generation.sources import bigbench, files, formats, hub, mixture, promptsource, split
-from generation.sources.row import DeadLetter, Instruction, dead, fault
+from generation.sources.row import DeadLetter, Instruction, dead_letter, row_error
 
 Stream = Callable[[], Iterator[Instruction | DeadLetter]]
 
@@ -40,13 +40,13 @@ def row_reader(source: Source, seed: int) -> Stream:
     if source.policy == "t0":
         counts = Counter(_template_key(row) for row in everything() if isinstance(row, Instruction))
         caps = mixture.t0_caps(counts, source.cap)
-        return lambda: mixture.draw(everything(), _template_key, counts, caps, seed)
+        return lambda: mixture.sample_rows(everything(), _template_key, counts, caps, seed)
     sizes = [sum(isinstance(row, Instruction) for row in stream()) for stream in streams]
-    wanted = mixture.in_ratio(sizes, [part.weight or 0.0 for part in source.parts], source.rows)
+    wanted = mixture.rows_per_part(sizes, [part.weight or 0.0 for part in source.parts], source.rows)
 
     def weighted() -> Iterator[Instruction | DeadLetter]:
         parts = zip(streams, sizes, wanted, strict=True)
-        drawn = [mixture.draw(stream(), _single_stratum, {None: size}, {None: rows}, seed) for stream, size, rows in parts]
+        drawn = [mixture.sample_rows(stream(), _single_stratum, {None: size}, {None: rows}, seed) for stream, size, rows in parts]
         return mixture.interleave(drawn, wanted)
 
     return weighted
@@ -85,23 +85,23 @@ def _read_limited(source: BigBenchSource | FilesSource | HubSource, seed: int, p
 
 
 def _bigbench_rows(source: BigBenchSource, seed: int) -> Iterator[Instruction]:
-    for task, side, example in bigbench.read(source.tasks, seed):
+    for task, side, example in bigbench.read_tasks(source.tasks, seed):
         yield Instruction(task, example["subtask"], side, example["instruction"], tuple(example["references"]))
 
 
 def _file_or_hub_rows(source: FilesSource | HubSource, seed: int) -> Iterator[Instruction | DeadLetter]:
     name, renderer = None, None
     if source.templates is not None:
-        name, templates = promptsource.load(source.templates)
-        renderer = promptsource.Renderer(templates, seed)
+        name, templates = promptsource.load_templates(source.templates)
+        renderer = promptsource.TemplateRenderer(templates, seed)
     first: DeadLetter | None = None
     usable = False
     for default, raws in _raw_rows(source):
         if renderer is not None:
-            converted = chain.from_iterable(renderer.rows(where, raw) for where, raw in raws)
+            converted = chain.from_iterable(renderer.render_rows(where, raw) for where, raw in raws)
         else:
             merged = formats.merge_choices(raws) if source.format in ("auto", "p3") else raws
-            converted = chain.from_iterable(formats.convert(where, raw, source.format) for where, raw in merged)
+            converted = chain.from_iterable(formats.convert_row(where, raw, source.format) for where, raw in merged)
         for where, row in converted:
             parsed = row if isinstance(row, DeadLetter) else parse_row(row, where, name or default, source)
             usable |= isinstance(parsed, Instruction)
@@ -119,17 +119,17 @@ def _file_or_hub_rows(source: FilesSource | HubSource, seed: int) -> Iterator[In
 def _raw_rows(source: FilesSource | HubSource) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
     """Yield `(dataset name where the rows have none, raw rows)` of each file, or of the hub dataset."""
     if isinstance(source, HubSource):
-        yield "_".join(filter(None, (source.name.rstrip("/").rsplit("/", 1)[-1], source.subset or source.data_dir))), hub.rows(source)
+        yield "_".join(filter(None, (source.name.rstrip("/").rsplit("/", 1)[-1], source.subset or source.data_dir))), hub.read_rows(source)
         return
-    for uri in files.find(source.path):
-        yield uri.rsplit("/", 1)[-1].split(".")[0], files.rows(uri)
+    for uri in files.find_data_files(source.path):
+        yield uri.rsplit("/", 1)[-1].split(".")[0], files.read_rows(uri)
 
 
 def parse_row(row: Mapping[str, Any], where: str, dataset: str, source: RowsSource) -> Instruction | DeadLetter:
     """Return the instruction a row in our own columns holds, or a dead letter that names the field, what it holds and must."""
-    reason = fault(row)
+    reason = row_error(row)
     if reason:
-        return dead(where, reason, row)
+        return dead_letter(where, reason, row)
     instruction = row["instruction"]
     choices = row.get("answer_choices")
     dataset = source.dataset or row.get("dataset") or dataset
@@ -137,7 +137,7 @@ def parse_row(row: Mapping[str, Any], where: str, dataset: str, source: RowsSour
     return Instruction(
         dataset=dataset,
         template=row.get("template"),
-        split=row.get("split") or split.side(key, source.validation_fraction),
+        split=row.get("split") or split.assign_split(key, source.validation_fraction),
         instruction=instruction,
         references=tuple(dict.fromkeys(row["references"])),
         answer_choices=tuple(dict.fromkeys(choices)) if choices is not None else None,

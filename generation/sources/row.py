@@ -43,10 +43,10 @@ class Instruction:
     @property
     def id(self) -> str:
         """32 hex digits that change with the text or its place in a dataset, not with the split."""
-        return digest(json.dumps([self.dataset, self.template, self.instruction, self.references], ensure_ascii=False), 16).hex()
+        return hash_text(json.dumps([self.dataset, self.template, self.instruction, self.references], ensure_ascii=False), 16).hex()
 
 
-def fault(row: Any) -> str | None:
+def row_error(row: Any) -> str | None:
     """What is wrong with a row in our own columns, as one line that names the field and what it holds, or None."""
     if not isinstance(row, Mapping):
         return f"the row is a {type(row).__name__}; it must be an object with `instruction` and `references`"
@@ -90,17 +90,17 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def dead(where: str, reason: str, row: Any) -> DeadLetter:
+def dead_letter(where: str, reason: str, row: Any) -> DeadLetter:
     """Return the dead letter of a row that could not be read."""
     text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=True, default=str)
     return DeadLetter(where=where, stage="read", reason=reason, row=text[:500])
 
 
-def digest(text: str, size: int) -> bytes:
+def hash_text(text: str, size: int) -> bytes:
     """`size` bytes that change with the text, the same in every process; lone surrogates are allowed."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
-def unit_interval(text: str) -> float:
+def hash_to_unit_interval(text: str) -> float:
     """A number in [0, 1) drawn by a text: the same text, the same number."""
-    return int.from_bytes(digest(text, 7), "big") / 2**56
+    return int.from_bytes(hash_text(text, 7), "big") / 2**56

@@ -13,16 +13,16 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from generation.sources.row import digest, unit_interval
+from generation.sources.row import hash_text, hash_to_unit_interval
 
 # A colon ends one too: before it stands mostly a template's word, `Review:` or `Question:`.
 _SENTENCE_END = re.compile(r'[.!?:]+(?=\s|$)|["\n]')
 _WORD = re.compile(r"[^\W_]+")
 
 
-def side(key: str, validation_fraction: float) -> str:
+def assign_split(key: str, validation_fraction: float) -> str:
     """Return `train` or `validation` for an example's key."""
-    return "validation" if unit_interval(key) < validation_fraction else "train"
+    return "validation" if hash_to_unit_interval(key) < validation_fraction else "train"
 
 
 def longest_sentence(text: str) -> str:
@@ -31,7 +31,7 @@ def longest_sentence(text: str) -> str:
     return max(sentences, key=lambda sentence: (len(sentence), sentence)) or text.strip()
 
 
-class HeldOut:
+class HeldOutTexts:
     """The instruction texts of a validation split, as sorted 64-bit hashes: 8 bytes a text."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
@@ -51,4 +51,4 @@ class HeldOut:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(digest(text.strip(), 8), "big")
+    return int.from_bytes(hash_text(text.strip(), 8), "big")

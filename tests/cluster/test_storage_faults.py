@@ -62,7 +62,7 @@ def test_a_source_that_others_uploaded_is_read_whole_on_a_bad_wire(name, bucket,
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], ("truncated", "flipped_answer"), rate=0.5, seed=4) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         for _ in range(4):
-            assert [row for _, row in files.rows(f"{bucket}/{name}")] == rows.to_dict("records")
+            assert [row for _, row in files.read_rows(f"{bucket}/{name}")] == rows.to_dict("records")
         assert sum(proxy.spoiled.values()) >= 2
 
 

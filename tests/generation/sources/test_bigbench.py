@@ -20,7 +20,7 @@ def test_render_uses_the_task_prefixes_and_merges_equal_instructions():
             {"input": "y"},
         ],
     }
-    assert bigbench.render("add", body) == [{"subtask": "add", "instruction": "Add.\nIn: 1+1\nA: ", "references": ["2", "two"]}]
+    assert bigbench.render_examples("add", body) == [{"subtask": "add", "instruction": "Add.\nIn: 1+1\nA: ", "references": ["2", "two"]}]
 
 
 # Taken from a second rendering of the same package, made by another program: instructions, references, and the SHA-256 of all of
@@ -39,12 +39,12 @@ def digest(rows: dict[str, list[str]]) -> str:
 
 @pytest.mark.parametrize("task", RENDERED)
 def test_tasks_read_from_the_archive_equal_an_independent_rendering(task):
-    rows = {row["instruction"]: sorted(row["references"]) for _, _, row in bigbench.read([task], seed=1)}
+    rows = {row["instruction"]: sorted(row["references"]) for _, _, row in bigbench.read_tasks([task], seed=1)}
     assert (len(rows), sum(map(len, rows.values())), digest(rows)) == RENDERED[task]
 
 
 def test_one_task_reads_as_its_committed_examples():
-    rows = {row["instruction"]: row["references"] for _, _, row in bigbench.read(["tense", "physics_questions"], seed=1)}
+    rows = {row["instruction"]: row["references"] for _, _, row in bigbench.read_tasks(["tense", "physics_questions"], seed=1)}
     tense = "\nQ: A gardener swept up dead leaves. Change tense to SIMPLE PRESENT: \nA: "
     (rocket,) = (text for text in rows if text.startswith("\nQ: A 0.25-kg model rocket accelerates at 58 m/s/s on takeoff"))
     assert rows[tense] == ["A gardener sweeps up dead leaves."] and sorted(rows[rocket]) == ["17 N", "17.0 N"]
@@ -53,21 +53,21 @@ def test_one_task_reads_as_its_committed_examples():
 @pytest.mark.parametrize(("sizes", "validation"), [([100], 20), ([40], 16), ([10] * 20, 40), ([3, 3, 30], 16), ([5], 5)])
 def test_split_puts_a_fifth_and_at_least_sixteen_rows_in_validation(sizes, validation):
     subtasks = [[{"subtask": str(n), "instruction": f"{n}-{i}", "references": ["x"]} for i in range(size)] for n, size in enumerate(sizes)]
-    parts = bigbench.split(subtasks, "7:task")
+    parts = bigbench.split_task(subtasks, "7:task")
     assert len(parts["validation"]) == validation
     assert len(parts["train"]) == sum(sizes) - validation
     assert not {row["instruction"] for row in parts["train"]} & {row["instruction"] for row in parts["validation"]}
-    assert parts == bigbench.split(subtasks, "7:task") != bigbench.split(subtasks, "8:task")
+    assert parts == bigbench.split_task(subtasks, "7:task") != bigbench.split_task(subtasks, "8:task")
 
 
 def test_split_removes_validation_instructions_from_train():
     twin = {"subtask": "b", "instruction": "same", "references": ["x"]}
-    parts = bigbench.split([[{**twin, "subtask": "a"}] * 30, [twin] * 30], "1:task")
+    parts = bigbench.split_task([[{**twin, "subtask": "a"}] * 30, [twin] * 30], "1:task")
     assert len(parts["validation"]) >= 16 and parts["train"] == []
 
 
 def test_unknown_and_multiple_choice_only_tasks_raise_an_error_that_names_the_task():
     with pytest.raises(UsageError, match="BIG-bench has no JSON task 'tensse'"):
-        list(bigbench.read(["tensse"], seed=1))
+        list(bigbench.read_tasks(["tensse"], seed=1))
     with pytest.raises(UsageError, match="'anachronisms' is multiple-choice only"):
-        list(bigbench.read(["anachronisms"], seed=1))
+        list(bigbench.read_tasks(["anachronisms"], seed=1))

@@ -1,6 +1,6 @@
 import pytest
 
-from generation.sources.decontaminate import Contamination
+from generation.sources.decontaminate import NgramIndex
 from generation.sources.row import Instruction
 
 RUN = "a b c d e f g h i j k l m"
@@ -23,24 +23,24 @@ def rows(*texts):
     ],
 )
 def test_thirteen_words_in_a_row_overlap_and_shorter_texts_only_as_a_whole(text, words):
-    found = Contamination([("e.jsonl", rows(f"x {RUN} y", "short text"))], 13).overlap(text)
+    found = NgramIndex([("e.jsonl", rows(f"x {RUN} y", "short text"))], 13).find_overlap(text)
     assert found == (("e.jsonl", words) if words else None)
 
 
 def test_the_number_of_words_is_configurable_and_the_first_file_is_named():
-    index = Contamination([("one", rows("the red fox")), ("two", rows("a red fox", "the red fox sleeps"))], 3)
-    assert index.overlap("see the red fox") == ("one", "the red fox")
-    assert index.overlap("a red fox!") == ("two", "a red fox") and index.overlap("red fox") is None
+    index = NgramIndex([("one", rows("the red fox")), ("two", rows("a red fox", "the red fox sleeps"))], 3)
+    assert index.find_overlap("see the red fox") == ("one", "the red fox")
+    assert index.find_overlap("a red fox!") == ("two", "a red fox") and index.find_overlap("red fox") is None
 
 
 def test_nothing_overlaps_with_nothing():
-    assert Contamination([], 13).overlap(RUN) is None
-    assert Contamination([("e", [])], 13).report()["files"] == [{"file": "e", "rows": 0}]
+    assert NgramIndex([], 13).find_overlap(RUN) is None
+    assert NgramIndex([("e", [])], 13).report()["files"] == [{"file": "e", "rows": 0}]
 
 
 def test_the_report_counts_by_dataset_and_file():
-    index = Contamination([("e", rows(RUN))], 13)
-    assert [index.record(row) for row in rows(RUN, "other", f"{RUN} n")] == [True, False, True]
+    index = NgramIndex([("e", rows(RUN))], 13)
+    assert [index.check_row(row) for row in rows(RUN, "other", f"{RUN} n")] == [True, False, True]
     report = index.report()
     assert (report["train_rows_checked"], report["train_rows_left_out"], report["datasets"]) == (3, 2, {"d": {"e": 2}})
     assert report["examples"][1] == {"dataset": "d", "file": "e", "words": RUN, "instruction": f"{RUN} n"}

@@ -13,7 +13,7 @@ ROWS = [{"question": 'one, "two"\nthree', "answer": "é"}, {"question": "q", "an
 
 
 def contents(path):
-    return [row for _, row in files.rows(str(path))]
+    return [row for _, row in files.read_rows(str(path))]
 
 
 def test_every_kind_of_file_holds_the_same_rows(tmp_path):
@@ -26,9 +26,9 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path):
     with gzip.open(tmp_path / "zipped.csv.gz", "wb") as stream:
         stream.write((tmp_path / "cells.csv").read_bytes())
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "table.parquet")
-    found = files.find(str(tmp_path))
+    found = files.find_data_files(str(tmp_path))
     assert len(found) == 7 and all(contents(uri) == ROWS for uri in found)
-    assert [place for place, _ in files.rows(str(tmp_path / "list.json"))] == [f"{tmp_path}/list.json:1", f"{tmp_path}/list.json:2"]
+    assert [place for place, _ in files.read_rows(str(tmp_path / "list.json"))] == [f"{tmp_path}/list.json:1", f"{tmp_path}/list.json:2"]
 
 
 def test_one_json_object_is_one_row(tmp_path):

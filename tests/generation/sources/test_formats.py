@@ -46,19 +46,19 @@ ROWS = [
 
 @pytest.mark.parametrize(("name", "raw", "expected"), ROWS)
 def test_a_row_of_a_public_format_is_known_by_its_keys_and_becomes_ours(name, raw, expected):
-    assert formats.detect(raw) == name
-    rows = [row for _, row in formats.convert("f:1", raw, "auto")]
+    assert formats.detect_format(raw) == name
+    rows = [row for _, row in formats.convert_row("f:1", raw, "auto")]
     assert [(row["instruction"], row["references"], row.get("answer_choices")) for row in rows] == expected
     assert all(row.get("split") in (None, "train") for row in rows)
 
 
 def test_positive_examples_of_a_task_are_train_rows_and_instances_split_by_their_input():
-    positive, instance = (row for _, row in formats.convert("f", TASK, "auto"))
+    positive, instance = (row for _, row in formats.convert_row("f", TASK, "auto"))
     assert positive["split"] == "train" and (instance["split"], instance["example"]) == (None, "2 2")
 
 
 def test_a_bigbench_task_gives_its_targets_then_its_choices_as_classification_rows():
-    (_, target), (place, choice) = formats.convert("task.json", BENCH, "auto")
+    (_, target), (place, choice) = formats.convert_row("task.json", BENCH, "auto")
     assert target == {"dataset": "sums", "instruction": "Add.\nQ: 1+1\nA: ", "references": ["2", "two"]}
     assert place == "task.json#2" and choice["references"] == ["4"] and sorted(choice["answer_choices"]) == ["4", "5", "6"]
     listed = "".join(f"\n  choice: {text}" for text in choice["answer_choices"])
@@ -78,7 +78,7 @@ def test_the_choices_of_one_p3_example_become_one_classification_row():
     raws = [scored([0, 0], "yes", True), scored([0, 1], "no", False), scored([1, 0], "yes", False), scored([1, 1], "no", True), {"a": 1}]
     merged = list(formats.merge_choices((f"f:{number}", raw) for number, raw in enumerate(raws)))
     assert [place for place, _ in merged] == ["f:0", "f:2", "f:4"] and merged[-1][1] == {"a": 1}
-    (_, row), *_ = formats.convert(*merged[1], "p3")
+    (_, row), *_ = formats.convert_row(*merged[1], "p3")
     assert (row["instruction"], row["references"], row["answer_choices"]) == ("q1", ["no"], ["yes", "no"])
 
 
@@ -94,10 +94,10 @@ BAD = [
 
 @pytest.mark.parametrize(("raw", "reason"), BAD)
 def test_what_no_format_can_read_is_a_dead_letter_with_the_reason(raw, reason):
-    ((place, letter),) = formats.convert("f:7", raw, "auto")
+    ((place, letter),) = formats.convert_row("f:7", raw, "auto")
     assert isinstance(letter, DeadLetter) and reason in letter.reason and place == letter.where == "f:7"
 
 
 def test_a_format_that_is_named_is_not_guessed():
-    ((_, letter),) = formats.convert("f:7", {"instruction": "x", "references": ["a"]}, "p3")
+    ((_, letter),) = formats.convert_row("f:7", {"instruction": "x", "references": ["a"]}, "p3")
     assert letter.reason == "format p3 needs 'inputs_pretokenized'; the row has instruction, references"

@@ -23,13 +23,13 @@ def folder(tmp_path):
 
 
 def test_a_local_folder_in_hub_layout_is_read_by_subset_and_split(folder):
-    assert [row for _, row in hub.rows(HubSource(name=str(folder), subset="all"))] == ROWS
-    places, rows = zip(*hub.rows(HubSource(name=str(folder), subset="small")), strict=True)
+    assert [row for _, row in hub.read_rows(HubSource(name=str(folder), subset="all"))] == ROWS
+    places, rows = zip(*hub.read_rows(HubSource(name=str(folder), subset="small")), strict=True)
     assert list(rows) == ROWS[:2] and places == (f"{folder}/train:1", f"{folder}/train:2")
 
 
 def test_data_dir_reads_one_folder_of_the_dataset(folder):
-    assert [row for _, row in hub.rows(HubSource(name=str(folder), data_dir="template_1"))] == ROWS[1:4]
+    assert [row for _, row in hub.read_rows(HubSource(name=str(folder), data_dir="template_1"))] == ROWS[1:4]
 
 
 def test_subset_and_data_dir_together_are_refused():
@@ -47,11 +47,11 @@ def test_data_dir_stays_out_of_the_fingerprint_while_it_has_its_default():
 
 def test_a_hub_name_without_a_revision_is_refused():
     with pytest.raises(UsageError, match=r"source.name=owner/set is no local folder, so source.revision must pin"):
-        list(hub.rows(HubSource(name="owner/set")))
+        list(hub.read_rows(HubSource(name="owner/set")))
 
 
 def test_an_unreadable_dataset_raises_an_error_of_one_line(folder):
     for source in (HubSource(name=str(folder), subset="all", split="test"), HubSource(name="owner/none", revision="0" * 40)):
         with pytest.raises(UsageError, match=r"cannot be read: .*; check name, subset, data_dir, split, revision and network") as caught:
-            list(hub.rows(source))
+            list(hub.read_rows(source))
         assert "\n" not in str(caught.value)

@@ -26,7 +26,7 @@ def test_t0s_rule_caps_a_dataset_over_its_templates():
     ],
 )
 def test_parts_stand_in_the_ratio_of_their_weights_until_the_first_is_used_up(sizes, weights, total, taken):
-    assert mixture.in_ratio(sizes, weights, total) == taken
+    assert mixture.rows_per_part(sizes, weights, total) == taken
 
 
 def test_exactly_as_many_rows_are_drawn_as_wanted_each_as_likely_as_another():
@@ -34,11 +34,11 @@ def test_exactly_as_many_rows_are_drawn_as_wanted_each_as_likely_as_another():
     letter = DeadLetter("f:1", "read", "bad", "")
     times = Counter()
     for seed in range(40):
-        drawn = list(mixture.draw([letter, *pool], lambda row: None, {None: 1000}, {None: 250}, seed))
+        drawn = list(mixture.sample_rows([letter, *pool], lambda row: None, {None: 1000}, {None: 250}, seed))
         assert drawn[0] is letter and len(drawn) == len(set(drawn)) == 251
         times.update(int(row.instruction.split()[-1]) // 100 for row in drawn[1:])
     assert all(900 < times[tenth] < 1100 for tenth in range(10))
-    assert drawn == list(mixture.draw([letter, *pool], lambda row: None, {None: 1000}, {None: 250}, 39))
+    assert drawn == list(mixture.sample_rows([letter, *pool], lambda row: None, {None: 1000}, {None: 250}, 39))
 
 
 def test_any_stretch_of_interleaved_parts_stands_in_the_ratio():

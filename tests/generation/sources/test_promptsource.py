@@ -4,7 +4,7 @@ import pytest
 
 from cluster.errors import UsageError
 from generation.sources import promptsource
-from generation.sources.promptsource import Renderer, Template
+from generation.sources.promptsource import Template, TemplateRenderer
 from generation.sources.row import DeadLetter
 
 YAML = """
@@ -31,13 +31,13 @@ RAW = {"premise": "I fell|||down.", "choice1": "It hurt.", "choice2": "I flew.",
 @pytest.fixture
 def templates(tmp_path):
     (tmp_path / "templates.yaml").write_text(YAML)
-    return promptsource.load(str(tmp_path / "templates.yaml"))
+    return promptsource.load_templates(str(tmp_path / "templates.yaml"))
 
 
 def test_each_template_gives_a_row_of_the_raw_row_and_a_blank_one_none(templates):
     name, loaded = templates
     assert name == "super_glue_copa" and [each.name for each in loaded] == ["choose", "effect only"]
-    ((place, row),) = Renderer(loaded, seed=1).rows("f:1", RAW)
+    ((place, row),) = TemplateRenderer(loaded, seed=1).render_rows("f:1", RAW)
     assert place == "f:1#choose" and row == {
         "instruction": "I fell|||down. It hurt. or I flew.?",
         "references": ["It hurt."],
@@ -45,12 +45,12 @@ def test_each_template_gives_a_row_of_the_raw_row_and_a_blank_one_none(templates
         "template": "choose",
         "example": "I fell|||down.",
     }
-    both = [row for _, row in Renderer(loaded, seed=1).rows("f:2", {**RAW, "question": "effect"})]
+    both = [row for _, row in TemplateRenderer(loaded, seed=1).render_rows("f:2", {**RAW, "question": "effect"})]
     assert [(row["template"], row["answer_choices"]) for row in both] == [("choose", ["It hurt.", "I flew."]), ("effect only", None)]
 
 
 def render(template, text="some text"):
-    ((_, row),) = Renderer([Template("t", template, None)], seed=1).rows("f:1", {"text": text})
+    ((_, row),) = TemplateRenderer([Template("t", template, None)], seed=1).render_rows("f:1", {"text": text})
     return row
 
 
@@ -122,5 +122,5 @@ def test_a_hostile_or_broken_template_is_a_dead_letter_soon(name):
 def test_a_template_file_that_is_none_is_one_line(tmp_path, content, message):
     (tmp_path / "t.yaml").write_text(content)
     with pytest.raises(UsageError) as caught:
-        promptsource.load(str(tmp_path / "t.yaml"))
+        promptsource.load_templates(str(tmp_path / "t.yaml"))
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -143,7 +143,7 @@ def test_bigbench_task_files_are_read_unchanged(tmp_path):
     (subtasks,) = bigbench.load_tasks(["codenames"])
     (tmp_path / "task.json").write_text(json.dumps(subtasks["codenames"]))
     texts = {row.instruction for row in rows_of(files_config(tmp_path / "task.json"))}
-    assert texts == {row["instruction"] for _, _, row in bigbench.read(["codenames"], seed=1)}
+    assert texts == {row["instruction"] for _, _, row in bigbench.read_tasks(["codenames"], seed=1)}
 
 
 def test_a_weighted_mixture_is_in_ratio_and_the_same_each_time_it_is_read(tmp_path):

@@ -21,14 +21,14 @@ def test_a_text_without_words_stands_for_itself():
 
 
 def test_the_share_of_validation_is_the_fraction_and_the_side_is_the_keys():
-    sides = [split.side(f"example {n}", 0.2) for n in range(5000)]
+    sides = [split.assign_split(f"example {n}", 0.2) for n in range(5000)]
     assert 900 < sides.count("validation") < 1100
-    assert sides == [split.side(f"example {n}", 0.2) for n in range(5000)]
-    assert {split.side(f"{n}", 0.0) for n in range(1000)} == {"train"}
+    assert sides == [split.assign_split(f"example {n}", 0.2) for n in range(5000)]
+    assert {split.assign_split(f"{n}", 0.0) for n in range(1000)} == {"train"}
 
 
 def test_held_out_texts_are_known_whenever_they_were_added():
-    held_out = split.HeldOut(["a"])
+    held_out = split.HeldOutTexts(["a"])
     assert "a" in held_out and "b" not in held_out
     held_out.add(" b ")
     assert "b" in held_out and "a" in held_out and "c" not in held_out
