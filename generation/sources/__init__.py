@@ -1,5 +1,11 @@
-"""Sources: from files, hub datasets and BIG-bench to checked instruction rows. One file an idea.
+"""Instruction sources: files, hub datasets and BIG-bench become checked instruction rows. Imports no Ray.
 
-`row` what a usable row is, `files` and `hub` raw rows, `formats` from a raw row to rows of our own, `promptsource` templates over
-raw rows, `split` the side an example falls on, `mixture` several sources as one, `decontaminate` overlap with evaluation rows.
+- `row`: the checked row, the dead letter and the check of one row.
+- `files` and `hub`: read raw rows.
+- `formats`: converts a raw row of a public format to the columns of this project.
+- `bigbench`: reads and renders BIG-bench tasks.
+- `promptsource`: applies PromptSource templates to raw rows.
+- `split`: assigns an example to train or validation.
+- `mixture`: combines several sources.
+- `decontaminate`: finds overlap with evaluation rows.
 """

@@ -1,8 +1,8 @@
-"""BIG-bench generation tasks as instructions, out of the PyPI sdist, without unpacking its 1.8 GB.
+"""BIG-bench generation tasks as instructions, read from the PyPI sdist. Imports no Ray.
 
-The task files wanted are read in one pass over the archive and kept in the cache. Rendering is BIG-bench's standard
-zero-shot one; the split is seeded per task. The texts carry BIG-bench's canary: evaluate on them, adapt to a task with its
-train rows, never pretrain on them.
+The sdist unpacks to 1.8 GB, so it is read as a stream and never unpacked: one scan extracts the requested task files to the cache.
+Rendering follows BIG-bench's standard zero-shot format; the split is seeded per task. The texts contain BIG-bench's canary:
+evaluate on them or adapt to a task with its train rows, but never pretrain on them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from cluster import cache
 from cluster.errors import UsageError
 
 MIN_VALIDATION = 16
+"""Validation rows of a task, at least."""
 VALIDATION_SHARE = 0.2
+"""Share of validation rows in a task."""
 
 _ROOT = "bigbench/benchmark_tasks/"
 
 
 class Example(TypedDict):
-    """One rendered example: what is asked, and every text that is right."""
+    """One rendered example: the instruction and all correct responses."""
 
     subtask: str
     instruction: str
@@ -34,31 +36,31 @@ class Example(TypedDict):
 
 
 class ChoiceExample(Example):
-    """A multiple-choice example: the right texts are the references, all texts the choices."""
+    """A multiple-choice example: `references` holds the correct choices, `answer_choices` all of them."""
 
     answer_choices: list[str]
 
 
 def read_tasks(tasks: Sequence[str], seed: int) -> Iterator[tuple[str, str, Example]]:
-    """Yield `(task, split, example)` of each task in turn, its train rows first.
+    """Yield `(task, split, example)` task by task, the train rows of a task first.
 
-    Raises `UsageError` for a task BIG-bench does not have or that has no generation examples.
+    Raises `UsageError` for a task that BIG-bench does not have or that has no generation examples.
     """
     for task, subtasks in zip(tasks, load_tasks(tasks), strict=True):
         examples = {name: render_examples(name, body) for name, body in subtasks.items()}
         examples = {name: rows for name, rows in examples.items() if rows}
         if not examples:
-            raise UsageError(f"source.tasks: {task!r} is multiple-choice only, it has no example with a target; leave it out")
+            raise UsageError(f"source.tasks: {task!r} is multiple-choice only and has no example with a target; leave it out")
         for name, rows in split_task(list(examples.values()), f"{seed}:{task}").items():
             for row in rows:
                 yield task, name, row
 
 
 def render_examples(subtask: str, body: dict[str, Any]) -> list[Example]:
-    """Return the examples of one task file, zero-shot: `task_prefix + input_prefix + input + output_prefix`.
+    """Return the zero-shot examples of one task file: `task_prefix + input_prefix + input + output_prefix`.
 
-    Examples without a target (multiple choice) or with an empty one are left out; equal instructions become one example
-    with several references.
+    Examples without a target (multiple choice) or with an empty target are left out. Equal instructions become one example with
+    several references.
     """
     prefix = body.get("task_prefix", "")
     before = body.get("example_input_prefix", "\nQ: ")
@@ -77,9 +79,9 @@ def render_examples(subtask: str, body: dict[str, Any]) -> list[Example]:
 
 
 def render_choices(subtask: str, body: dict[str, Any]) -> list[ChoiceExample]:
-    """Return the examples that have `target_scores` and no target, with their choices listed below the input.
+    """Return the examples that have `target_scores` and no target, with the choices listed below the input.
 
-    The order of the choices is drawn by the input's text: many tasks write the right one first.
+    The choices are shuffled with the text of the input as seed, because many tasks list the correct choice first.
     """
     prefix = body.get("task_prefix", "")
     before = body.get("example_input_prefix", "\nQ: ")
@@ -105,42 +107,44 @@ def render_choices(subtask: str, body: dict[str, Any]) -> list[ChoiceExample]:
 
 
 def split_task(subtasks: Sequence[Sequence[Example]], seed: str) -> dict[str, list[Example]]:
-    """Return `{"train", "validation"}` of one task, each with its subtasks in turn.
+    """Return the rows of one task by split: `{"train": [...], "validation": [...]}`.
 
-    Every subtask gives 20 % to validation; then one row of each subtask in turn follows until validation has 20 % of the
-    task and at least 16 rows. A train row whose instruction also stands in validation is dropped.
+    Each subtask gives 20 % of its rows to validation. Then the subtasks give one more row in rotation until validation has 20 % of
+    the task and at least 16 rows. A train row whose instruction is also in validation is dropped. The rows of the subtasks alternate.
     """
-    draw = random.Random(seed)
-    train = [draw.sample(list(rows), len(rows)) for rows in subtasks]
-    wanted = max(MIN_VALIDATION, round(VALIDATION_SHARE * sum(map(len, train))))
+    rng = random.Random(seed)
+    train = [rng.sample(list(rows), len(rows)) for rows in subtasks]
+    target = max(MIN_VALIDATION, round(VALIDATION_SHARE * sum(map(len, train))))
     validation: list[list[Example]] = []
     for rows in train:
         count = int(VALIDATION_SHARE * len(rows))
         validation.append(rows[:count])
         del rows[:count]
-    while sum(map(len, validation)) < wanted and any(train):
+    while sum(map(len, validation)) < target and any(train):
         for held_out, rows in zip(validation, train, strict=True):
-            if rows and sum(map(len, validation)) < wanted:
+            if rows and sum(map(len, validation)) < target:
                 held_out.append(rows.pop(0))
     seen = {row["instruction"] for rows in validation for row in rows}
     train = [[row for row in rows if row["instruction"] not in seen] for rows in train]
-    return {"train": _in_turn(train), "validation": _in_turn(validation)}
+    return {"train": _alternate(train), "validation": _alternate(validation)}
 
 
-def _in_turn(groups: Sequence[Sequence[Example]]) -> list[Example]:
+def _alternate(groups: Sequence[Sequence[Example]]) -> list[Example]:
+    """Return the rows of all groups, one of each group in rotation."""
     return [row for round_ in zip_longest(*groups) for row in round_ if row is not None]
 
 
 def load_tasks(tasks: Sequence[str]) -> list[dict[str, dict[str, Any]]]:
-    """Return `{subtask: task file}` for each task, from the cache or, for those not in it, one pass over the archive."""
-    places = [cache.folder() / "bigbench-1.0.0" / task for task in tasks]
-    missing = {task for task, place in zip(tasks, places, strict=True) if not place.exists()}
+    """Return `{subtask: task file}` for each task. Tasks that are not in the cache are extracted first, in one scan of the archive."""
+    folders = [cache.folder() / "bigbench-1.0.0" / task for task in tasks]
+    missing = {task for task, folder in zip(tasks, folders, strict=True) if not folder.exists()}
     if missing:
-        _extract(missing)
-    return [json.loads(Path(place, "subtasks.json").read_text(encoding="utf-8")) for place in places]
+        _extract_tasks(missing)
+    return [json.loads(Path(folder, "subtasks.json").read_text(encoding="utf-8")) for folder in folders]
 
 
-def _extract(tasks: set[str]) -> None:
+def _extract_tasks(tasks: set[str]) -> None:
+    """Extract the task files of some tasks from the archive to the cache. Raises `UsageError` for an unknown task."""
     found: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     known: set[str] = set()
     with tarfile.open(cache.archive("bigbench"), "r|gz") as archive:
@@ -158,10 +162,10 @@ def _extract(tasks: set[str]) -> None:
             f"source.tasks: BIG-bench has no JSON task {', '.join(map(repr, unknown))}; e.g. {', '.join(sorted(known)[:8])}, ..."
         )
     for task, subtasks in found.items():
-        # The file of a task with subtasks repeats them in part or whole; its subtasks' own files are the examples.
+        # The file of a task with subtasks repeats some or all of their examples, so only the files of the subtasks are used.
         own = {name: body for name, body in subtasks.items() if name != task or len(subtasks) == 1}
-        cache.build_once(f"bigbench-1.0.0/{task}", partial(_save, json.dumps(dict(sorted(own.items())))))
+        cache.build_once(f"bigbench-1.0.0/{task}", partial(_save_subtasks, json.dumps(dict(sorted(own.items())))))
 
 
-def _save(text: str, folder: Path) -> None:
+def _save_subtasks(text: str, folder: Path) -> None:
     (folder / "subtasks.json").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Train rows that share a run of words with an evaluation row, found by hashes of the evaluation side's runs.
+"""Decontamination: find train rows that share an n-gram of words with an evaluation row. Reads no files; imports no Ray.
 
-Memory is 10 bytes for each distinct run of the evaluation rows; train rows stream by. Words are lower-cased runs of letters and
-digits; a text shorter than a run counts as one run, overlapping only with an equal text.
+The index holds a hash of each distinct n-gram of the evaluation rows (10 bytes each); train rows are streamed. A word is a
+lower-cased sequence of letters and digits. A text with fewer than n words is one n-gram, which overlaps only with an equal text.
 """
 
 from __future__ import annotations
@@ -16,102 +16,111 @@ import numpy as np
 from generation.sources.row import DeadLetter, Instruction
 
 MAX_EXAMPLES = 50
-"""Overlapping rows the report shows."""
+"""Overlapping rows in the report, at most."""
 
 _WORD = re.compile(r"[^\W_]+")
 _Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class NgramIndex:
-    """The runs of `n` words of evaluation rows, by file; `take` tells whether a train row may stay and counts those that may not."""
+    """An index of the word n-grams of evaluation rows, by file.
+
+    `check_row` returns whether a train row overlaps and counts it for `report`.
+    """
 
     def __init__(self, files: Iterable[tuple[str, Iterable[Instruction | DeadLetter]]], n: int) -> None:
+        """Index the rows of `(file name, rows)` pairs by n-grams of `n` words."""
         self.n = n
+        # Random odd factors, one of each position in an n-gram; a fixed seed makes equal n-grams equal in all indexes of a process.
         self._factors = np.random.default_rng(13).integers(1, 2**63, n, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._files: list[str] = []
         self._rows: list[int] = []
         self._hashes: _Hashes = np.empty(0, np.uint64)
         self._file_of = np.empty(0, np.uint16)
         self._checked = 0
-        self._found: Counter[tuple[str, str]] = Counter()
+        self._overlaps: Counter[tuple[str, str]] = Counter()
         self._examples: list[dict[str, str]] = []
         for name, rows in files:
-            self._add(name, rows)
+            self._add_file(name, rows)
 
-    def _add(self, name: str, rows: Iterable[Instruction | DeadLetter]) -> None:
+    def _add_file(self, name: str, rows: Iterable[Instruction | DeadLetter]) -> None:
         number = len(self._files)
         count = 0
-        waiting: list[_Hashes] = []
-        held = 0
+        buffer: list[_Hashes] = []
+        buffered = 0
         for row in rows:
             if isinstance(row, Instruction):
                 count += 1
-                waiting.append(self.hash_ngrams(row.instruction))
-                held += len(waiting[-1])
-                if held > 1 << 20:
-                    self._merge(waiting, number)
-                    waiting, held = [], 0
-        self._merge(waiting, number)
+                buffer.append(self.hash_ngrams(row.instruction))
+                buffered += len(buffer[-1])
+                if buffered > 1 << 20:
+                    self._merge(buffer, number)
+                    buffer, buffered = [], 0
+        self._merge(buffer, number)
         self._files.append(name)
         self._rows.append(count)
 
-    def _merge(self, waiting: list[_Hashes], number: int) -> None:
-        new = np.concatenate([self._hashes, *waiting])
-        files = np.concatenate([self._file_of, np.full(len(new) - len(self._hashes), number, np.uint16)])
-        # A run of several files belongs to the first: `unique` keeps the first of equal values.
-        self._hashes, first = np.unique(new, return_index=True)
+    def _merge(self, buffer: list[_Hashes], number: int) -> None:
+        """Add the hashes of file `number` to the sorted index."""
+        merged = np.concatenate([self._hashes, *buffer])
+        files = np.concatenate([self._file_of, np.full(len(merged) - len(self._hashes), number, np.uint16)])
+        # An n-gram of several files belongs to the first file: `unique` keeps the first of equal values.
+        self._hashes, first = np.unique(merged, return_index=True)
         self._file_of = files[first]
 
     def hash_ngrams(self, text: str) -> _Hashes:
-        """Return the hashes of a text's runs of `n` words, in order; one of the whole text where it is shorter."""
+        """Return the uint64 hashes of the n-grams of a text, in order; a single hash of the whole text if it has fewer words."""
         return self._hash_words(_words(text))
 
     def _hash_words(self, words: list[str]) -> _Hashes:
-        """As `runs`; Python's own hash of a word will do, since they never leave this process."""
+        """Return the hashes of the n-grams of a list of words.
+
+        Python's `hash` of a word differs between processes. That is correct here, because the hashes stay in this process.
+        """
         values = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
         width = min(self.n, len(words))
         count = len(words) - width + 1 if words else 0
-        runs = np.full(count, width, np.uint64)
-        for place in range(width):
-            runs += values[place : place + count] * self._factors[place]
-        return runs ^ (runs >> np.uint64(29))
+        hashes = np.full(count, width, np.uint64)
+        for position in range(width):
+            hashes += values[position : position + count] * self._factors[position]
+        return hashes ^ (hashes >> np.uint64(29))
 
     def find_overlap(self, text: str) -> tuple[str, str] | None:
-        """Return the first evaluation file a text shares a run with, and that run; None where it shares none."""
+        """Return `(evaluation file, shared n-gram)` for the first n-gram of a text that the index has, or None."""
         if not len(self._hashes):
             return None
         words = _words(text)
-        runs = self._hash_words(words)
-        if not len(runs):
+        hashes = self._hash_words(words)
+        if not len(hashes):
             return None
-        places = np.minimum(self._hashes.searchsorted(runs), len(self._hashes) - 1)
-        hits = np.flatnonzero(self._hashes[places] == runs)
+        indices = np.minimum(self._hashes.searchsorted(hashes), len(self._hashes) - 1)
+        hits = np.flatnonzero(self._hashes[indices] == hashes)
         if not len(hits):
             return None
         start = int(hits[0])
-        return self._files[int(self._file_of[places[start]])], " ".join(words[start : start + self.n])
+        return self._files[int(self._file_of[indices[start]])], " ".join(words[start : start + self.n])
 
     def check_row(self, row: Instruction) -> bool:
-        """Return whether a train row overlaps, and count it for the report."""
+        """Return whether a train row overlaps with an evaluation row, and count the row for the report."""
         self._checked += 1
-        found = self.find_overlap(row.instruction)
-        if found is None:
+        overlap = self.find_overlap(row.instruction)
+        if overlap is None:
             return False
-        name, run = found
-        self._found[row.dataset, name] += 1
+        name, ngram = overlap
+        self._overlaps[row.dataset, name] += 1
         if len(self._examples) < MAX_EXAMPLES:
-            self._examples.append({"dataset": row.dataset, "file": name, "words": run, "instruction": row.instruction[:500]})
+            self._examples.append({"dataset": row.dataset, "file": name, "words": ngram, "instruction": row.instruction[:500]})
         return True
 
     @property
     def left_out(self) -> int:
-        """Train rows left out so far."""
-        return self._found.total()
+        """Train rows that overlapped so far."""
+        return self._overlaps.total()
 
     def report(self) -> dict[str, Any]:
-        """What was compared and left out, for `decontamination.json`."""
+        """Return the content of `decontamination.json`: the compared files and the train rows left out, by dataset and file."""
         datasets: dict[str, dict[str, int]] = {}
-        for (dataset, name), count in sorted(self._found.items()):
+        for (dataset, name), count in sorted(self._overlaps.items()):
             datasets.setdefault(dataset, {})[name] = count
         return {
             "n": self.n,

@@ -1,8 +1,8 @@
-"""Raw rows out of files, streaming: JSONL, Parquet, CSV and JSON, on disk or s3://.
+"""Raw rows of JSONL, Parquet, CSV and JSON files, local or s3://, streamed. Imports no Ray.
 
-A row comes with its place; one that cannot be parsed is a dead letter there. Lines and record batches are held one chunk at a
-time; only a `.json` file (a task, or a list of rows) is read whole. An object is copied to disk and checked first, so that a bad wire
-to S3 cannot change or shorten it.
+Each row comes with its location. A row that cannot be parsed becomes a dead letter. Memory holds one chunk of lines or one record
+batch; only a `.json` file (one task or a list of rows) is read whole. An S3 object is first copied to disk and its checksum is
+verified, so that a transfer error cannot change or truncate the rows.
 """
 
 from __future__ import annotations
@@ -18,116 +18,116 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import UsageError
+from cluster.errors import UsageError, first_line
 from generation.sources.row import dead_letter
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-_CELL = 1 << 27
-"""Characters a CSV cell may have; Python's own limit is 2^17."""
+_MAX_CELL_CHARACTERS = 1 << 27
+"""Limit of a CSV cell; Python's default is 2^17."""
 
 
 def find_data_files(path: str, setting: str = "source.path") -> list[str]:
-    """Return the data files of a path, folder or glob, local or s3://, sorted.
+    """Return the data files of a file path, folder or glob, local or s3://, sorted.
 
-    Raises `UsageError` naming `setting` where there is none.
+    Raises `UsageError` with the name of `setting` if no data file exists.
     """
     storage.check_uri(path, setting)
     found = [uri for uri in storage.glob(path) if uri.removesuffix(".gz").endswith(SUFFIXES)]
     if not found:
-        raise UsageError(f"{setting}={path}: no {', '.join(SUFFIXES)} (or .gz) file is there; give a file, a folder or a glob")
+        raise UsageError(f"{setting}={path}: found no {', '.join(SUFFIXES)} (or .gz) file; give a file, a folder or a glob")
     return found
 
 
 def read_rows(uri: str) -> Iterator[tuple[str, Any]]:
-    """Yield `(place, row)` of a file, a row being what JSON can hold or a `DeadLetter`.
+    """Yield `(location, row)` of a file; a row is a JSON value or a `DeadLetter`. A location is `uri:number`, counted from 1.
 
-    Raises `UsageError` for a file that is not what its name says, as a whole.
+    Raises `UsageError` for a file that cannot be read at all in the format of its name.
     """
     plain = uri.removesuffix(".gz")
     try:
         if plain.endswith(".parquet"):
-            yield from _parquet(uri)
+            yield from _read_parquet(uri)
         elif plain.endswith(".csv"):
-            yield from _csv(uri)
+            yield from _read_csv(uri)
         elif plain.endswith(".json"):
-            yield from _json(uri)
+            yield from _read_json(uri)
         else:
-            yield from _json_lines(uri)
+            yield from _read_json_lines(uri)
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"source: {uri} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"source: {uri} cannot be read: {first_line(error)}") from None
 
 
 @contextmanager
-def _opened(uri: str) -> Iterator[pa.NativeFile]:
-    """The bytes of a file; a name ending in .gz is decompressed."""
+def _open(uri: str) -> Iterator[pa.NativeFile]:
+    """Open a file as a stream of bytes; a file whose name ends in .gz is decompressed."""
     with storage.local_file(uri) as path, pa.input_stream(path) as stream:
         yield stream
 
 
-def _json_lines(uri: str) -> Iterator[tuple[str, Any]]:
+def _read_json_lines(uri: str) -> Iterator[tuple[str, Any]]:
     rest = b""
     number = 0
-    with _opened(uri) as stream:
+    with _open(uri) as stream:
         while chunk := stream.read(1 << 20):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 number += 1
                 if line.strip():
-                    yield _parse(line, f"{uri}:{number}")
+                    yield _parse_json(line, f"{uri}:{number}")
     if rest.strip():
-        yield _parse(rest, f"{uri}:{number + 1}")
+        yield _parse_json(rest, f"{uri}:{number + 1}")
 
 
-def _parse(text: bytes, where: str) -> tuple[str, Any]:
+def _parse_json(text: bytes, location: str) -> tuple[str, Any]:
     try:
-        return where, json.loads(text)
+        return location, json.loads(text)
     except (ValueError, RecursionError) as error:
-        return where, dead_letter(where, f"the line is not JSON: {error}", text[:2000].decode("utf-8", "replace"))
+        return location, dead_letter(location, f"the line is not JSON: {error}", text[:2000].decode("utf-8", "replace"))
 
 
-def _json(uri: str) -> Iterator[tuple[str, Any]]:
-    """One task, a list of rows, or (many sets say `.json` for it) JSON lines."""
-    with _opened(uri) as stream:
+def _read_json(uri: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of one task, of a list of rows, or of JSON lines, which many datasets also name `.json`."""
+    with _open(uri) as stream:
         head = stream.read(1 << 20)
         first, newline, after = head.partition(b"\n")
-        if newline and after.strip() and _is_object(first):
-            yield from _json_lines(uri)
+        if newline and after.strip() and _is_json_object(first):
+            yield from _read_json_lines(uri)
             return
         pieces = [head]
         while chunk := stream.read(1 << 20):
             pieces.append(chunk)
-    where, value = _parse(b"".join(pieces), uri)
+    location, value = _parse_json(b"".join(pieces), uri)
     if isinstance(value, list):
-        yield from ((f"{where}:{number}", row) for number, row in enumerate(value, 1))
+        yield from ((f"{location}:{number}", row) for number, row in enumerate(value, 1))
     else:
-        yield where, value
+        yield location, value
 
 
-def _is_object(line: bytes) -> bool:
+def _is_json_object(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _csv(uri: str) -> Iterator[tuple[str, Any]]:
-    """Rows as texts by column name, empty cells as null; the place is the line a row ends on."""
-    csv.field_size_limit(_CELL)
-    # Bytes that are no text come through as lone surrogates, so that only their row is refused.
-    with _opened(uri) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+def _read_csv(uri: str) -> Iterator[tuple[str, Any]]:
+    """Yield rows as texts by column name, an empty cell as None; the location is the last line of a row."""
+    csv.field_size_limit(_MAX_CELL_CHARACTERS)
+    # Bytes that are not UTF-8 are decoded to lone surrogates, so that only their row is rejected.
+    with _open(uri) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
         reader = csv.DictReader(text)
         try:
             for row in reader:
-                where = f"{uri}:{reader.line_num}"
+                location = f"{uri}:{reader.line_num}"
                 if None in row:
-                    yield where, dead_letter(where, f"the row has more cells than the header's {len(reader.fieldnames or ())}", row)
+                    yield location, dead_letter(location, f"the row has more cells than the header's {len(reader.fieldnames or ())}", row)
                 else:
-                    yield where, {name: cell or None for name, cell in row.items()}
+                    yield location, {name: cell or None for name, cell in row.items()}
         except csv.Error as error:
             raise UsageError(f"source: {uri} cannot be read as CSV at line {reader.line_num}: {error}") from None
 
 
-def _parquet(uri: str) -> Iterator[tuple[str, Any]]:
+def _read_parquet(uri: str) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with storage.local_file(uri) as path, pq.ParquetFile(path) as file:
@@ -136,4 +136,4 @@ def _parquet(uri: str) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{uri}:{number}", row
     except ValueError as error:
-        raise UsageError(f"source: {uri} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"source: {uri} cannot be read as Parquet: {first_line(error)}") from None

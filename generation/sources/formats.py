@@ -1,9 +1,10 @@
-"""From a raw row of a public format to rows in our own columns. Pure functions: no files.
+"""Converters from public row formats to the columns of this project. Pure functions: they read no files; the module imports no Ray.
 
-Our columns are `instruction`, `references` and, where known, `answer_choices`, `dataset`, `template`, `split` (`train` or
-`validation`) and `example` (a text that all instructions made of the same underlying example share).
-A converter takes one raw row and yields any number of such rows; what is missing is left for `row.fault` to name. A raw row
-it can make nothing of raises `ValueError` with the reason.
+The columns are `instruction` and `references`. Optional ones are `answer_choices`, `dataset`, `template`, `split` (`train` or
+`validation`) and `example`. All instructions made from one underlying example share the text in `example`.
+
+A converter takes one raw row and yields any number of rows. It does not check them: `row.row_error` reports a missing column.
+A raw row that cannot be converted raises `ValueError` with the reason.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from generation.sources.row import DeadLetter, dead_letter
 Row = dict[str, Any]
 Converter = Callable[[Mapping[str, Any]], Iterable[Row]]
 
-# Columns an instruction and its right answer stand in, in the order they are looked for.
+# Columns of an instruction and its correct answer, in search order.
 _PAIRS = (("instruction", "output"), ("inputs", "targets"), ("prompt", "completion"), ("question", "answer"))
-_KNOWN = ("dataset", "template", "split", "example", "answer_choices")
+_OPTIONAL_COLUMNS = ("dataset", "template", "split", "example", "answer_choices")
 
 
 def detect_format(row: Any) -> str:
-    """Return the name of a row's format by its keys; `cappy`, our own, where no other fits."""
+    """Return the name of the format of a row by its keys; `cappy`, the format of this project, if no other one matches."""
     keys = set(row) if isinstance(row, Mapping) else set()
     if {"inputs_pretokenized", "targets_pretokenized"} <= keys:
         return "p3"
@@ -42,12 +43,12 @@ def detect_format(row: Any) -> str:
 
 
 def convert_cappy(row: Mapping[str, Any]) -> Iterable[Row]:
-    """Our own columns. A CSV cell holds a list as JSON; a single reference may stand as it is."""
-    yield {**row, **{name: _listed(row[name]) for name in ("references", "answer_choices") if name in row}}
+    """Convert a row that has the columns of this project. A text in a list column is a JSON list (in a CSV cell) or a single item."""
+    yield {**row, **{name: _parse_list(row[name]) for name in ("references", "answer_choices") if name in row}}
 
 
-def _listed(value: Any) -> Any:
-    """A list written as JSON, or one text, as a list; anything else as it is."""
+def _parse_list(value: Any) -> Any:
+    """Return a list for a JSON list or a single text, and any other value unchanged."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -57,45 +58,51 @@ def _listed(value: Any) -> Any:
 
 
 def convert_p3(row: Mapping[str, Any]) -> Iterable[Row]:
-    """P3 and T0: `inputs_pretokenized` and `targets_pretokenized`, with `answer_choices` where the set has them."""
-    yield {**_known(row), "instruction": row["inputs_pretokenized"], "references": _texts(row["targets_pretokenized"])}
+    """Convert a row of P3 or T0: `inputs_pretokenized`, `targets_pretokenized` and, if the dataset has them, `answer_choices`."""
+    yield {**_optional_columns(row), "instruction": row["inputs_pretokenized"], "references": _as_list(row["targets_pretokenized"])}
 
 
 def merge_choices(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Merge the rows of P3's `_score_eval` sets, one a choice with `is_correct`, to one classification row an example.
+    """Merge the rows of P3's `_score_eval` datasets into one classification row per example.
 
-    Rows are of one example while they follow each other with the same `idx` (its first number) and input.
+    Those datasets have one row per choice, with `is_correct`. Consecutive rows with the same first number of `idx` and the same
+    input are one example. Takes and yields `(location, row)`; a merged row has the location of its first row.
     """
     group: list[Mapping[str, Any]] = []
-    place = ""
-    for where, row in rows:
+    first_location = ""
+    for location, row in rows:
         scored = isinstance(row, Mapping) and "is_correct" in row and "idx" in row and "targets_pretokenized" in row
         if group and not (scored and _example_of(row) == _example_of(group[0])):
-            yield place, _merged(group)
+            yield first_location, _merged(group)
             group = []
         if scored:
-            place = place if group else where
+            first_location = first_location if group else location
             group.append(row)
         else:
-            yield where, row
+            yield location, row
     if group:
-        yield place, _merged(group)
+        yield first_location, _merged(group)
 
 
 def _example_of(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the key of the example of a `_score_eval` row: the first number of `idx`, and the input."""
     idx = row["idx"]
     return idx[0] if isinstance(idx, list | tuple) and idx else idx, row.get("inputs_pretokenized")
 
 
 def _merged(group: list[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return one P3 row for the rows of an example, one of each choice."""
     choices = [row["targets_pretokenized"] for row in group]
-    right = [row["targets_pretokenized"] for row in group if row["is_correct"]]
-    return {**group[0], "targets_pretokenized": right, "answer_choices": choices}
+    correct = [row["targets_pretokenized"] for row in group if row["is_correct"]]
+    return {**group[0], "targets_pretokenized": correct, "answer_choices": choices}
 
 
 def convert_natural_instructions(row: Mapping[str, Any]) -> Iterable[Row]:
-    """A Super-NaturalInstructions task: each instance is its definition and its input; positive examples are train rows."""
-    definition = "\n".join(_texts(row["Definition"])).strip()
+    """Convert a Super-NaturalInstructions task: a row per instance, made of the definition of the task and the input.
+
+    Positive examples become train rows.
+    """
+    definition = "\n".join(_as_list(row["Definition"])).strip()
     for split, name in (("train", "Positive Examples"), (None, "Instances")):
         instances = row.get(name) or []
         if not isinstance(instances, list):
@@ -107,14 +114,14 @@ def convert_natural_instructions(row: Mapping[str, Any]) -> Iterable[Row]:
             text = instance["input"].strip()
             yield {
                 "instruction": f"Definition: {definition}\n\nNow complete the following example -\nInput: {text}\nOutput: ",
-                "references": _texts(instance.get("output")),
+                "references": _as_list(instance.get("output")),
                 "split": split,
                 "example": text or None,
             }
 
 
 def convert_bigbench(row: Mapping[str, Any]) -> Iterable[Row]:
-    """A BIG-bench JSON task: its examples with a target, then its multiple-choice ones as classification rows."""
+    """Convert a BIG-bench JSON task: first the examples with a target, then multiple-choice examples as classification rows."""
     if not isinstance(row.get("examples"), list) or not all(isinstance(each, Mapping) for each in row["examples"]):
         raise ValueError("`examples` must be a list of objects with `input` and `target` or `target_scores`")
     dataset = row.get("name") if isinstance(row.get("name"), str) else None
@@ -123,19 +130,19 @@ def convert_bigbench(row: Mapping[str, Any]) -> Iterable[Row]:
 
 
 def convert_alpaca(row: Mapping[str, Any]) -> Iterable[Row]:
-    """Alpaca and FLAN styles: a column with the question, perhaps one with its input, and one with the answer."""
+    """Convert a row in the style of Alpaca or FLAN: a question column, an optional `input` column and an answer column."""
     for prompt, answer in _PAIRS:
         if prompt in row and answer in row:
             question, given = row[prompt], row.get("input")
             if isinstance(question, str) and isinstance(given, str) and given.strip():
                 question = f"{question.rstrip()}\n\n{given}"
-            yield {**_known(row), "instruction": question, "references": _texts(row[answer])}
+            yield {**_optional_columns(row), "instruction": question, "references": _as_list(row[answer])}
             return
-    raise ValueError(f"no column of an answer is there; one of {', '.join(' with '.join(pair) for pair in _PAIRS)} is needed")
+    raise ValueError(f"the row has no answer column; give one of {', '.join(' with '.join(pair) for pair in _PAIRS)}")
 
 
 def convert_chat(row: Mapping[str, Any]) -> Iterable[Row]:
-    """OpenAI's chat rows: the last assistant turn is the reference, the turns before it are the instruction."""
+    """Convert a chat row of OpenAI: the last assistant turn is the reference, all turns before it are the instruction."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError("`messages` must be a list of turns with `role` and `content`")
@@ -144,35 +151,36 @@ def convert_chat(row: Mapping[str, Any]) -> Iterable[Row]:
         raise ValueError("`messages` has no assistant turn")
     before = [(str(turn.get("role")), _content(turn)) for turn in turns[:last]]
     system = [text for role, text in before if role in ("system", "developer")]
-    spoken = [(role, text) for role, text in before if role not in ("system", "developer")]
-    # One question stands as it is; in a conversation each turn says whose it is.
-    said = [text for _, text in spoken] if len(spoken) == 1 else [f"{role.capitalize()}: {text}" for role, text in spoken]
-    yield {**_known(row), "instruction": "\n\n".join([*system, *said]), "references": _texts(_content(turns[last]))}
+    dialogue = [(role, text) for role, text in before if role not in ("system", "developer")]
+    # A single question stays unchanged; in a conversation each turn starts with its role.
+    texts = [text for _, text in dialogue] if len(dialogue) == 1 else [f"{role.capitalize()}: {text}" for role, text in dialogue]
+    yield {**_optional_columns(row), "instruction": "\n\n".join([*system, *texts]), "references": _as_list(_content(turns[last]))}
 
 
 def _content(turn: Mapping[str, Any]) -> str:
-    """A turn's text: its content, or that of its text parts."""
+    """Return the text of a turn: its content, or its text parts joined. Raises `ValueError` for other content."""
     content = turn.get("content")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
         content = None if None in parts else "".join(map(str, parts))
     if not isinstance(content, str):
-        raise ValueError(f"the content of the {turn.get('role')} turn is no text")
+        raise ValueError(f"the content of the {turn.get('role')} turn is not text")
     return content.strip()
 
 
-def _known(row: Mapping[str, Any]) -> Row:
-    """What of our own columns a row of another format has beside its own."""
-    known = {name: row[name] for name in _KNOWN if row.get(name) is not None}
-    if "answer_choices" in known:
-        known["answer_choices"] = _listed(known["answer_choices"])
-    # Public sets use these names for other things too, e.g. `split: test`.
-    if known.get("split") not in SPLITS:
-        known.pop("split", None)
-    return {name: value for name, value in known.items() if isinstance(value, str) or name == "answer_choices"}
+def _optional_columns(row: Mapping[str, Any]) -> Row:
+    """Return the optional columns of this project that a row of another format has."""
+    found = {name: row[name] for name in _OPTIONAL_COLUMNS if row.get(name) is not None}
+    if "answer_choices" in found:
+        found["answer_choices"] = _parse_list(found["answer_choices"])
+    # Public datasets use these names with other meanings too, e.g. `split: test`.
+    if found.get("split") not in SPLITS:
+        found.pop("split", None)
+    return {name: value for name, value in found.items() if isinstance(value, str) or name == "answer_choices"}
 
 
-def _texts(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
+    """Return a single text as a list of one, and any other value unchanged."""
     return [value] if isinstance(value, str) else value
 
 
@@ -186,19 +194,28 @@ CONVERTERS: dict[str, Converter] = {
 }
 
 
-def convert_row(where: str, raw: Any, format: str) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
-    """Yield `(place, row in our columns)` for what a raw row holds, or a dead letter; `format` may be `auto`."""
+def convert_row(location: str, raw: Any, format: str) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
+    """Yield `(location, row)` for each row that a raw row converts to, or one dead letter.
+
+    Args:
+        location: location of the raw row.
+        raw: the raw row, or a dead letter, which is passed on.
+        format: name of the format, or `auto` to detect it.
+    """
     if isinstance(raw, DeadLetter):
-        yield where, raw
+        yield location, raw
         return
     name = detect_format(raw) if format == "auto" else format
     if not isinstance(raw, Mapping):
-        yield where, dead_letter(where, f"the row is a {type(raw).__name__}; it must be an object with `instruction` and `references`", raw)
+        yield (
+            location,
+            dead_letter(location, f"the row is a {type(raw).__name__}; it must be an object with `instruction` and `references`", raw),
+        )
         return
     try:
         for number, row in enumerate(CONVERTERS[name](raw), 1):
-            yield (f"{where}#{number}" if name in ("natural-instructions", "bigbench") else where), row
+            yield (f"{location}#{number}" if name in ("natural-instructions", "bigbench") else location), row
     except KeyError as error:
-        yield where, dead_letter(where, f"format {name} needs {error}; the row has {', '.join(map(str, raw)) or 'no key'}", raw)
+        yield location, dead_letter(location, f"format {name} needs {error}; the row has {', '.join(map(str, raw)) or 'no key'}", raw)
     except ValueError as error:
-        yield where, dead_letter(where, f"{error} (format {name})", raw)
+        yield location, dead_letter(location, f"{error} (format {name})", raw)

@@ -1,6 +1,6 @@
-"""Raw rows of a Hugging Face dataset, streamed: by name at a pinned commit, or a local folder in hub layout.
+"""Raw rows of a Hugging Face dataset, streamed by name at a pinned commit or from a local folder in hub layout. Imports no Ray.
 
-The rows are the dataset's own, class labels as numbers. Datasets that need code of their own are refused by the library.
+Rows come unchanged from the dataset; class labels are numbers. The `datasets` library rejects a dataset that needs its own code.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import HubSource
-from cluster.errors import UsageError
+from cluster.errors import UsageError, first_line
 
 
 def read_rows(source: HubSource) -> Iterator[tuple[str, Any]]:
-    """Yield `(place, row)` of the source's split.
+    """Yield `(location, row)` of the split of the source; a location is `name/split:number`, counted from 1.
 
     Raises `UsageError` for a name without a pinned commit and for a dataset that cannot be opened or read.
     """
     local = Path(source.name).expanduser().is_dir()
     if not local and source.revision is None:
         raise UsageError(
-            f"source.name={source.name} is no local folder, so source.revision must pin the dataset's commit (40 hex digits, "
-            f"shown on its page under Files, History)"
+            f"source.name={source.name} is not a local folder, so source.revision must pin a commit of the dataset; "
+            f"copy its 40 hex digits from the dataset's page under Files, History"
         )
     import datasets
 
@@ -38,8 +38,7 @@ def read_rows(source: HubSource) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(opened, 1):
             yield f"{source.name}/{source.split}:{number}", row
     except Exception as error:
-        # The library raises a different class for each of: no network, no such name, subset or split, a damaged file.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The library raises a different class for each cause: no network, unknown name, subset or split, damaged file.
         raise UsageError(
-            f"source.name={source.name} cannot be read: {reason}; check name, subset, data_dir, split, revision and network"
+            f"source.name={source.name} cannot be read: {first_line(error)}; check name, subset, data_dir, split, revision and network"
         ) from None

@@ -1,8 +1,10 @@
-"""PromptSource templates over raw rows: `templates.yaml` in, one row in our own columns for each template and raw row out.
+"""PromptSource templates: a `templates.yaml` and raw rows give one row per template and raw row. Imports no Ray.
 
-A template is Jinja2: the prompt, `|||`, the right answer (several with more `|||`), and perhaps `answer_choices`, itself a
-template whose choices stand between `|||`. Templates are other people's programs, so they run in Jinja's immutable sandbox
-with its limits made tight: loop steps and calls are counted over the whole render, and texts cannot grow without bound.
+A template is Jinja2 text: the prompt, `|||` and the correct answer (several answers are separated by more `|||`). An optional
+`answer_choices` is another template, whose choices are separated by `|||`.
+
+Templates are untrusted programs. They run in Jinja's immutable sandbox with tighter limits: loop steps and calls are counted over
+the whole rendering, and the length of texts is bounded.
 """
 
 from __future__ import annotations
@@ -22,26 +24,26 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster import storage
-from cluster.errors import UsageError
+from cluster.errors import UsageError, first_line
 from generation.sources.formats import Row
 from generation.sources.row import DeadLetter, dead_letter
 
 MAX_STEPS = 100_000
-"""Loop steps and calls one render may take."""
+"""Loop steps plus calls of one rendering, at most."""
 MAX_TEXT = 1_000_000
-"""Characters a rendered template, or a text on the way to it, may have."""
+"""Characters of a rendered template or of an intermediate text, at most."""
 
 _SEPARATOR = "|||"
-# Stands for a `|||` inside a row's own text while a template is rendered and cut.
+# Replaces a `|||` inside the text of a row while a template is rendered and split.
 _PROTECTED = "\ue000pipes\ue001"
-# Methods and filters that make a text of any length out of a number.
-_WIDENING = frozenset({"format", "format_map", "center", "ljust", "rjust", "zfill", "expandtabs"})
-_WIDENING_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap", "xmlattr", "pprint")
+# Methods and filters that make a text of any length from a number.
+_UNBOUNDED_METHODS = frozenset({"format", "format_map", "center", "ljust", "rjust", "zfill", "expandtabs"})
+_UNBOUNDED_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap", "xmlattr", "pprint")
 
 
 @dataclass(frozen=True)
 class Template:
-    """One named template; `answer_choices` is null where the answer is free text."""
+    """A named template; `answer_choices` is None if the answer is free text."""
 
     name: str
     jinja: str
@@ -49,7 +51,7 @@ class Template:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with the two tags of PromptSource as plain mappings; any other tag is refused."""
+    """A safe YAML loader that reads the two tags of PromptSource as plain mappings and rejects all other tags."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
@@ -63,25 +65,26 @@ _Loader.add_constructor("!TemplateMetadata", _mapping)
 
 
 def load_templates(uri: str) -> tuple[str | None, list[Template]]:
-    """Return the dataset's name (subset included, null where it is not given) and the templates of a file, ordered by name.
+    """Return the name of the dataset and the templates of a file, ordered by name.
 
-    Raises `UsageError` where the file cannot be read or holds no template.
+    The name includes the subset; it is None if the file does not give it. Raises `UsageError` if the file cannot be read or has no
+    template.
     """
     try:
         tree = yaml.load(storage.read_bytes(uri), _Loader)
     except OSError as error:
-        raise UsageError(f"source.templates={uri} cannot be read: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"source.templates={uri} cannot be read: {first_line(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise UsageError(f"source.templates={uri} is not YAML of templates{where}: {getattr(error, 'problem', error)}") from None
+        position = f" at line {mark.line + 1}" if mark else ""
+        raise UsageError(f"source.templates={uri} is not a YAML file of templates{position}: {getattr(error, 'problem', error)}") from None
     bodies = tree.get("templates") if isinstance(tree, dict) else None
     if not isinstance(bodies, dict) or not bodies:
-        raise UsageError(f"source.templates={uri} has no `templates`; give a templates.yaml as PromptSource has one for each dataset")
+        raise UsageError(f"source.templates={uri} has no `templates`; give the templates.yaml of a PromptSource dataset")
     templates = []
     for key, body in bodies.items():
         if not isinstance(body, dict) or not isinstance(body.get("jinja"), str):
-            raise UsageError(f"source.templates={uri}: template {key} has no text `jinja`")
+            raise UsageError(f"source.templates={uri}: template {key} has no text in `jinja`; fix or remove it")
         choices = body.get("answer_choices")
         templates.append(Template(str(body.get("name") or key), body["jinja"], choices if isinstance(choices, str) else None))
     names = [str(tree[name]) for name in ("dataset", "subset") if tree.get(name)]
@@ -89,50 +92,57 @@ def load_templates(uri: str) -> tuple[str | None, list[Template]]:
 
 
 class TemplateRenderer:
-    """All templates of a file, compiled once; `rows` applies them to a raw row."""
+    """Compile the templates of a file once and apply them to raw rows."""
 
     def __init__(self, templates: Sequence[Template], seed: int) -> None:
+        """Compile `templates`; `seed` seeds the draws of the `choice` filter."""
         self._environment = _Sandbox()
         self._seed = seed
         self._templates = [(each.name, self._compile(each.jinja), self._compile(each.answer_choices)) for each in templates]
 
     def _compile(self, text: str | None) -> jinja2.Template | str | None:
-        """The template, or why it is none: a broken template is each row's dead letter, not the end of the run."""
+        """Return the compiled template, or its error as text: a broken template makes dead letters and does not stop the run."""
         try:
             return None if text is None else self._environment.from_string(text)
         except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
 
-    def render_rows(self, where: str, raw: Any) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
-        """Yield a row for each template that does not render blank, in order of their names."""
+    def render_rows(self, location: str, raw: Any) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
+        """Yield `(location, row)` for each template that does not render blank, ordered by template name, or a dead letter.
+
+        Args:
+            location: location of the raw row; the name of a template is appended.
+            raw: the raw row, or a dead letter, which is passed on.
+        """
         if isinstance(raw, DeadLetter):
-            yield where, raw
+            yield location, raw
             return
         if not isinstance(raw, Mapping):
-            yield where, dead_letter(where, f"the row is a {type(raw).__name__}; a template needs an object", raw)
+            yield location, dead_letter(location, f"the row is a {type(raw).__name__}; a template needs an object", raw)
             return
         protected = {str(name): value.replace(_SEPARATOR, _PROTECTED) if isinstance(value, str) else value for name, value in raw.items()}
         example = example_text(raw)
         for name, template, choices in self._templates:
-            place = f"{where}#{name}"
+            row_location = f"{location}#{name}"
             try:
                 row = self._render(template, choices, protected, f"{self._seed}:{name}:{example}")
             except Exception as error:
-                # What a template can raise is anything its expressions can, e.g. a ZeroDivisionError.
-                yield place, dead_letter(place, f"template {name!r}: {type(error).__name__}: {str(error)[:300]}", raw)
+                # The expressions of a template can raise any exception, e.g. a ZeroDivisionError.
+                yield row_location, dead_letter(row_location, f"template {name!r}: {type(error).__name__}: {str(error)[:300]}", raw)
                 continue
             if row is not None:
-                yield place, {**row, "template": name, "example": example}
+                yield row_location, {**row, "template": name, "example": example}
 
     def _render(
         self, template: jinja2.Template | str | None, choices: jinja2.Template | str | None, row: dict[str, Any], key: str
     ) -> Row | None:
+        """Return the row of one template, or None if prompt or answer is blank; `key` seeds the draws of `choice`."""
         answers = None
         if choices is not None:
-            answers = [_restore(text) for text in self._environment.text(choices, row, key).split(_SEPARATOR)]
-        prompt, *targets = self._environment.text(template, {**row, "answer_choices": answers}, key).split(_SEPARATOR)
+            answers = [_restore(text) for text in self._environment.render(choices, row, key).split(_SEPARATOR)]
+        prompt, *targets = self._environment.render(template, {**row, "answer_choices": answers}, key).split(_SEPARATOR)
         if not targets and prompt.strip():
-            raise ValueError(f"no {_SEPARATOR} stands between prompt and answer")
+            raise ValueError(f"the template has no {_SEPARATOR} between prompt and answer")
         references = [text for target in targets if (text := _restore(target))]
         if not _restore(prompt) or not references:
             return None
@@ -141,43 +151,44 @@ class TemplateRenderer:
 
 
 def example_text(raw: Mapping[str, Any]) -> str:
-    """The text that stands for a raw row: its longest one, e.g. the passage that several questions share.
+    """Return the text that identifies the underlying example of a raw row: its longest text, e.g. a passage with several questions.
 
-    A row without a text stands for itself.
+    For a row without a text, return the row as JSON.
     """
     texts = [" ".join(value.split()) for value in raw.values() if isinstance(value, str) and value.strip()]
     return max(texts, key=lambda text: (len(text), text)) if texts else json.dumps(raw, sort_keys=True, default=str)
 
 
 def _restore(text: str) -> str:
+    """Return the stripped text with each protected `|||` restored."""
     return text.replace(_PROTECTED, _SEPARATOR).strip()
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with what PromptSource adds to it (`zip`, `choice`, `most_frequent`), bounded in steps and size."""
+    """Jinja's immutable sandbox with PromptSource's additions (`zip`, `choice`, `most_frequent`) and limits on steps and sizes."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
         super().__init__()
         self._steps = 0
-        self._draw = random.Random()
+        self._rng = random.Random()
         self.globals.pop("lipsum")
         self.globals.update(zip=zip, enumerate=enumerate, len=len, min=min, max=max)
-        for name in _WIDENING_FILTERS:
+        for name in _UNBOUNDED_FILTERS:
             self.filters.pop(name)
         self.filters.update(
-            choice=self._choice, most_frequent=_most_frequent, highlight=str, cappy_steps=self._counted, cappy_bounded=_bounded
+            choice=self._choice, most_frequent=_most_frequent, highlight=str, cappy_steps=self._count_steps, cappy_bounded=_check_size
         )
         for name in ("join", "replace"):
-            self.filters[name] = _LIMITED[name]
+            self.filters[name] = _BOUNDED_FUNCTIONS[name]
 
-    def text(self, template: jinja2.Template | str | None, row: Mapping[str, Any], key: str) -> str:
-        """Return a template's text for a row; `key` is behind each `choice`. Raises what the template raises."""
+    def render(self, template: jinja2.Template | str | None, row: Mapping[str, Any], key: str) -> str:
+        """Return the text that a template renders for a row; `key` seeds the `choice` filter. Exceptions of the template pass through."""
         if not isinstance(template, jinja2.Template):
             raise ValueError(f"the template does not compile: {template}")
         self._steps = 0
-        self._draw = random.Random(key)
+        self._rng = random.Random(key)
         pieces, length = [], 0
         for piece in template.generate(**row):
             pieces.append(piece)
@@ -187,7 +198,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return "".join(pieces)
 
     def _generate(self, source: nodes.Template, *arguments: Any, **keywords: Any) -> str:
-        # Every loop runs over a counted iterable, and every text that is put together is measured.
+        # Each loop iterates over a counting wrapper, and the length of each assigned text is checked.
         for loop in list(source.find_all(nodes.For)):
             loop.iter = nodes.Filter(loop.iter, "cappy_steps", [], [], None, None, lineno=loop.lineno)
         for block in list(source.find_all(nodes.AssignBlock)):
@@ -196,63 +207,64 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             assign.node = nodes.Filter(assign.node, "cappy_bounded", [], [], None, None, lineno=assign.lineno)
         return str(super()._generate(source, *arguments, **keywords))
 
-    def _step(self) -> None:
+    def _count_step(self) -> None:
         self._steps += 1
         if self._steps > MAX_STEPS:
             raise SecurityError(f"the template takes more than {MAX_STEPS} steps")
 
-    def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
+    def _count_steps(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
-            self._step()
+            self._count_step()
             yield item
 
     def _choice(self, items: Sequence[Any]) -> Any:
-        return self._draw.choice(list(itertools.islice(items, MAX_STEPS)))
+        return self._rng.choice(list(itertools.islice(items, MAX_STEPS)))
 
     def call(self, context: Any, function: Any, /, *arguments: Any, **keywords: Any) -> Any:
-        self._step()
+        self._count_step()
         owner = getattr(function, "__self__", None)
-        if isinstance(owner, str) and getattr(function, "__name__", None) in _LIMITED:
-            function, arguments = _LIMITED[function.__name__], (owner, *arguments)
+        if isinstance(owner, str) and getattr(function, "__name__", None) in _BOUNDED_FUNCTIONS:
+            function, arguments = _BOUNDED_FUNCTIONS[function.__name__], (owner, *arguments)
             if function is _join:
                 arguments = (arguments[1], owner)
-        return _bounded(super().call(context, function, *arguments, **keywords))
+        return _check_size(super().call(context, function, *arguments, **keywords))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            raise SecurityError("`%` on a text is not allowed; join with `~`")
+            raise SecurityError("`%` on a text is not allowed; join texts with `~`")
         if operator == "**" and (abs(left) > 10_000 or abs(right) > 64):
             raise SecurityError(f"{left} ** {right} is too large")
         if operator == "*":
             for many, number in ((left, right), (right, left)):
                 if isinstance(many, str | list | tuple) and isinstance(number, int) and len(many) * number > MAX_STEPS:
-                    raise SecurityError(f"a text or list of {len(many)} times {number} is too long")
+                    raise SecurityError(f"a text or list of length {len(many)} times {number} is too long")
                 if isinstance(many, int) and abs(many) > 1 << 256:
                     raise SecurityError("a number is too large")
-        return _bounded(super().call_binop(context, operator, left, right))
+        return _check_size(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> None:
-        """No `str.format`, whose widths make a text of any length: it is refused like any unsafe attribute."""
+        """Return None, so that `str.format` is rejected as an unsafe attribute: its widths make texts of any length."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        widens = isinstance(obj, str) and attr in _WIDENING
-        return not widens and super().is_safe_attribute(obj, attr, value)
+        unbounded = isinstance(obj, str) and attr in _UNBOUNDED_METHODS
+        return not unbounded and super().is_safe_attribute(obj, attr, value)
 
 
-def _bounded(value: Any) -> Any:
+def _check_size(value: Any) -> Any:
     if isinstance(value, str | list | tuple | dict) and len(value) > MAX_TEXT:
         raise SecurityError(f"a value is longer than {MAX_TEXT}")
     return value
 
 
 def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
-    """The items that occur most often, in their order; null where there are none."""
+    """Return the most frequent items in order of first occurrence, or None for no items."""
     counts = Counter(items)
-    most = max(counts.values(), default=0)
-    return [item for item, count in counts.items() if count == most] or None
+    highest = max(counts.values(), default=0)
+    return [item for item, count in counts.items() if count == highest] or None
 
 
 def _join(items: Iterable[Any], between: str = "", attribute: str | int | None = None) -> str:
+    """Join items like Jinja's `join` filter, with a limit on the length."""
     pieces: list[str] = []
     length = 0
     for item in itertools.islice(items, MAX_STEPS):
@@ -266,10 +278,11 @@ def _join(items: Iterable[Any], between: str = "", attribute: str | int | None =
 
 
 def _replace(text: str, old: str, new: str, count: int = -1) -> str:
+    """Replace like `str.replace`, with a limit on the length."""
     text, old, new = str(text), str(old), str(new)
     if len(text) + text.count(old) * len(new) > MAX_TEXT:
         raise SecurityError(f"the replaced text is longer than {MAX_TEXT} characters")
     return text.replace(old, new, -1 if count is None else count)
 
 
-_LIMITED: dict[str, Any] = {"join": _join, "replace": _replace}
+_BOUNDED_FUNCTIONS: dict[str, Any] = {"join": _join, "replace": _replace}

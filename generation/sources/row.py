@@ -1,4 +1,4 @@
-"""What a usable instruction row is, and what becomes of one that is not. Pure: no files."""
+"""The checked instruction row, the dead letter of a rejected row, and hashes of texts. Reads no files; imports no Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from generation.schema import SPLITS
 
 @dataclass(frozen=True)
 class DeadLetter:
-    """A row that was left out."""
+    """A rejected row with the reason."""
 
     where: str
     """File and line, or the row's id."""
@@ -29,7 +29,7 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A checked row: `references` has at least one text, none blank."""
+    """A checked row. `references` has at least one text, and no text in it is blank."""
 
     dataset: str
     template: str | None
@@ -38,16 +38,19 @@ class Instruction:
     references: tuple[str, ...]
     answer_choices: tuple[str, ...] | None = None
     part: str = ""
-    """The part of a mixture, or the source, that the row is from."""
+    """Name of the source of the row: the part of a mixture, or the only source."""
 
     @property
     def id(self) -> str:
-        """32 hex digits that change with the text or its place in a dataset, not with the split."""
+        """Return 32 hex digits that hash dataset, template, instruction and references. They do not depend on the split."""
         return hash_text(json.dumps([self.dataset, self.template, self.instruction, self.references], ensure_ascii=False), 16).hex()
 
 
 def row_error(row: Any) -> str | None:
-    """What is wrong with a row in our own columns, as one line that names the field and what it holds, or None."""
+    """Return the first problem of a row in this project's columns, or None if the row is valid.
+
+    The problem is one line with the field and the type or value found in it.
+    """
     if not isinstance(row, Mapping):
         return f"the row is a {type(row).__name__}; it must be an object with `instruction` and `references`"
     for name in ("instruction", "dataset", "template", "split", "example"):
@@ -58,14 +61,15 @@ def row_error(row: Any) -> str | None:
             return f"`{name}` is a {type(value).__name__}; it must be text"
         if value is not None and not value.strip():
             return f"`{name}` is empty"
-        if value is not None and not _encodes(value):
-            return f"`{name}` holds a lone surrogate, which is no text"
+        if value is not None and not _is_encodable(value):
+            return f"`{name}` holds a lone surrogate, which is not valid text"
     if row.get("split") is not None and row["split"] not in SPLITS:
         return f"`split` is {row['split']!r}; it must be train or validation"
-    return _list_fault("references", row.get("references"), True) or _list_fault("answer_choices", row.get("answer_choices"), False)
+    return _list_error("references", row.get("references"), True) or _list_error("answer_choices", row.get("answer_choices"), False)
 
 
-def _list_fault(name: str, values: Any, required: bool) -> str | None:
+def _list_error(name: str, values: Any, required: bool) -> str | None:
+    """Return the first problem of a list of texts, or None."""
     if values is None:
         return f"`{name}` is missing; give the correct responses as a list of texts" if required else None
     if not isinstance(values, list | tuple):
@@ -77,12 +81,13 @@ def _list_fault(name: str, values: Any, required: bool) -> str | None:
             return f"`{name}` holds a {type(value).__name__}; each must be text"
         if not value.strip():
             return f"`{name}` holds an empty text"
-        if not _encodes(value):
-            return f"`{name}` holds a lone surrogate, which is no text"
+        if not _is_encodable(value):
+            return f"`{name}` holds a lone surrogate, which is not valid text"
     return None
 
 
-def _encodes(text: str) -> bool:
+def _is_encodable(text: str) -> bool:
+    """Return whether a text can be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -90,17 +95,17 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def dead_letter(where: str, reason: str, row: Any) -> DeadLetter:
-    """Return the dead letter of a row that could not be read."""
+def dead_letter(location: str, reason: str, row: Any) -> DeadLetter:
+    """Return the dead letter of a row that was rejected while reading, with stage `read`."""
     text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=True, default=str)
-    return DeadLetter(where=where, stage="read", reason=reason, row=text[:500])
+    return DeadLetter(where=location, stage="read", reason=reason, row=text[:500])
 
 
 def hash_text(text: str, size: int) -> bytes:
-    """`size` bytes that change with the text, the same in every process; lone surrogates are allowed."""
+    """Return the BLAKE2b hash of a text, `size` bytes long. Lone surrogates are allowed."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 
 def hash_to_unit_interval(text: str) -> float:
-    """A number in [0, 1) drawn by a text: the same text, the same number."""
+    """Return a number in [0, 1) that is a function of the text alone, uniform over texts."""
     return int.from_bytes(hash_text(text, 7), "big") / 2**56

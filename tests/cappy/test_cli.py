@@ -37,7 +37,7 @@ def test_help_teaches_the_road_and_lists_only_verbs_that_work():
         (
             ["generate", "--set", "source={kind: files, path: /none/*.jsonl}"],
             2,
-            "source.path=/none/*.jsonl: no .jsonl, .ndjson, .json, .csv, .parquet (or .gz) file is there",
+            "source.path=/none/*.jsonl: found no .jsonl, .ndjson, .json, .csv, .parquet (or .gz) file",
         ),
         (["generate", "--set", "workspace=ftp://x/y"], 2, "dataset=ftp://x/y/dataset: only local paths and s3:// are known"),
         (["generate", "--set", "sampler.model=/none"], 2, "sampler.model=/none: no such folder"),

@@ -23,8 +23,8 @@ def test_render_uses_the_task_prefixes_and_merges_equal_instructions():
     assert bigbench.render_examples("add", body) == [{"subtask": "add", "instruction": "Add.\nIn: 1+1\nA: ", "references": ["2", "two"]}]
 
 
-# Taken from a second rendering of the same package, made by another program: instructions, references, and the SHA-256 of all of
-# them, as `digest` below writes them.
+# From an independent rendering of the same package by another program: numbers of instructions and references, and the SHA-256 of
+# all of them in the form of `digest` below.
 RENDERED = {
     "auto_categorization": (328, 426, "8b9bca75fc129873e93e70309874d1b8a5de2b31bc97cdea43ce9e13b44c17a2"),
     "conlang_translation": (164, 164, "494cf68ff41ff45c5f0457269860535077ab3e625b02076e05ed7e4cbe4af432"),
@@ -43,7 +43,7 @@ def test_tasks_read_from_the_archive_equal_an_independent_rendering(task):
     assert (len(rows), sum(map(len, rows.values())), digest(rows)) == RENDERED[task]
 
 
-def test_one_task_reads_as_its_committed_examples():
+def test_rendered_tasks_contain_known_examples():
     rows = {row["instruction"]: row["references"] for _, _, row in bigbench.read_tasks(["tense", "physics_questions"], seed=1)}
     tense = "\nQ: A gardener swept up dead leaves. Change tense to SIMPLE PRESENT: \nA: "
     (rocket,) = (text for text in rows if text.startswith("\nQ: A 0.25-kg model rocket accelerates at 58 m/s/s on takeoff"))

@@ -22,23 +22,23 @@ def rows(*texts):
         ("", None),
     ],
 )
-def test_thirteen_words_in_a_row_overlap_and_shorter_texts_only_as_a_whole(text, words):
+def test_a_shared_13_gram_overlaps_and_a_shorter_text_only_as_a_whole(text, words):
     found = NgramIndex([("e.jsonl", rows(f"x {RUN} y", "short text"))], 13).find_overlap(text)
     assert found == (("e.jsonl", words) if words else None)
 
 
-def test_the_number_of_words_is_configurable_and_the_first_file_is_named():
+def test_n_is_configurable_and_the_first_file_with_the_ngram_is_returned():
     index = NgramIndex([("one", rows("the red fox")), ("two", rows("a red fox", "the red fox sleeps"))], 3)
     assert index.find_overlap("see the red fox") == ("one", "the red fox")
     assert index.find_overlap("a red fox!") == ("two", "a red fox") and index.find_overlap("red fox") is None
 
 
-def test_nothing_overlaps_with_nothing():
+def test_an_empty_index_has_no_overlap():
     assert NgramIndex([], 13).find_overlap(RUN) is None
     assert NgramIndex([("e", [])], 13).report()["files"] == [{"file": "e", "rows": 0}]
 
 
-def test_the_report_counts_by_dataset_and_file():
+def test_the_report_counts_overlapping_rows_by_dataset_and_file():
     index = NgramIndex([("e", rows(RUN))], 13)
     assert [index.check_row(row) for row in rows(RUN, "other", f"{RUN} n")] == [True, False, True]
     report = index.report()

@@ -16,7 +16,7 @@ def contents(path):
     return [row for _, row in files.read_rows(str(path))]
 
 
-def test_every_kind_of_file_holds_the_same_rows(tmp_path):
+def test_all_file_formats_give_the_same_rows(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     (tmp_path / "lines.jsonl").write_text(lines)
     (tmp_path / "lines.json").write_text(lines)
@@ -36,7 +36,7 @@ def test_one_json_object_is_one_row(tmp_path):
     assert contents(tmp_path / "task.json") == [{"Definition": "x", "Instances": []}]
 
 
-def test_a_bad_csv_row_is_a_dead_letter_and_the_rest_goes_on(tmp_path):
+def test_an_invalid_csv_row_is_a_dead_letter_and_later_rows_are_read(tmp_path):
     (tmp_path / "c.csv").write_bytes(b"a,b\n1,2,3\n,\xff\n5,6\n")
     letter, broken, last = contents(tmp_path / "c.csv")
     assert isinstance(letter, DeadLetter) and letter.reason == "the row has more cells than the header's 2" and letter.where.endswith(":2")
@@ -44,7 +44,7 @@ def test_a_bad_csv_row_is_a_dead_letter_and_the_rest_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.gz"])
-def test_a_file_that_is_not_what_its_name_says_is_one_line(tmp_path, name):
+def test_a_file_in_another_format_than_its_name_raises_an_error_of_one_line(tmp_path, name):
     (tmp_path / name).write_text("not that")
     with pytest.raises(UsageError, match=f"{name} cannot be read") as caught:
         contents(tmp_path / name)

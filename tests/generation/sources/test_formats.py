@@ -45,19 +45,19 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("name", "raw", "expected"), ROWS)
-def test_a_row_of_a_public_format_is_known_by_its_keys_and_becomes_ours(name, raw, expected):
+def test_a_row_is_converted_by_the_format_that_its_keys_show(name, raw, expected):
     assert formats.detect_format(raw) == name
     rows = [row for _, row in formats.convert_row("f:1", raw, "auto")]
     assert [(row["instruction"], row["references"], row.get("answer_choices")) for row in rows] == expected
     assert all(row.get("split") in (None, "train") for row in rows)
 
 
-def test_positive_examples_of_a_task_are_train_rows_and_instances_split_by_their_input():
+def test_positive_examples_are_train_rows_and_instances_are_split_by_their_input():
     positive, instance = (row for _, row in formats.convert_row("f", TASK, "auto"))
     assert positive["split"] == "train" and (instance["split"], instance["example"]) == (None, "2 2")
 
 
-def test_a_bigbench_task_gives_its_targets_then_its_choices_as_classification_rows():
+def test_a_bigbench_task_gives_examples_with_a_target_and_then_classification_rows():
     (_, target), (place, choice) = formats.convert_row("task.json", BENCH, "auto")
     assert target == {"dataset": "sums", "instruction": "Add.\nQ: 1+1\nA: ", "references": ["2", "two"]}
     assert place == "task.json#2" and choice["references"] == ["4"] and sorted(choice["answer_choices"]) == ["4", "5", "6"]
@@ -65,7 +65,7 @@ def test_a_bigbench_task_gives_its_targets_then_its_choices_as_classification_ro
     assert choice["instruction"] == f"Add.\nQ: 2+2{listed}\nA: "
 
 
-def test_the_order_of_choices_does_not_tell_the_right_one():
+def test_the_correct_choice_has_a_random_position():
     examples = [{"input": f"{n}", "target_scores": {"right": 1, "wrong": 0}} for n in range(100)]
     first = [row["answer_choices"][0] for row in bigbench.render_choices("", {"examples": examples})]
     assert 30 <= first.count("right") <= 70
@@ -85,7 +85,7 @@ def test_the_choices_of_one_p3_example_become_one_classification_row():
 BAD = [
     ({"messages": []}, "`messages` has no assistant turn"),
     ({"messages": "hi"}, "`messages` must be a list"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]}, "user turn is no text"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "x"}]}, "user turn is not text"),
     ({"Definition": ["x"], "Instances": "none"}, "`Instances` is a str"),
     ({"examples": ["x"]}, "`examples` must be a list of objects"),
     ([1], "the row is a list"),
@@ -93,11 +93,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("raw", "reason"), BAD)
-def test_what_no_format_can_read_is_a_dead_letter_with_the_reason(raw, reason):
+def test_a_row_that_cannot_be_converted_is_a_dead_letter_with_the_reason(raw, reason):
     ((place, letter),) = formats.convert_row("f:7", raw, "auto")
     assert isinstance(letter, DeadLetter) and reason in letter.reason and place == letter.where == "f:7"
 
 
-def test_a_format_that_is_named_is_not_guessed():
+def test_a_named_format_is_not_detected():
     ((_, letter),) = formats.convert_row("f:7", {"instruction": "x", "references": ["a"]}, "p3")
     assert letter.reason == "format p3 needs 'inputs_pretokenized'; the row has instruction, references"

@@ -46,7 +46,7 @@ def test_data_dir_stays_out_of_the_fingerprint_while_it_has_its_default():
 
 
 def test_a_hub_name_without_a_revision_is_refused():
-    with pytest.raises(UsageError, match=r"source.name=owner/set is no local folder, so source.revision must pin"):
+    with pytest.raises(UsageError, match=r"source.name=owner/set is not a local folder, so source.revision must pin"):
         list(hub.read_rows(HubSource(name="owner/set")))
 
 

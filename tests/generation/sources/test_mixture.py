@@ -10,7 +10,7 @@ def rows(dataset, count, template=None):
     return [Instruction(dataset, template, "train", f"{dataset} {template} {n}", ("x",)) for n in range(count)]
 
 
-def test_t0s_rule_caps_a_dataset_over_its_templates():
+def test_the_t0_rule_divides_the_cap_of_a_dataset_by_its_templates():
     counts = {("big", "a"): 900, ("big", "b"): 50, ("small", "a"): 90}
     assert mixture.t0_caps(counts, 200) == {("big", "a"): 100, ("big", "b"): 50, ("small", "a"): 90}
 
@@ -25,11 +25,11 @@ def test_t0s_rule_caps_a_dataset_over_its_templates():
         ([100, 100, 100], [1, 1, 1], 100, [34, 33, 33]),
     ],
 )
-def test_parts_stand_in_the_ratio_of_their_weights_until_the_first_is_used_up(sizes, weights, total, taken):
+def test_rows_per_part_have_the_ratio_of_the_weights_until_a_part_is_used_up(sizes, weights, total, taken):
     assert mixture.rows_per_part(sizes, weights, total) == taken
 
 
-def test_exactly_as_many_rows_are_drawn_as_wanted_each_as_likely_as_another():
+def test_the_exact_number_of_rows_is_sampled_and_all_rows_are_equally_likely():
     pool = rows("d", 1000)
     letter = DeadLetter("f:1", "read", "bad", "")
     times = Counter()
@@ -41,7 +41,7 @@ def test_exactly_as_many_rows_are_drawn_as_wanted_each_as_likely_as_another():
     assert drawn == list(mixture.sample_rows([letter, *pool], lambda row: None, {None: 1000}, {None: 250}, 39))
 
 
-def test_any_stretch_of_interleaved_parts_stands_in_the_ratio():
+def test_any_section_of_interleaved_parts_has_the_ratio_of_the_whole():
     mixed = list(mixture.interleave([rows("a", 30), rows("b", 90)], [30, 90]))
     assert len(mixed) == 120
     for start in range(0, 120, 20):

@@ -63,7 +63,7 @@ def test_a_source_without_one_usable_row_is_an_error_that_shows_the_shape(tmp_pa
 
 @pytest.mark.parametrize("pattern", ["missing.jsonl", "*.tsv", ""])
 def test_a_path_without_files_is_an_error(tmp_path, pattern):
-    with pytest.raises(UsageError, match=r"no .jsonl, .ndjson, .json, .csv, .parquet \(or .gz\) file is there"):
+    with pytest.raises(UsageError, match=r"found no .jsonl, .ndjson, .json, .csv, .parquet \(or .gz\) file"):
         rows_of(files_config(tmp_path / pattern))
 
 
