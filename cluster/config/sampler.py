@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from cluster.config.base import Section
 
@@ -94,6 +94,9 @@ class VLLMConfig(Section):
     compile: bool | None = None
     """CUDA graphs and torch.compile; null means yes on GPU, no on CPU, where it takes up to a minute to start and gives a tenth more
     tokens."""
+    share_prefill: bool | None = None
+    """Prefill the end of a prompt once for all its candidates (CPU only, `tensor_parallel` 1). null turns it on if the installed vLLM
+    version is tested with it; true also uses it with other versions; false turns it off. Candidates are the same in all cases."""
 
     decides: ClassVar = ("kind", "dtype", "max_model_len")
     """The settings the candidates depend on; a run goes on only with the same."""
@@ -102,6 +105,18 @@ class VLLMConfig(Section):
     def most_tokens(self) -> int | None:
         """Tokens a candidate may have at most; None where only the server knows."""
         return self.max_model_len - 1
+
+    @model_validator(mode="after")
+    def _share_prefill_in_one_process(self) -> VLLMConfig:
+        if self.share_prefill and self.tensor_parallel > 1:
+            raise ValueError(f"share_prefill=true with tensor_parallel={self.tensor_parallel}: use tensor_parallel=1 or share_prefill=null")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_default_share_prefill(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `share_prefill` out if it is null: runs from before this setting keep their fingerprint."""
+        tree: dict[str, Any] = write(self)
+        return {name: value for name, value in tree.items() if name != "share_prefill" or value is not None}
 
 
 class Seq2SeqConfig(Section):

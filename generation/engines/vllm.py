@@ -1,7 +1,7 @@
-"""The vLLM engine, of sampling and of serving: decoder-only models, one engine a process. Knows no Ray.
+"""The vLLM engine for decoder-only models, used for sampling and serving. One engine per process; imports no Ray.
 
-It has no beam search: vLLM's is a loop over one-token requests outside its scheduler, each of them a prefill again. So the
-default decodings draw a greedy candidate in place of the paper's beam, and `beams` above 1 is refused with the config.
+It has no beam search: vLLM runs beam search outside its scheduler, as a loop of one-token requests that each prefill again. So the
+default decodings use a greedy candidate instead of the paper's beam search, and the config check rejects `beams` above 1.
 """
 
 from __future__ import annotations
@@ -18,30 +18,45 @@ import psutil
 from cluster import models
 from cluster.config import DecodingConfig, VLLMConfig
 from cluster.cpu import lower_priority, openmp_environment
-from cluster.errors import CappyError
+from cluster.errors import CappyError, first_line
+from cluster.progress import log
 from generation import prompts
 from generation.engines import prompt_encoding
 from generation.engines.contract import Candidate, OnCandidate, PromptTooLong, has_gpu
 
+PREFILL_SHARING_VERSIONS = ("0.32.0",)
+"""vLLM versions that `vllm_prefill_sharing.py` is tested with: it depends on details of vLLM's scheduler."""
+
 
 class VLLMEngine:
-    """A vLLM `AsyncLLM` with the tokenizer beside it."""
+    """A vLLM `AsyncLLM` and its tokenizer."""
 
     def __init__(self, model: str, config: VLLMConfig, setting: str = "sampler.model") -> None:
+        """Load the model.
+
+        Args:
+            model: an embedded name, a hub name, a local folder or an s3:// folder.
+            config: the settings of the engine.
+            setting: name of the setting that `model` comes from, for error messages.
+
+        Raises `CappyError` if vLLM rejects the model or a setting.
+        """
         folder = models.resolve(model, setting)
         gpu = has_gpu()
         set_environment(config, gpu)
-        # Imported late: importing vLLM takes seconds and reads the environment set above.
+        # Imported late: the import takes seconds, and it reads the environment set above.
+        from vllm import __version__ as vllm_version
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         before = set(psutil.Process().children(recursive=True))
         try:
-            alone = not gpu and config.tensor_parallel == 1
-            arguments = engine_arguments(folder, config, gpu) | (prefill_sharing_arguments() if alone else {})
+            arguments = engine_arguments(folder, config, gpu)
+            if use_prefill_sharing(config, gpu, vllm_version):
+                arguments |= prefill_sharing_arguments()
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except ValueError as error:
-            raise CappyError(f"{setting}={model}: vLLM refused the model or its settings: {_first_line(error)}") from None
+            raise CappyError(f"{setting}={model}: vLLM rejected the model or an engine setting: {first_line(error)}") from None
         if not gpu:
             lower_priority(set(psutil.Process().children(recursive=True)) - before)
         from transformers import AutoTokenizer
@@ -50,10 +65,10 @@ class VLLMEngine:
         self.max_model_len = config.max_model_len
 
     def encode(self, turns: Sequence[prompts.Message], form: str, room: int, drop_shots: bool = True) -> list[int]:
-        """Return the prompt's token ids, dropping shots from the front until `room` tokens are left for a candidate.
+        """Return the token ids of a prompt, with shots dropped from the front until `room` tokens are left for a candidate.
 
-        Raises `PromptTooLong` when the instruction alone leaves less, or with `drop_shots=False` (a client's own conversation,
-        which is not ours to shorten) when all turns together do.
+        With `drop_shots=False` no turn is dropped: the conversation of a client must not be shortened. Raises `PromptTooLong` if
+        fewer than `room` tokens are left.
         """
         limit = self.max_model_len - room
         ids = prompt_encoding.encode_prompt(self.tokenizer, turns, form, limit, drop_shots)
@@ -74,24 +89,24 @@ class VLLMEngine:
         logprobs: bool = True,
         on_candidate: OnCandidate | None = None,
     ) -> list[Candidate]:
-        """Return the `decoding.n` candidates of one prompt, without `logprobs` with None for theirs.
+        """Return the `decoding.n` candidates of one prompt; without `logprobs` their `logprob` is None.
 
-        Cancelling the call stops the engine's work on it.
+        A call that is cancelled also aborts its requests in the engine.
         """
-        # vLLM refuses an id it is still working on, and a request may be repeated while its first call winds up.
+        # vLLM rejects an id that is still running, and a retry may start before the first call has ended.
         unique = f"{request_id}-{uuid.uuid4().hex[:8]}"
         if on_candidate is None:
             return await self._request(token_ids, decoding, decoding.n, seed, unique, logprobs)
 
-        async def one(draw: int, tell: OnCandidate) -> Candidate:
-            own = None if seed is None else seed + draw
-            (candidate,) = await self._request(token_ids, decoding, 1, own, f"{unique}-{draw}", logprobs)
-            tell(candidate)
+        async def sample_one(draw: int, report: OnCandidate) -> Candidate:
+            own_seed = None if seed is None else seed + draw
+            (candidate,) = await self._request(token_ids, decoding, 1, own_seed, f"{unique}-{draw}", logprobs)
+            report(candidate)
             return candidate
 
-        # What vLLM makes of `n` itself, with the same seeds; but of its own it tells none before all are there. They begin in more than
-        # one step of the engine, which takes 4 to 9 % more of its time, so it is done for those alone who listen.
-        draws = [asyncio.ensure_future(one(draw, on_candidate)) for draw in range(decoding.n)]
+        # vLLM itself splits `n` into single requests with the same seeds, but returns no candidate before all have finished.
+        # Requests sent here may start in different engine steps, which costs engine time; so only calls with a callback do this.
+        draws = [asyncio.ensure_future(sample_one(draw, on_candidate)) for draw in range(decoding.n)]
         try:
             return list(await asyncio.gather(*draws))
         finally:
@@ -132,33 +147,37 @@ class VLLMEngine:
         ]
 
     def max_cost(self, token_ids: Sequence[int], decoding: DecodingConfig) -> float:
+        """Return 0.0: a local engine costs no money."""
         return 0.0
 
     def pop_cost(self, request_id: str) -> float:
+        """Return 0.0: a local engine costs no money."""
         return 0.0
 
     def prompt_tokens(self, token_ids: Sequence[int], request_id: str) -> int:
+        """Return the number of prompt tokens."""
         return len(token_ids)
 
     @property
     def dead(self) -> bool:
-        """Whether the engine can never answer again; its process must be replaced."""
+        """Whether the engine has failed for good; its process must be replaced."""
         return bool(self.llm.errored)
 
     def close(self) -> None:
+        """Stop the engine and its processes."""
         self.llm.shutdown()
 
 
 def engine_arguments(folder: Path, config: VLLMConfig, gpu: bool) -> dict[str, Any]:
-    """Return the arguments of vLLM's engine for the model in `folder`, by the names its own server has them by."""
+    """Return the arguments of vLLM's engine for the model in `folder`, named as in vLLM's own server."""
     eager = not config.compile if config.compile is not None else not gpu
     options: dict[str, Any] = {}
     if gpu:
         options["gpu_memory_utilization"] = config.gpu_memory_utilization
     else:
-        # A seeded prompt that chunked prefill splits kills the CPU engine, so there prompts are prefilled whole.
-        # Only whole blocks of a prompt are shared between candidates; the CPU's default of 128 tokens makes each
-        # candidate prefill most of a short prompt again.
+        # The CPU engine crashes on a seeded prompt that chunked prefill splits, so prompts are prefilled whole.
+        # Candidates share only whole blocks of a prompt. With the default of 128 tokens on CPU, each candidate would prefill most of a
+        # short prompt again.
         options["block_size"] = 32
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(2048, config.max_model_len)
@@ -177,33 +196,54 @@ def engine_arguments(folder: Path, config: VLLMConfig, gpu: bool) -> dict[str, A
 
 
 def set_environment(config: VLLMConfig, gpu: bool) -> None:
-    """Set what vLLM reads when it is imported, where the user has not."""
+    """Set the environment variables that vLLM reads at import; values set by the user stay, except OMP_NUM_THREADS on CPU."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not gpu:
-        # By default the CPU engine leaves one core idle and takes its cache size from the environment alone.
+        # By default the CPU engine leaves one core idle. It takes the size of its cache from the environment only.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.cpu_kv_cache_gib))))
         if config.tensor_parallel == 1:
-            # The model in the scheduler's own process: in one of its own, either spins on a core while it waits for the other.
+            # Run the model in the scheduler's process: as two processes, each would busy-wait on a core for the other.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         openmp_environment()
-        # Ray gives every worker OMP_NUM_THREADS=1 for its own share; the engine is meant to have the machine.
+        # Ray sets OMP_NUM_THREADS=1 in each worker for its share of the machine; the engine may use all cores.
         cores = len(os.sched_getaffinity(0))
         os.environ["OMP_NUM_THREADS"] = str(min(config.cpu_threads or cores, cores))
 
 
+def use_prefill_sharing(config: VLLMConfig, gpu: bool, version: str) -> bool:
+    """Return whether the engine shares the prefill of a prompt between its candidates (`vllm_prefill_sharing.py`).
+
+    Args:
+        config: the settings of the engine.
+        gpu: whether the engine runs on a GPU, where sharing is never used.
+        version: the installed vLLM version. If it is not in `PREFILL_SHARING_VERSIONS`, sharing needs `share_prefill=true`; one log
+            line reports the versions.
+
+    Raises `CappyError` for `share_prefill=true` on a GPU.
+    """
+    if config.share_prefill is False or (config.share_prefill is None and (gpu or config.tensor_parallel > 1)):
+        return False
+    if gpu:
+        raise CappyError("sampler.engine.share_prefill=true: the engine runs on a GPU, and sharing is CPU only; set share_prefill to null")
+    # A CPU build may have a local version: 0.32.0+cpu is 0.32.0.
+    if version.split("+")[0] not in PREFILL_SHARING_VERSIONS:
+        tested = f"vLLM {version} is installed, sharing is tested with {', '.join(PREFILL_SHARING_VERSIONS)}"
+        if config.share_prefill is None:
+            log(f"sampler.engine.share_prefill is off: {tested}; set it to true to use it without a test")
+            return False
+        log(f"sampler.engine.share_prefill=true: {tested}; set it to false if the engine fails")
+    return True
+
+
 def prefill_sharing_arguments() -> dict[str, Any]:
-    """Have candidates of one prompt prefill it once (`vllm_prefill_sharing.py`)."""
+    """Return the engine arguments that load `vllm_prefill_sharing.PrefillSharingConnector`."""
     from vllm.config import KVTransferConfig
 
-    connector = "generation.engines.vllm_prefill_sharing"
-    return {
-        "kv_transfer_config": KVTransferConfig(
-            kv_connector="PrefillSharingConnector", kv_connector_module_path=connector, kv_role="kv_both"
-        )
-    }
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    transfer = KVTransferConfig(
+        kv_connector="PrefillSharingConnector",
+        kv_connector_module_path="generation.engines.vllm_prefill_sharing",
+        kv_role="kv_both",
+    )
+    return {"kv_transfer_config": transfer}
