@@ -120,7 +120,9 @@ def prepare_rows(config: Config, evaluation: NgramIndex | None = None) -> Iterat
         if isinstance(each, DeadLetter):
             yield each
         elif each.split == "train" and each.instruction in held_out:
-            yield dead_letter(each.id, "the same instruction stands in validation", {"dataset": each.dataset, "instruction": each.instruction})
+            yield dead_letter(
+                each.id, "the same instruction stands in validation", {"dataset": each.dataset, "instruction": each.instruction}
+            )
         elif each.split == "validation" or not evaluation.check_row(each):
             yield each.split, prepare_row(each, pools, config)
 
