@@ -19,13 +19,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from benchmarks import serving
 from benchmarks.load import Answer, rate
 from cluster.config import Config, VLLMConfig
 from cluster.progress import log
-from generation.engines import vllm
+from generation.engines.vllm import VLLMEngine
 
 _WARM = 24
 
@@ -33,7 +32,7 @@ _WARM = 24
 async def pools(config: Config, bodies: Sequence[dict[str, Any]], clients: int, candidates: int) -> float:
     """Start an engine and return how many pools a second it samples for the bodies, after the first few."""
     assert isinstance(config.sampler.engine, VLLMConfig)
-    engine = vllm.VLLMEngine(config.sampler.model, config.sampler.engine)
+    engine = VLLMEngine(config.sampler.model, config.sampler.engine)
     decoding = config.sampler.decodings[0].model_copy(
         update={"n": candidates, "temperature": bodies[0]["temperature"], "max_tokens": bodies[0]["max_tokens"], "top_k": None}
     )
@@ -66,9 +65,10 @@ def main() -> int:
         config, prompts = serving.prepare(options, Path(name))
         bodies = prompts.ours(_WARM + options.requests)
     for turn in range(options.turns):
-        for side, shared in (("each", dict), ("once", vllm.prefill_sharing_arguments)):
-            with mock.patch.object(vllm, "prefill_sharing_arguments", shared):
-                rates[side].append(asyncio.run(pools(config, bodies, options.clients, options.candidates)))
+        for side, shared in (("each", False), ("once", True)):
+            engine = config.sampler.engine.model_copy(update={"share_prefill": shared})
+            shared_config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"engine": engine})})
+            rates[side].append(asyncio.run(pools(shared_config, bodies, options.clients, options.candidates)))
             log(f"turn {turn + 1} of {options.turns}, prefilled {side}: {rates[side][-1]:.2f} pools/s")
     result = {
         "speedup": round(statistics.median(once / each for once, each in zip(rates["once"], rates["each"], strict=True)), 3),

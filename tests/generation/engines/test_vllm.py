@@ -1,4 +1,4 @@
-"""vLLM itself, in this process, with the real small model."""
+"""The vLLM engine: its settings, and vLLM in this process with the real small model."""
 
 import asyncio
 import os
@@ -7,26 +7,87 @@ from unittest import mock
 
 import pytest
 
-from cluster.config import DecodingConfig, VLLMConfig
-from generation.engines.vllm import VLLMEngine
+from cluster.config import DecodingConfig, SamplerConfig, VLLMConfig, fingerprint
+from cluster.errors import CappyError
+from generation.engines import vllm
+from generation.engines.vllm import PREFILL_SHARING_VERSIONS, VLLMEngine, use_prefill_sharing
 from generation.prompts import messages
 
 WARM = DecodingConfig(name="warm", n=4, max_tokens=24, stop=["."])
 
 
+@pytest.mark.parametrize("version", [*PREFILL_SHARING_VERSIONS, f"{PREFILL_SHARING_VERSIONS[0]}+cpu"])
+@pytest.mark.parametrize(("share_prefill", "used"), [(None, True), (True, True), (False, False)])
+def test_prefill_sharing_follows_its_setting_with_a_tested_vllm_version(share_prefill, used, version, capsys):
+    assert use_prefill_sharing(VLLMConfig(share_prefill=share_prefill), gpu=False, version=version) is used
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("share_prefill", "used", "message"),
+    [
+        (None, False, "sampler.engine.share_prefill is off: vLLM 0.33.1 is installed, sharing is tested with 0.32.0; set it to true"),
+        (True, True, "sampler.engine.share_prefill=true: vLLM 0.33.1 is installed, sharing is tested with 0.32.0; set it to false"),
+        (False, False, None),
+    ],
+)
+def test_prefill_sharing_is_off_with_an_untested_vllm_version_and_one_line_reports_both_versions(share_prefill, used, message, capsys):
+    assert use_prefill_sharing(VLLMConfig(share_prefill=share_prefill), gpu=False, version="0.33.1") is used
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (message is not None) and all(line.startswith(message) for line in lines)
+
+
+def test_prefill_sharing_is_off_on_gpus_and_with_tensor_parallel_and_true_is_an_error_there(capsys):
+    assert use_prefill_sharing(VLLMConfig(), gpu=True, version="0.32.0") is False
+    assert use_prefill_sharing(VLLMConfig(tensor_parallel=2), gpu=False, version="0.32.0") is False
+    assert capsys.readouterr().err == ""
+    with pytest.raises(CappyError, match=r"sampler\.engine\.share_prefill=true: the engine runs on a GPU.*; set share_prefill to null"):
+        use_prefill_sharing(VLLMConfig(share_prefill=True), gpu=True, version="0.32.0")
+    with pytest.raises(ValueError, match=r"share_prefill=true with tensor_parallel=2: use tensor_parallel=1 or share_prefill=null"):
+        VLLMConfig(share_prefill=True, tensor_parallel=2)
+
+
+def test_share_prefill_stays_out_of_the_fingerprint_while_it_has_its_default():
+    plain = SamplerConfig()
+    assert "share_prefill" not in plain.model_dump()["engine"] and SamplerConfig(**plain.model_dump()) == plain
+    assert VLLMConfig(share_prefill=False).model_dump()["share_prefill"] is False
+    # The value of the commit before this setting.
+    assert fingerprint(plain) == "e2c9e85e51a66424"
+
+
 @pytest.mark.slow
-def test_candidates_are_told_as_they_end_and_are_those_of_vllms_own_n():
+@pytest.mark.parametrize(("tested", "loaded"), [(PREFILL_SHARING_VERSIONS, True), (("0.31.0",), False)])
+def test_the_engine_loads_the_connector_only_with_a_tested_version(tested, loaded, monkeypatch):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    class Loaded(Exception):
+        """Ends the start of the engine when its arguments are complete."""
+
+    def stop(**arguments):
+        raise Loaded(arguments)
+
+    monkeypatch.setattr(vllm, "PREFILL_SHARING_VERSIONS", tested)
+    monkeypatch.setattr(AsyncEngineArgs, "__init__", lambda self, **arguments: stop(**arguments))
+    with mock.patch.dict(os.environ), pytest.raises(Loaded) as caught:
+        VLLMEngine("smollm2-135m-instruct", VLLMConfig(max_model_len=256))
+    transfer = caught.value.args[0].get("kv_transfer_config")
+    assert (transfer is not None) is loaded
+    assert not loaded or transfer.kv_connector == "PrefillSharingConnector"
+
+
+@pytest.mark.slow
+def test_candidates_are_reported_as_they_finish_and_equal_those_of_vllms_own_n():
     async def sample():
         engine = VLLMEngine("smollm2-135m-instruct", VLLMConfig(max_model_len=256, dtype="float32"))
         try:
             ids = engine.encode(messages("Name an animal and say in a sentence what it likes to eat."), "chat", 24)
-            told = []
-            candidates = await engine.sample(ids, WARM, 7, "row", on_candidate=told.append)
-            return candidates, told, await own(engine.llm, ids)
+            reported = []
+            candidates = await engine.sample(ids, WARM, 7, "row", on_candidate=reported.append)
+            return candidates, reported, await sample_with_vllm(engine.llm, ids)
         finally:
             engine.close()
 
-    async def own(llm, ids):
+    async def sample_with_vllm(llm, ids):
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -35,11 +96,11 @@ def test_candidates_are_told_as_they_end_and_are_those_of_vllms_own_n():
         outputs = [step.outputs async for step in llm.generate(TokensPrompt(prompt_token_ids=ids), params, "own")][-1]
         return [output.text.strip() for output in sorted(outputs, key=lambda output: output.index)]
 
-    with mock.patch.dict(os.environ):  # which the engine adds to
-        candidates, told, own_n = asyncio.run(sample())
+    with mock.patch.dict(os.environ):  # the engine sets variables
+        candidates, reported, expected = asyncio.run(sample())
     responses = [each["response"] for each in candidates]
-    assert responses == own_n and len(set(responses)) > 1
-    # The shorter ones first, whatever their place; they may begin some steps of the engine apart.
-    lengths = [each["tokens"] for each in told]
-    assert sorted(each["response"] for each in told) == sorted(responses)
+    assert responses == expected and len(set(responses)) > 1
+    # Shorter candidates come first; the requests may start up to a few engine steps apart.
+    lengths = [each["tokens"] for each in reported]
+    assert sorted(each["response"] for each in reported) == sorted(responses)
     assert all(one <= two + 4 for one, two in pairwise(lengths)) and lengths[0] < lengths[-1]

@@ -1,4 +1,4 @@
-"""What vLLM's scheduler and worker would ask of the connector, and the engine with it."""
+"""The KV connector, called as vLLM's scheduler and worker call it, and an engine that uses it."""
 
 import asyncio
 import os
@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-siblings = pytest.importorskip("generation.engines.vllm_prefill_sharing", reason="vLLM is not installed")
+sharing = pytest.importorskip("generation.engines.vllm_prefill_sharing", reason="vLLM is not installed")
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
@@ -17,10 +17,10 @@ SIZE, BLOCKS = 4, 16
 
 
 def connector(*specs):
-    groups = [SimpleNamespace(kv_cache_spec=object.__new__(spec)) for spec in specs]  # its kind alone is read
+    groups = [SimpleNamespace(kv_cache_spec=object.__new__(spec)) for spec in specs]  # the connector reads only the type
     config = SimpleNamespace(cache_config=SimpleNamespace(block_size=SIZE), kv_transfer_config=SimpleNamespace())
-    role = siblings.KVConnectorRole.SCHEDULER
-    return siblings.PrefillSharingConnector(config, role, SimpleNamespace(kv_cache_groups=groups, num_blocks=BLOCKS))
+    role = sharing.KVConnectorRole.SCHEDULER
+    return sharing.PrefillSharingConnector(config, role, SimpleNamespace(kv_cache_groups=groups, num_blocks=BLOCKS))
 
 
 def request(name, prompt, **more):
@@ -28,17 +28,18 @@ def request(name, prompt, **more):
     return SimpleNamespace(request_id=name, prompt_token_ids=list(prompt), status=RequestStatus.WAITING, **{**fields, **more})
 
 
-def begin(made, asked, computed, blocks):
-    """Schedule a request as vLLM does, with `computed` tokens in its own cache; return what the connector answered."""
-    tokens, later = made.get_num_new_matched_tokens(asked, computed)
-    assert later is False
+def schedule(made, request, computed, blocks):
+    """Schedule a request as vLLM does, with `computed` tokens in vLLM's prefix cache; return the number of tokens to copy."""
+    tokens, asynchronous = made.get_num_new_matched_tokens(request, computed)
+    assert asynchronous is False
     if tokens is not None:
-        asked.status, asked.num_computed_tokens = RequestStatus.RUNNING, computed + tokens
-        made.update_state_after_alloc(asked, SimpleNamespace(get_block_ids=lambda: (blocks,)), tokens)
+        request.status, request.num_computed_tokens = RequestStatus.RUNNING, computed + tokens
+        made.update_state_after_alloc(request, SimpleNamespace(get_block_ids=lambda: (blocks,)), tokens)
     return tokens
 
 
 def end_step(made, *computed):
+    """Finish a step in which the prompts of the `computed` requests were prefilled; return its copies as (source, target) pairs."""
     copies = made.build_connector_meta(None)
     for each in computed:
         each.num_computed_tokens = len(each.prompt_token_ids)
@@ -50,84 +51,84 @@ def made():
     return connector(FullAttentionSpec)
 
 
-def test_the_second_candidate_of_a_prompt_waits_a_step_and_then_copies_what_vllm_does_not_share(made):
+def test_later_candidates_start_one_step_later_with_a_copy_of_the_partial_block(made):
     first, second, third = (request(name, range(10)) for name in "abc")
-    assert begin(made, first, 0, [1, 2, 3]) == 0
-    assert begin(made, second, 8, [1, 2, 4]) is None
+    assert schedule(made, first, 0, [1, 2, 3]) == 0
+    assert schedule(made, second, 8, [1, 2, 4]) is None
     assert end_step(made, first) == []
-    # Eight tokens are vLLM's own, the last is computed by each: one is left.
-    assert begin(made, second, 8, [1, 2, 4]) == 1
-    assert begin(made, third, 8, [1, 2, 5]) == 1
+    # Of ten tokens vLLM shares eight, and each request computes the last one itself: one is copied.
+    assert schedule(made, second, 8, [1, 2, 4]) == 1
+    assert schedule(made, third, 8, [1, 2, 5]) == 1
     assert end_step(made, second, third) == [(3, 4), (3, 5)]
     assert end_step(made) == []
 
 
-def test_a_copy_comes_from_where_it_is_when_the_step_begins(made):
+def test_a_copy_of_a_copy_reads_the_block_that_is_filled_before_the_step(made):
     first, second, third = (request(name, range(11)) for name in "abc")
-    begin(made, first, 0, [1, 2, 3])
+    schedule(made, first, 0, [1, 2, 3])
     end_step(made, first)
-    assert begin(made, second, 8, [1, 2, 4]) == 2
+    assert schedule(made, second, 8, [1, 2, 4]) == 2
     made.request_finished(first, None)
-    # Only the second is left to copy from, and gets its own copy in this step.
-    assert begin(made, third, 8, [1, 2, 5]) == 2
+    # Only the second request is left as a source, and its block is the target of a copy in this step.
+    assert schedule(made, third, 8, [1, 2, 5]) == 2
     assert end_step(made) == [(3, 4), (3, 5)]
 
 
 @pytest.mark.parametrize(("length", "computed"), [(9, 8), (10, 4), (10, 0)])
-def test_nothing_is_copied_where_nothing_or_more_than_the_end_is_missing(made, length, computed):
+def test_nothing_is_copied_if_no_token_or_more_than_a_partial_block_is_missing(made, length, computed):
     first, second = request("a", range(length)), request("b", range(length))
-    begin(made, first, 0, [1, 2, 3])
-    assert begin(made, second, computed, [1, 2, 4]) == 0
+    schedule(made, first, 0, [1, 2, 3])
+    assert schedule(made, second, computed, [1, 2, 4]) == 0
     assert end_step(made) == []
 
 
-def test_another_prompt_one_that_was_stopped_and_one_that_is_resumed_have_no_sibling(made):
+def test_no_copy_for_another_prompt_for_a_resumed_request_and_from_a_preempted_request(made):
     first = request("a", range(10))
-    begin(made, first, 0, [1, 2, 3])
+    schedule(made, first, 0, [1, 2, 3])
     end_step(made, first)
-    assert begin(made, request("b", [*range(9), 99]), 8, [1, 2, 4]) == 0
-    assert begin(made, request("c", range(10), num_output_tokens=2), 8, [1, 2, 5]) == 0
-    for each in made._begun[tuple(range(10))].values():
+    assert schedule(made, request("b", [*range(9), 99]), 8, [1, 2, 4]) == 0
+    assert schedule(made, request("c", range(10), num_output_tokens=2), 8, [1, 2, 5]) == 0
+    for each in made._allocated[tuple(range(10))].values():
         each[0].status = RequestStatus.PREEMPTED
-    assert begin(made, request("d", range(10)), 8, [1, 2, 6]) == 0
+    assert schedule(made, request("d", range(10)), 8, [1, 2, 6]) == 0
     assert end_step(made) == []
 
 
-def test_a_request_without_blocks_asks_again_and_one_that_ended_is_forgotten(made):
+def test_finished_requests_are_removed_also_before_they_get_blocks(made):
     first, second = request("a", range(10)), request("b", range(10))
-    begin(made, first, 0, [1, 2, 3])
+    schedule(made, first, 0, [1, 2, 3])
     end_step(made, first)
-    assert made.get_num_new_matched_tokens(second, 8) == (1, False)  # and vLLM had no block left for it
+    assert made.get_num_new_matched_tokens(second, 8) == (1, False)  # but vLLM had no free block
     assert made.request_finished(second, None) == made.request_finished_all_groups(first, None) == (False, None)
-    assert not made._begun and not made._sources
-    assert begin(made, request("c", range(10)), 8, [1, 2, 4]) == 0
+    assert not made._allocated and not made._sources
+    assert schedule(made, request("c", range(10)), 8, [1, 2, 4]) == 0
     assert end_step(made) == []
 
 
 @pytest.mark.parametrize("more", [{"lora_request": "an adapter"}, {"mm_features": ["an image"]}, {"cache_salt": "a tenant"}])
-def test_a_request_that_is_more_than_its_prompt_is_left_alone(made, more):
+def test_no_copy_for_a_request_whose_cache_depends_on_more_than_the_prompt(made, more):
     first, second = (request(name, range(10), **more) for name in "ab")
-    begin(made, first, 0, [1, 2, 3])
+    schedule(made, first, 0, [1, 2, 3])
     end_step(made, first)
-    assert begin(made, second, 8, [1, 2, 4]) == 0
+    assert schedule(made, second, 8, [1, 2, 4]) == 0
     assert end_step(made) == []
 
 
 @pytest.mark.parametrize("specs", [(SlidingWindowSpec,), (FullAttentionSpec, SlidingWindowSpec)])
-def test_models_with_other_attention_are_left_alone(specs):
+def test_no_copy_for_models_with_other_attention(specs):
     made = connector(*specs)
     first, second = request("a", range(10)), request("b", range(10))
-    begin(made, first, 0, [1, 2, 3])
+    schedule(made, first, 0, [1, 2, 3])
     end_step(made, first)
-    assert begin(made, second, 8, [1, 2, 4]) == 0
+    assert schedule(made, second, 8, [1, 2, 4]) == 0
     assert end_step(made) == []
 
 
-def test_blocks_are_copied_in_every_layer_and_a_cache_of_another_layout_is_refused(made):
+def test_blocks_are_copied_in_every_layer_and_a_cache_of_another_layout_is_rejected(made):
     layers = {name: torch.randn(BLOCKS, 2, SIZE, 3) for name in ("one", "two")}
     before = {name: cache.clone() for name, cache in layers.items()}
     made.register_kv_caches(layers)
-    made.bind_connector_metadata(siblings.BlockCopies([3, 3], [4, 5]))
+    made.bind_connector_metadata(sharing.BlockCopies([3, 3], [4, 5]))
     made.start_load_kv(None)
     for name, cache in layers.items():
         assert cache[4].equal(before[name][3]) and cache[5].equal(before[name][3])
@@ -138,42 +139,43 @@ def test_blocks_are_copied_in_every_layer_and_a_cache_of_another_layout_is_refus
 
 
 @pytest.mark.slow
-def test_candidates_of_an_engine_are_those_of_one_that_prefills_each_alone():
+def test_an_engine_with_prefill_sharing_draws_the_same_candidates_as_one_without():
     from cluster.config import DecodingConfig, VLLMConfig
-    from generation.engines import vllm
+    from generation.engines.vllm import VLLMEngine
 
     warm, greedy = DecodingConfig(name="warm", n=6, max_tokens=12), DecodingConfig(name="greedy", n=1, temperature=0.0, max_tokens=12)
 
     async def sample(shared):
-        with mock.patch.object(vllm, "prefill_sharing_arguments", vllm.prefill_sharing_arguments if shared else dict):
-            engine = vllm.VLLMEngine("smollm2-135m-instruct", VLLMConfig(max_model_len=256, max_num_seqs=16, dtype="float32"))
+        config = VLLMConfig(max_model_len=256, max_num_seqs=16, dtype="float32", share_prefill=shared)
+        engine = VLLMEngine("smollm2-135m-instruct", config)
         try:
-            # Prompts that end in many places of a block.
+            # Prompts that end at different positions in a block.
             prompts = [
                 engine.encode([{"role": "user", "content": "word " * words + "Say something."}], "chat", 12) for words in range(0, 36, 5)
             ]
-            draws = [engine.sample(ids, each, 7, f"{place}-{each.name}") for place, ids in enumerate(prompts) for each in (warm, greedy)]
+            draws = [engine.sample(ids, each, 7, f"{index}-{each.name}") for index, ids in enumerate(prompts) for each in (warm, greedy)]
             pools = await asyncio.gather(*draws)
-            return [[candidate["text"] for candidate in pool] for pool in pools], await copied(engine.llm, prompts)
+            return [[candidate["text"] for candidate in pool] for pool in pools], await computed_again(engine.llm, prompts)
         finally:
             engine.close()
 
-    async def copied(llm, prompts):
-        """How many tokens of a prompt the second of two requests at once did not compute."""
+    async def computed_again(llm, prompts):
+        """Return, for each prompt, how many tokens the second of two concurrent requests computed beside the last prompt token."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
 
-        async def one(place, ids):
-            return [step async for step in llm.generate(tokens_input(ids), SamplingParams(max_tokens=4), f"cached-{place}")][-1]
+        async def one(index, ids):
+            return [step async for step in llm.generate(tokens_input(ids), SamplingParams(max_tokens=4), f"cached-{index}")][-1]
 
         return [
-            len(ids) - 1 - (await asyncio.gather(one(2 * place, ids), one(2 * place + 1, ids)))[1].num_cached_tokens
-            for place, ids in enumerate(prompts)
+            len(ids) - 1 - (await asyncio.gather(one(2 * index, ids), one(2 * index + 1, ids)))[1].num_cached_tokens
+            for index, ids in enumerate(prompts)
         ]
 
     with mock.patch.dict(os.environ):
-        texts, missing = asyncio.run(sample(True))
-        alone, missing_alone = asyncio.run(sample(False))
-    assert texts == alone and len({text for pool in texts for text in pool}) > 20
-    assert missing == [0] * 8
-    assert max(missing_alone) > 16
+        # None is the default: on with the installed version, which is tested.
+        texts, computed = asyncio.run(sample(None))
+        texts_without, computed_without = asyncio.run(sample(False))
+    assert texts == texts_without and len({text for pool in texts for text in pool}) > 20
+    assert computed == [0] * 8
+    assert max(computed_without) > 16
