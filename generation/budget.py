@@ -1,13 +1,16 @@
-"""The money of a run: nothing is begun that could pass the ceiling, and what is begun always finishes. Pure: no Ray, no clock."""
+"""The dollar budget of a run: reserve the maximum cost of a unit before it starts, settle its actual cost afterwards.
+
+Pure: imports no Ray and reads no clock.
+"""
 
 from __future__ import annotations
 
 
 class Budget:
-    """Dollars spent and promised, together never above `ceiling`; None is no ceiling.
+    """Dollars spent and reserved. Their sum never exceeds `ceiling`; a ceiling of None means no limit.
 
-    A unit of work reserves the most it can cost before it starts, and settles what it did cost when it is done. `spent` is
-    what earlier parts of the run cost.
+    `spent` starts at the cost of earlier attempts of the run. A unit reserves its maximum cost before it starts. After it
+    has finished, its actual cost is settled.
     """
 
     def __init__(self, ceiling: float | None, spent: float = 0.0) -> None:
@@ -16,25 +19,29 @@ class Budget:
 
     @property
     def reserved(self) -> float:
-        """Dollars the units under way may still cost."""
+        """Return the dollars that units in progress may still cost."""
         return sum(self._reserved.values())
 
-    def reserve(self, unit: str, most: float) -> bool:
-        """Promise a unit the `most` it can cost, and return True; or return False where the ceiling has no room for it.
+    def reserve(self, unit: str, max_cost: float) -> bool:
+        """Reserve `max_cost` dollars for a unit; return False, without a reservation, if the sum would exceed the ceiling.
 
-        A unit that reserves again was lost under way (its process died): what it was promised before counts as spent.
+        A unit that reserves a second time was lost in progress, because its process exited. Its first reservation then
+        counts as spent.
         """
         self.spent += self._reserved.pop(unit, 0.0)
-        if self.ceiling is not None and self.spent + self.reserved + most > self.ceiling:
+        if self.ceiling is not None and self.spent + self.reserved + max_cost > self.ceiling:
             return False
-        self._reserved[unit] = most
+        self._reserved[unit] = max_cost
         return True
 
     def is_reserved(self, unit: str) -> bool:
-        """Whether a unit is under way."""
+        """Return whether a unit has a reservation that is not settled."""
         return unit in self._reserved
 
     def settle(self, unit: str, cost: float) -> None:
-        """Count what a unit under way did cost, and free the rest of its promise. Raises `KeyError` for any other unit."""
+        """Add the actual cost of a unit, in dollars, to `spent` and release its reservation.
+
+        Raises `KeyError` for a unit without a reservation.
+        """
         del self._reserved[unit]
         self.spent += cost

@@ -1,12 +1,14 @@
-"""A published regression set, opened: rows, pairs, statistics; as a Ray, Hugging Face or pandas dataset.
+"""Open a published regression set: its rows, pairs and statistics; as a Ray, Hugging Face or pandas dataset.
 
-Layout: `data/{split}/part-*.parquet` (one row an instruction, candidates as a list of structs), `dead_letters.jsonl`,
-`config.yaml`, the card (`README.md`, `labels.svg`), and `_MANIFEST.json` written last. Only a set with a manifest opens.
+Layout of a set: `data/{split}/part-*.parquet` (one row per instruction, candidates as a list of structs),
+`dead_letters.jsonl`, `config.yaml`, the card (`README.md`, `labels.svg`), and `_MANIFEST.json`, which is written last. A
+folder without a manifest is not opened. Imports Ray, `datasets` and pandas only in the methods that return their types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import CappyError
+from cluster.errors import CappyError, first_line
 from generation.schema import PAIRS
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import ray.data
 
 LABEL_BINS = 10
+"""Number of equal bins of [0, 1] in which labels are counted."""
 WORKING_FILES = (
     r"_lease/\d+\.json",
     r"_staging/(run|prepared)\.json",
@@ -34,95 +37,104 @@ WORKING_FILES = (
     r"data/(train|validation)/part-\d{5,}-[0-9a-f]{8}\.parquet",
     r"_staging/promises/(train|validation)-\d+-[0-9a-f]{32}\.json",
 )
-"""The files of an unfinished set (its shards have their run in their names), as `storage.Owned` takes them."""
+"""Patterns of the files of an unfinished set, for `storage.Owned`; the names of its shards contain a run id."""
 RESULT_FILES = (
     r"data/(train|validation)/part-\d{5,}\.parquet",
     r"config\.yaml|README\.md|labels\.svg|dead_letters\.jsonl|decontamination\.json",
 )
-"""The files of a set beside its manifest."""
+"""Patterns of the files of a published set, except its manifest."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Columns of exploded (instruction, response) pairs, all of one length."""
+    """Columns of (instruction, response) pairs; all have the same length."""
 
     instructions: list[str]
     responses: list[str]
     labels: np.ndarray
     """float32, in [0, 1]."""
     groups: np.ndarray
-    """int64: position of the pair's instruction in its split."""
+    """int64: position of the instruction of the pair in its split."""
 
     def __len__(self) -> int:
         return len(self.instructions)
 
 
 class RegressionSet:
-    """A published set. `RegressionSet(uri)` raises `CappyError` where no finished set is."""
+    """A published regression set, opened for reading.
+
+    Raises `CappyError` if `uri` has no finished set. `setting` is the name of the setting that errors report.
+    """
 
     def __init__(self, uri: str, setting: str = "dataset") -> None:
         self.uri = storage.check_uri(uri, setting)
         self.manifest = storage.read_manifest(self.uri, "dataset", "generate")
 
     def shards(self, split: str) -> list[str]:
-        """Return the URIs of a split's Parquet files in order."""
+        """Return the URIs of the Parquet files of a split, in order."""
         prefix = f"data/{split}/"
         return [storage.join(self.uri, name) for name in sorted(self.manifest["files"]) if name.startswith(prefix)]
 
     def rows(self, split: str) -> int:
+        """Return the number of instructions of a split."""
         return int(self.manifest["counts"].get(split, {}).get("instructions", 0))
 
     def greedy(self) -> str | None:
-        """Return the name of the decoding without chance, None where the set was sampled without one."""
+        """Return the name of the first decoding with temperature 0; None if the set has none."""
         decodings = self.manifest.get("config", {}).get("sampler", {}).get("decodings", [])
         return next((each["name"] for each in decodings if each["temperature"] == 0), None)
 
     def batches(self, split: str, rows: int = 1024, columns: Sequence[str] | None = None, only: str | None = None) -> Iterator[pa.Table]:
-        """Yield a split's rows in order as tables of at most `rows` rows, holding one of them in memory.
+        """Yield the rows of a split in order, as tables of at most `rows` rows; memory holds one table at a time.
 
-        With `only` the rows of that dataset alone (`columns` must have `dataset`); what surely holds none of them is not read.
-        Raises `CappyError` when a shard is damaged (its pages carry checksums) or shorter than the manifest says.
+        With `only`, yield only the rows of that dataset; `columns` must then include `dataset`. Row groups whose statistics
+        exclude the dataset are not read. Raises `CappyError` if a shard is missing, its page checksums do not match, or the
+        number of rows differs from the manifest.
         """
         seen = 0
         for uri in self.shards(split):
-            fs, path = storage.filesystem(uri)
-            try:
-                with fs.open_input_file(path) as file:
-                    parquet = pq.ParquetFile(file, page_checksum_verification=True)
-                    groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
-                    wanted = [number for number, group in enumerate(groups) if only is None or _may_contain(group, only)]
-                    seen += sum(group.num_rows for number, group in enumerate(groups) if number not in wanted)
-                    for batch in parquet.iter_batches(batch_size=rows, row_groups=wanted, columns=list(columns) if columns else None):
-                        seen += batch.num_rows
-                        table = pa.Table.from_batches([batch])
-                        if only is not None:
-                            table = table.filter(pc.equal(table["dataset"], only))
-                        if table.num_rows:
-                            yield table
-            except (OSError, pa.ArrowInvalid) as error:
-                raise CappyError(f"{uri} is damaged or missing ({str(error).splitlines()[0]}); copy or generate the set again") from None
-        if seen != self.rows(split):
-            raise CappyError(f"{self.uri} has {seen} rows in split {split}, its manifest says {self.rows(split)}; generate it again")
+            with open_shard(uri) as parquet:
+                groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
+                selected = [number for number, group in enumerate(groups) if only is None or _may_contain(group, only)]
+                seen += sum(group.num_rows for number, group in enumerate(groups) if number not in selected)
+                for batch in parquet.iter_batches(batch_size=rows, row_groups=selected, columns=list(columns) if columns else None):
+                    seen += batch.num_rows
+                    table = pa.Table.from_batches([batch])
+                    if only is not None:
+                        table = table.filter(pc.equal(table["dataset"], only))
+                    if table.num_rows:
+                        yield table
+        self.check_row_count(split, seen)
+
+    def check_row_count(self, split: str, count: int) -> None:
+        """Raise `CappyError` if `count`, the rows read from a split, differs from the manifest."""
+        if count != self.rows(split):
+            raise CappyError(
+                f"{self.uri} has {count} rows in split {split}, its manifest has {self.rows(split)}; copy or generate the set again"
+            )
 
     def pairs(self, split: str, rows: int = 1024) -> Iterator[Pairs]:
-        """Yield a split's (instruction, response) pairs batch by batch, in order; see `explode`."""
+        """Yield the pairs of a split in order, one `Pairs` for each `rows` instructions; see `explode`."""
         offset = 0
         for table in self.batches(split, rows, ["instruction", "candidates"]):
             yield explode(table, offset)
             offset += table.num_rows
 
     def to_pandas(self, split: str = "train") -> pandas.DataFrame:
-        """Return a split as one DataFrame, a row an instruction."""
+        """Return a split as one DataFrame with one row per instruction."""
         return pa.concat_tables(self.batches(split)).to_pandas()
 
     def to_huggingface(self, split: str = "train") -> datasets.Dataset:
-        """Return a split as a Hugging Face dataset."""
+        """Return a split as a Hugging Face dataset with one row per instruction."""
         import datasets
 
         return datasets.Dataset(pa.concat_tables(self.batches(split)))
 
     def to_ray(self, split: str = "train") -> ray.data.Dataset:
-        """Return a split as a Ray dataset that streams the shards."""
+        """Return a split as a Ray dataset that streams the shards; one row per instruction.
+
+        Raises `CappyError` if the set has no such split.
+        """
         import ray.data
 
         located = [storage.filesystem(uri) for uri in self.shards(split)]
@@ -131,17 +143,47 @@ class RegressionSet:
         return ray.data.read_parquet([path for _, path in located], filesystem=located[0][0])
 
 
+@contextmanager
+def open_shard(uri: str) -> Iterator[pq.ParquetFile]:
+    """Open a shard; reads inside the block verify its page checksums.
+
+    Raises `CappyError` if the file is missing or damaged, also for reads inside the block.
+    """
+    fs, path = storage.filesystem(uri)
+    try:
+        with fs.open_input_file(path) as file:
+            yield pq.ParquetFile(file, page_checksum_verification=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CappyError(f"{uri} is damaged or missing ({first_line(error)}); copy or generate the set again") from None
+
+
+def concat_tables(tables: Iterable[pa.Table], limit: int, size: Callable[[pa.Table], int] = len) -> Iterator[pa.Table]:
+    """Yield the tables in order, concatenated until each result has a size of at least `limit`; the last can be smaller.
+
+    `size` measures a table; the default is its number of rows.
+    """
+    pending: list[pa.Table] = []
+    for table in tables:
+        pending.append(table)
+        if sum(map(size, pending)) >= limit:
+            yield pa.concat_tables(pending)
+            pending = []
+    if pending:
+        yield pa.concat_tables(pending)
+
+
 def _may_contain(group: pq.RowGroupMetaData, dataset: str) -> bool:
-    """Whether a row group can have rows of a dataset, by the least and the greatest name that its statistics give."""
+    """Return whether a row group can have rows of a dataset, by the minimum and maximum name in its statistics."""
     column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema == "dataset")
     names = column.statistics
     return names is None or not names.has_min_max or names.min <= dataset <= names.max
 
 
 def explode(table: pa.Table, offset: int = 0) -> Pairs:
-    """Return the pairs of a table of rows, in order, exact repeats of a response within an instruction left out.
+    """Return the pairs of a table of rows, in order, without duplicate responses of an instruction.
 
-    A repeat keeps the best of its labels (a reference also sampled is right). Empty responses are kept: they are wrong.
+    The label of duplicates is their maximum: a sampled response that equals a reference is correct. Empty responses are
+    kept, because they are wrong responses. `offset` is the position of the first row in its split.
     """
     instructions: list[str] = []
     responses: list[str] = []
@@ -159,7 +201,7 @@ def explode(table: pa.Table, offset: int = 0) -> Pairs:
 
 
 def pair_table(table: pa.Table) -> pa.Table:
-    """Return a table of rows as a plain table of pairs (columns of `schema.PAIRS`): a row a candidate, in order, repeats kept."""
+    """Return a table of pairs (columns of `schema.PAIRS`): one row per candidate, in order, duplicates included."""
     candidates = table["candidates"].combine_chunks()
     flat = candidates.flatten()
     repeated = table.select(["instruction", "dataset", "template", "id"]).take(pc.list_parent_indices(candidates))
@@ -168,10 +210,12 @@ def pair_table(table: pa.Table) -> pa.Table:
 
 
 def compute_statistics(table: pa.Table) -> dict[str, Any]:
-    """Return counts of a table of rows that add up over tables: `instructions`, `pairs`, `tokens`, histograms.
+    """Count the rows and candidates of a table; `add_statistics` adds the results of several tables.
 
-    `sources`, `decodings` and `datasets` count candidates (datasets: instructions) by name; `labels` counts candidates in
-    `LABEL_BINS` equal bins of [0, 1], the last closed, and `source_labels` the same for each source.
+    Returns:
+        `instructions`, `pairs` and `tokens` are totals. `sources` and `decodings` count candidates by name, `datasets`
+        counts instructions by name. `labels` counts candidates in `LABEL_BINS` equal bins of [0, 1], of which the last
+        includes 1; `source_labels` has the same counts for each source.
     """
     candidates = pa.concat_arrays(table["candidates"].chunks) if table.num_rows else pa.array([], table.schema.field("candidates").type)
     flat = candidates.flatten()
@@ -194,7 +238,7 @@ def compute_statistics(table: pa.Table) -> dict[str, Any]:
 
 
 def add_statistics(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    """Return the sum of two results of `statistics`, keys in order."""
+    """Return the sum of two results of `compute_statistics`, with sorted keys."""
     return {key: _add(left.get(key), right.get(key)) for key in sorted(left.keys() | right.keys())}
 
 

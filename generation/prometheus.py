@@ -1,15 +1,18 @@
-"""The progress of `cappy generate` for Prometheus, told by the driver at `/metrics` while it runs."""
+"""Prometheus metrics of `cappy generate`, served by the driver at `/metrics` during the run. Imports no Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from cluster import ports
 from cluster.config import GenerateConfig
+
+if TYPE_CHECKING:
+    from generation.units import UnitCounts
 
 _COUNTERS = {
     "candidates": "Candidates sampled by this process",
@@ -20,7 +23,10 @@ _COUNTERS = {
 
 
 class GenerateMetrics:
-    """Gauges of instructions (`cappy_generate_instructions`, and those `_done`, earlier attempts included) and counters."""
+    """The metrics of one run: two gauges of instructions, and the counters of `_COUNTERS`.
+
+    The gauge `cappy_generate_instructions_done` includes the instructions of earlier attempts; the counters do not.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -29,20 +35,24 @@ class GenerateMetrics:
         self._counters = {name: Counter(f"cappy_generate_{name}", text, registry=self.registry) for name, text in _COUNTERS.items()}
 
     def start(self, total: int, done: int) -> None:
-        """Sampling begins: `done` of `total` instructions are there from before."""
+        """Set the gauges at the start of sampling; earlier attempts finished `done` of `total` instructions."""
         self._total.set(total)
         self._done.set(done)
 
-    def add(self, unit: Mapping[str, Any]) -> None:
-        """Count a finished unit (`units.COUNTS`)."""
+    def add(self, unit: UnitCounts) -> None:
+        """Add the counts of a finished unit."""
         self._done.inc(unit["rows"])
+        values = {"candidates": unit["candidates"], "tokens": unit["tokens"], "dollars": unit["cost"], "dead_letters": unit["dead_letters"]}
         for name, counter in self._counters.items():
-            counter.inc(unit["cost" if name == "dollars" else name])
+            counter.inc(values[name])
 
 
 @contextmanager
 def serve_metrics(config: GenerateConfig) -> Iterator[GenerateMetrics]:
-    """Serve the metrics inside the block where `generate.metrics_port` is set. Raises what `ports.check` does."""
+    """Yield the metrics of a run; serve them inside the block if `generate.metrics_port` is set.
+
+    Raises the errors of `ports.check_port` if the address cannot be used.
+    """
     metrics = GenerateMetrics()
     if config.metrics_port is None:
         yield metrics

@@ -1,9 +1,11 @@
-"""How an instruction becomes a prompt. Pure: no model, no Ray, no files.
+"""Build the prompt of an instruction. Pure: imports no model and no Ray, reads no files.
 
-A prompt is first a list of OpenAI-style messages, whatever its form; worked examples (shots) are earlier user and assistant
-turns. The `chat` form gives the messages to the model's chat template, the `raw` form joins them to one text the model
-continues. A server request takes the same road with the client's own messages; a text it is to continue, letter by letter, is
-one message in the `verbatim` form.
+A prompt is a list of OpenAI-style messages. Its few-shot examples (shots) are earlier user and assistant turns. The form
+decides how the messages become text:
+
+- `chat`: the chat template of the model renders them;
+- `raw`: they are joined to one text that the model continues;
+- `verbatim`: their contents are the text, without any change. Requests to `/v1/completions` use this form.
 """
 
 from __future__ import annotations
@@ -13,21 +15,21 @@ from typing import TypedDict
 
 
 class Message(TypedDict):
-    """One turn; `role` is system, user or assistant."""
+    """One turn of a conversation; `role` is system, user or assistant."""
 
     role: str
     content: str
 
 
 class Shot(TypedDict):
-    """A worked example: another instruction and one correct response to it."""
+    """A few-shot example: another instruction with one correct response."""
 
     instruction: str
     response: str
 
 
 def messages(instruction: str, shots: Sequence[Shot] = (), system: str | None = None) -> list[Message]:
-    """Return the turns of a prompt: the system text, each shot as a user and an assistant turn, the instruction."""
+    """Return the turns of a prompt: the system message, two turns for each shot, and the instruction as the last turn."""
     turns: list[Message] = [{"role": "system", "content": system}] if system else []
     for shot in shots:
         turns.append({"role": "user", "content": shot["instruction"].strip()})
@@ -36,37 +38,38 @@ def messages(instruction: str, shots: Sequence[Shot] = (), system: str | None = 
 
 
 def drop_first_shot(turns: Sequence[Message]) -> list[Message] | None:
-    """Return the turns without their first user and assistant pair, or None where only the instruction is left."""
+    """Return the turns without their first shot (a user and an assistant turn), or None if they have no shot."""
     start = 1 if turns and turns[0]["role"] == "system" else 0
     return [*turns[:start], *turns[start + 2 :]] if len(turns) - start >= 3 else None
 
 
 def prompt_text(turns: Sequence[Message], form: str) -> str | None:
-    """Return the text a model continues after the turns, None in the `chat` form, whose text the model's template makes."""
+    """Return the text of a prompt in the `raw` or `verbatim` form; None in the `chat` form, which needs the chat template."""
     if form == "verbatim":
         return "".join(turn["content"] for turn in turns)
     return raw_text(turns) if form == "raw" else None
 
 
 def raw_text(turns: Sequence[Message]) -> str:
-    """Return the turns as one text to continue, paragraphs apart.
+    """Join the turns to one text that the model continues; a blank line separates the paragraphs.
 
-    A response follows on the same line after a cue (`A:`), else on the next. No trailing space is left: tokenisers
-    of language models put a word's space before it, so a prompt ending in a space asks for a word they rarely saw.
+    A response is on the line of its instruction if the instruction ends in a cue such as `A:`, else on the next line. The
+    text never ends in a space. Tokenizers attach a space to the word after it, so after a trailing space the model would
+    have to continue with a token that is rare in its training data.
     """
     paragraphs = []
-    awaiting = ""
+    instruction = ""
     for turn in turns:
         text = turn["content"].strip()
         if turn["role"] == "assistant":
-            paragraphs.append(_join(awaiting, text))
-            awaiting = ""
+            paragraphs.append(_join(instruction, text))
+            instruction = ""
         else:
-            if awaiting:
-                paragraphs.append(awaiting)
-            awaiting = text
-    if awaiting:
-        paragraphs.append(_join(awaiting, ""))
+            if instruction:
+                paragraphs.append(instruction)
+            instruction = text
+    if instruction:
+        paragraphs.append(_join(instruction, ""))
     return "\n\n".join(paragraphs)
 
 

@@ -1,7 +1,7 @@
-"""The sampling stage: instruction rows in, the same rows with their sampled candidates out.
+"""The sampling stage: add sampled candidates to prepared rows. Imports no Ray and reads no files.
 
-Ray Data builds one `Sampler` per actor, so the LLM loads once in `__init__`. Calls overlap: while the tail of one unit
-decodes, the next ones fill the engine. Knows no Ray and no files.
+Ray Data builds one `Sampler` per actor, so the LLM loads once, in `__init__`. Calls run concurrently: the next units keep
+the engine busy during the last tokens of a unit.
 """
 
 from __future__ import annotations
@@ -37,23 +37,28 @@ LoadLLM = Callable[[SamplerConfig], LLM]
 
 
 class Sampler:
-    """Add `sampled` (list of structs, `SAMPLED`), `error` (text or null) and `cost` (float64, dollars, 0 for an engine of our
-    own) to rows with the columns of `schema.PREPARED`.
+    """Add the sampled candidates of each row. The input has the columns of `schema.PREPARED`; the output has three more:
 
-    A row that fails `max_attempts` times, or that the engine will never answer, gets an `error` and no candidates, and its
-    cost all the same; classification rows (with `answer_choices`) are passed on unsampled, their choices are their
-    candidates. A `CappyError` of the engine's that is no row's fault (a refused key) ends the run. When the engine itself is
-    dead the process exits, so that Ray replaces it and runs the unit again.
+    - `sampled`: a list of structs (`SAMPLED`);
+    - `error`: the reason why the row has no candidates, or null;
+    - `cost`: float64, in dollars; 0 for an engine that runs in this process.
+
+    A row fails if its sampling fails `sampler.max_attempts` times, or if the engine rejects it (`RowError`). A failed row
+    has an `error`, no candidates, and the cost of its attempts. Classification rows (with `answer_choices`) are not
+    sampled, because their choices are their candidates.
+
+    Raises the engine's `CappyError` if the cause is not the row, for example a rejected API key; the run then ends. If the
+    engine process has crashed, this process exits. Ray then starts a new actor and runs the unit again.
     """
 
     def __init__(self, config: SamplerConfig, seed: int, load: LoadLLM = engines.load_engine) -> None:
         self.config = config
         self.seed = seed
         self.llm = load(config)
-        self._room = max(decoding.max_tokens for decoding in config.decodings)
+        self._max_new_tokens = max(decoding.max_tokens for decoding in config.decodings)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        results = await asyncio.gather(*(self._row(row) for row in batch.to_pylist()))
+        results = await asyncio.gather(*(self._sample_row(row) for row in batch.to_pylist()))
         sampled, errors, costs = zip(*results, strict=True) if results else ((), (), ())
         yield (
             batch.append_column("sampled", pa.array(sampled, SAMPLED))
@@ -62,12 +67,12 @@ class Sampler:
         )
 
     def max_cost(self, rows: Sequence[dict[str, Any]]) -> float:
-        """Return the most dollars the sampling of some rows can cost, whatever happens to it."""
+        """Return an upper bound of the cost of sampling these rows, in dollars, failed attempts included."""
         return sum(self._max_row_cost(row) for row in rows if row["answer_choices"] is None)
 
     def _max_row_cost(self, row: dict[str, Any]) -> float:
         try:
-            prompt = self.llm.encode(self._turns(row), self.config.prompt.form, self._room)
+            prompt = self.llm.encode(self._turns(row), self.config.prompt.form, self._max_new_tokens)
         except RowError:
             return 0.0
         return sum(self.llm.max_cost(prompt, decoding) for decoding in self.config.decodings)
@@ -75,15 +80,15 @@ class Sampler:
     def _turns(self, row: dict[str, Any]) -> list[prompts.Message]:
         return prompts.messages(row["instruction"], row["shots"], self.config.prompt.system)
 
-    async def _row(self, row: dict[str, Any]) -> tuple[list[Candidate], str | None, float]:
-        """Return a row's candidates, its error and its cost."""
+    async def _sample_row(self, row: dict[str, Any]) -> tuple[list[Candidate], str | None, float]:
+        """Return the candidates of a row, its error or None, and its cost in dollars."""
         if row["answer_choices"] is not None:
             return [], None, 0.0
         turns, cost = self._turns(row), 0.0
         for _ in range(self.config.max_attempts):
             try:
-                prompt = self.llm.encode(turns, self.config.prompt.form, self._room)
-                draws = await asyncio.gather(*(self._draw(row["id"], turns, prompt, each) for each in self.config.decodings))
+                prompt = self.llm.encode(turns, self.config.prompt.form, self._max_new_tokens)
+                draws = await asyncio.gather(*(self._sample_decoding(row["id"], turns, prompt, each) for each in self.config.decodings))
             except Exception as error:
                 failure = error
             else:
@@ -96,17 +101,17 @@ class Sampler:
                 return [], str(failure), cost
             if isinstance(failure, CappyError):
                 raise failure
-            # One row must never end the run; a dead engine must, for Ray to start a new one.
+            # An error of one row must not end the process. A crashed engine must end it, so that Ray starts a new actor.
             if self.llm.dead:
-                print(f"the engine died: {failure}", file=sys.stderr, flush=True)
+                print(f"the sampling engine crashed, exiting this actor: {failure}", file=sys.stderr, flush=True)
                 os._exit(1)
             reason = f"{type(failure).__name__}: {failure}"
-        return [], f"sampling failed {self.config.max_attempts} times, last with {reason}", cost
+        return [], f"sampling failed {self.config.max_attempts} times; the last error: {reason}", cost
 
-    async def _draw(
+    async def _sample_decoding(
         self, row_id: str, turns: Sequence[prompts.Message], prompt: Any, decoding: DecodingConfig
     ) -> tuple[list[Candidate], Exception | None, float]:
-        """Return the candidates of one decoding, or what went wrong, and what it cost: money is spent on failures too."""
+        """Return the candidates of one decoding or its exception, and its cost in dollars. A failed request can have a cost."""
         seed = contract.request_seed(self.seed, row_id, decoding.name)
         request_id = f"{row_id}-{contract.request_identity(self.config.model, turns, decoding, seed)}"
         try:

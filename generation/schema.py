@@ -1,4 +1,7 @@
-"""The columns of the regression set and of the rows on the way to it. `docs/explanation/architecture.md` explains each for readers."""
+"""The Arrow columns of the regression set, of its pairs, and of prepared rows. Imports only PyArrow.
+
+`docs/explanation/architecture.md` describes each column for users of a set.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ SPLITS = ("train", "validation")
 CANDIDATE = pa.struct(
     [
         pa.field("response", pa.string(), nullable=False),
-        pa.field("label", pa.float64(), nullable=False),  # in [0, 1]; float64 keeps rouge_score's value to the bit
+        pa.field("label", pa.float64(), nullable=False),  # in [0, 1]; float64 keeps every bit of rouge_score's value
         pa.field("source", pa.string(), nullable=False),  # reference | choice | mismatched | sampled
-        pa.field("model", pa.string()),  # null unless sampled, like all below
+        pa.field("model", pa.string()),  # this field and the fields below are null unless `source` is sampled
         pa.field("decoding", pa.string()),
         pa.field("tokens", pa.int32()),
         pa.field("finish_reason", pa.string()),  # stop | length
-        pa.field("logprob", pa.float64()),  # sum over the sampled tokens, natural log
+        pa.field("logprob", pa.float64()),  # sum over the sampled tokens, in nats
     ]
 )
 
@@ -29,7 +32,7 @@ _INSTRUCTION = [
 ]
 
 DATASET = pa.schema([*_INSTRUCTION, pa.field("candidates", pa.list_(CANDIDATE), nullable=False)])
-"""A published row: one instruction with all its candidates."""
+"""A row of a published set: one instruction with all its candidates."""
 
 PAIRS = pa.schema(
     [
@@ -40,7 +43,7 @@ PAIRS = pa.schema(
         *(CANDIDATE.field(name) for name in ("model", "decoding", "logprob", "tokens")),
     ]
 )
-"""A row of a plain table of pairs (`cappy push --pairs`): one candidate, beside its instruction."""
+"""A row of a table of pairs (`cappy push --pairs`): one candidate with its instruction."""
 
 PREPARED = pa.schema(
     [
@@ -49,4 +52,4 @@ PREPARED = pa.schema(
         pa.field("mismatched", pa.list_(pa.string()), nullable=False),
     ]
 )
-"""A row of a unit of work before sampling: all that its candidates depend on, beside the config."""
+"""A row before sampling: with the config, it determines the row's candidates."""

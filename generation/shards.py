@@ -1,6 +1,7 @@
-"""From finished units to the published Parquet shards: which units make a shard, its name, and writing it in bounded memory.
+"""Merge finished units into the Parquet shards of a set: group the units, name the shards, write them in bounded memory.
 
-A shard's name carries the run that wrote it, so no run ever writes over the shard of another one.
+The name of a shard contains the id of the run that wrote it, so a run never overwrites a shard of another run. Imports no
+Ray: `generation.generate` runs `write_shard` as a Ray task.
 """
 
 from __future__ import annotations
@@ -9,22 +10,35 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.errors import CappyError
+from cluster.errors import CappyError, first_line
 from generation import dataset, units
 from generation.schema import DATASET, SPLITS
 
-# Sets of older versions have shards without a run in their names.
+# Shards of older versions have no run id in their names.
 _NAME = re.compile(rf"data/(?:{'|'.join(SPLITS)})/part-\d{{5,}}(?:-([0-9a-f]{{8}}))?\.parquet")
 
 
+class MergedShard(TypedDict):
+    """The result of `write_shard`."""
+
+    entry: dict[str, Any]
+    """Bytes, rows and SHA-256 of the shard, for the manifest."""
+    statistics: dict[str, Any]
+    """The result of `dataset.compute_statistics` for its rows."""
+    letters: int
+    """Number of dead letters of its units."""
+    cost: float
+    """Dollars spent on its units."""
+
+
 def group_by_size(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
-    """Cut names in order into groups whose sizes (bytes) add up to at most `limit`; a larger one stands alone."""
+    """Yield groups of names, in order, of at most `limit` bytes each; a name above the limit is a group alone."""
     group: list[str] = []
     filled = 0
     for name, size in sizes.items():
@@ -38,57 +52,64 @@ def group_by_size(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
 
 
 def shard_path(split: str, number: int, run: str) -> str:
-    """Return the path of a shard within its set; `run` is the 8 hex digits of the lease its writer holds."""
+    """Return the path of a shard within its set; `run` is the run id of the writer's lease, 8 hex digits."""
     return f"data/{split}/part-{number:05d}-{run}.parquet"
 
 
 def remove_superseded(uri: str, published: Iterable[str], check: Callable[[], None]) -> None:
-    """Remove the shards that earlier runs left unpublished, once `check` passed; `published` are the paths to keep.
+    """Delete the shards that earlier runs wrote and did not publish; keep the paths in `published`.
 
-    What another run writes after `check` has other names, so it stays.
+    `check` raises if the run has lost its lease. It is called after the listing and before the deletion. Shards that
+    another run writes later have other names and are not deleted.
     """
-    left = sorted(name for name in _list_data_files(uri).difference(published) if _NAME.fullmatch(name))
+    superseded = sorted(name for name in _list_data_files(uri).difference(published) if _NAME.fullmatch(name))
     check()
-    storage.delete_files(uri, left)
+    storage.delete_files(uri, superseded)
 
 
 def remove_own(uri: str, run: str) -> None:
-    """Remove the shards that one run wrote, at the end of a run that lost its lease."""
+    """Delete the shards that the run `run` wrote; a run calls it after it has lost its lease."""
     found = {name: _NAME.fullmatch(name) for name in _list_data_files(uri)}
     storage.delete_files(uri, [name for name, match in found.items() if match and match[1] == run])
 
 
 def _list_data_files(uri: str) -> set[str]:
-    """The files below `data/`, without those that are still being written."""
+    """Return the paths of the files below `data/`, without the temporary files of writes in progress."""
     names = {f"data/{name}" for name in storage.list_files(storage.join(uri, "data"))}
     return {name for name in names if not name.split("/")[-1].startswith(".")}
 
 
-def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows: int, check: Callable[[], None]) -> dict[str, Any]:
-    """Merge units into the shard `target`, their dead letters into `{staging}/letters`, one unit in memory at a time.
+def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows: int, check: Callable[[], None]) -> MergedShard:
+    """Merge units into one shard, and write their dead letters below `{staging}/letters`.
 
-    `check` raises where the run has lost its lease; it is called before anything is written.
-    Returns `entry` (bytes, rows and SHA-256 for the manifest), `statistics`, `letters`, their number, and `cost` in dollars.
+    Memory holds the rows of one row group and one unit at a time.
+
+    Args:
+        names: The units, in the order of their rows.
+        staging: URI of the staging folder of the set.
+        target: URI of the shard.
+        row_group_rows: Rows of a row group of the shard.
+        check: Raises if the run has lost its lease; it is called before the first write.
     """
     statistics: dict[str, Any] = {}
     letters: list[str] = []
     cost = 0.0
+
+    def read_units() -> Iterator[pa.Table]:
+        nonlocal statistics, cost
+        for name in names:
+            table = _read_finished(staging, name)
+            metadata = units.unit_metadata(table)
+            letters.extend(metadata["letters"])
+            cost += metadata["counts"]["cost"]
+            statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
+            yield table.replace_schema_metadata(None).cast(DATASET)
+
     with tempfile.TemporaryDirectory(prefix="cappy-shard-") as folder:
         file = Path(folder, "shard.parquet")
         with pq.ParquetWriter(file, DATASET, compression="zstd", write_page_checksum=True) as writer:
-            waiting: list[pa.Table] = []
-            for name in names:
-                table = _read(staging, name)
-                beside = units.unit_metadata(table)
-                letters += beside["letters"]
-                cost += beside["counts"]["cost"]
-                statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
-                waiting.append(table.replace_schema_metadata(None).cast(DATASET))
-                if sum(map(len, waiting)) >= row_group_rows:
-                    writer.write_table(pa.concat_tables(waiting), row_group_size=row_group_rows)
-                    waiting.clear()
-            if waiting:
-                writer.write_table(pa.concat_tables(waiting), row_group_size=row_group_rows)
+            for table in dataset.concat_tables(read_units(), row_group_rows):
+                writer.write_table(table, row_group_size=row_group_rows)
         check()
         entry = storage.upload_file(file, target) | {"rows": statistics["instructions"]}
     storage.write_bytes(dead_letters_uri(staging, target), "".join(f"{line}\n" for line in letters).encode())
@@ -96,17 +117,17 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
 
 
 def dead_letters_uri(staging: str, target: str) -> str:
-    """Where the dead letters of the units in a shard stand until the set is published."""
+    """Return the URI of the dead letters of a shard's units, which is used until the set is published."""
     return storage.join(staging, "letters", "-".join(target.split("/")[-2:]) + ".jsonl")
 
 
-def _read(staging: str, name: str) -> pa.Table:
+def _read_finished(staging: str, name: str) -> pa.Table:
     uri = units.unit_uri(staging, "units", name)
     try:
         return units.read_unit(uri)
     except FileNotFoundError:
-        raise CappyError(f"{uri} is gone since it was written; run `cappy generate` again to sample it anew") from None
+        raise CappyError(f"{uri} was deleted after it was written; run `cappy generate` again to sample it again") from None
     except (OSError, pa.ArrowInvalid) as error:
         raise CappyError(
-            f"{uri} is damaged ({str(error).splitlines()[0]}); delete it and run `cappy generate` again to sample it anew"
+            f"{uri} is damaged ({first_line(error)}); delete it and run `cappy generate` again to sample it again"
         ) from None

@@ -1,8 +1,10 @@
-"""A unit of work on a sampling actor: from its prepared rows to one saved object that holds its labelled rows.
+"""Units of work: sample, label and save one unit on a sampling actor, within the dollar budget of the run.
 
-A unit's object is written at once, so it is there whole or not at all, and a unit whose object is there is never sampled
-again: not by a run that goes on, nor by an actor to which Ray gives a unit a second time after a node was lost. Its metadata
-carries its counts and its dead letters.
+A unit is a group of prepared rows. Its result is one Parquet object with the labelled rows; the metadata of the object has
+the counts and the dead letters. The object is written in one operation, so a partial object never exists. A unit whose
+object exists is never sampled again, neither by a resumed run nor by an actor that gets the unit from Ray a second time.
+
+Imports no Ray: `generation.generate` starts the actors.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,16 +41,41 @@ COUNTS = pa.schema(
         ("dead_letters", pa.int64()),
     ]
 )
-"""A finished unit: its instructions, sampled candidates, their tokens, dollars spent, and the instructions left out."""
+"""The counts of a finished unit, one row; see `UnitCounts`."""
 
-# Seconds between two looks at whether the units in flight left room below the ceiling.
+# Interval between two requests for the budget of a unit, in seconds.
 _RETRY_S = 0.5
 
 
-class BudgetGate:
-    """Whether a unit may start: not once the run is to stop, and not while what is in flight could pass the money ceiling.
+class UnitCounts(TypedDict):
+    """The counts of a finished unit, in its object and in the output of `UnitWorker`."""
 
-    A Ray actor. `ceiling` and `spent` are in dollars; see `Budget`.
+    unit: str
+    rows: int
+    """Instructions, dead letters included."""
+    candidates: int
+    """Sampled candidates."""
+    tokens: int
+    """Tokens of the sampled candidates."""
+    cost: float
+    """Dollars."""
+    dead_letters: int
+    """Instructions that could not be sampled."""
+
+
+class UnitMetadata(TypedDict):
+    """The metadata of the object of a finished unit, as JSON."""
+
+    counts: UnitCounts
+    letters: list[str]
+    """Dead letters, each a line of JSON."""
+
+
+class BudgetGate:
+    """Admission of units within the dollar budget of a run; `generate` runs it as a Ray actor.
+
+    A unit may start only while the run is not stopping, and only if the units in progress cannot exceed the cost limit
+    together with it. `ceiling` and `spent` are in dollars; see `Budget`.
     """
 
     def __init__(self, ceiling: float | None = None, spent: float = 0.0) -> None:
@@ -56,14 +83,17 @@ class BudgetGate:
         self._closed = self._exhausted = False
 
     def close(self) -> None:
-        """Let no further unit start."""
+        """Admit no further units, because the run is stopping."""
         self._closed = True
 
-    def acquire(self, unit: str, most: float) -> bool | None:
-        """Whether a unit that can cost `most` dollars may start; None when it should ask again, as others may leave room."""
+    def acquire(self, unit: str, max_cost: float) -> bool | None:
+        """Reserve `max_cost` dollars for a unit; return whether it may start.
+
+        None means "retry later": the budget does not suffice now, but units in progress can release a part of theirs.
+        """
         if self._closed or self._exhausted:
             return False
-        if self._budget.reserve(unit, most):
+        if self._budget.reserve(unit, max_cost):
             return True
         if self._budget.reserved:
             return None
@@ -71,109 +101,116 @@ class BudgetGate:
         return False
 
     def release(self, unit: str, cost: float) -> None:
-        """Count what a finished unit did cost; one that has left already is known."""
+        """Settle the actual cost of a finished unit, in dollars. A second call for the same unit has no effect."""
         if self._budget.is_reserved(unit):
             self._budget.settle(unit, cost)
 
     def exhausted(self) -> bool:
-        """Whether a unit was refused for the ceiling's sake."""
+        """Return whether a unit was refused because of the cost limit."""
         return self._exhausted
 
 
 class UnitWorker:
-    """Takes names of units and yields the `COUNTS` of each it finished. Ray Data builds one per actor.
+    """The stage of the Ray Data plan: one unit name per row in, the `COUNTS` of each finished unit out.
 
-    Several calls run at once in an actor, so that one unit's tail does not leave the engine idle; all that is not the engine's
-    work (reading, labelling, saving) happens in threads beside it.
+    Ray Data builds one per actor. Several calls run concurrently in an actor, so the engine stays busy during the last
+    tokens of a unit. Reading, labelling and saving run in threads, outside the event loop of the engine.
     """
 
     def __init__(self, staging: str, config: Config, load: LoadLLM, gate: Any) -> None:
         self.staging, self.config, self.gate = staging, config, gate
         self.limited = engines.cost_limit(config.sampler) is not None
-        with ThreadPoolExecutor(1) as beside:  # while the engine loads
-            warm = beside.submit(labels.warm_up, config.generate.label)
+        with ThreadPoolExecutor(1) as pool:  # compiles the metric while the engine loads
+            warm = pool.submit(labels.warm_up, config.generate.label)
             self.sampler = Sampler(config.sampler, config.seed, load)
             warm.result()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         for unit in batch["unit"].to_pylist():
-            done = await asyncio.to_thread(read_counts, self.staging, unit) or await self._work(unit)
-            if done is None:
+            counts = await asyncio.to_thread(read_counts, self.staging, unit) or await self._sample_unit(unit)
+            if counts is None:
                 return
-            # Also for a unit found done: an actor lost between saving and leaving would hold its promise for ever.
-            await self.gate.release.remote(unit, done["cost"])
-            yield pa.Table.from_pylist([done], COUNTS)
+            # Also for a unit that was finished before: an actor lost between `save_unit` and `release` left its reservation.
+            await self.gate.release.remote(unit, counts["cost"])
+            yield pa.Table.from_pylist([counts], COUNTS)
 
-    async def _work(self, unit: str) -> dict[str, Any] | None:
-        """Return the counts of a unit once it is saved, or None where the gate is closed."""
+    async def _sample_unit(self, unit: str) -> UnitCounts | None:
+        """Sample, label and save a unit; return its counts, or None if the gate does not admit it."""
         prepared = await asyncio.to_thread(read_unit, unit_uri(self.staging, "prepared", unit))
-        most = await asyncio.to_thread(self.sampler.max_cost, prepared.to_pylist()) if self.limited else 0.0
-        while (enter := await self.gate.acquire.remote(unit, most)) is None:
+        max_cost = await asyncio.to_thread(self.sampler.max_cost, prepared.to_pylist()) if self.limited else 0.0
+        while (admitted := await self.gate.acquire.remote(unit, max_cost)) is None:
             await asyncio.sleep(_RETRY_S)
-        if not enter:
+        if not admitted:
             return None
-        promise = await asyncio.to_thread(write_reservation, self.staging, unit, most) if most else None
+        reservation = await asyncio.to_thread(write_reservation, self.staging, unit, max_cost) if max_cost else None
         async for sampled in self.sampler(prepared):
-            done = await asyncio.to_thread(save_unit, self.staging, unit, sampled, self.config)
-        if promise:
-            await asyncio.to_thread(storage.delete, promise)
-        return done
+            counts = await asyncio.to_thread(save_unit, self.staging, unit, sampled, self.config)
+        if reservation:
+            await asyncio.to_thread(storage.delete, reservation)
+        return counts
 
 
 def unit_uri(staging: str, folder: str, unit: str) -> str:
-    """Where a unit stands: `prepared` before sampling, `units` when it is done."""
+    """Return the URI of the object of a unit; `folder` is `prepared` before sampling and `units` afterwards."""
     return storage.join(staging, folder, f"{unit}.parquet")
 
 
 def read_unit(uri: str) -> pa.Table:
-    """Return the rows of a unit's object."""
+    """Read the object of a unit and verify its page checksums. Raises `FileNotFoundError`, `OSError` or `pa.ArrowInvalid`."""
     return pq.read_table(io.BytesIO(storage.read_bytes(uri)), page_checksum_verification=True)
 
 
 def write_unit(uri: str, table: pa.Table) -> None:
-    """Write a unit's object."""
+    """Write the object of a unit, with page checksums, in one operation."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     storage.write_bytes(uri, sink.getvalue())
 
 
-def read_counts(staging: str, unit: str) -> dict[str, Any] | None:
-    """Return the counts of a unit that is done already, else None."""
+def read_counts(staging: str, unit: str) -> UnitCounts | None:
+    """Return the counts of a unit, or None if it is not finished."""
     try:
-        return dict(unit_metadata(read_unit(unit_uri(staging, "units", unit)))["counts"])
+        return unit_metadata(read_unit(unit_uri(staging, "units", unit)))["counts"]
     except FileNotFoundError:
         return None
 
 
-def write_reservation(staging: str, unit: str, most: float) -> str:
-    """Write down that a unit is begun that can cost `most` dollars, and return where: it is deleted once the unit is saved."""
-    place = storage.join(staging, "promises", f"{unit}-{uuid.uuid4().hex}.json")
-    storage.write_json(place, {"unit": unit, "dollars": most})
-    return place
+def write_reservation(staging: str, unit: str, max_cost: float) -> str:
+    """Record that a unit with a maximum cost of `max_cost` dollars started; return the URI of the record.
+
+    The worker deletes the record after it has saved the unit. A record that is left belongs to an interrupted attempt.
+    """
+    uri = storage.join(staging, "promises", f"{unit}-{uuid.uuid4().hex}.json")
+    storage.write_json(uri, {"unit": unit, "dollars": max_cost})
+    return uri
 
 
 def dollars_spent(staging: str, names: Sequence[str]) -> float:
-    """Return the dollars that finished units cost, and the most that those lost under way can have cost."""
-    promises = storage.join(staging, "promises")
+    """Return the cost of the finished units `names` plus the maximum cost of all interrupted attempts, in dollars."""
+    reservations = storage.join(staging, "promises")
     with ThreadPoolExecutor(16) as pool:
         costs = [float(counts["cost"]) for counts in pool.map(partial(read_counts, staging), names) if counts]
-        lost = pool.map(storage.read_json, [storage.join(promises, name) for name in storage.list_files(promises)])
+        lost = pool.map(storage.read_json, [storage.join(reservations, name) for name in storage.list_files(reservations)])
         return sum(costs) + sum(float(each["dollars"]) for each in lost)
 
 
-def unit_metadata(table: pa.Table) -> dict[str, Any]:
-    """Return what a finished unit carries beside its rows: `counts` (see `COUNTS`) and `letters` (JSON lines)."""
-    return dict(json.loads(table.schema.metadata[_METADATA]))
+def unit_metadata(table: pa.Table) -> UnitMetadata:
+    """Return the metadata of the object of a finished unit."""
+    found: UnitMetadata = json.loads(table.schema.metadata[_METADATA])
+    return found
 
 
-def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> dict[str, Any]:
-    """Label a sampled unit, save it as one object and return its counts."""
+def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> UnitCounts:
+    """Label the rows of a sampled unit, save them as one object, and return the counts of the unit.
+
+    `sampled` is the output of `Sampler`. With `generate.max_per_bin`, units of the train split lose the samples above it.
+    """
     rows, letters = label_rows(sampled.to_pylist(), config)
     if config.generate.max_per_bin is not None and unit.startswith("train-"):
-        most = config.generate.max_per_bin
-        rows = [{**row, "candidates": labels.limit_per_bin(row["candidates"], most, config.seed, row["id"])} for row in rows]
+        limit = config.generate.max_per_bin
+        rows = [{**row, "candidates": labels.limit_per_bin(row["candidates"], limit, config.seed, row["id"])} for row in rows]
     drawn = [candidate for pool in sampled["sampled"].to_pylist() for candidate in pool]
-    counts = {
+    counts: UnitCounts = {
         "unit": unit,
         "rows": len(sampled),
         "candidates": len(drawn),
@@ -181,14 +218,18 @@ def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> dic
         "cost": sum(sampled["cost"].to_pylist()),
         "dead_letters": len(letters),
     }
-    beside = json.dumps({"counts": counts, "letters": letters}).encode()
-    write_unit(unit_uri(staging, "units", unit), pa.Table.from_pylist(rows, DATASET).replace_schema_metadata({_METADATA: beside}))
+    metadata: UnitMetadata = {"counts": counts, "letters": letters}
+    table = pa.Table.from_pylist(rows, DATASET).replace_schema_metadata({_METADATA: json.dumps(metadata).encode()})
+    write_unit(unit_uri(staging, "units", unit), table)
     return counts
 
 
 def label_rows(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of a sampled unit with their candidates labelled (columns of `schema.DATASET`), and its dead letters."""
-    good, done, letters = [], [], []
+    """Label the candidates of sampled rows.
+
+    Returns the rows without an error, with the columns of `schema.DATASET`, and the dead letters of the others as JSON.
+    """
+    good, fields, letters = [], [], []
     for row in rows:
         plain = {name: row[name] for name in DATASET.names if name != "candidates"}
         if row["error"] is not None:
@@ -196,6 +237,6 @@ def label_rows(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dic
             letters.append(DeadLetter(where=row["id"], stage="sample", reason=row["error"], row=text).to_json())
         else:
             good.append(row)
-            done.append(plain)
+            fields.append(plain)
     candidates = labels.assemble_candidates(good, config.generate.label, config.sampler.model)
-    return [{**plain, "candidates": each} for plain, each in zip(done, candidates, strict=True)], letters
+    return [{**plain, "candidates": each} for plain, each in zip(fields, candidates, strict=True)], letters

@@ -42,7 +42,7 @@ def test_bad_rows_carry_their_reason_and_the_others_go_on():
     assert [row["error"] for row in rows] == [
         "the prompt has 9000 tokens",
         None,
-        "sampling failed 2 times, last with ValueError: no such token",
+        "sampling failed 2 times; the last error: ValueError: no such token",
     ]
     assert [len(row["sampled"]) for row in rows] == [0, 4, 0]
 
