@@ -128,6 +128,4 @@ def _read_finished(staging: str, name: str) -> pa.Table:
     except FileNotFoundError:
         raise CappyError(f"{uri} was deleted after it was written; run `cappy generate` again to sample it again") from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise CappyError(
-            f"{uri} is damaged ({first_line(error)}); delete it and run `cappy generate` again to sample it again"
-        ) from None
+        raise CappyError(f"{uri} is damaged ({first_line(error)}); delete it and run `cappy generate` again to sample it again") from None

@@ -14,11 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cluster import storage
-from cluster.errors import CappyError
-from generation.dataset import Pairs, RegressionSet, explode
+from generation.dataset import Pairs, RegressionSet, concat_tables, explode, open_shard
 from training.batch_plan import Size
 
 _LANES = 8
@@ -86,14 +83,7 @@ def _shuffled(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iter
 
 
 def _blocks(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    waiting: list[pa.Table] = []
-    for piece in pieces:
-        waiting.append(piece)
-        if sum(map(len, waiting)) >= _BLOCK_ROWS:
-            yield pa.concat_tables(waiting).combine_chunks()
-            waiting = []
-    if waiting:
-        yield pa.concat_tables(waiting).combine_chunks()
+    return (block.combine_chunks() for block in concat_tables(pieces, _BLOCK_ROWS))
 
 
 def _pieces(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[pa.Table]:
@@ -115,32 +105,18 @@ def _pieces(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterat
                 continue
             seen += len(piece)
             yield piece
-    if seen != dataset.rows(split):
-        raise CappyError(f"{dataset.uri} has {seen} rows in split {split}, its manifest says {dataset.rows(split)}; generate it again")
+    dataset.check_row_count(split, seen)
 
 
 def _row_groups(uri: str) -> int:
-    fs, path = storage.filesystem(uri)
-    try:
-        with fs.open_input_file(path) as file:
-            return int(pq.ParquetFile(file).num_row_groups)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _damaged(uri, error) from None
+    with open_shard(uri) as parquet:
+        return int(parquet.num_row_groups)
 
 
 def _read_group(uri: str, group: int) -> Iterator[pa.Table]:
-    fs, path = storage.filesystem(uri)
-    try:
-        with fs.open_input_file(path) as file:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
-            for batch in parquet.iter_batches(batch_size=_PIECE_ROWS, row_groups=[group], columns=_COLUMNS):
-                yield pa.Table.from_batches([batch])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _damaged(uri, error) from None
-
-
-def _damaged(uri: str, error: Exception) -> CappyError:
-    return CappyError(f"{uri} is damaged or missing ({str(error).splitlines()[0]}); copy or generate the set again")
+    with open_shard(uri) as parquet:
+        for batch in parquet.iter_batches(batch_size=_PIECE_ROWS, row_groups=[group], columns=_COLUMNS):
+            yield pa.Table.from_batches([batch])
 
 
 def _starts(pairs: Pairs) -> np.ndarray:
