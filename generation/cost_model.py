@@ -1,6 +1,7 @@
-"""What `cappy generate` would make and cost: numbers from counts and rates. Pure: no files, no Ray, no LLM.
+"""Estimate the size and the cost of a `cappy generate` run from counts and rates.
 
-`generation.plan` counts the source and finds the rates; every assumption stands in the result with where it came from.
+Pure: reads no files, imports no Ray, loads no LLM. `generation.plan` counts the source and finds the rates. The result
+lists every assumption with its origin.
 """
 
 from __future__ import annotations
@@ -17,53 +18,64 @@ from rich.text import Text
 from cluster.config import Config
 
 BYTES_PER_PAIR = 131.0
-"""21 GB for 160M pairs, zstd, a row an instruction."""
+"""21 GB for 160M pairs, with zstd and one row per instruction."""
 GPU_FLOPS = 990e12
-"""Dense bfloat16 of an H200, FLOP/s."""
+"""Peak of an H200 for dense bfloat16, in FLOP/s."""
 GPU_SHARE = 0.5
-"""Share of it an engine is taken to reach."""
+"""Share of the peak that an engine is assumed to reach."""
 
 _MIXTURE_ROWS = 40
 
 
 @dataclass
 class Count:
-    """What one dataset, or one part of a mixture, holds. Sampled rows are those without answer choices."""
+    """Counts of one dataset, or of one part of a mixture. Sampled rows are the rows without answer choices."""
 
     train: int = 0
+    """Train rows."""
     validation: int = 0
+    """Validation rows."""
     sampled_rows: int = 0
     references: int = 0
     """Distinct references of all rows."""
     sampled_references: int = 0
-    """Those of sampled rows; each brings its mismatched ones."""
+    """References of sampled rows; each adds its mismatched references."""
     choices: int = 0
-    """Answer choices that are no reference."""
+    """Answer choices that are not a reference."""
     prompt_tokens: float = 0.0
-    """Tokens of the sampled rows' prompts, without shots."""
+    """Tokens of the prompts of sampled rows, without shots."""
     reference_tokens: float = 0.0
-    """Tokens of the sampled rows' references."""
+    """Tokens of the references of sampled rows."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one replica does in a second, and what a candidate and a pair come to; `origin` says for each where it is from."""
+    """The speed of one replica, and the mean sizes of a candidate and a pair; `origin` has the source of each value."""
 
     sampled: float
-    """Tokens sampled in a second."""
+    """Sampled tokens per second."""
     prompt: float | None
-    """Prompt tokens read in a second; None where `sampled` has the reading in it."""
+    """Prompt tokens per second; None if `sampled` already includes the time of the prompts."""
     tokens_per_candidate: float | None
-    """None takes the mean length of the references."""
+    """Sampled tokens per candidate; None means the mean length of the references."""
     bytes_per_pair: float
+    """Compressed bytes of a published pair."""
     origin: Mapping[str, str]
 
 
 def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_from: str = "given") -> dict[str, Any]:
-    """Return the plan: `mixture` (a row a dataset), `totals`, `compute`, `dollars`, `assumptions`.
+    """Return the plan of a run.
 
-    Sampled tokens are given as expected and as the most the decodings allow; hours and dollars likewise. Hours are of whole
-    replicas, `compute.wall_hours` by number of GPUs (None where they are fewer than a replica spans).
+    Args:
+        counts: The counts of each dataset, or of each part of a mixture.
+        config: The config of the run.
+        rates: The speed of one replica and the mean sizes.
+        tokens_from: The source of the token counts, for the assumptions.
+
+    Returns:
+        `mixture` (one entry per dataset), `totals`, `compute`, `dollars` and `assumptions`. Sampled tokens, hours and dollars
+        have an `expected` value and a `most` value, the maximum that the decodings allow. `compute.wall_hours` has the
+        expected hours by number of GPUs; None if a replica needs more GPUs. `compute` is None for an endpoint.
     """
     sampler = config.sampler
     candidates = sum(decoding.n for decoding in sampler.decodings)
@@ -78,15 +90,15 @@ def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tok
             rates.origin["tokens_per_candidate"],
         ),
         ("bytes of a published pair", _round(rates.bytes_per_pair), rates.origin["bytes_per_pair"]),
-        ("mismatched responses", "all found", "fewer in datasets too small or uniform to borrow from"),
+        ("mismatched responses", "all found", "datasets with few distinct references have fewer"),
     ]
     if config.generate.max_per_bin is not None:
         assumptions.append(
-            ("sampled pairs", "all", f"generate.max_per_bin={config.generate.max_per_bin} leaves fewer, by what the labels are")
+            ("sampled pairs", "all", f"generate.max_per_bin={config.generate.max_per_bin} leaves fewer; the number depends on the labels")
         )
     shots = sampler.prompt.shots
     if shots:
-        assumptions.append(("tokens of a shot", "an instruction and a reference", f"{shots} of mean length stand before each instruction"))
+        assumptions.append(("tokens of a shot", "an instruction and a reference", f"{shots} of mean length before each instruction"))
     result = {
         "mixture": rows,
         "totals": {
@@ -113,9 +125,9 @@ def _dataset_row(count: Count, config: Config, rates: Rates, candidates: int) ->
     reference = count.reference_tokens / max(1, count.sampled_references)
     expected = sum(each.n * min(max(rates.tokens_per_candidate or reference, each.min_tokens), each.max_tokens) for each in decodings)
     instruction = count.prompt_tokens / max(1, count.sampled_rows)
-    # Shots that do not fit are left out; an endpoint's context is its own affair.
-    room = config.sampler.engine.max_model_len if config.sampler.engine.kind == "vllm" else math.inf
-    prompt = min(instruction + config.sampler.prompt.shots * (instruction + reference), room)
+    # The vLLM engine drops shots that do not fit into its context; the context length of an endpoint is not known here.
+    max_prompt_tokens = config.sampler.engine.max_model_len if config.sampler.engine.kind == "vllm" else math.inf
+    prompt = min(instruction + config.sampler.prompt.shots * (instruction + reference), max_prompt_tokens)
     by_source = {
         "reference": count.references,
         "choice": count.choices,
@@ -139,10 +151,13 @@ def _dataset_row(count: Count, config: Config, rates: Rates, candidates: int) ->
 
 def _gpu_costs(total: dict[str, Any], config: Config, rates: Rates, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
     plan, engine = config.plan, config.sampler.engine
-    span = engine.tensor_parallel if engine.kind == "vllm" else 1
-    reading = total["fresh_tokens"] / rates.prompt if rates.prompt else 0.0
-    hours = {name: (reading + total[key] / rates.sampled) / 3600 for name, key in (("expected", "sampled_tokens"), ("most", "most_tokens"))}
-    gpu_hours = {name: value * span for name, value in hours.items()}
+    replica_gpus = engine.tensor_parallel if engine.kind == "vllm" else 1
+    prompt_seconds = total["fresh_tokens"] / rates.prompt if rates.prompt else 0.0
+    hours = {
+        name: (prompt_seconds + total[key] / rates.sampled) / 3600
+        for name, key in (("expected", "sampled_tokens"), ("most", "most_tokens"))
+    }
+    gpu_hours = {name: value * replica_gpus for name, value in hours.items()}
     assumptions = [
         *assumptions,
         ("sampled tokens/s of a replica", _round(rates.sampled), rates.origin["sampled"]),
@@ -151,16 +166,18 @@ def _gpu_costs(total: dict[str, Any], config: Config, rates: Rates, assumptions:
             _round(rates.prompt) if rates.prompt else "in the rate above",
             rates.origin["prompt"],
         ),
-        ("GPUs of a replica", span, "sampler.engine.tensor_parallel"),
-        ("more replicas", "as much faster", "replicas share nothing; start-up of the engines and merging are not counted"),
+        ("GPUs of a replica", replica_gpus, "sampler.engine.tensor_parallel"),
+        ("speed", "proportional to replicas", "replicas share nothing; the start of the engines and the merge are not counted"),
         ("dollars of a GPU hour", plan.gpu_dollars_per_hour, "plan.gpu_dollars_per_hour"),
     ]
     if rates.prompt:
-        assumptions.append(("a prompt is read", "once", "its candidates, and all rows with the same shots, share it in the prefix cache"))
+        assumptions.append(("reads of a prompt", "1", "its candidates, and all rows with the same shots, share it in the prefix cache"))
     return {
         "compute": {
             "gpu_hours": gpu_hours,
-            "wall_hours": {str(count): hours["expected"] / (count // span) if count >= span else None for count in plan.gpus},
+            "wall_hours": {
+                str(count): hours["expected"] / (count // replica_gpus) if count >= replica_gpus else None for count in plan.gpus
+            },
         },
         "dollars": {name: value * plan.gpu_dollars_per_hour for name, value in gpu_hours.items()},
         "assumptions": _assumption_rows(assumptions),
@@ -168,23 +185,23 @@ def _gpu_costs(total: dict[str, Any], config: Config, rates: Rates, assumptions:
 
 
 def _endpoint_costs(total: dict[str, Any], config: Config, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
-    """An endpoint's bill: each decoding is a request, which pays for the whole prompt."""
+    """Return the cost at an endpoint: each decoding is a request, and each request pays for the whole prompt."""
     engine = config.sampler.engine
     prompt, sampled = (float(getattr(engine, f"price_per_million_{kind}", 0) or 0) for kind in ("prompt", "sampled"))
     requests = len(config.sampler.decodings)
-    reading = total["prompt_tokens"] * requests * prompt / 1e6
+    prompt_dollars = total["prompt_tokens"] * requests * prompt / 1e6
     assumptions = [
         *assumptions,
         ("dollars of a million prompt tokens", prompt, "sampler.engine.price_per_million_prompt"),
         ("dollars of a million sampled tokens", sampled, "sampler.engine.price_per_million_sampled"),
-        ("a prompt is paid", f"{requests} times", "once a decoding; an endpoint that refuses n takes it once a candidate"),
-        ("wall time", "not known", "the endpoint's rate limits decide"),
+        ("payments for a prompt", str(requests), "one per decoding; one per candidate if the endpoint does not support n > 1"),
+        ("wall time", "not known", "it depends on the rate limits of the endpoint"),
     ]
     return {
         "compute": None,
         "dollars": {
-            "expected": reading + total["sampled_tokens"] * sampled / 1e6,
-            "most": reading + total["most_tokens"] * sampled / 1e6,
+            "expected": prompt_dollars + total["sampled_tokens"] * sampled / 1e6,
+            "most": prompt_dollars + total["most_tokens"] * sampled / 1e6,
         },
         "assumptions": _assumption_rows(assumptions),
     }
@@ -259,5 +276,5 @@ def size(count: float) -> str:
 
 
 def _round(value: float) -> float:
-    """Three significant digits; more would claim a precision nobody has."""
+    """Round to three significant digits, the most that the estimates support."""
     return float(f"{value:.3g}")

@@ -1,9 +1,9 @@
-"""Instructions: from a source to checked rows with a split, shots and mismatched references.
+"""Prepare instruction rows: select their few-shot examples (shots) and their mismatched references. Imports no Ray.
 
-A source is read twice, streaming: once for the pools that shots and mismatched references are drawn from (bounded), once for
-the rows; a mixture that draws is read once more before, to count. A row that cannot be used becomes a dead letter with its place
-and the reason, never an exception. Each draw is a function of the run's seed and the row's id alone. What is held of a source
-is its pools and 8 bytes for each validation row.
+A source is read twice, streaming: first for the pools, from which shots and mismatched references are drawn, then for the
+rows. Mixtures that sample their parts are read one more time before, to count the rows. A row that cannot be used becomes a
+dead letter with its location and the reason; it raises no exception. Each draw depends only on the seed of the run and the
+id of the row. Memory holds the pools, which are bounded, and 8 bytes per validation row.
 """
 
 from __future__ import annotations
@@ -21,19 +21,25 @@ from generation.sources.row import DeadLetter, Instruction, dead_letter
 from generation.tfidf import TfidfIndex
 
 POOL_ROWS = 256
-"""Train rows of one (dataset, template) that shots and mismatched references are drawn from, at most."""
+"""Maximum number of train rows in the pool of one (dataset, template)."""
 
 
 class Pools:
-    """What is drawn on for other rows: up to `POOL_ROWS` train rows of each (dataset, template), a uniform sample of it."""
+    """The train rows from which shots and mismatched references of other rows are drawn.
+
+    The pool of a (dataset, template) is a uniform sample of its train rows, of at most `POOL_ROWS` rows.
+    """
 
     def __init__(
         self, rows: Iterable[Instruction | DeadLetter], seed: int, leave_out: Callable[[Instruction], bool] = lambda row: False
     ) -> None:
-        """`leave_out` is asked only once all rows are read, of the rows sampled."""
+        """Read `rows` once and build the pools.
+
+        `leave_out` excludes rows from the pools. It is called after all rows are read, for the sampled rows only.
+        """
         self._seed = seed
         self._shots: dict[tuple[str, str | None, int], list[Instruction]] = {}
-        self._similarities: dict[tuple[str, str | None, bool], TfidfIndex] = {}
+        self._indexes: dict[tuple[str, str | None, bool], TfidfIndex] = {}
         pools: dict[tuple[str, str | None], list[Instruction]] = {}
         seen: Counter[tuple[str, str | None]] = Counter()
         draw = random.Random(seed)
@@ -45,35 +51,36 @@ class Pools:
             seen[key] += 1
             if len(pool) < POOL_ROWS:
                 pool.append(row)
-            elif (place := draw.randrange(seen[key])) < POOL_ROWS:
-                pool[place] = row
+            elif (index := draw.randrange(seen[key])) < POOL_ROWS:  # reservoir sampling
+                pool[index] = row
         self._templates = {key: [row for row in pool if not leave_out(row)] for key, pool in pools.items()}
         self._datasets: dict[str, list[Instruction]] = {}
         for (dataset, _), pool in self._templates.items():
             self._datasets.setdefault(dataset, []).extend(pool)
 
     def dataset(self, row: Instruction) -> list[Instruction]:
-        """The train rows of the row's dataset."""
+        """Return the pooled rows of the dataset of `row`."""
         return self._datasets.get(row.dataset, [])
 
     def template(self, row: Instruction) -> list[Instruction]:
-        """The train rows of the row's dataset and template."""
+        """Return the pooled rows of the dataset and template of `row`."""
         return self._templates.get((row.dataset, row.template), [])
 
     def shots(self, row: Instruction, count: int, by: str = "seed") -> list[Instruction]:
-        """Return `count` worked examples for a row (fewer where the dataset is smaller), never the row itself.
+        """Return `count` few-shot examples for a row, or fewer if its dataset is too small; never the row itself.
 
-        They come from the row's template where it has enough rows, else from its dataset. By `seed` they are the same for
-        all rows of it: the engine then reads them once and keeps them in its prefix cache. By `similarity` they are the
-        most similar ones, the most similar last, next to the question.
+        The examples are rows of the template if it has more than `count` rows, else rows of the dataset. With
+        `by="seed"`, all rows of the template (or dataset) have the same examples, so that the prefix cache of the engine
+        can share them. With `by="similarity"`, they are the most similar rows; the most similar row is last, next to the
+        instruction.
         """
         if not count:
             return []
-        own = len(self.template(row)) > count
-        pool = self.template(row) if own else self.dataset(row)
-        template = row.template if own else None
+        use_template = len(self.template(row)) > count
+        pool = self.template(row) if use_template else self.dataset(row)
+        template = row.template if use_template else None
         if by == "similarity":
-            return self._similar(row, count, pool, (row.dataset, template, own))
+            return self._similar(row, count, pool, (row.dataset, template, use_template))
         key = (row.dataset, template, count)
         if key not in self._shots:
             draw = random.Random(f"{self._seed}:{row.dataset}:{template}")
@@ -81,13 +88,13 @@ class Pools:
         return [shot for shot in self._shots[key] if shot.instruction != row.instruction][:count]
 
     def _similar(self, row: Instruction, count: int, pool: list[Instruction], key: tuple[str, str | None, bool]) -> list[Instruction]:
-        if key not in self._similarities:
-            self._similarities[key] = TfidfIndex([each.instruction for each in pool])
-        scores = self._similarities[key].similarities(row.instruction)
-        # Equal texts would be the same shot again; of equal scores the earlier row of the pool is taken.
+        if key not in self._indexes:
+            self._indexes[key] = TfidfIndex([each.instruction for each in pool])
+        scores = self._indexes[key].similarities(row.instruction)
+        # Equal instructions would repeat a shot. The stable sort keeps the order of the pool for equal scores.
         nearest: dict[str, Instruction] = {}
-        for place in (-scores).argsort(kind="stable"):
-            shot = pool[int(place)]
+        for index in (-scores).argsort(kind="stable"):
+            shot = pool[int(index)]
             if len(nearest) == count:
                 break
             if shot.instruction != row.instruction:
@@ -96,48 +103,48 @@ class Pools:
 
 
 def prepare_rows(config: Config, evaluation: NgramIndex | None = None) -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
-    """Yield `(split, row)` for every usable instruction, a row having the columns of `schema.PREPARED`; dead letters between.
+    """Yield `(split, row)` for every usable instruction and a `DeadLetter` for every other, in the order of the source.
 
-    Train rows that overlap `evaluation` (null is what the config names) are left out and counted there. A train row whose
-    instruction also stands in validation is a dead letter, so no instruction is ever on both sides.
-    Raises `UsageError` or `CappyError` where the source as a whole cannot be read.
+    A row has the columns of `schema.PREPARED`, and `part`. Train rows that overlap `evaluation` are left out and counted in
+    it; None means the files of `config.decontaminate`. A train row whose instruction is also in the validation split becomes
+    a dead letter, so no instruction is in both splits. Raises `UsageError` or `CappyError` if the source cannot be read.
     """
     evaluation = evaluation or load_contamination(config)
     held_out = split.HeldOutTexts()
     rows = row_reader(config.source, config.seed)
 
-    def watched() -> Iterator[Instruction | DeadLetter]:
+    def with_held_out_recorded() -> Iterator[Instruction | DeadLetter]:
         for row in rows():
             if isinstance(row, Instruction) and row.split == "validation":
                 held_out.add(row.instruction)
             yield row
 
-    def unfit(row: Instruction) -> bool:
+    def is_excluded(row: Instruction) -> bool:
         return row.instruction in held_out or evaluation.find_overlap(row.instruction) is not None
 
-    pools = Pools(watched(), config.seed, unfit)
+    pools = Pools(with_held_out_recorded(), config.seed, is_excluded)
     for each in rows():
         if isinstance(each, DeadLetter):
             yield each
         elif each.split == "train" and each.instruction in held_out:
             yield dead_letter(
-                each.id, "the same instruction stands in validation", {"dataset": each.dataset, "instruction": each.instruction}
+                each.id, "the same instruction is in the validation split", {"dataset": each.dataset, "instruction": each.instruction}
             )
         elif each.split == "validation" or not evaluation.check_row(each):
             yield each.split, prepare_row(each, pools, config)
 
 
 def load_contamination(config: Config) -> NgramIndex:
-    """Return the word runs of the evaluation rows that `config.decontaminate` names; empty where it names none."""
+    """Return the word n-grams of the evaluation rows in the files of `config.decontaminate`; empty without files."""
     uris = [uri for path in config.decontaminate.files for uri in files.find_data_files(path, "decontaminate.files")]
     return NgramIndex([(uri, read_rows(FilesSource(path=uri), config.seed)) for uri in uris], config.decontaminate.n)
 
 
 def prepare_row(row: Instruction, pools: Pools, config: Config) -> dict[str, Any]:
-    """Return the row with its shots and mismatched references drawn (columns of `schema.PREPARED`, and `part`)."""
+    """Return a row with its shots and mismatched references (the columns of `schema.PREPARED`, and `part`)."""
     draw = random.Random(f"{config.seed}:{row.id}")
     mismatched: list[str] = []
-    # A classification row's wrong answers are its other choices (paper, section 3.1); a generation row borrows them.
+    # The wrong answers of a classification row are its other choices (paper, section 3.1); only other rows need them drawn.
     if row.answer_choices is None:
         for pool, each in ((pools.dataset(row), config.generate.mismatched), (pools.template(row), config.generate.hard_mismatched)):
             mismatched += _draw_references(pool, each * len(row.references), {*row.references, *mismatched}, draw)
@@ -158,7 +165,7 @@ def prepare_row(row: Instruction, pools: Pools, config: Config) -> dict[str, Any
 
 
 def _draw_references(pool: list[Instruction], count: int, known: set[str], draw: random.Random) -> list[str]:
-    """Return up to `count` references of a pool that are not `known` and differ from each other."""
+    """Draw up to `count` distinct references from a pool, none of which is in `known`; at most 4 draws per reference."""
     found: list[str] = []
     for _ in range(4 * count if pool else 0):
         text = draw.choice(draw.choice(pool).references)

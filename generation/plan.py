@@ -1,6 +1,7 @@
-"""`cappy plan` at its edge: count what a source holds, count tokens of a part of it, find the rates, hand both to `plan`.
+"""`cappy plan`: count the source of a config, find the rates, and estimate the run with `generation.cost_model`.
 
-The source is read once, streaming; of each dataset only counts are held. Writes nothing and loads no LLM.
+Reads the source once, streaming; memory holds only counts per dataset. Tokens are counted for a sample of the rows. Reads a
+tokenizer, a published set or a benchmark result where the config has them. Writes no files, imports no Ray, loads no LLM.
 """
 
 from __future__ import annotations
@@ -30,51 +31,56 @@ _LOG_INTERVAL_S = 10.0
 
 
 def run_plan(config: Config) -> dict[str, Any]:
-    """Return the plan of a config; see `cost_model.estimate_plan`, and `dead_letters`, the rows the source has that cannot be used.
+    """Return the plan of a config: the result of `cost_model.estimate_plan`, and `dead_letters`, the number of unusable rows.
 
-    Raises `UsageError` or `CappyError` where the source or `plan.rates_from` cannot be read.
+    Raises `UsageError` or `CappyError` if the source or `plan.rates_from` cannot be read.
     """
     rates = find_rates(config)
-    of_prompts, of_texts, tokens_from = _token_counters(config)
-    counts, letters = count_source(config, of_prompts, of_texts)
+    prompt_tokens, text_tokens, tokens_from = _token_counters(config)
+    counts, letters = count_source(config, prompt_tokens, text_tokens)
     return {**cost_model.estimate_plan(counts, config, rates, tokens_from), "dead_letters": letters}
 
 
-def count_source(config: Config, of_prompts: CountTokens, of_texts: CountTokens) -> tuple[dict[str, Count], int]:
+def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountTokens) -> tuple[dict[str, Count], int]:
     """Return a `Count` for each dataset (or part of a mixture), and the number of unusable rows.
 
-    Tokens are counted for `plan.sample_rows` sampled rows of each; the others' follow from their bytes. `of_prompts` counts
-    the tokens of instructions as prompts, `of_texts` of plain texts.
+    Tokens are counted for the first `plan.sample_rows` sampled rows of each; the tokens of the others are estimated from
+    their bytes.
+
+    Args:
+        config: The config whose source is read.
+        prompt_tokens: Returns the number of tokens of the prompt of each instruction.
+        text_tokens: Returns the number of tokens of each plain text.
     """
     found: dict[str, _DatasetCounter] = {}
     letters = rows = 0
-    start = news = time.monotonic()
+    start = last_log = time.monotonic()
     for row in reader.read_rows(config.source, config.seed):
         if isinstance(row, DeadLetter):
             letters += 1
             continue
         name = row.part if config.source.kind == "mixture" else row.dataset
         if name not in found:
-            found[name] = _DatasetCounter(config.plan.sample_rows, of_prompts, of_texts)
+            found[name] = _DatasetCounter(config.plan.sample_rows, prompt_tokens, text_tokens)
         found[name].add(row)
         rows += 1
-        if rows % 1000 == 0 and time.monotonic() - news >= _LOG_INTERVAL_S:
-            news = time.monotonic()
-            log(f"counting: {rows:,} rows  {rows / (news - start):,.0f} rows/s")
+        if rows % 1000 == 0 and time.monotonic() - last_log >= _LOG_INTERVAL_S:
+            last_log = time.monotonic()
+            log(f"counting: {rows:,} rows  {rows / (last_log - start):,.0f} rows/s")
     return {name: each.result() for name, each in sorted(found.items())}, letters
 
 
 class _DatasetCounter:
-    """The counts of one dataset as its rows come."""
+    """The running counts of one dataset."""
 
-    def __init__(self, limit: int, of_prompts: CountTokens, of_texts: CountTokens) -> None:
+    def __init__(self, limit: int, prompt_tokens: CountTokens, text_tokens: CountTokens) -> None:
         self._counts = Count()
-        self._counters = (of_prompts, of_texts)
-        self._left = limit
-        self._bytes = [0, 0]  # of instructions, of references
+        self._counters = (prompt_tokens, text_tokens)
+        self._uncounted = limit
+        self._bytes = [0, 0]  # index 0: instructions, index 1: references; the same below
         self._counted_bytes = [0, 0]
         self._tokens = [0, 0]
-        self._waiting: list[Instruction] = []
+        self._batch: list[Instruction] = []
 
     def add(self, row: Instruction) -> None:
         counts = self._counts
@@ -87,22 +93,22 @@ class _DatasetCounter:
         counts.sampled_references += len(row.references)
         self._bytes[0] += len(row.instruction.encode())
         self._bytes[1] += sum(len(text.encode()) for text in row.references)
-        if self._left:
-            self._left -= 1
-            self._waiting.append(row)
-            if len(self._waiting) == _BATCH:
+        if self._uncounted:
+            self._uncounted -= 1
+            self._batch.append(row)
+            if len(self._batch) == _BATCH:
                 self._tokenize()
 
     def _tokenize(self) -> None:
-        texts = ([row.instruction for row in self._waiting], [text for row in self._waiting for text in row.references])
+        texts = ([row.instruction for row in self._batch], [text for row in self._batch for text in row.references])
         for kind, counter in enumerate(self._counters):
             self._tokens[kind] += sum(counter(texts[kind]))
             self._counted_bytes[kind] += sum(len(text.encode()) for text in texts[kind])
-        self._waiting.clear()
+        self._batch.clear()
 
     def result(self) -> Count:
-        """The counts, once all rows are in."""
-        if self._waiting:
+        """Return the counts after the last row; call it once."""
+        if self._batch:
             self._tokenize()
         self._counts.prompt_tokens, self._counts.reference_tokens = (
             tokens * whole / max(1, counted) for tokens, whole, counted in zip(self._tokens, self._bytes, self._counted_bytes, strict=True)
@@ -111,36 +117,45 @@ class _DatasetCounter:
 
 
 def _token_counters(config: Config) -> tuple[CountTokens, CountTokens, str]:
-    """Counters of prompts and of texts, and what they are: the LLM's tokenizer where it is on this machine, else bytes / 4."""
+    """Return token counters of prompts and of texts, and a description of them.
+
+    They use the tokenizer of the LLM if it is on this machine; otherwise they count bytes / 4.
+    """
     folder = _local_model_folder(config)
     if folder is None:
 
-        def quarter(texts: Sequence[str]) -> list[int]:
+        def quarter_of_bytes(texts: Sequence[str]) -> list[int]:
             return [math.ceil(len(text.encode()) / 4) for text in texts]
 
-        return quarter, quarter, f"bytes / 4: the tokenizer of {config.sampler.model} is not on this machine"
+        return quarter_of_bytes, quarter_of_bytes, f"bytes / 4: the tokenizer of {config.sampler.model} is not on this machine"
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.model_max_length = 10**9  # no warning for a long text: it is only counted
+    tokenizer.model_max_length = 10**9  # suppresses the warning for long texts, which are only counted here
     prompt = config.sampler.prompt
 
-    def of_texts(texts: Sequence[str]) -> list[int]:
+    def text_tokens(texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
-    def of_prompts(texts: Sequence[str]) -> list[int]:
+    def prompt_tokens(texts: Sequence[str]) -> list[int]:
         turns = [prompts.messages(text, (), prompt.system) for text in texts]
         if prompt.form == "raw":
-            return of_texts([prompts.raw_text(each) for each in turns])
-        return of_texts(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            return text_tokens([prompts.raw_text(each) for each in turns])
+        return text_tokens(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     if prompt.form == "chat" and tokenizer.chat_template is None:
-        raise CappyError("sampler.prompt.form=chat, yet the model has no chat template; set sampler.prompt.form=raw")
-    return of_prompts, of_texts, f"its tokenizer, on up to {config.plan.sample_rows:,} rows of a dataset; the others by their bytes"
+        raise CappyError(
+            f"sampler.prompt.form=chat, but sampler.model={config.sampler.model} has no chat template; set sampler.prompt.form=raw"
+        )
+    return (
+        prompt_tokens,
+        text_tokens,
+        f"its tokenizer, for up to {config.plan.sample_rows:,} rows of a dataset; estimated from bytes for the others",
+    )
 
 
 def _local_model_folder(config: Config) -> Path | None:
-    """The LLM's folder where it needs no download: embedded, or local."""
+    """Return the folder of the LLM if it needs no download (embedded or local), else None."""
     name = config.sampler.model
     if config.sampler.engine.kind == "endpoint":
         return None
@@ -148,16 +163,17 @@ def _local_model_folder(config: Config) -> Path | None:
 
 
 def find_rates(config: Config) -> Rates:
-    """Return the rates of a config: what its `plan` gives, else what `plan.rates_from` measured, else calculated ones.
+    """Return the rates of a config.
 
-    Raises `UsageError` where `plan.rates_from` holds none.
+    A value of the `plan` section takes precedence over a measurement in `plan.rates_from`, and a measurement over a
+    calculated value. Raises `UsageError` if `plan.rates_from` has no rates.
     """
     given, uri = config.plan, config.plan.rates_from
     measured = _measured_rates(storage.check_uri(uri, "plan.rates_from"), config.sampler.model) if uri else {}
     values: dict[str, float | None] = {"tokens_per_candidate": None, "bytes_per_pair": cost_model.BYTES_PER_PAIR}
     origin = {
-        "tokens_per_candidate": "the mean reference is taken for its length, within min_tokens and max_tokens",
-        "bytes_per_pair": "21 GB for 160M pairs; plan.bytes_per_pair or plan.rates_from changes it",
+        "tokens_per_candidate": "the mean length of the references, within min_tokens and max_tokens",
+        "bytes_per_pair": "21 GB for 160M pairs; set plan.bytes_per_pair or plan.rates_from to change it",
     }
     for name in ("tokens_per_candidate", "bytes_per_pair"):
         if measured.get(name):
@@ -169,13 +185,16 @@ def find_rates(config: Config) -> Rates:
         origin |= {"sampled": "plan.sampled_tokens_per_second", "prompt": "plan.prompt_tokens_per_second"}
     elif measured:
         sampled, prompt = measured["tokens_per_second"], None
-        origin |= {"sampled": f"measured in {uri}{measured['note']}", "prompt": f"as many a sampled token as there{measured['prompts']}"}
+        origin |= {
+            "sampled": f"measured in {uri}{measured['note']}",
+            "prompt": f"the ratio of prompt tokens to sampled tokens of that run{measured['prompts']}",
+        }
     else:
         parameters, known = _model_parameters(config)
         gpus = getattr(config.sampler.engine, "tensor_parallel", 1)
         sampled = prompt = cost_model.GPU_SHARE * cost_model.GPU_FLOPS * gpus / (2 * parameters)
         reason = (
-            f"a calculation, not a measurement, and too fast for small models: "
+            f"a calculation, not a measurement, and too high for small models: "
             f"{cost_model.GPU_SHARE:.0%} of an H200's 990 TFLOP/s over 2 x {known}"
         )
         origin |= {"sampled": reason, "prompt": reason}
@@ -189,7 +208,7 @@ def find_rates(config: Config) -> Rates:
 
 
 def _measured_rates(uri: str, model: str) -> dict[str, Any]:
-    """`tokens_per_second` of one replica, and what else a published set or a benchmark's JSON tells."""
+    """Return `tokens_per_second` of one replica, and the other rates in a published set or in the JSON of a benchmark."""
     if uri.endswith(".json"):
         result = _rates_from_benchmark(_read_json(uri))
     else:
@@ -199,21 +218,21 @@ def _measured_rates(uri: str, model: str) -> dict[str, Any]:
         if other != model:
             result["note"] += f" with {other}, not {model}"
     if not result.get("tokens_per_second"):
-        raise UsageError(f"plan.rates_from={uri} has no tokens_per_second; give a published set, or a JSON file with it")
+        raise UsageError(f"plan.rates_from={uri} has no tokens_per_second; use a published set, or a JSON file that has it")
     return result
 
 
 def _read_json(uri: str) -> Any:
-    """A JSON file, or the last line of a benchmark's output kept in one."""
+    """Return the content of a JSON file, or of the last line of the saved output of a benchmark."""
     try:
         text = storage.read_bytes(uri).decode()
         return json.loads(text if text.startswith("{") else text.strip().rsplit("\n", 1)[-1])
     except (FileNotFoundError, ValueError) as error:
-        raise UsageError(f"plan.rates_from={uri} cannot be read as JSON ({type(error).__name__}); give a benchmark's result") from None
+        raise UsageError(f"plan.rates_from={uri} cannot be read as JSON ({type(error).__name__}); use the JSON of a benchmark") from None
 
 
-def _rates_from_benchmark(found: Any) -> dict[str, Any]:
-    rates = found.get("rates", found) if isinstance(found, Mapping) else {}
+def _rates_from_benchmark(result: Any) -> dict[str, Any]:
+    rates = result.get("rates", result) if isinstance(result, Mapping) else {}
     kept = {name: rates.get(name) for name in ("tokens_per_second", "tokens_per_candidate", "bytes_per_pair")}
     return {**kept, "note": "", "prompts": ""}
 
@@ -229,28 +248,31 @@ def _rates_from_set(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_second": (rates.get("tokens_per_second") or whole) / replicas,
         "tokens_per_candidate": summary["tokens"] / sampled if sampled else None,
         "bytes_per_pair": data / max(1, summary["pairs"]),
-        "note": f", {replicas} replica(s)" + ("" if rates.get("tokens_per_second") else ", start-up included"),
+        "note": f", {replicas} replica(s)" + ("" if rates.get("tokens_per_second") else ", start of the engine included"),
         "prompts": f": {prompt / max(1, summary['tokens']):.3g}" if prompt else "",
     }
 
 
 def _model_parameters(config: Config) -> tuple[float, str]:
-    """How many parameters a token passes, and how that is known."""
+    """Return the number of parameters that process a token, and the source of the number."""
     name = config.sampler.model
     folder = _local_model_folder(config)
     if folder is not None:
         parameters = sum(_count_parameters(file) for file in folder.glob("*.safetensors"))
         if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("is_encoder_decoder"):
-            return parameters / 2, f"half of {parameters / 1e9:.3g}G parameters (a token passes the encoder or the decoder)"
+            return parameters / 2, f"half of {parameters / 1e9:.3g}G parameters (the encoder or the decoder processes a token)"
         return parameters, f"{parameters / 1e9:.3g}G parameters, counted"
-    told = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
-    if told:
-        return float(told[1]) * 1e9, f"{told[1]}G parameters, by the model's name"
-    return 8e9, "8G parameters, assumed (the model is not here, its name does not tell; set plan.sampled_tokens_per_second)"
+    stated = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
+    if stated:
+        return float(stated[1]) * 1e9, f"{stated[1]}G parameters, from the name of the model"
+    return 8e9, "8G parameters, assumed (no local copy of the model, no size in its name; set plan.sampled_tokens_per_second)"
 
 
 def _count_parameters(file: Path) -> int:
-    """The parameters in a safetensors file, from its header: its length in 8 bytes, then JSON with each tensor's shape."""
+    """Return the number of parameters in a safetensors file.
+
+    The file starts with the length of its header, 8 bytes, then the header: JSON with the shape of each tensor.
+    """
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))

@@ -89,7 +89,7 @@ class BudgetGate:
     def acquire(self, unit: str, max_cost: float) -> bool | None:
         """Reserve `max_cost` dollars for a unit; return whether it may start.
 
-        None means "retry later": the budget does not suffice now, but units in progress can release a part of theirs.
+        None means "retry later": the budget does not suffice now, but units in progress can release a part of their reservations.
         """
         if self._closed or self._exhausted:
             return False

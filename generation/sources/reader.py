@@ -22,12 +22,12 @@ Stream = Callable[[], Iterator[Instruction | DeadLetter]]
 
 
 def read_rows(source: Source, seed: int) -> Iterator[Instruction | DeadLetter]:
-    """Yield a source's rows in order, within its limits."""
+    """Yield the rows of a source in order, within its limits, and a dead letter for each unusable row."""
     return row_reader(source, seed)()
 
 
 def row_reader(source: Source, seed: int) -> Stream:
-    """Return what yields a source's rows, anew each time it is called; what a mixture must count first is counted once."""
+    """Return a function that reads the source from its start at each call. Rows of a mixture are counted once, before."""
     if not isinstance(source, MixtureSource):
         return partial(_read_limited, source, seed, part_name(source))
     streams = [partial(_read_limited, part.source, seed, part.name or part_name(part.source)) for part in source.parts]
@@ -57,11 +57,11 @@ def _template_key(row: Instruction) -> tuple[str, str | None]:
 
 
 def _single_stratum(row: Instruction) -> None:
-    """A part is drawn from as one stratum."""
+    """Return the same stratum for all rows, so that a part of a weighted mixture is sampled as a whole."""
 
 
 def part_name(source: Source) -> str:
-    """What rows of a source are counted under where the config does not say."""
+    """Return the name under which rows of a source are counted if the config has no name for it."""
     if isinstance(source, FilesSource):
         return source.path
     return source.name if isinstance(source, HubSource) else source.kind
@@ -108,16 +108,16 @@ def _file_or_hub_rows(source: FilesSource | HubSource, seed: int) -> Iterator[In
             first = first or (parsed if isinstance(parsed, DeadLetter) else None)
             yield parsed
     if not usable:
-        place = f"source.path={source.path}" if isinstance(source, FilesSource) else f"source.name={source.name}"
+        setting = f"source.path={source.path}" if isinstance(source, FilesSource) else f"source.name={source.name}"
         raise UsageError(
-            f"{place}: no row can be used; each needs `instruction` (text) and `references` (a list of texts), "
+            f"{setting}: no row can be used; each needs `instruction` (text) and `references` (a list of texts), "
             f'e.g. {{"instruction": "...", "references": ["..."]}}, or the columns of another source.format'
-            + (f"; the first: {first.reason} at {first.where}" if first else "; there are no rows")
+            + (f"; the first error: {first.reason} at {first.where}" if first else "; the source has no rows")
         )
 
 
 def _raw_rows(source: FilesSource | HubSource) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
-    """Yield `(dataset name where the rows have none, raw rows)` of each file, or of the hub dataset."""
+    """Yield `(default dataset name, raw rows)` for each file, or for the hub dataset."""
     if isinstance(source, HubSource):
         yield "_".join(filter(None, (source.name.rstrip("/").rsplit("/", 1)[-1], source.subset or source.data_dir))), hub.read_rows(source)
         return
@@ -126,7 +126,7 @@ def _raw_rows(source: FilesSource | HubSource) -> Iterator[tuple[str, Iterable[t
 
 
 def parse_row(row: Mapping[str, Any], where: str, dataset: str, source: RowsSource) -> Instruction | DeadLetter:
-    """Return the instruction a row in our own columns holds, or a dead letter that names the field, what it holds and must."""
+    """Return the instruction of a row in Cappy's own columns, or a dead letter with the field, its value and the fix."""
     reason = row_error(row)
     if reason:
         return dead_letter(where, reason, row)

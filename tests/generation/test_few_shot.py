@@ -58,7 +58,7 @@ def test_no_instruction_is_on_both_sides_even_where_rows_say_so(tmp_path):
     letters = [each for each in found if isinstance(each, DeadLetter)]
     sides = [split for split, _ in (each for each in found if not isinstance(each, DeadLetter))]
     assert sides == ["validation"] * 40 + ["train"] and len(letters) == 40
-    assert letters[0].reason == "the same instruction stands in validation"
+    assert letters[0].reason == "the same instruction is in the validation split"
 
 
 def test_similar_shots_come_nearest_last_and_never_hold_the_row_itself():

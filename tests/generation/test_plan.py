@@ -118,13 +118,15 @@ def test_rates_come_from_the_settings_then_a_measurement_then_a_calculation(tmp_
     assert (given.sampled, given.prompt, given.tokens_per_candidate) == (9.0, None, 3.0)
     of_set = plan.find_rates(load(None, [f"plan.rates_from={tmp_path}/set", "sampler.model=other/model-3b"]))
     assert of_set.sampled == 80.0 and "with smollm2-135m-instruct, not other/model-3b" in of_set.origin["sampled"]
-    assert "as many a sampled token as there: 2" in of_set.origin["prompt"]
+    assert "the ratio of prompt tokens to sampled tokens of that run: 2" in of_set.origin["prompt"]
     assert of_set.bytes_per_pair == sum(n for name, n in storage.list_files(f"{tmp_path}/set/data").items()) / 91
     benchmark = plan.find_rates(load(None, [f"plan.rates_from={tmp_path}/rates.json"]))
     assert (benchmark.sampled, benchmark.tokens_per_candidate, benchmark.bytes_per_pair) == (123.0, 7.5, cost_model.BYTES_PER_PAIR)
     calculated = plan.find_rates(load(None, ["sampler.model=meta-llama/Llama-3.1-8B-Instruct", "sampler.engine.tensor_parallel=2"]))
     assert calculated.sampled == calculated.prompt == pytest.approx(0.5 * 990e12 * 2 / 16e9)
-    assert "a calculation, not a measurement" in calculated.origin["sampled"] and "by the model's name" in calculated.origin["sampled"]
+    assert (
+        "a calculation, not a measurement" in calculated.origin["sampled"] and "from the name of the model" in calculated.origin["sampled"]
+    )
     for uri, reason in ((f"{tmp_path}/none.json", "has no tokens_per_second"), (f"{tmp_path}/gone.json", "cannot be read as JSON")):
         with pytest.raises(UsageError, match=rf"plan.rates_from={uri} {reason}"):
             plan.find_rates(load(None, [f"plan.rates_from={uri}"]))
