@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import types
@@ -133,9 +133,13 @@ def python_page() -> str:
 
 def public_names() -> list[tuple[str, str]]:
     """Return (public name, dotted path of its definition) of the Python API."""
-    if importlib.util.find_spec(PUBLIC_PACKAGE) is None:
-        return [("load", "cluster.config.load"), ("Scorer", "training.scorer.Scorer")]
     package = importlib.import_module(PUBLIC_PACKAGE)
+    if not hasattr(package, "__all__"):
+        return [
+            ("load", "cluster.config.load"),
+            ("Scorer", "training.scorer.Scorer"),
+            ("RegressionSet", "generation.dataset.RegressionSet"),
+        ]
     names = []
     for name in package.__all__:
         value = getattr(package, name)

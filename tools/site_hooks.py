@@ -5,12 +5,13 @@ from __future__ import annotations
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from tools import reference
+from tools import reference, suites
 
 PAGES = {
     "reference/settings.md": reference.settings_page,
     "reference/cli.md": reference.cli_page,
     "reference/python.md": reference.python_page,
+    "reference/tests.md": suites.tests_page,
 }
 
 
