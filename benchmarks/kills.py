@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic import SyntheticLLM
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import DecodingConfig, load
 from cluster.progress import Bar
 from cluster.progress import log as log_line
@@ -70,7 +70,7 @@ def launch(source: str, place: str, log: Path, address: str | None = None) -> su
 def content(place: str) -> str:
     """A hash of the published rows as a multiset."""
     opened = RegressionSet(place)
-    assert storage.verify(place, opened.manifest) == []
+    assert artifacts.verify(place, opened.manifest) == []
     rows = sorted(
         json.dumps(row, sort_keys=True) for split in ("train", "validation") for batch in opened.batches(split) for row in batch.to_pylist()
     )

@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.memory import MIB, Peaks, report
 from benchmarks.synthetic import WORDS, SyntheticLLM, text
-from cluster import ports, storage
+from cluster import artifacts, ports
 from cluster.config import load
 from cluster.progress import log
 from generation import generate
@@ -77,7 +77,7 @@ def measure(rows: int, folder: Path, workspace: str, settings: list[str]) -> dic
     """Make a set of `rows` instructions; return its pace (instructions/s) and peaks (MiB)."""
     source, place = folder / f"{rows}.jsonl", f"{workspace}/{rows}"
     write_source(source, rows)
-    port = ports.free()
+    port = ports.free_port()
     settings = [*settings, f"generate.metrics_port={port}"]
     command = [sys.executable, "-m", "benchmarks.scale", "--drive", f"source={{kind: files, path: '{source}'}}", place, *settings]
     driver = subprocess.Popen(command)
@@ -87,7 +87,7 @@ def measure(rows: int, folder: Path, workspace: str, settings: list[str]) -> dic
     if code:
         raise SystemExit(f"{rows} instructions: exit code {code}")
     opened = RegressionSet(place)
-    if (made := opened.manifest["summary"]["instructions"]) != rows or (problems := storage.verify(place, opened.manifest)):
+    if (made := opened.manifest["summary"]["instructions"]) != rows or (problems := artifacts.verify(place, opened.manifest)):
         raise SystemExit(f"{rows} instructions: {made} in the set; {problems}")
     seconds = dict(opened.manifest["seconds"])
     seconds["sampling"] = rows / watch.sampled_per_second(rows)

@@ -115,7 +115,7 @@ def write_scorer(folder: Path, seed: int) -> None:
 @contextmanager
 def ours(config: Config, folder: Path) -> Iterator[Server]:
     """`cappy serve` of a config at a free port; its files and log in `folder`."""
-    port = ports.free()
+    port = ports.free_port()
     path = folder / "serve.yaml"
     path.write_text(config.model_copy(update={"serving": config.serving.model_copy(update={"port": port})}).to_yaml())
     # Joined by whoever updates it. Ray's workers give way to everything else by default; vLLM's server does not.
@@ -130,7 +130,7 @@ def vllms(config: Config, folder: Path, settings: Literal["ours", "own"] = "ours
 
     Its engine has `ours`, the settings that `cappy serve` gives it, or its `own`, as `vllm serve` has them but for the cores: all of them.
     """
-    port = ports.free()
+    port = ports.free_port()
     path = folder / "vllm.yaml"
     path.write_text(config.to_yaml())
     with _running(["-m", "benchmarks.servers", str(path), str(port), settings], port, folder / "vllm.log", {}) as server:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import models, storage
+from cluster import artifacts, models, storage
 from cluster.config import DecodingConfig
 from generation.engines.contract import Candidate
 from generation.schema import DATASET
@@ -77,7 +77,7 @@ def publish_set(uri: str, instructions: int) -> None:
             names.append(f"data/{split}/part-{part:05d}.parquet")
             storage.write_bytes(storage.join(uri, names[-1]), sink.getvalue().to_pybytes())
         counts[split] = {"instructions": count, "pairs": 3 * count}
-    storage.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "files": storage.checksums(uri, names)})
+    artifacts.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "files": artifacts.checksums(uri, names)})
 
 
 def _row(name: str, draw: random.Random) -> dict[str, Any]:

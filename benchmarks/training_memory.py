@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import synthetic
 from benchmarks.memory import MIB, Peaks, report
-from cluster import storage
+from cluster import artifacts
 from cluster.config import Config, load
 from cluster.progress import log
 from training import train
@@ -46,7 +46,7 @@ def measure(pairs: int, folder: Path) -> dict[str, Any]:
     peaks.end()
     if code:
         raise SystemExit(f"{pairs} pairs: exit code {code}")
-    summary = storage.read_manifest(config.scorer_uri, "scorer", "train")["summary"]
+    summary = artifacts.read_manifest(config.scorer_uri, "scorer", "train")["summary"]
     if summary["pairs"] != pairs // 3 * 3:
         raise SystemExit(f"{pairs} pairs: {summary['pairs']} were trained")
     pace = round(summary["pairs_per_second"], 1)

@@ -86,7 +86,7 @@ def main() -> int:
         for _ in range(options.repeats):
             losses = {}
             for world in rates:
-                torch.multiprocessing.spawn(worker, (world, ports.free(), place, config, options.steps), nprocs=world)
+                torch.multiprocessing.spawn(worker, (world, ports.free_port(), place, config, options.steps), nprocs=world)
                 told = json.loads(Path(place, f"{world}.json").read_text())
                 losses[world] = np.array(told["losses"])
                 rates[world].append((options.steps - _WARM_UP) * options.batch_size / told["seconds"])

@@ -61,12 +61,12 @@ def plan(config: ConfigFile = None, set_: Overrides = None, as_json: AsJson = Fa
 
     Reads and counts the instructions; loads no LLM and writes nothing.
     """
-    from generation import cost_model
+    from cappy import display
     from generation import plan as planning
 
     result = planning.run_plan(configuration.load(config, set_ or ()))
     if not as_json:
-        cost_model.show(result, out)
+        display.show_plan(result, out)
     _finish(result, as_json)
 
 
@@ -101,7 +101,7 @@ def annotate(
     Metrics: rouge_l (the default), token_f1, chrf, exact_match. References, choices and mismatched candidates keep their labels.
     """
     config = configuration.load(None, set_ or ())
-    _show("annotate", jobs.submit("annotate", config, overwrite=overwrite, address=address, src=src, dst=dst), as_json)
+    _show("annotate", jobs.run_verb("annotate", config, overwrite=overwrite, address=address, src=src, dst=dst), as_json)
 
 
 @app.command(epilog="Example: cappy train demo --set training.epochs=2 --set scorer.encoder=/models/roberta-large")
@@ -202,11 +202,11 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show what a published folder holds, and check its files against their checksums."""
-    from cappy import inspection
+    from cappy import display, inspection
 
     result = inspection.run_inspect(uri, samples=samples, verify=verify)
     if not as_json:
-        inspection.show(result, out)
+        display.show_inspection(result, out)
     _finish(result, as_json)
     if result["problems"]:
         raise CappyError(f"{uri}: {len(result['problems'])} file(s) are damaged, first: {result['problems'][0]}; copy or make it again")
@@ -224,9 +224,11 @@ def push(
 
     Interrupted, the same command goes on where it was.
     """
-    from generation import transfer
-
-    _copied(transfer.export_pairs(source, destination) if pairs else transfer.copy(source, destination), as_json)
+    if pairs:
+        from generation.export_pairs import export_pairs as copy
+    else:
+        from cluster.copying import copy_folder as copy
+    _show_copy(copy(source, destination), as_json)
 
 
 @app.command(epilog="Example: cappy pull s3://bucket/demo/scorer")
@@ -237,13 +239,12 @@ def pull(
     debug: Debug = False,
 ) -> None:
     """Copy what was published to this machine, checked as push does."""
-    from cluster import storage
-    from generation import transfer
+    from cluster import copying, storage
 
     target = destination or source.rstrip("/").rsplit("/", 1)[-1]
     if storage.is_s3(target):
         raise UsageError(f"DST={target} is not on this machine; copy between stores with `cappy push {source} {target}`")
-    _copied(transfer.copy(source, target), as_json)
+    _show_copy(copying.copy_folder(source, target), as_json)
 
 
 @app.command()
@@ -309,19 +310,19 @@ _KINDS = {"generate": "dataset", "annotate": "dataset", "train": "scorer", "adap
 
 def _run(verb: str, config: str | None, overrides: list[str] | None, address: str | None, overwrite: bool) -> dict[str, Any]:
     loaded = configuration.load(config, overrides or ())
-    return jobs.submit(verb, loaded, overwrite=overwrite, address=address)
+    return jobs.run_verb(verb, loaded, overwrite=overwrite, address=address)
 
 
 def _show(verb: str, result: dict[str, Any], as_json: bool) -> None:
     """Print a verb's result for people, unless a program asked."""
     if not as_json and verb != "serve":
-        from cappy import inspection
+        from cappy import display
 
-        inspection.show_summary(_KINDS[verb], result, out)
+        display.show_summary(_KINDS[verb], result, out)
     _finish(result, as_json)
 
 
-def _copied(result: dict[str, Any], as_json: bool) -> None:
+def _show_copy(result: dict[str, Any], as_json: bool) -> None:
     if not as_json:
         state = (
             f"{result['copied_files']} of {result['files']} files copied, {result['copied_bytes'] / 1e6:,.1f} MB at "

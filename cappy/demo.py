@@ -16,7 +16,7 @@ import httpx
 from rich.console import Console
 from rich.rule import Rule
 
-from cluster import ports, storage
+from cluster import artifacts, ports, storage
 from cluster.config import Config, load
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
@@ -39,7 +39,7 @@ def main() -> int:
     steps = (("generate", config.dataset_uri), ("train", config.scorer_uri), ("evaluate", config.evaluation_uri))
     for number, (verb, uri) in enumerate(steps, 1):
         out.print(Rule(f"{number}/4  cappy {verb} {CONFIG}", align="left"))
-        if storage.exists(storage.join(uri, storage.MANIFEST)):
+        if storage.exists(storage.join(uri, artifacts.MANIFEST)):
             out.print(f"{uri} is finished already and kept; delete it to make it again")
             code = _cappy("inspect", uri, "--samples", "0")
         else:
@@ -77,7 +77,7 @@ def question(dataset: RegressionSet) -> tuple[list[Any], dict[str, Any]]:
 
 def _serve(config: Config) -> None:
     turns, row = question(RegressionSet(config.dataset_uri))
-    port = ports.free(config.serving.host)
+    port = ports.free_port(config.serving.host)
     url = f"http://{config.serving.host}:{port}"
     log = Path(config.workspace, "serve.log")
     with log.open("w") as sink:

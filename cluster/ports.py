@@ -41,7 +41,7 @@ def check_port(host: str, port: int, settings: str) -> None:
         raise UsageError(f"{settings}host={host} cannot be bound: {error.strerror}; use an address of this machine") from None
 
 
-def free(host: str = "127.0.0.1", beyond: int = 0) -> int:
+def free_port(host: str = "127.0.0.1", beyond: int = 0) -> int:
     """Return a port nothing listens on at `host`; with `beyond`, the ports up to that far above it are free too."""
     while True:
         with socket.socket() as probe:

@@ -25,7 +25,7 @@ def log(text: str) -> None:
 
 
 @contextmanager
-def silence() -> Iterator[None]:
+def silence_stderr() -> Iterator[None]:
     """Keep standard error off the terminal inside the block, what libraries print from C included."""
     saved = os.dup(2)
     with Path(os.devnull).open("w") as sink:

@@ -20,7 +20,7 @@ import tenacity
 
 from cluster.cpu import openmp_environment
 from cluster.errors import CappyError, UsageError
-from cluster.progress import log, silence
+from cluster.progress import log, silence_stderr
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def ray_session() -> Iterator[None]:
     patience = tenacity.retry(
         retry=tenacity.retry_if_exception_message(match=".*timed out during startup"), stop=tenacity.stop_after_attempt(3), reraise=True
     )
-    with silence():  # it announces the log level set above on standard error; what fails raises
+    with silence_stderr():  # it announces the log level set above on standard error; what fails raises
         patience(ray.init)(**options)
     try:
         yield
@@ -91,7 +91,7 @@ def code_version() -> str:
     return f"{version('cappy-ray')}+{asked.stdout.strip()}" if asked.returncode == 0 else version("cappy-ray")
 
 
-def clean_error(error: BaseException) -> CappyError | None:
+def find_cappy_error(error: BaseException) -> CappyError | None:
     """Return the `CappyError` behind an exception Ray wrapped, or None where there is none.
 
     Ray keeps a task's exception as `cause`, in an error of its own that is a `CappyError` too but says the worker's whole
@@ -111,4 +111,4 @@ def clean_error(error: BaseException) -> CappyError | None:
 
 
 # Where a store is, but never who we are: nodes have credentials of their own (a role, or their environment).
-PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "CAPPY_CACHE", "HF_HUB_OFFLINE")
+FORWARDED_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "CAPPY_CACHE", "HF_HUB_OFFLINE")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cluster import storage
+from cluster import artifacts, folder_writer, storage
 from cluster.config import Config
 from cluster.errors import CappyError
 from cluster.progress import Bar, log
@@ -31,7 +31,7 @@ VERSION = 1
 _COLUMNS = ("id", "dataset", "instruction", "references", "candidates")
 _PAIRS_AT_ONCE = 512
 _MARK = "_staging/run.json"
-_OWNED = storage.Owned(
+_OWNED = artifacts.OwnedFiles(
     "evaluation", "evaluate", (r"_staging/run\.json",), r"_staging/run\.json", (r"results\.json|rows\.parquet|report\.html|config\.yaml",)
 )
 
@@ -71,8 +71,8 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
     """
     uri = storage.check_uri(config.evaluation_uri, "evaluation_path")
     if not overwrite:
-        storage.refuse_published(uri, "evaluation_path", "evaluate")
-    storage.refuse_foreign(uri, "evaluation_path", _OWNED, overwrite=overwrite)
+        artifacts.refuse_published(uri, "evaluation_path", "evaluate")
+    artifacts.refuse_foreign(uri, "evaluation_path", _OWNED, overwrite=overwrite)
     dataset = RegressionSet(config.dataset_uri)
     rows, without = read_rows(dataset, config.evaluation.split)
     base = pick_baselines(rows, dataset.manifest["config"]["sampler"]["decodings"])
@@ -97,11 +97,11 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
     page = report.render_report(results, table, config.evaluation.examples)
 
     if overwrite:
-        storage.withdraw(uri, "evaluation_path", _OWNED)
-    storage.finish_withdrawal(uri, "evaluation_path", _OWNED)
+        artifacts.withdraw(uri, "evaluation_path", _OWNED)
+    artifacts.finish_withdrawal(uri, "evaluation_path", _OWNED)
     # Until the manifest is there, it tells the next run that the other files are an evaluation's.
     storage.write_json(storage.join(uri, _MARK), {"scorer": config.scorer_uri, "dataset": config.dataset_uri})
-    folder = storage.FolderWriter(uri)
+    folder = folder_writer.FolderWriter(uri)
     files = {
         "results.json": folder.write_json("results.json", results),
         "rows.parquet": folder.write_bytes("rows.parquet", _parquet(table)),
@@ -117,8 +117,8 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
         "config": config.model_dump(mode="json"),
         "files": files,
     }
-    storage.publish(uri, manifest)
-    storage.cleanup(storage.join(uri, "_staging"))
+    artifacts.publish(uri, manifest)
+    artifacts.cleanup(storage.join(uri, "_staging"))
     return summary
 
 
@@ -140,7 +140,7 @@ def _provenance(config: Config, dataset: RegressionSet, uri: str) -> dict[str, A
 
 def _encoder(scorer: str) -> str | None:
     """The encoder a published scorer was built on; None for a model that is not ours."""
-    manifest = storage.join(scorer, storage.MANIFEST)
+    manifest = storage.join(scorer, artifacts.MANIFEST)
     return str(storage.read_json(manifest)["config"]["scorer"]["encoder"]) if storage.exists(manifest) else None
 
 

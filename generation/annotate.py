@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from cluster import storage
+from cluster import artifacts, folder_writer, storage
 from cluster.config import Config, LabelConfig, differences
 from cluster.errors import CappyError, UsageError
 from cluster.progress import Bar
@@ -30,7 +30,7 @@ from generation import dataset, dataset_card, labels
 from generation.dataset import RegressionSet
 from generation.schema import DATASET
 
-_OWNED = storage.Owned("dataset", "annotate", dataset.WORKING_FILES, r"_staging/run\.json", dataset.RESULT_FILES)
+_OWNED = artifacts.OwnedFiles("dataset", "annotate", dataset.WORKING_FILES, r"_staging/run\.json", dataset.RESULT_FILES)
 # Rows labelled at once; bounds a task's memory.
 _BATCH_ROWS = 1024
 
@@ -46,10 +46,10 @@ def run_annotate(config: Config, *, src: str, dst: str, overwrite: bool = False)
     uri = storage.check_uri(dst, "DST")
     _refuse_nested(source.uri, uri)
     if overwrite:
-        storage.withdraw(uri, "DST", _OWNED)
-    storage.refuse_published(uri, "DST", "annotate")
-    storage.refuse_foreign(uri, "DST", _OWNED, overwrite=False)
-    storage.finish_withdrawal(uri, "DST", _OWNED)
+        artifacts.withdraw(uri, "DST", _OWNED)
+    artifacts.refuse_published(uri, "DST", "annotate")
+    artifacts.refuse_foreign(uri, "DST", _OWNED, overwrite=False)
+    artifacts.finish_withdrawal(uri, "DST", _OWNED)
     origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
     metric = labels.describe_metric(config.generate.label)
     _claim_destination(uri, {"relabelled_from": origin, "metric": metric})
@@ -131,7 +131,7 @@ def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelCon
                 for table in tables:
                     statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
                 writer.write_table(pa.concat_tables(tables))
-        entry = storage.FolderWriter(uri).upload_file(new, name) | {"rows": statistics["instructions"]}
+        entry = folder_writer.FolderWriter(uri).upload_file(new, name) | {"rows": statistics["instructions"]}
     return {"name": name, "entry": entry, "statistics": statistics}
 
 
@@ -146,7 +146,7 @@ def _publish(
     config = {**manifest["config"], "generate": {**manifest["config"]["generate"], "label": label.model_dump(mode="json")}}
     plain = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
     kept = {}
-    folder = storage.FolderWriter(uri)
+    folder = folder_writer.FolderWriter(uri)
     for name in ("dead_letters.jsonl", "decontamination.json"):
         data = storage.read_bytes(storage.join(source.uri, name))
         if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
@@ -169,6 +169,6 @@ def _publish(
         "config": config,
         "files": files,
     }
-    storage.publish(uri, dataset_card.write_card(uri, made))
-    storage.cleanup(storage.join(uri, "_staging"))
+    artifacts.publish(uri, dataset_card.write_card(uri, made))
+    artifacts.cleanup(storage.join(uri, "_staging"))
     return summary

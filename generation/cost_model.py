@@ -11,10 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from cluster.config import Config
 
 BYTES_PER_PAIR = 131.0
@@ -23,8 +19,6 @@ GPU_FLOPS = 990e12
 """Peak of an H200 for dense bfloat16, in FLOP/s."""
 GPU_SHARE = 0.5
 """Share of the peak that an engine is assumed to reach."""
-
-_MIXTURE_ROWS = 40
 
 
 @dataclass
@@ -209,70 +203,6 @@ def _endpoint_costs(total: dict[str, Any], config: Config, assumptions: list[tup
 
 def _assumption_rows(assumptions: list[tuple[str, Any, str]]) -> list[dict[str, Any]]:
     return [{"what": what, "value": value, "from": origin} for what, value, origin in assumptions]
-
-
-def show(result: dict[str, Any], console: Console) -> None:
-    """Print a plan with the number of its `dead_letters`."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("dataset", "train", "validation", "tokens/prompt", "candidates", "pairs"):
-        table.add_column(name, justify="left" if name == "dataset" else "right")
-    rows = sorted(result["mixture"].items(), key=lambda item: (-item[1]["pairs"], item[0]))
-    for name, row in rows[:_MIXTURE_ROWS]:
-        prompt = f"{row['mean_prompt_tokens']:,.0f}" if row["sampled_rows"] else ""
-        table.add_row(Text(name), f"{row['train']:,}", f"{row['validation']:,}", prompt, f"{row['candidates']:,}", f"{row['pairs']:,}")
-    console.print(table)
-    if len(rows) > _MIXTURE_ROWS:
-        rest = rows[_MIXTURE_ROWS:]
-        console.print(f"and {len(rest):,} datasets more with {sum(row['pairs'] for _, row in rest):,} pairs")
-    console.print()
-    totals = result["totals"]
-    tokens = totals["sampled_tokens"]
-    lines = [
-        ("left out", f"{result['dead_letters']:,} rows of the source that cannot be used"),
-        ("instructions", f"{totals['instructions']:,}, {totals['sampled_instructions']:,} of them sampled"),
-        ("pairs", f"{totals['pairs']:,}: " + ", ".join(f"{name} {count:,}" for name, count in totals["pairs_by_source"].items())),
-        ("prompt tokens", f"{totals['prompt_tokens']:,}"),
-        ("sampled tokens", f"{tokens['expected']:,} expected, {tokens['most']:,} at most"),
-        ("storage", size(totals["bytes"])),
-    ]
-    if result["compute"]:
-        hours = result["compute"]["gpu_hours"]
-        lines.append(("GPU-hours", f"{hours['expected']:,.3g} expected, {hours['most']:,.3g} at most"))
-        for count, wall in result["compute"]["wall_hours"].items():
-            lines.append((f"time on {int(count):,} GPU{'s' if count != '1' else ''}", duration(wall) if wall is not None else "too few"))
-    lines.append(("dollars", f"{result['dollars']['expected']:,.2f} expected, {result['dollars']['most']:,.2f} at most"))
-    _print_pairs(lines, console)
-    console.print()
-    console.print("assumed")
-    assumed = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for each in result["assumptions"]:
-        value = f"{each['value']:,}" if isinstance(each["value"], int | float) else str(each["value"])
-        assumed.add_row(Text(each["what"]), Text(value), Text(each["from"]))
-    console.print(assumed)
-
-
-def _print_pairs(lines: list[tuple[str, str]], console: Console) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, text in lines:
-        table.add_row(name, Text(text))
-    console.print(table)
-
-
-def duration(hours: float) -> str:
-    """Hours as people say them: `12 s`, `8.4 min`, `3.2 h`, `5.1 days`."""
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    if hours >= 1:
-        return f"{hours:.1f} h"
-    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.2g} s"
-
-
-def size(count: float) -> str:
-    """Bytes as people say them, in powers of 1,000: `1.4 MB`, `21.0 GB`."""
-    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= length:
-            return f"{count / length:,.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
 
 
 def _round(value: float) -> float:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.errors import CappyError, first_line
 from generation.schema import PAIRS
 
@@ -37,7 +37,7 @@ WORKING_FILES = (
     r"data/(train|validation)/part-\d{5,}-[0-9a-f]{8}\.parquet",
     r"_staging/promises/(train|validation)-\d+-[0-9a-f]{32}\.json",
 )
-"""Patterns of the files of an unfinished set, for `storage.Owned`; the names of its shards contain a run id."""
+"""Patterns of the files of an unfinished set, for `artifacts.OwnedFiles`; the names of its shards contain a run id."""
 RESULT_FILES = (
     r"data/(train|validation)/part-\d{5,}\.parquet",
     r"config\.yaml|README\.md|labels\.svg|dead_letters\.jsonl|decontamination\.json",
@@ -68,7 +68,7 @@ class RegressionSet:
 
     def __init__(self, uri: str, setting: str = "dataset") -> None:
         self.uri = storage.check_uri(uri, setting)
-        self.manifest = storage.read_manifest(self.uri, "dataset", "generate")
+        self.manifest = artifacts.read_manifest(self.uri, "dataset", "generate")
 
     def shards(self, split: str) -> list[str]:
         """Return the URIs of the Parquet files of a split, in order."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cluster import storage
+from cluster import folder_writer
 from generation.dataset import LABEL_BINS
 
 GIVEN = ("reference", "choice", "mismatched")
@@ -40,9 +40,9 @@ _SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 def write_card(uri: str, manifest: dict[str, Any], check: Callable[[], None] | None = None) -> dict[str, Any]:
     """Write `README.md` and `labels.svg` beside a set; return its manifest, not yet published, with both among its files.
 
-    `check` is called before each write, see `storage.FolderWriter`.
+    `check` is called before each write, see `cluster.folder_writer.FolderWriter`.
     """
-    folder = storage.FolderWriter(uri, check)
+    folder = folder_writer.FolderWriter(uri, check)
     made = {
         "labels.svg": folder.write_bytes("labels.svg", plot_labels(manifest["summary"]["source_labels"])),
         "README.md": folder.write_bytes("README.md", render_card(manifest).encode()),

@@ -24,7 +24,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster import lease, storage
+from cluster import artifacts, folder_writer, lease, storage
 from cluster.config import Config, differences, fingerprint
 from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Lease, LeaseLost
@@ -42,7 +42,7 @@ _ERROR_RATE_ROWS = 200
 # Blocks a plan is cut into at most: Ray Data's books in the driver grow with them, not with the rows.
 _BLOCKS = 1000
 _LEASE = "_lease"
-_OWNED = storage.Owned("dataset", "generate", dataset.WORKING_FILES, r"_staging/(units|letters)/.+", dataset.RESULT_FILES)
+_OWNED = artifacts.OwnedFiles("dataset", "generate", dataset.WORKING_FILES, r"_staging/(units|letters)/.+", dataset.RESULT_FILES)
 
 
 def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> dict[str, Any]:
@@ -54,15 +54,15 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
     start = time.monotonic()
     uri = storage.check_uri(config.dataset_uri, "dataset")
     if not overwrite:
-        storage.refuse_published(uri, "dataset", "generate")
-    storage.refuse_foreign(uri, "dataset", _OWNED, overwrite=overwrite)
+        artifacts.refuse_published(uri, "dataset", "generate")
+    artifacts.refuse_foreign(uri, "dataset", _OWNED, overwrite=overwrite)
     engines.check_sampler_config(config.sampler)
-    with prometheus.serve_metrics(config.generate) as progress, lease.held(storage.join(uri, _LEASE), f"dataset={uri}") as held:
+    with prometheus.serve_metrics(config.generate) as progress, lease.hold(storage.join(uri, _LEASE), f"dataset={uri}") as held:
         if overwrite:
-            storage.withdraw(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
-        storage.finish_withdrawal(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
-        storage.refuse_published(uri, "dataset", "generate")
-        storage.refuse_foreign(uri, "dataset", _OWNED, overwrite=False)
+            artifacts.withdraw(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
+        artifacts.finish_withdrawal(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
+        artifacts.refuse_published(uri, "dataset", "generate")
+        artifacts.refuse_foreign(uri, "dataset", _OWNED, overwrite=False)
         staging = storage.join(uri, "_staging")
         held.check()
         _claim_destination(staging, config)
@@ -292,7 +292,7 @@ def _publish(
     if not total.get("instructions"):
         raise CappyError(f"{uri}: every row failed, nothing is published; the reasons stand below {staging}")
     dead_letters = 0
-    folder = storage.FolderWriter(uri, held.check)
+    folder = folder_writer.FolderWriter(uri, held.check)
     with _dead_letter_file() as letters:
         for place in [
             storage.join(staging, "prepared", "dead_letters.jsonl"),
@@ -329,8 +329,8 @@ def _publish(
     manifest = dataset_card.write_card(uri, manifest, held.check)
     shards.remove_superseded(uri, merged, held.check)
     held.check()
-    storage.publish(uri, manifest)
-    storage.cleanup(staging, held.check)
+    artifacts.publish(uri, manifest)
+    artifacts.cleanup(staging, held.check)
     return summary
 
 

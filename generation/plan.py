@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import models, storage
+from cluster import artifacts, models, storage
 from cluster.config import Config
 from cluster.errors import CappyError, UsageError
 from cluster.progress import log
@@ -212,7 +212,7 @@ def _measured_rates(uri: str, model: str) -> dict[str, Any]:
     if uri.endswith(".json"):
         result = _rates_from_benchmark(_read_json(uri))
     else:
-        manifest = storage.read_manifest(uri, "dataset", "generate")
+        manifest = artifacts.read_manifest(uri, "dataset", "generate")
         result = _rates_from_set(manifest)
         other = manifest["config"]["sampler"]["model"]
         if other != model:

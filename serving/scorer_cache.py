@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cluster import models, storage
+from cluster import artifacts, models, storage
 from cluster.errors import CappyError
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def load_if_changed(uri: str, setting: str, held: LoadedScorer | None, dtype: Dt
     if held is not None and version == held.version:
         return held
     if held is not None and version is None:
-        raise CappyError(f"{setting}={uri} has no {storage.MANIFEST} any more: it is being published anew, or was taken back")
+        raise CappyError(f"{setting}={uri} has no {artifacts.MANIFEST} any more: it is being published anew, or was taken back")
     if version is not None:
         _check_weights(uri, setting)
     with _loading:
@@ -167,17 +167,17 @@ def load_if_changed(uri: str, setting: str, held: LoadedScorer | None, dtype: Dt
 def read_version(uri: str) -> str | None:
     """Return what changes with every publication at `uri`: 12 hex digits of the manifest's SHA-256, None where there is none."""
     try:
-        return hashlib.sha256(storage.read_bytes(storage.join(uri, storage.MANIFEST))).hexdigest()[:12]
+        return hashlib.sha256(storage.read_bytes(storage.join(uri, artifacts.MANIFEST))).hexdigest()[:12]
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def _check_weights(uri: str, setting: str) -> None:
     """Raise `CappyError` where the weights are not those of the manifest: a copy by other tools brings files in any order."""
-    files = storage.published(uri, setting)["files"]
+    files = artifacts.read_any_manifest(uri, setting)["files"]
     weights = {name: entry for name, entry in files.items() if name.endswith(".safetensors")}
     folder = models.resolve(uri, setting, adapters=True)
-    if wrong := storage.verify(str(folder), {"files": weights}):
+    if wrong := artifacts.verify(str(folder), {"files": weights}):
         if storage.is_s3(uri):
             storage.delete(str(folder))  # a copy in the cache, which would never be made again for this manifest
         raise CappyError(f"{setting}={uri}: {wrong[0]}; publish it again")

@@ -16,10 +16,10 @@ import ray
 from ray import serve
 from ray.serve.config import ProxyLocation
 
-from cluster import models, ports, progress, storage
+from cluster import artifacts, models, ports, progress, storage
 from cluster.config import Config, ServingConfig
 from cluster.errors import CappyError, UsageError
-from cluster.runtime import clean_error, ray_session
+from cluster.runtime import find_cappy_error, ray_session
 from generation import engines
 from serving.app import APPLICATION, build_application, http_options
 from serving.backend import ApiError
@@ -80,9 +80,9 @@ def check_scorer(config: Config) -> None:
         models.resolve(uri, "scorer_path")  # a hub name, or an error that says what else may stand there
         return
     storage.check_uri(uri, "scorer_path")
-    ours = any(storage.exists(storage.join(uri, name)) for name in (storage.MANIFEST, CHECKPOINTS_FOLDER))
+    ours = any(storage.exists(storage.join(uri, name)) for name in (artifacts.MANIFEST, CHECKPOINTS_FOLDER))
     if ours or not storage.exists(storage.join(uri, "config.json")):
-        storage.read_manifest(uri, "scorer", "train")
+        artifacts.read_manifest(uri, "scorer", "train")
     else:
         models.resolve(uri, "scorer_path")
 
@@ -143,7 +143,7 @@ def _start_error(error: RuntimeError) -> CappyError:
     deployments = serve.status().applications[APPLICATION].deployments.values()
     report = "\n".join(deployment.message for deployment in deployments if deployment.status.name == "DEPLOY_FAILED") or str(error)
     lines = [line.strip() for line in report.splitlines() if line.strip()]
-    return clean_error(RuntimeError(report)) or CappyError(
+    return find_cappy_error(RuntimeError(report)) or CappyError(
         f"the server did not start: {lines[-1]}; Ray's logs/serve folder has the details"
     )
 

@@ -44,7 +44,7 @@ def serve_config_tree(config: Config) -> dict[str, Any]:
                 "name": app.APPLICATION,
                 "route_prefix": "/",
                 "import_path": "serving.app:application",
-                "runtime_env": {"env_vars": {name: os.environ[name] for name in runtime.PASSED_ON if name in os.environ}},
+                "runtime_env": {"env_vars": {name: os.environ[name] for name in runtime.FORWARDED_VARIABLES if name in os.environ}},
                 "args": config.model_dump(mode="json", exclude=_LEFT_OUT),
                 # Here a change leaves the running replicas as they are; in `args` it replaces them.
                 "deployments": [{"name": name, **app.replica_options(each)} for name, each in replicas.items()],

@@ -59,7 +59,7 @@ def bigbench_tasks() -> None:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A SeaweedFS S3 server with credentials of its own; yields the environment a client needs."""
     folder = tmp_path_factory.mktemp("s3")
-    base = next(port for port in iter(lambda: ports.free(beyond=4), None) if port < 50_000)
+    base = next(port for port in iter(lambda: ports.free_port(beyond=4), None) if port < 50_000)
     environment = {
         "AWS_ACCESS_KEY_ID": "test-" + uuid.uuid4().hex[:8],
         "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex,

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from cappy.cli import app
-from cappy.jobs import target
+from cappy.jobs import load_verb
 from cluster import ports
 from cluster.config import Config, load
 from generation.dataset import RegressionSet
@@ -127,7 +127,7 @@ def test_an_interrupted_generate_resumes_and_ends_with_the_labels_of_an_unbroken
     done = {row for unit in (old / "begun/_staging/units").iterdir() for row in pq.read_table(unit)["id"].to_pylist()}
     log = tmp_path / "sampled.log"
     config = load(str(old / "config.yaml"), [f"dataset={old}/begun"])
-    summary = target("generate")(config, load=functools.partial(FixedLLM, log=str(log)))
+    summary = load_verb("generate")(config, load=functools.partial(FixedLLM, log=str(log)))
     sampled = {line.split()[0] for line in log.read_text().splitlines()}
     assert done and sampled and not sampled & done
     for split in SPLITS:
@@ -138,7 +138,7 @@ def test_an_interrupted_generate_resumes_and_ends_with_the_labels_of_an_unbroken
 
 
 def test_annotate_reads_a_set_and_gives_the_labels_it_gave(old: Path, tmp_path: Path, ray_here: None):
-    summary = target("annotate")(load(None, ["generate.label.metric=chrf"]), src=str(old / "dataset"), dst=str(tmp_path / "chrf"))
+    summary = load_verb("annotate")(load(None, ["generate.label.metric=chrf"]), src=str(old / "dataset"), dst=str(tmp_path / "chrf"))
     for split in SPLITS:
         labels = [[each["label"] for each in row["candidates"]] for row in rows(tmp_path / "chrf", split)]
         assert labels == RECORDED["chrf"][split]
@@ -242,7 +242,7 @@ def test_an_exported_serve_config_builds_the_graph_with_the_scorer_of_each_task(
 @pytest.mark.slow
 def test_serve_runs_an_exported_config_and_answers_with_the_scorer_of_each_task(old: Path, tmp_path: Path, no_ray: None):
     llm = OpenAIServer()
-    port = ports.free()
+    port = ports.free_port()
     tree = exported(old, base_url=llm.url)
     tree["http_options"]["port"] = port
     file, log = tmp_path / "serve.yaml", tmp_path / "serve.log"

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from cluster import lease, models, storage
+from cluster import artifacts, folder_writer, lease, models, storage
 from cluster.config import Config, differences, paths
 from cluster.errors import Stopped, UsageError
 from cluster.lease import Lease
 from cluster.progress import Bar, log
-from cluster.runtime import clean_error, on_sigterm, ray_session
+from cluster.runtime import find_cappy_error, on_sigterm, ray_session
 from generation import engines, generate
 from generation.dataset import RegressionSet
 from generation.sampler import LoadLLM
@@ -35,9 +35,9 @@ from training.adapt_one import RESULTS, Base, Task
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
 
 _LEASE = "_lease"
-_OWNED = storage.Owned("scorer", "adapt", (f"{CHECKPOINTS}/adapting",), f"{CHECKPOINTS}/adapting", scorer.SCORER_FILES)
+_OWNED = artifacts.OwnedFiles("scorer", "adapt", (f"{CHECKPOINTS}/adapting",), f"{CHECKPOINTS}/adapting", scorer.SCORER_FILES)
 # A task whose gate let no scorer pass has this file alone.
-_REJECTED = storage.Owned("scorer", "adapt", (*_OWNED.working, r"results\.json"), r"results\.json", ())
+_REJECTED = artifacts.OwnedFiles("scorer", "adapt", (*_OWNED.working, r"results\.json"), r"results\.json", ())
 _LISTEN_S = 1.0  # after which a SIGTERM is noticed while all tasks are at work
 _GONE_S = 30.0
 # What may change when a run goes on.
@@ -60,8 +60,8 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
     config = config.model_copy(update={"dataset": storage.check_uri(config.dataset_uri, "dataset"), "adapted_path": config.adapted_uri})
     uri = storage.check_uri(config.adapted_uri, "adapted_path")
     base = _base(config)
-    with lease.held(storage.join(uri, _LEASE), f"adapted_path={uri}") as held, ray_session():
-        if not storage.exists(storage.join(config.dataset_uri, storage.MANIFEST)):
+    with lease.hold(storage.join(uri, _LEASE), f"adapted_path={uri}") as held, ray_session():
+        if not storage.exists(storage.join(config.dataset_uri, artifacts.MANIFEST)):
             generate.run_generate(config, load=load)
         dataset = RegressionSet(config.dataset_uri)
         _say_where_it_differs(config, dataset)
@@ -74,7 +74,7 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
         _clear(pending, held.check)
         for task in tasks:
             if task.name in outcomes:  # it may have been stopped between publishing and tidying
-                storage.cleanup(storage.join(task.uri, CHECKPOINTS), held.check)
+                artifacts.cleanup(storage.join(task.uri, CHECKPOINTS), held.check)
         closing = on_sigterm("leaving the tasks at work, which begin afresh when the same command goes on", lambda: None)
         with closing as told, Bar("adapting", len(tasks), "tasks", done=len(outcomes)) as bar:
             for task, outcome in _adapt(config, base, pending, told, held):
@@ -84,7 +84,7 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
             if len(outcomes) < len(tasks):
                 raise Stopped(f"stopped on SIGTERM; {len(outcomes)} of {len(tasks)} tasks came to an end, the same command does the rest")
         result = _summarise(uri, config, base, [outcomes[task.name] for task in tasks], time.monotonic() - start)
-        storage.FolderWriter(uri, held.check).write_json(RESULTS, result)
+        folder_writer.FolderWriter(uri, held.check).write_json(RESULTS, result)
         held.finish()
     return result
 
@@ -116,7 +116,7 @@ def _base(config: Config) -> Base:
         return Base(config.scorer.encoder, False, lora.weights_sha256(folder), None, config.scorer.max_length)
     folder = models.resolve(name, "adapt.base")
     scorer = Scorer.load(name, device="cpu", setting="adapt.base")
-    manifest = folder / storage.MANIFEST
+    manifest = folder / artifacts.MANIFEST
     writer = storage.read_json(str(manifest)).get("writer") if manifest.exists() else None
     base = Base(name, True, lora.weights_sha256(folder), writer, scorer.max_length)
     adapt_one.load_trainable(config, config.adapt.training(config.training), base, torch.device("cpu"))
@@ -185,14 +185,14 @@ def _clear(tasks: list[Task], check: Callable[[], None] = lambda: None) -> None:
     """Empty the places of tasks, but only of what `cappy adapt` wrote, and none of them where one holds anything else."""
     owned = [(task.uri, _owned(task)) for task in tasks]
     for uri, own in owned:
-        storage.refuse_foreign(uri, "adapted_path", own, overwrite=True)
+        artifacts.refuse_foreign(uri, "adapted_path", own, overwrite=True)
     for uri, own in owned:
-        storage.withdraw(uri, "adapted_path", own, check=check)
+        artifacts.withdraw(uri, "adapted_path", own, check=check)
 
 
-def _owned(task: Task) -> storage.Owned:
+def _owned(task: Task) -> artifacts.OwnedFiles:
     """What `cappy adapt` may delete of a task's place: an earlier outcome, or what a lost run left."""
-    published = storage.exists(storage.join(task.uri, storage.MANIFEST))
+    published = storage.exists(storage.join(task.uri, artifacts.MANIFEST))
     return _OWNED if adapt_one.read_outcome(task) is None or published else _REJECTED
 
 
@@ -239,7 +239,7 @@ def _adapt(config: Config, base: Base, tasks: list[Task], told: threading.Event,
             try:
                 yield task, ray.get(reference)
             except Exception as error:  # whatever it was, the others go on
-                clean = clean_error(error)
+                clean = find_cappy_error(error)
                 reason = str(clean) if clean else f"{type(error).__name__}: {_last_line(error)}"
                 yield task, {"task": task.name, "state": "failed", "error": reason, "uri": None, "use": base.name if base.scorer else None}
     for reference in running:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cluster import models, storage
+from cluster import artifacts, folder_writer, models, storage
 from cluster.config import AdaptConfig, Config, TrainingConfig
 from cluster.errors import CappyError
 from cluster.runtime import code_version
@@ -119,14 +119,14 @@ def adapt_task(
     }
     if state == "published":
         return _publish(config, task, base, scorer, wrapped, result, lines, dataset, check)
-    storage.FolderWriter(task.uri, check).write_json(RESULTS, result)
+    folder_writer.FolderWriter(task.uri, check).write_json(RESULTS, result)
     return result
 
 
 def read_outcome(task: Task) -> dict[str, Any] | None:
     """Return what an earlier run found for a task, whatever its settings; None where none came to an end."""
-    if storage.exists(storage.join(task.uri, storage.MANIFEST)):
-        manifest = storage.read_manifest(task.uri, "scorer", "adapt")
+    if storage.exists(storage.join(task.uri, artifacts.MANIFEST)):
+        manifest = artifacts.read_manifest(task.uri, "scorer", "adapt")
         if "identity" not in manifest:
             raise CappyError(f"{task.uri} holds a scorer that `cappy adapt` did not write; choose another adapted_path")
         return {**manifest["summary"], "identity": manifest["identity"]}
@@ -319,9 +319,9 @@ def _publish(
         # Until the manifest is there nobody takes the files for a scorer.
         check()
         storage.write_bytes(unfinished, b"")
-        files = storage.FolderWriter(task.uri, check).upload_folder(target)
+        files = folder_writer.FolderWriter(task.uri, check).upload_folder(target)
         check()
-        storage.publish(
+        artifacts.publish(
             task.uri,
             {
                 "kind": "scorer",
@@ -339,5 +339,5 @@ def _publish(
         )
     finally:
         shutil.rmtree(target)
-    storage.cleanup(storage.join(task.uri, CHECKPOINTS), check)
+    artifacts.cleanup(storage.join(task.uri, CHECKPOINTS), check)
     return result

@@ -30,7 +30,9 @@ def read_published(adapted_uri: str, setting: str) -> list[AdaptedScorer]:
         raise CappyError(f"{setting}=true: there is no {place}; run `cappy adapt` first, or set it false") from None
     return [
         # By its folder's name: the whole may have been copied or moved since.
-        AdaptedScorer(task["task"], task["dataset"], storage.join(adapted_uri, storage.check_name(task["uri"].rsplit("/", 1)[-1], place)))
+        AdaptedScorer(
+            task["task"], task["dataset"], storage.join(adapted_uri, storage.check_relative_path(task["uri"].rsplit("/", 1)[-1], place))
+        )
         for task in tasks
         if task["uri"]
     ]

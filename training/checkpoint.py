@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from cluster import storage
+from cluster import artifacts, s3, storage
 from cluster.errors import CappyError
 
 # A file of tensors holds at most this much (or one tensor): far below what an object store takes at once, and what is held twice.
@@ -94,17 +94,17 @@ def write(uri: str, state: Checkpoint) -> None:
     files["state.json"] = storage.write_json(storage.join(uri, "state.json"), {"step": state.step, "books": state.books})
     lines = "".join(f"{line}\n" for line in state.lines)
     files["metrics.jsonl"] = storage.write_bytes(storage.join(uri, "metrics.jsonl"), lines.encode())
-    storage.write_json(storage.join(uri, storage.MANIFEST), {"kind": "checkpoint", "version": 1, "files": files})
+    storage.write_json(storage.join(uri, artifacts.MANIFEST), {"kind": "checkpoint", "version": 1, "files": files})
 
 
 def read(uri: str) -> Checkpoint:
     """Read a checkpoint, each file against its SHA-256.
 
-    Raises `storage.Damaged` where it is unfinished or not what was written, `CappyError` where the store does not answer.
+    Raises `s3.Damaged` where it is unfinished or not what was written, `CappyError` where the store does not answer.
     """
     tensors: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
     try:
-        manifest = storage.read_json(storage.join(uri, storage.MANIFEST))
+        manifest = storage.read_json(storage.join(uri, artifacts.MANIFEST))
         for name in (name for name in manifest["files"] if name.endswith(".safetensors")):
             tensors[name.split("-")[0]].update(load(_checked(uri, name, manifest)))
         state = json.loads(_checked(uri, "state.json", manifest))
@@ -112,10 +112,10 @@ def read(uri: str) -> Checkpoint:
         return Checkpoint(state["step"], tensors["weights"], tensors["optimizer"], state["books"], lines)
     except FileNotFoundError as error:
         name = str(error.filename or error).rsplit("/", 1)[-1]
-        reason = "it was not finished" if name == storage.MANIFEST else f"{name} is missing"
-        raise storage.Damaged(f"{uri}: {reason}") from None
+        reason = "it was not finished" if name == artifacts.MANIFEST else f"{name} is missing"
+        raise s3.Damaged(f"{uri}: {reason}") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise storage.Damaged(f"{uri}: it is not what was written ({type(error).__name__})") from None
+        raise s3.Damaged(f"{uri}: it is not what was written ({type(error).__name__})") from None
 
 
 def read_newest(folder: str, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -123,7 +123,7 @@ def read_newest(folder: str, warn: Callable[[str], None]) -> Checkpoint | None:
     for name in sorted(_names(folder), reverse=True):
         try:
             return read(storage.join(folder, name))
-        except storage.Damaged as error:
+        except s3.Damaged as error:
             warn(f"checkpoint passed over: {error}")
     return None
 
@@ -174,7 +174,7 @@ def _names(folder: str) -> dict[str, bool]:
     """The checkpoints below a folder, and whether each has its manifest."""
     files = storage.list_files(folder)
     names = {path.split("/")[0] for path in files if "/" in path}
-    return {name: f"{name}/{storage.MANIFEST}" in files for name in names if name[:8].isdigit()}
+    return {name: f"{name}/{artifacts.MANIFEST}" in files for name in names if name[:8].isdigit()}
 
 
 def _step(name: str) -> int:
@@ -182,9 +182,9 @@ def _step(name: str) -> int:
 
 
 def _checked(uri: str, name: str, manifest: dict[str, Any]) -> bytes:
-    data = storage.read_bytes(storage.join(uri, storage.check_name(name, uri)))
+    data = storage.read_bytes(storage.join(uri, storage.check_relative_path(name, uri)))
     if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
-        raise storage.Damaged(f"{uri}: {name} does not match its SHA-256")
+        raise s3.Damaged(f"{uri}: {name} does not match its SHA-256")
     return data
 
 

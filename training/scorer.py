@@ -35,7 +35,7 @@ SCORER_FILES = (
     r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|vocab\.(txt|json)|merges\.txt|(spiece|sentencepiece\.bpe)\.model",
     r"README\.md|config\.yaml|metrics\.jsonl|loss\.svg|calibration\.svg|results\.json",
 )
-"""The files of a scorer or its adapters beside the manifest, as `storage.Owned` takes them."""
+"""The files of a scorer or its adapters beside the manifest, as `artifacts.OwnedFiles` takes them."""
 """Folder beside the model files while it is being trained; a folder that has it and no manifest is not finished."""
 
 # Padded tokens in one forward pass; more only costs memory once the cores are busy.
@@ -271,12 +271,12 @@ def _load_adapted(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
 
 def refuse_unfinished(name: str) -> None:
     """Raise `CappyError` when `name` is a folder of ours without a finished scorer; plain model folders and hub names pass."""
-    from cluster import storage
+    from cluster import artifacts, storage
 
     if not storage.is_s3(name) and not Path(name).expanduser().is_dir():
         return
-    if storage.exists(storage.join(name, storage.MANIFEST)) or storage.exists(storage.join(name, CHECKPOINTS)):
-        storage.read_manifest(name, "scorer", "train")
+    if storage.exists(storage.join(name, artifacts.MANIFEST)) or storage.exists(storage.join(name, CHECKPOINTS)):
+        artifacts.read_manifest(name, "scorer", "train")
 
 
 @contextmanager

@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from cluster import lease, models, storage
+from cluster import artifacts, folder_writer, lease, models, storage
 from cluster.config import Config, fingerprint, paths
 from cluster.cpu import openmp_environment
 from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Claim, Lease
 from cluster.progress import Bar, log
-from cluster.runtime import clean_error, code_version, on_sigterm, ray_session
+from cluster.runtime import code_version, find_cappy_error, on_sigterm, ray_session
 from generation.dataset import RegressionSet
 from training import batch_plan, checkpoint, model_card, stream
 from training.batch_plan import Size
@@ -37,7 +37,7 @@ Work = Callable[[dict[str, Any]], None]
 
 _LEASE = "_lease"
 _FINISHED = CHECKPOINTS + r"/[0-9a-f]{16}/\d{8}-[0-9a-f]{8}/_MANIFEST\.json"
-_OWNED = storage.Owned(
+_OWNED = artifacts.OwnedFiles(
     "scorer",
     "train",
     (
@@ -69,8 +69,8 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worke
     config = config.model_copy(update={"dataset": storage.check_uri(config.dataset_uri, "dataset"), "scorer_path": config.scorer_uri})
     uri = storage.check_uri(config.scorer_uri, "scorer_path")
     if not overwrite:
-        storage.refuse_published(uri, "scorer_path", "train")
-    storage.refuse_foreign(uri, "scorer_path", _OWNED, overwrite=overwrite)
+        artifacts.refuse_published(uri, "scorer_path", "train")
+    artifacts.refuse_foreign(uri, "scorer_path", _OWNED, overwrite=overwrite)
     dataset = RegressionSet(config.dataset_uri)
     _refuse_unmeasured(config, dataset)
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
@@ -79,12 +79,12 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worke
     name = fingerprint(identity(config, dataset.manifest))
     watchers = Trackers(config.training, name)
     checkpoints = storage.join(uri, CHECKPOINTS)
-    with lease.held(storage.join(checkpoints, _LEASE), f"scorer_path={uri}") as held:
+    with lease.hold(storage.join(checkpoints, _LEASE), f"scorer_path={uri}") as held:
         kept = f"{CHECKPOINTS}/{_LEASE}"
         if overwrite:
-            storage.withdraw(uri, "scorer_path", _OWNED, keep=kept, check=held.check)
-        storage.finish_withdrawal(uri, "scorer_path", _OWNED, keep=kept, check=held.check)
-        storage.refuse_published(uri, "scorer_path", "train")
+            artifacts.withdraw(uri, "scorer_path", _OWNED, keep=kept, check=held.check)
+        artifacts.finish_withdrawal(uri, "scorer_path", _OWNED, keep=kept, check=held.check)
+        artifacts.refuse_published(uri, "scorer_path", "train")
         mine = storage.join(checkpoints, name)
         size = _count(dataset, storage.join(mine, "size.json"))
         total = config.training.epochs * batch_plan.steps_in_epoch(size, config.training)
@@ -96,7 +96,7 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worke
             raise CappyError(f"{mine} was damaged while the run ended; the same command trains what is missing")
         summary = _publish(config, dataset, uri, state, start, held)
         for name in {name.split("/")[0] for name in storage.list_files(checkpoints)} - {_LEASE}:
-            storage.cleanup(storage.join(checkpoints, name), held.check)
+            artifacts.cleanup(storage.join(checkpoints, name), held.check)
         held.finish()
     storage.remove_empty_folder(checkpoints)
     return summary
@@ -187,7 +187,7 @@ def _train(config: Config, checkpoints: str, claim: Claim, size: Size, total: in
         error = raised
     finally:
         shutil.rmtree(unused, ignore_errors=True)
-    failure = ray.get(board.failure.remote()) or (clean_error(error) if error else None)
+    failure = ray.get(board.failure.remote()) or (find_cappy_error(error) if error else None)
     if failure:
         raise failure from None
     if error:
@@ -284,9 +284,9 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint
             (target / "calibration.svg").write_bytes(model_card.plot_calibration(progress["calibration"]))
         (target / "README.md").write_text(model_card.render_card(config, summary, dataset.manifest), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        files = storage.FolderWriter(uri, held.check).upload_folder(target)
+        files = folder_writer.FolderWriter(uri, held.check).upload_folder(target)
         held.check()
-        storage.publish(
+        artifacts.publish(
             uri,
             {
                 "kind": "scorer",

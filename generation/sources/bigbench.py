@@ -147,7 +147,7 @@ def _extract_tasks(tasks: set[str]) -> None:
     """Extract the task files of some tasks from the archive to the cache. Raises `UsageError` for an unknown task."""
     found: dict[str, dict[str, Any]] = {task: {} for task in tasks}
     known: set[str] = set()
-    with tarfile.open(cache.archive("bigbench"), "r|gz") as archive:
+    with tarfile.open(cache.fetch_archive("bigbench"), "r|gz") as archive:
         for member in archive:
             _, marker, path = member.name.partition(_ROOT)
             if not marker or not path.endswith("/task.json"):

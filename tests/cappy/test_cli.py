@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cappy.cli import app
-from cluster import storage
+from cluster import artifacts
 from tests.conftest import cappy
 
 ROW = json.dumps({"instruction": "say a", "references": ["a"]}) + "\n"
@@ -91,7 +91,7 @@ def test_an_unreachable_bucket_is_named_and_no_secret_shows(s3_server):
 
 def test_a_finished_destination_is_not_touched(tmp_path):
     (tmp_path / "rows.jsonl").write_text(ROW)
-    storage.publish(str(tmp_path / "dataset"), {"kind": "dataset", "files": {}})
+    artifacts.publish(str(tmp_path / "dataset"), {"kind": "dataset", "files": {}})
     result = cappy("generate", "--set", f"workspace={tmp_path}", "--set", f"source={{kind: files, path: {tmp_path}/rows.jsonl}}")
     assert f"dataset={tmp_path}/dataset already holds a finished run; choose another dataset" in error_line(result, 2)
 

@@ -4,16 +4,16 @@ import json
 import pytest
 from rich.console import Console
 
-from cappy import inspection
-from cluster import storage
+from cappy import display, inspection
+from cluster import copying, storage
 from cluster.errors import CappyError
-from generation import transfer
+from generation import export_pairs
 from tests.generation.made_set import publish
 
 
 def shown(result):
     console = Console(width=160, record=True, file=io.StringIO())
-    inspection.show(result, console)
+    display.show_inspection(result, console)
     return console.export_text()
 
 
@@ -45,8 +45,8 @@ def test_a_long_list_of_datasets_and_reasons_is_cut_with_a_count(tmp_path):
 
 def test_pairs_are_shown_with_what_they_are_of_and_a_copy_with_its_origin(tmp_path):
     publish(f"{tmp_path}/a")
-    transfer.export_pairs(f"{tmp_path}/a", f"{tmp_path}/b")
-    transfer.copy(f"{tmp_path}/b", f"{tmp_path}/c")
+    export_pairs.export_pairs(f"{tmp_path}/a", f"{tmp_path}/b")
+    copying.copy_folder(f"{tmp_path}/b", f"{tmp_path}/c")
     result = inspection.run_inspect(f"{tmp_path}/c", samples=2)
     assert result["kind"] == "pairs" and [row["source"] for row in result["samples"]] == ["reference", "mismatched"]
     text = shown(result)
@@ -68,5 +68,5 @@ def test_every_damaged_file_is_named_in_order(tmp_path):
 def test_a_training_summary_shows_what_was_measured_and_leaves_plots_to_the_card():
     console = Console(width=160, record=True, file=io.StringIO())
     summary = {"steps": 3, "validation": {"mse": 0.25, "accuracy": None}, "calibration": [{"count": 9, "score": 0.1, "label": 0.2}]}
-    inspection.show_summary("scorer", summary, console)
+    display.show_summary("scorer", summary, console)
     assert [line.split() for line in console.export_text().splitlines()] == [["steps", "3"], ["validation.mse", "0.25"]]

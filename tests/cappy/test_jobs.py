@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from cappy.jobs import VERBS, target
+from cappy.jobs import VERBS, load_verb
 from cluster import ports, storage
 from cluster.config import load, paths
 from generation.dataset import RegressionSet
@@ -25,13 +25,13 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 def test_every_verb_resolves_to_something_to_call():
-    assert all(callable(target(verb)) for verb in VERBS)
+    assert all(callable(load_verb(verb)) for verb in VERBS)
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory, s3_server):
     """A head node of its own; the store's credentials are in its environment, as a role's would be on a cluster."""
-    port, dashboard, agent = ports.free(), ports.free(), ports.free()
+    port, dashboard, agent = ports.free_port(), ports.free_port(), ports.free_port()
     # Not below pytest's folders: a socket's path may have 107 characters, and Ray adds 70.
     folder = tempfile.mkdtemp(prefix="ray-")
     command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4"]

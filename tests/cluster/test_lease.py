@@ -13,44 +13,44 @@ both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_S", 0.1)
-    monkeypatch.setattr(lease, "SILENCE_S", 1.0)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(lease, "TIMEOUT_S", 1.0)
 
 
 @both
 def test_while_one_run_lives_another_is_refused_and_afterwards_let_in(place):
     with (
-        lease.held(place, "dataset=x") as first,
+        lease.hold(place, "dataset=x") as first,
         pytest.raises(CappyError, match=r"dataset=x: a run on .* is working there; wait for it, stop it"),
-        lease.held(place, "dataset=x"),
+        lease.hold(place, "dataset=x"),
     ):
         raise AssertionError("two hold it")
     first.check()
     start = time.monotonic()
-    with lease.held(place, "dataset=x"):
+    with lease.hold(place, "dataset=x"):
         assert time.monotonic() - start < 1
 
 
 def test_a_killed_process_of_this_machine_is_succeeded_at_once(tmp_path):
     # The context manager is kept: collected as garbage, it would release the lease.
-    take = f"from cluster import lease\nholder = lease.held({str(tmp_path)!r}, 'x')\nholder.__enter__()\nimport os; os._exit(9)"
+    take = f"from cluster import lease\nholder = lease.hold({str(tmp_path)!r}, 'x')\nholder.__enter__()\nimport os; os._exit(9)"
     assert subprocess.run([sys.executable, "-c", take]).returncode == 9
     left = storage.read_json(f"{tmp_path}/000001.json")
     assert left["beat"] == 0 and "released" not in left
     start = time.monotonic()
-    with lease.held(str(tmp_path), "x"):
+    with lease.hold(str(tmp_path), "x"):
         assert time.monotonic() - start < 1
 
 
 def test_a_silent_run_elsewhere_is_succeeded_after_a_while_and_learns_of_it(tmp_path, monkeypatch):
-    with lease.held(str(tmp_path), "x") as silent:
-        monkeypatch.setattr(lease, "BEAT_S", 1000)
+    with lease.hold(str(tmp_path), "x") as silent:
+        monkeypatch.setattr(lease, "HEARTBEAT_S", 1000)
         time.sleep(0.3)
         storage.write_json(f"{tmp_path}/000001.json", {"host": "elsewhere", "boot": "b", "pid": 1, "since": 0, "beat": 7})
         start = time.monotonic()
-        with lease.held(str(tmp_path), "x"):
+        with lease.hold(str(tmp_path), "x"):
             assert time.monotonic() - start >= 1
-            monkeypatch.setattr(lease, "BEAT_S", 0.1)
+            monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
             silent._live()
             with pytest.raises(LeaseLost, match=r"x: lease lost: "):
                 silent.check()
@@ -59,7 +59,7 @@ def test_a_silent_run_elsewhere_is_succeeded_after_a_while_and_learns_of_it(tmp_
 @both
 def test_of_two_at_the_same_moment_one_wins(place, monkeypatch):
     monkeypatch.setattr(storage, "list_files", lambda uri: {})  # both saw nobody
-    with lease.held(place, "x"), pytest.raises(CappyError, match="another run started there at the same moment"), lease.held(place, "x"):
+    with lease.hold(place, "x"), pytest.raises(CappyError, match="another run started there at the same moment"), lease.hold(place, "x"):
         raise AssertionError("two hold it")
 
 
@@ -76,8 +76,8 @@ class Clock:
 @pytest.fixture
 def no_heartbeat(monkeypatch):
     """Real limits, and no heartbeat while a test runs."""
-    monkeypatch.setattr(lease, "BEAT_S", 1e6)
-    monkeypatch.setattr(lease, "SILENCE_S", 30.0)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 1e6)
+    monkeypatch.setattr(lease, "TIMEOUT_S", 30.0)
 
 
 def files_of(place):
@@ -87,7 +87,7 @@ def files_of(place):
 @both
 def test_a_lease_is_lost_by_the_holders_own_clock_though_nobody_took_over(place, no_heartbeat):
     clock = Clock()
-    with lease.held(place, "dataset=x", clock) as held:
+    with lease.hold(place, "dataset=x", clock) as held:
         clock.now += 30
         held.check()
         taken = files_of(place)
@@ -102,8 +102,8 @@ def test_a_lease_is_lost_by_the_holders_own_clock_though_nobody_took_over(place,
 
 def test_a_heartbeat_counts_from_when_its_write_began(tmp_path, monkeypatch):
     clock = Clock()
-    with lease.held(str(tmp_path), "x", clock) as held:
-        monkeypatch.setattr(lease, "SILENCE_S", 30.0)
+    with lease.hold(str(tmp_path), "x", clock) as held:
+        monkeypatch.setattr(lease, "TIMEOUT_S", 30.0)
         clock.now += 29
         beat = held._beat
         while held._beat < beat + 2:  # one that began after the clock moved is written
@@ -114,7 +114,7 @@ def test_a_heartbeat_counts_from_when_its_write_began(tmp_path, monkeypatch):
 
 def test_a_lost_lease_never_writes_its_file_again(tmp_path, no_heartbeat):
     clock = Clock()
-    with lease.held(str(tmp_path), "x", clock) as held:
+    with lease.hold(str(tmp_path), "x", clock) as held:
         before = files_of(str(tmp_path))
         clock.now += 31
         with pytest.raises(LeaseLost):
@@ -124,7 +124,7 @@ def test_a_lost_lease_never_writes_its_file_again(tmp_path, no_heartbeat):
 
 @both
 def test_a_successor_is_noticed_before_any_heartbeat(place, no_heartbeat):
-    with lease.held(place, "dataset=x") as held:
+    with lease.hold(place, "dataset=x") as held:
         storage.create_json(f"{place}/000002.json", {"run": "other"})
         with pytest.raises(LeaseLost, match="another run took over"):
             held.check()
@@ -135,7 +135,7 @@ def test_a_successor_is_noticed_before_any_heartbeat(place, no_heartbeat):
 @both
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "taken anew"])
 def test_a_successor_that_finished_and_left_no_trace_is_noticed(place, again, no_heartbeat):
-    with lease.held(place, "dataset=x") as held:
+    with lease.hold(place, "dataset=x") as held:
         storage.delete(place)
         if again:
             storage.create_json(f"{place}/000001.json", {"run": "another"})
@@ -147,16 +147,16 @@ def test_a_successor_that_finished_and_left_no_trace_is_noticed(place, again, no
 @both
 def test_a_run_that_finished_leaves_no_lease(place):
     for _ in range(2):
-        with lease.held(place, "x"):
+        with lease.hold(place, "x"):
             pass
-    with lease.held(place, "x") as held:
+    with lease.hold(place, "x") as held:
         assert len(storage.list_files(place)) == 3
         held.finish()
     assert not storage.exists(place)
 
 
 def test_runs_have_names_of_their_own(tmp_path):
-    with lease.held(str(tmp_path), "x") as first:
+    with lease.hold(str(tmp_path), "x") as first:
         pass
-    with lease.held(str(tmp_path), "x") as second:
+    with lease.hold(str(tmp_path), "x") as second:
         assert first.run != second.run and len(second.run) == 8

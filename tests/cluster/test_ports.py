@@ -7,14 +7,14 @@ from cluster.errors import CappyError, UsageError
 
 
 def test_a_free_port_can_be_listened_on_and_a_taken_one_is_named():
-    port = ports.free(beyond=1)
+    port = ports.free_port(beyond=1)
     ports.check_port("127.0.0.1", port, "serving.")
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
         other.listen()
         with pytest.raises(CappyError, match=rf"^serving\.port={port} is in use on 127\.0\.0\.1; stop the other server or set"):
             ports.check_port("127.0.0.1", port, "serving.")
-        assert ports.free() != port
+        assert ports.free_port() != port
 
 
 @pytest.mark.parametrize(
@@ -23,4 +23,4 @@ def test_a_free_port_can_be_listened_on_and_a_taken_one_is_named():
 )
 def test_a_host_that_is_not_this_machines_is_refused(host, message):
     with pytest.raises(UsageError, match=rf"^generate\.metrics_host={host} {message}"):
-        ports.check_port(host, ports.free(), "generate.metrics_")
+        ports.check_port(host, ports.free_port(), "generate.metrics_")

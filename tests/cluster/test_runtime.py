@@ -2,16 +2,16 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from cluster.errors import CappyError, UsageError
-from cluster.runtime import clean_error, ray_session
+from cluster.runtime import find_cappy_error, ray_session
 
 
 @pytest.mark.parametrize("kind", [CappyError, UsageError])
 def test_of_a_task_that_failed_the_one_line_is_shown_and_not_its_traceback(kind):
     raised = RayTaskError("write", "Traceback (most recent call last):\n  deep inside", kind("x=1: too small; raise it"))
     for error in (raised, raised.as_instanceof_cause()):
-        found = clean_error(error)
+        found = find_cappy_error(error)
         assert type(found) is kind and str(found) == "x=1: too small; raise it"
-    assert clean_error(RayTaskError("write", "Traceback (most recent call last):\n  deep inside", ValueError("a bug"))) is None
+    assert find_cappy_error(RayTaskError("write", "Traceback (most recent call last):\n  deep inside", ValueError("a bug"))) is None
 
 
 @pytest.mark.slow

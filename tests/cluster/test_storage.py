@@ -4,11 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cluster import storage
+from cluster import artifacts, folder_writer, storage
 from cluster.errors import CappyError, UsageError
 from tests.faults import KeyStore
 
-OWNED = storage.Owned("scorer", "train", (r"_work/\d+\.json",), r"_work/1\.json", (r"README\.md", r"data/part-\d\.bin"))
+OWNED = artifacts.OwnedFiles("scorer", "train", (r"_work/\d+\.json",), r"_work/1\.json", (r"README\.md", r"data/part-\d\.bin"))
 both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
 
 
@@ -30,23 +30,23 @@ def test_of_many_racing_writers_exactly_one_creates(place):
 def test_a_folder_without_a_manifest_is_refused(place):
     storage.write_bytes(f"{place}/data/part.parquet", b"x")
     with pytest.raises(CappyError, match=r"has no _MANIFEST.json: the run writing it did not finish; run `cappy generate`"):
-        storage.read_manifest(place, "dataset", "generate")
+        artifacts.read_manifest(place, "dataset", "generate")
 
 
 @both
 def test_a_published_folder_is_read_verified_and_taken_back(place):
     storage.write_bytes(f"{place}/a/b.bin", b"hello")
-    manifest = {"kind": "scorer", "files": storage.checksums(place, ["a/b.bin"])}
-    storage.publish(place, manifest)
-    assert storage.read_manifest(place, "scorer", "train")["files"]["a/b.bin"]["bytes"] == 5
-    assert storage.verify(place, manifest) == []
+    manifest = {"kind": "scorer", "files": artifacts.checksums(place, ["a/b.bin"])}
+    artifacts.publish(place, manifest)
+    assert artifacts.read_manifest(place, "scorer", "train")["files"]["a/b.bin"]["bytes"] == 5
+    assert artifacts.verify(place, manifest) == []
     with pytest.raises(UsageError, match="already holds a finished run; choose another"):
-        storage.refuse_published(place, "scorer_path", "train")
+        artifacts.refuse_published(place, "scorer_path", "train")
     with pytest.raises(CappyError, match="published by another run"):
-        storage.publish(place, manifest)
+        artifacts.publish(place, manifest)
     with pytest.raises(CappyError, match="holds a scorer, not a dataset"):
-        storage.read_manifest(place, "dataset", "generate")
-    storage.withdraw(place, "scorer_path", OWNED)
+        artifacts.read_manifest(place, "dataset", "generate")
+    artifacts.withdraw(place, "scorer_path", OWNED)
     assert storage.list_files(place) == {}
 
 
@@ -54,11 +54,11 @@ def test_a_published_folder_is_read_verified_and_taken_back(place):
 def test_damage_is_found(place):
     for name in ("same", "gone", "longer", "flipped"):
         storage.write_bytes(f"{place}/{name}", b"hello")
-    manifest = {"files": storage.checksums(place, ["same", "gone", "longer", "flipped"])}
+    manifest = {"files": artifacts.checksums(place, ["same", "gone", "longer", "flipped"])}
     storage.delete(f"{place}/gone")
     storage.write_bytes(f"{place}/longer", b"hello!")
     storage.write_bytes(f"{place}/flipped", b"hallo")
-    assert [problem.split()[0] for problem in storage.verify(place, manifest)] == ["gone", "longer", "flipped"]
+    assert [problem.split()[0] for problem in artifacts.verify(place, manifest)] == ["gone", "longer", "flipped"]
 
 
 @both
@@ -134,7 +134,7 @@ def test_a_file_that_the_next_run_wrote_after_the_check_is_not_replaced(place, s
     if before:
         storage.write_bytes(f"{place}/f", before)
     (tmp_path / "mine").write_bytes(bytes(size))
-    late = storage.FolderWriter(place, Takeover(lambda: storage.write_bytes(f"{place}/f", b"the winner's")))
+    late = folder_writer.FolderWriter(place, Takeover(lambda: storage.write_bytes(f"{place}/f", b"the winner's")))
     with pytest.raises(CappyError, match="lease lost"):
         late.upload_file(tmp_path / "mine", "f")
     assert storage.read_bytes(f"{place}/f") == b"the winner's"
@@ -144,25 +144,25 @@ def test_a_file_that_the_next_run_wrote_after_the_check_is_not_replaced(place, s
 @both
 @SIZES
 def test_files_are_created_and_replaced_by_who_holds_the_lease(place, size, tmp_path):
-    folder = storage.FolderWriter(place, lambda: None)
+    folder = folder_writer.FolderWriter(place, lambda: None)
     for content in (bytes(size), b"\1" * size, b"\1" * size):
         (tmp_path / "mine").write_bytes(content)
         entry = folder.upload_file(tmp_path / "mine", "a/f")
-        assert storage.verify(place, {"files": {"a/f": entry}}) == []
+        assert artifacts.verify(place, {"files": {"a/f": entry}}) == []
         assert storage.read_bytes(f"{place}/a/f") == content
     assert list(storage.list_files(place)) == ["a/f"]
-    assert folder.write_json("j", {"a": 1}) == storage.checksums(place, ["j"])["j"]
+    assert folder.write_json("j", {"a": 1}) == artifacts.checksums(place, ["j"])["j"]
     (tmp_path / "place2").mkdir()
     (tmp_path / "place2" / "mine").write_bytes(content)
-    storage.FolderWriter(str(tmp_path / "place2")).upload_file(tmp_path / "place2" / "mine", "f", move=True)
+    folder_writer.FolderWriter(str(tmp_path / "place2")).upload_file(tmp_path / "place2" / "mine", "f", move=True)
     assert list(storage.list_files(str(tmp_path / "place2"))) == ["f"]
 
 
 @both
 def test_without_a_lease_nothing_is_written_beside_a_manifest_of_another_run(place):
-    folder = storage.FolderWriter(place)
+    folder = folder_writer.FolderWriter(place)
     folder.write_bytes("f", b"mine")
-    storage.publish(place, {"kind": "evaluation", "files": {}})
+    artifacts.publish(place, {"kind": "evaluation", "files": {}})
     with pytest.raises(CappyError, match="was published by another run meanwhile"):
         folder.write_bytes("f", b"mine again")
     assert storage.read_bytes(f"{place}/f") == b"mine"
@@ -171,7 +171,7 @@ def test_without_a_lease_nothing_is_written_beside_a_manifest_of_another_run(pla
 def publish(place, *names):
     for name in names:
         storage.write_bytes(f"{place}/{name}", b"ours")
-    storage.publish(place, {"kind": "scorer", "files": storage.checksums(place, names)})
+    artifacts.publish(place, {"kind": "scorer", "files": artifacts.checksums(place, names)})
 
 
 def refused(place, example, **settings):
@@ -181,7 +181,7 @@ def refused(place, example, **settings):
         rf"scorer_path={place} holds files that no `cappy train` wrote, e\.g\. {re.escape(example)}.*: choose another scorer_path, or move"
     )
     with pytest.raises(UsageError, match=told) as caught:
-        storage.withdraw(place, "scorer_path", OWNED, **settings)
+        artifacts.withdraw(place, "scorer_path", OWNED, **settings)
     assert "\n" not in str(caught.value)
     assert storage.list_files(place) == before
 
@@ -199,12 +199,12 @@ def test_a_folder_without_a_manifest_is_not_emptied_of_files_with_common_names(p
     storage.write_bytes(f"{place}/README.md", b"theirs")
     refused(place, "README.md")
     with pytest.raises(UsageError, match=r"e\.g\. README\.md"):
-        storage.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
+        artifacts.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
     # A run that has begun checked this before, so then they are its own.
     storage.write_bytes(f"{place}/_work/2.json", b"")
     refused(place, "README.md")
     storage.write_bytes(f"{place}/_work/1.json", b"")
-    storage.withdraw(place, "scorer_path", OWNED, keep="_work")
+    artifacts.withdraw(place, "scorer_path", OWNED, keep="_work")
     assert storage.list_files(place) == {"_work/1.json": 0, "_work/2.json": 0}
 
 
@@ -214,9 +214,9 @@ def test_files_that_are_not_in_the_way_may_stay_beside_a_new_run(place):
         storage.write_bytes(f"{place}/{name}", b"theirs")
         if way:
             with pytest.raises(UsageError, match=rf"e\.g\. {name}; nothing was deleted"):
-                storage.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
+                artifacts.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
         else:
-            storage.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
+            artifacts.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
         storage.delete(f"{place}/{name}")
 
 
@@ -235,12 +235,12 @@ def test_a_manifest_that_names_files_outside_its_folder_deletes_none(place, name
     storage.write_json(f"{place}/_MANIFEST.json", {**manifest, "files": {**manifest["files"], name: {"bytes": 6, "sha256": "0"}}})
     before = storage.list_files(place)
     with pytest.raises(CappyError, match=r"_MANIFEST\.json names the file .* not within the folder") as caught:
-        storage.withdraw(place, "scorer_path", OWNED)
+        artifacts.withdraw(place, "scorer_path", OWNED)
     assert repr(name) in str(caught.value) and "\n" not in str(caught.value)
     assert storage.list_files(place) == before
     assert storage.exists(storage.join(place.rsplit("/", 1)[0], "outside"))
     with pytest.raises(CappyError, match="not within the folder"):
-        storage.read_manifest(place, "scorer", "train")
+        artifacts.read_manifest(place, "scorer", "train")
 
 
 @both
@@ -248,7 +248,7 @@ def test_a_manifest_that_names_files_outside_its_folder_deletes_none(place, name
 def test_what_another_verb_published_is_not_deleted(place, manifest, told):
     storage.write_json(f"{place}/_MANIFEST.json", manifest)
     with pytest.raises(UsageError, match=rf"scorer_path={place} .*{told}.*nothing was deleted: choose another scorer_path"):
-        storage.withdraw(place, "scorer_path", OWNED)
+        artifacts.withdraw(place, "scorer_path", OWNED)
     assert storage.exists(f"{place}/_MANIFEST.json")
 
 
@@ -270,7 +270,7 @@ def test_symbolic_links_are_never_followed(tmp_path):
 def test_a_destination_that_is_a_link_itself_is_withdrawn_where_it_leads(tmp_path):
     publish(str(tmp_path / "disk"), "README.md", "data/part-0.bin")
     (tmp_path / "place").symlink_to(tmp_path / "disk")
-    storage.withdraw(str(tmp_path / "place"), "scorer_path", OWNED)
+    artifacts.withdraw(str(tmp_path / "place"), "scorer_path", OWNED)
     assert list((tmp_path / "disk").iterdir()) == [] and (tmp_path / "place").is_symlink()
 
 
@@ -279,7 +279,7 @@ def test_what_atomic_writes_left_and_empty_folders_go_and_others_stay(tmp_path):
     for name in (".README.md.", "data/.part-0.bin.", "._MANIFEST.json.", "_work/.7.json."):
         storage.write_bytes(f"{tmp_path}/{name}{'0f' * 16}", b"half")
     (tmp_path / "empty").mkdir()
-    storage.withdraw(str(tmp_path), "scorer_path", OWNED)
+    artifacts.withdraw(str(tmp_path), "scorer_path", OWNED)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     storage.write_bytes(f"{tmp_path}/.thesis.txt.{'0f' * 16}", b"theirs")
     refused(str(tmp_path), f".thesis.txt.{'0f' * 16}")
@@ -290,22 +290,22 @@ def test_what_atomic_writes_left_and_empty_folders_go_and_others_stay(tmp_path):
 def test_a_withdrawal_that_was_interrupted_is_completed(place, again, monkeypatch):
     publish(place, "README.md", "data/part-0.bin", "results.txt")
     with monkeypatch.context() as patch:
-        done = storage._delete_files
+        done = artifacts._delete_files_and_empty_folders
 
         def interrupted(uri, names):
-            if names != [storage.MANIFEST]:
+            if names != [artifacts.MANIFEST]:
                 raise KeyboardInterrupt
             done(uri, names)
 
-        patch.setattr(storage, "_delete_files", interrupted)
+        patch.setattr(artifacts, "_delete_files_and_empty_folders", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            storage.withdraw(place, "scorer_path", OWNED)
+            artifacts.withdraw(place, "scorer_path", OWNED)
     assert not storage.exists(f"{place}/_MANIFEST.json") and storage.exists(f"{place}/results.txt")
     if again == "withdraw":
-        storage.withdraw(place, "scorer_path", OWNED)
+        artifacts.withdraw(place, "scorer_path", OWNED)
     else:
-        storage.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
-        storage.finish_withdrawal(place, "scorer_path", OWNED)
+        artifacts.refuse_foreign(place, "scorer_path", OWNED, overwrite=False)
+        artifacts.finish_withdrawal(place, "scorer_path", OWNED)
     assert storage.list_files(place) == {}
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from cluster import storage
+from cluster import folder_writer, s3, storage
 from cluster.errors import CappyError
 from generation.sources import files
 from tests.faults import KINDS, FaultyProxy
@@ -77,7 +77,7 @@ def test_of_many_writers_of_one_file_exactly_one_wins_on_a_bad_wire(kind, bucket
 
 
 def test_a_store_that_never_answers_is_named_and_so_is_the_object(bucket, monkeypatch):
-    monkeypatch.setattr(storage, "_ATTEMPTS", 2)
+    monkeypatch.setattr(s3, "_ATTEMPTS", 2)
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], ("unavailable",), rate=1.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         with pytest.raises(CappyError, match=rf"^{bucket}/o: the object store at {proxy.url} cannot be reached"):
@@ -86,7 +86,7 @@ def test_a_store_that_never_answers_is_named_and_so_is_the_object(bucket, monkey
 
 @pytest.mark.parametrize("kind", ["unavailable", "reset", "lost_answer", "flipped_request"])
 def test_a_conditional_write_arrives_once_on_a_bad_wire(kind, bucket, monkeypatch, tmp_path):
-    folder = storage.FolderWriter(bucket, lambda: None)
+    folder = folder_writer.FolderWriter(bucket, lambda: None)
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], (kind,), rate=0.3, seed=6) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         for size in (20_000, 20_000, 18 << 20, 18 << 20):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import storage
+from cluster import artifacts
 from cluster.config import Config
 from generation.schema import DATASET
 
@@ -71,11 +71,11 @@ def publish_set(folder: Path, rows, config: Config) -> str:
     shard = "data/validation/part-00000.parquet"
     (folder / shard).parent.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=DATASET), folder / shard, write_page_checksum=True)
-    storage.publish(
+    artifacts.publish(
         uri,
         {
             "kind": "dataset",
-            "files": storage.checksums(uri, [shard]),
+            "files": artifacts.checksums(uri, [shard]),
             "counts": {"validation": {"instructions": len(rows)}},
             "config": config.model_dump(mode="json"),
         },

@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from cappy.display import show_evaluation
+from cluster import artifacts, storage
 from cluster import config as configs
-from cluster import storage
 from cluster.errors import CappyError, UsageError
 from evaluation.evaluate import run_evaluate, score_rows
-from evaluation.table import print_table
 from tests.evaluation.conftest import TASKS, Peeking, candidate, make_rows, publish_set
 
 
@@ -31,9 +31,9 @@ def published(config, rows):
 
 def test_evaluate_publishes_numbers_rows_report_and_config(published, rows):
     summary = run_evaluate(published, load=lambda _: Peeking(rows))
-    manifest = storage.read_manifest(published.evaluation_uri, "evaluation", "evaluate")
+    manifest = artifacts.read_manifest(published.evaluation_uri, "evaluation", "evaluate")
     assert set(manifest["files"]) == {"results.json", "rows.parquet", "report.html", "config.yaml"}
-    assert storage.verify(published.evaluation_uri, manifest) == []
+    assert artifacts.verify(published.evaluation_uri, manifest) == []
     assert manifest["summary"] == json.loads(json.dumps(summary))
     assert configs.load(Path(published.evaluation_uri) / "config.yaml") == published
     assert Path(summary["report"]).is_absolute()
@@ -123,7 +123,7 @@ def test_a_finished_evaluation_is_refused_and_kept_until_its_successor_exists(pu
 
     with pytest.raises(CappyError, match="no scorer"):
         run_evaluate(published, overwrite=True, load=fail)
-    storage.read_manifest(published.evaluation_uri, "evaluation", "evaluate")
+    artifacts.read_manifest(published.evaluation_uri, "evaluation", "evaluate")
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -141,7 +141,7 @@ def test_a_folder_with_anothers_files_is_not_overwritten(published, rows, finish
 
 def test_an_evaluation_that_broke_off_is_written_again(published, rows, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(artifacts, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_evaluate(published, load=lambda _: Peeking(rows))
     assert storage.exists(f"{published.evaluation_uri}/results.json")
@@ -166,7 +166,7 @@ def test_a_set_without_greedy_decoding_is_compared_without_it(config, rows):
 
 def printed(summary, width=80):
     console = Console(file=io.StringIO(), width=width)
-    print_table(summary, console)
+    show_evaluation(summary, console)
     return console.file.getvalue()
 
 

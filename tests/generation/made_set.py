@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import Config
 from generation import dataset, dataset_card, labels
 from generation.schema import DATASET
@@ -45,7 +45,7 @@ def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", **facts
             sink = pa.BufferOutputStream()
             pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
             storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
-            files[name] = {**storage.checksums(uri, [name])[name], "rows": rows}
+            files[name] = {**artifacts.checksums(uri, [name])[name], "rows": rows}
             numbers = dataset.compute_statistics(table)
             counts[split] = dataset.add_statistics(counts.get(split, {}), {key: numbers[key] for key in ("instructions", "pairs")})
             total = dataset.add_statistics(total, numbers)
@@ -63,8 +63,8 @@ def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", **facts
         "metric": labels.describe_metric(config.generate.label),
         "lineage": {"sampler": config.model_dump(mode="json")["sampler"]},
         "config": config.model_dump(mode="json"),
-        "files": files | storage.checksums(uri, ["config.yaml", "dead_letters.jsonl"]),
+        "files": files | artifacts.checksums(uri, ["config.yaml", "dead_letters.jsonl"]),
         **facts,
     }
-    storage.publish(uri, dataset_card.write_card(uri, manifest))
-    return storage.read_json(storage.join(uri, storage.MANIFEST))
+    artifacts.publish(uri, dataset_card.write_card(uri, manifest))
+    return storage.read_json(storage.join(uri, artifacts.MANIFEST))

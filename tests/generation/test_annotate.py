@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from cappy import jobs
 from cappy.cli import app
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
 from generation import annotate, generate
@@ -56,7 +56,7 @@ def test_sampled_candidates_get_the_new_labels_and_all_else_stays(made, place):
         assert before == after
     assert moved > ROWS
     opened = RegressionSet(place)
-    assert storage.verify(opened.uri, opened.manifest) == []
+    assert artifacts.verify(opened.uri, opened.manifest) == []
     assert (
         summary["labels"]
         == compute_statistics(pa.concat_tables(t for split in ("train", "validation") for t in opened.batches(split)))["labels"]
@@ -105,10 +105,10 @@ def test_a_damaged_or_incomplete_source_is_refused_and_nothing_published(made, t
     whole = shard.read_bytes()
     shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
     with pytest.raises(CappyError, match=rf"SRC=.*copy: {name} does not match the SHA-256"):
-        jobs.submit("annotate", CHRF, src=str(copy), dst=str(tmp_path / "new"))
+        jobs.run_verb("annotate", CHRF, src=str(copy), dst=str(tmp_path / "new"))
     shard.unlink()
     with pytest.raises(CappyError, match=rf"{name} is missing; copy or generate the set again"):
-        jobs.submit("annotate", CHRF, src=str(copy), dst=str(tmp_path / "new"))
+        jobs.run_verb("annotate", CHRF, src=str(copy), dst=str(tmp_path / "new"))
     with pytest.raises(CappyError, match="did not finish"):
         RegressionSet(str(tmp_path / "new"))
     shard.write_bytes(whole)

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 import datasets
 import yaml
 
-from cluster import storage
+from cluster import artifacts
 from cluster.config import Config, load
 from generation import dataset_card
 from tests.generation.made_set import publish
@@ -35,7 +35,7 @@ def test_the_card_says_what_the_manifest_counts_and_how_it_was_made(tmp_path):
     ):
         assert line in text
     assert header(text)["size_categories"] == ["n<1K"] and header(text)["license"] == "unknown"
-    assert {"README.md", "labels.svg"} <= manifest["files"].keys() and storage.verify(str(tmp_path), manifest) == []
+    assert {"README.md", "labels.svg"} <= manifest["files"].keys() and artifacts.verify(str(tmp_path), manifest) == []
 
 
 def test_hugging_face_reads_the_splits_from_the_header(tmp_path):

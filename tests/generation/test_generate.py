@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import lease, storage
+from cluster import artifacts, lease, storage
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
 from generation import generate, shards, units
@@ -57,7 +57,7 @@ def test_the_published_set_is_complete_labelled_and_counted(unbroken):
     uri, summary = unbroken
     assert summary["instructions"] == ROWS and summary["dead_letters"] == 2
     opened = RegressionSet(uri)
-    assert storage.verify(opened.uri, opened.manifest) == []
+    assert artifacts.verify(opened.uri, opened.manifest) == []
     seen = 0
     for split in ("train", "validation"):
         for table in opened.batches(split, 16):
@@ -77,7 +77,7 @@ def test_the_published_set_is_complete_labelled_and_counted(unbroken):
     ]
     assert {path.name for path in Path(uri).iterdir()} == {
         *("data", "dead_letters.jsonl", "config.yaml", "README.md", "labels.svg", "decontamination.json"),
-        storage.MANIFEST,
+        artifacts.MANIFEST,
     }
 
 
@@ -235,7 +235,7 @@ def test_an_llm_that_cannot_load_is_one_clean_error(rows, tmp_path):
 
     config = config_for(rows, tmp_path / "set", f"sampler.model={tmp_path}")
     with pytest.raises(CappyError, match=r"sampler.model=.*has no config.json"):
-        jobs.submit("generate", config)
+        jobs.run_verb("generate", config)
 
 
 # A run that stops itself before a step of the pipeline, as a suspended machine would.
@@ -243,7 +243,7 @@ STOPPED = """
 import os, signal, sys
 from cluster.config import load
 from cluster.errors import CappyError
-from cluster.runtime import clean_error
+from cluster.runtime import find_cappy_error
 from generation import dataset_card, generate
 from tests.generation.fixed_llm import FixedLLM
 stop_before, *overrides = sys.argv[1:]
@@ -258,15 +258,15 @@ setattr(module, name, stopped)
 try:
     generate.run_generate(load(None, overrides), load=FixedLLM)
 except CappyError as error:
-    print(clean_error(error), flush=True)
+    print(find_cappy_error(error), flush=True)
     sys.exit(error.exit_code)
 """
 
 
-def wait_one_second(place, setting, wait=lease._wait_until_dead):
+def wait_one_second(place, setting, wait=lease._wait_until_ended):
     """What a run does before it takes over, with less patience; no other limit changes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease, "SILENCE_S", 1.0)
+        patch.setattr(lease, "TIMEOUT_S", 1.0)
         wait(place, setting)
 
 
@@ -280,16 +280,16 @@ def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_set_alo
     try:
         os.waitid(os.P_PID, driver.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # after its last unit
         assert psutil.Process(driver.pid).status() == psutil.STATUS_STOPPED
-        monkeypatch.setattr(lease, "_wait_until_dead", wait_one_second)
+        monkeypatch.setattr(lease, "_wait_until_ended", wait_one_second)
         assert generate.run_generate(load(None, overrides), load=FixedLLM)["instructions"] == ROWS
-        before = storage.read_json(f"{place}/{storage.MANIFEST}")
+        before = storage.read_json(f"{place}/{artifacts.MANIFEST}")
         driver.send_signal(signal.SIGCONT)
         told = driver.communicate()[0]
     finally:
         driver.kill()
-    manifest = storage.read_json(f"{place}/{storage.MANIFEST}")
-    assert manifest == before and storage.verify(place, manifest) == []
-    assert set(storage.list_files(place)) == {*manifest["files"], storage.MANIFEST}
+    manifest = storage.read_json(f"{place}/{artifacts.MANIFEST}")
+    assert manifest == before and artifacts.verify(place, manifest) == []
+    assert set(storage.list_files(place)) == {*manifest["files"], artifacts.MANIFEST}
     shown = {uri.removeprefix(f"{place}/") for uri in storage.glob(f"{place}/data/*/*.parquet")}
     assert shown == {name for name in manifest["files"] if name.startswith("data/")}
     assert driver.returncode == 1
@@ -304,7 +304,7 @@ def test_shards_that_earlier_runs_left_are_not_in_the_published_set(place, rows)
     storage.write_bytes(f"{place}/_staging/letters/train-part-00000.parquet.jsonl", b"")
     generate.run_generate(config_for(rows, place), load=FixedLLM)
     manifest = RegressionSet(place).manifest
-    assert set(storage.list_files(place)) == {*manifest["files"], storage.MANIFEST}
+    assert set(storage.list_files(place)) == {*manifest["files"], artifacts.MANIFEST}
     assert not set(superseded) & manifest["files"].keys()
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import load
 from cluster.errors import CappyError
 from generation import generate
@@ -39,7 +39,7 @@ def test_the_ceiling_stops_the_run_a_429_cools_it_down_and_a_higher_ceiling_comp
             generate.run_generate(config(2))
         spent, asked = server.billed[1] / 100, len(server.bodies)
         pauses = [later - sooner for sooner, later in zip(server.times, server.times[1:], strict=False)]
-        assert 0 < spent <= 2 and not storage.exists(f"{place}/{storage.MANIFEST}")
+        assert 0 < spent <= 2 and not storage.exists(f"{place}/{artifacts.MANIFEST}")
         # Requests under way when the 429 came may still arrive; then there is silence.
         assert max(pauses) >= 1.9
         summary = generate.run_generate(config(5))

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import load
-from cluster.runtime import clean_error, ray_session
+from cluster.runtime import find_cappy_error, ray_session
 from generation import generate
 from generation.dataset import RegressionSet
 from tests.faults import KINDS, FaultyProxy
@@ -27,7 +27,7 @@ def source(tmp_path):
 
 def content(uri):
     opened = RegressionSet(uri)
-    assert storage.verify(uri, opened.manifest) == []
+    assert artifacts.verify(uri, opened.manifest) == []
     return repr({split: opened.to_pandas(split).to_dict("records") for split in ("train", "validation")})
 
 
@@ -53,9 +53,9 @@ def made_on(proxy, sound, place, source, monkeypatch):
             generate.run_generate(config, load=FixedLLM)
             break
         except Exception as error:
-            print(clean_error(error))
-            assert clean_error(error)  # what `cappy` shows: one line, not a traceback
+            print(find_cappy_error(error))
+            assert find_cappy_error(error)  # what `cappy` shows: one line, not a traceback
             monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
-            assert not storage.exists(f"{place}/{storage.MANIFEST}")
+            assert not storage.exists(f"{place}/{artifacts.MANIFEST}")
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     assert proxy.spoiled.total() - before > 10

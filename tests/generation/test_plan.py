@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from cappy import display
 from cluster import storage
 from cluster.config import DEMO_TASKS, load
 from cluster.errors import UsageError
@@ -77,14 +78,14 @@ def test_an_endpoint_costs_its_prices_and_no_gpu():
 
 
 def test_times_and_sizes_read_as_people_say_them():
-    assert [cost_model.duration(hours) for hours in (0.5 / 3600, 12 / 3600, 0.5, 7.25, 100)] == [
+    assert [display.duration(hours) for hours in (0.5 / 3600, 12 / 3600, 0.5, 7.25, 100)] == [
         "0.5 s",
         "12 s",
         "30.0 min",
         "7.2 h",
         "4.2 days",
     ]
-    assert [cost_model.size(count) for count in (283_000, 1.4e6, 21e9, 2.5e12)] == ["283.0 kB", "1.4 MB", "21.0 GB", "2.5 TB"]
+    assert [display.size(count) for count in (283_000, 1.4e6, 21e9, 2.5e12)] == ["283.0 kB", "1.4 MB", "21.0 GB", "2.5 TB"]
 
 
 def rows_file(folder, count=30):

@@ -17,7 +17,7 @@ def told(port):
 
 
 def test_prometheus_reads_how_far_the_run_is_and_the_port_is_free_afterwards():
-    config = GenerateConfig(metrics_port=ports.free())
+    config = GenerateConfig(metrics_port=ports.free_port())
     for _ in range(2):
         with prometheus.serve_metrics(config) as progress:
             assert set(told(config.metrics_port).values()) == {0}
@@ -31,7 +31,9 @@ def test_prometheus_reads_how_far_the_run_is_and_the_port_is_free_afterwards():
 
 
 def test_a_taken_port_is_told_before_anything_is_read_or_written(tmp_path):
-    config = load(None, [f"dataset={tmp_path}/set", "source={kind: files, path: /none.jsonl}", f"generate.metrics_port={ports.free()}"])
+    config = load(
+        None, [f"dataset={tmp_path}/set", "source={kind: files, path: /none.jsonl}", f"generate.metrics_port={ports.free_port()}"]
+    )
     with (
         prometheus.serve_metrics(config.generate),
         pytest.raises(CappyError, match=rf"generate\.metrics_port={config.generate.metrics_port} is in use"),

@@ -222,7 +222,7 @@ def scorer(tmp_path_factory, s3_server) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def server(scorer, tmp_path_factory):
     """The URL of a running server and its process."""
-    port = ports.free()
+    port = ports.free_port()
     further = "[{name: tense, path: s3://served/tense}, {name: gone, path: s3://served/gone}]"
     settings = [
         f"serving.port={port}",

@@ -46,7 +46,7 @@ class Slow:
 @pytest.fixture(scope="module")
 def served(ray_here, tmp_path_factory):
     """The URL of a gateway behind Serve's proxy, and the folder of its models' files."""
-    folder, port = tmp_path_factory.mktemp("calls"), ports.free()
+    folder, port = tmp_path_factory.mktemp("calls"), ports.free_port()
     serve.start(http_options=app.http_options(ServingConfig(port=port)))
     model = serve.deployment(Slow)
     gateway = serve.deployment(serve.ingress()(app.Gateway)).options(name="Gateway", ray_actor_options={"num_cpus": 0})

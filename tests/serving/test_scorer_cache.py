@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import LoraConfig, ScorerConfig, TrainingConfig
 from cluster.errors import CappyError
 from serving import scorer_cache
@@ -35,12 +35,12 @@ class Clock:
 
 def publish(encoder, uri, seed):
     """Publish the encoder with a head of its own, in the place of what was there; return the URI."""
-    storage.delete(f"{uri}/{storage.MANIFEST}")
+    storage.delete(f"{uri}/{artifacts.MANIFEST}")
     storage.delete(uri)
     with tempfile.TemporaryDirectory() as folder:
         model = new_model(encoder, ScorerConfig(max_length=32), TrainingConfig(), seed)
         Scorer(model, load_tokenizer(encoder, "x", "s"), 32).save(folder)
-        storage.publish(uri, {"kind": "scorer", "files": storage.upload_folder(Path(folder), uri)})
+        artifacts.publish(uri, {"kind": "scorer", "files": storage.upload_folder(Path(folder), uri)})
     return uri
 
 
@@ -189,7 +189,7 @@ async def test_adapters_are_merged_into_their_base(encoder, uris, clock, tmp_pat
     lora.save_adapters(
         wrapped, {"uri": uris["main"], "sha256": lora.weights_sha256(tmp_path / "main"), "writer": None}, tmp_path / "adapters"
     )
-    storage.publish(uri, {"kind": "scorer", "files": storage.checksums(uri, storage.list_files(uri))})
+    artifacts.publish(uri, {"kind": "scorer", "files": artifacts.checksums(uri, storage.list_files(uri))})
     scores = await score(opened({**uris, "lora": uri}, clock), "lora")
     np.testing.assert_allclose(scores, base.score(*PAIRS), atol=1e-6)
     assert not np.allclose(scores, own(uris["main"]), atol=1e-5)

@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import Config
 from generation.schema import DATASET
 
@@ -137,7 +137,7 @@ def publish(uri: str, train: int, validation: int, row_group: int = 64) -> str:
         storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
         counts[split] = {"instructions": count, "pairs": 3 * count}
         names.append(name)
-    storage.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "files": storage.checksums(uri, names)})
+    artifacts.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "files": artifacts.checksums(uri, names)})
     return uri
 
 

@@ -15,11 +15,11 @@ import psutil
 import pytest
 from rich.console import Console
 
-from cluster import storage
+from cappy.display import show_adapted
+from cluster import artifacts, storage
 from cluster.config import Config, FilesSource, load
 from cluster.errors import CappyError, Stopped, UsageError
 from evaluation.evaluate import score_rows_by_task
-from evaluation.table import print_adapted
 from tests.generation.fixed_llm import FixedLLM
 from tests.training.test_adapt_one import publish_tasks, published_scorer, settings, task_rows
 from training import adapt, adapt_one
@@ -57,10 +57,10 @@ def test_only_what_adapt_wrote_is_cleared_and_nothing_where_one_place_holds_more
     storage.write_bytes(f"{tense.uri}/thesis.txt", b"mine")
     with pytest.raises(UsageError, match=r"adapted_path=.*tense holds files that no `cappy adapt` wrote, e.g. thesis.txt"):
         adapt._clear([sides, colors, tense])
-    storage.publish(tense.uri, {"kind": "scorer", "files": {}})
+    artifacts.publish(tense.uri, {"kind": "scorer", "files": {}})
     with pytest.raises(CappyError, match="holds a scorer that `cappy adapt` did not write"):
         adapt._clear([sides, colors, tense])
-    storage.write_json(f"{tense.uri}/{storage.MANIFEST}", {"kind": "scorer", "identity": {}, "summary": {}, "files": {}})
+    storage.write_json(f"{tense.uri}/{artifacts.MANIFEST}", {"kind": "scorer", "identity": {}, "summary": {}, "files": {}})
     with pytest.raises(UsageError, match=r"e.g. thesis.txt; nothing was deleted"):
         adapt._clear([sides, colors, tense])
     assert storage.exists(f"{tense.uri}/thesis.txt") and [storage.list_files(task.uri) for task in (sides, colors)] == before
@@ -125,14 +125,14 @@ def test_a_task_that_fails_leaves_the_others_alone(adapted: tuple[Config, dict[s
 @pytest.mark.slow
 def test_the_same_command_does_not_do_a_finished_task_again(adapted: tuple[Config, dict[str, Any]], capfd: pytest.CaptureFixture[str]):
     config, result = adapted
-    manifest = storage.read_manifest(result["tasks"][0]["uri"], "scorer", "adapt")
+    manifest = artifacts.read_manifest(result["tasks"][0]["uri"], "scorer", "adapt")
     # What is there when a run is stopped between publishing and tidying.
     storage.write_bytes(f"{result['tasks'][0]['uri']}/{CHECKPOINTS}/adapting", b"")
     again = adapt.run_adapt(config)
     assert not storage.list_files(f"{result['tasks'][0]['uri']}/{CHECKPOINTS}")
     assert "2 of 3 tasks are done already" in capfd.readouterr().err
     assert {**again, "seconds": 0} == {**json.loads(json.dumps(result)), "seconds": 0}
-    assert storage.read_manifest(result["tasks"][0]["uri"], "scorer", "adapt") == manifest
+    assert artifacts.read_manifest(result["tasks"][0]["uri"], "scorer", "adapt") == manifest
     only = config.adapt.model_copy(update={"tasks": ("sides",), "concurrency": 1})
     assert [task["task"] for task in adapt.run_adapt(config.model_copy(update={"adapt": only}))["tasks"]] == ["sides"]
     assert len(adapt.run_adapt(config)["tasks"]) == 3
@@ -175,7 +175,7 @@ def test_the_table_says_what_to_use_and_what_went_wrong(adapted: tuple[Config, d
     _, result = adapted
     rejected = {**result["tasks"][0], "task": "worse", "state": "rejected", "uri": None, "use": "the-base"}
     sink = io.StringIO()
-    print_adapted({**result, "tasks": [*result["tasks"], rejected]}, Console(file=sink, width=80))
+    show_adapted({**result, "tasks": [*result["tasks"], rejected]}, Console(file=sink, width=80))
     shown = sink.getvalue()
     assert "lonely: no validation rows of lonely" in shown
     assert "not better than the base, not published; use the-base: worse" in shown
@@ -192,7 +192,7 @@ def _adapting() -> list[psutil.Process]:
 
 
 def _ended(config: Config, name: str) -> bool:
-    return storage.exists(f"{config.adapted_uri}/{name}/{storage.MANIFEST}")
+    return storage.exists(f"{config.adapted_uri}/{name}/{artifacts.MANIFEST}")
 
 
 def _meanwhile(config: Config, names: list[str], killed: list[int]) -> None:
@@ -229,15 +229,15 @@ def test_in_object_storage_it_samples_first_and_ends_alike_though_a_worker_was_k
     with pytest.raises(Stopped, match=r"stopped on SIGTERM; [12] of 3 tasks came to an end, the same command does the rest"):
         adapt.run_adapt(config, load=FixedLLM)
     assert len(killed) == 1 and not _adapting()
-    done = {name: storage.read_json(f"{config.adapted_uri}/{name}/{storage.MANIFEST}") for name in names if _ended(config, name)}
+    done = {name: storage.read_json(f"{config.adapted_uri}/{name}/{artifacts.MANIFEST}") for name in names if _ended(config, name)}
     assert 1 <= len(done) < 3
     result = adapt.run_adapt(config, load=FixedLLM)
     assert f"{len(done)} of 3 tasks are done already; going on" in capfd.readouterr().err
     assert [(task["task"], task["state"]) for task in result["tasks"]] == [(name, "published") for name in names]
     for task in result["tasks"]:
-        manifest = storage.read_manifest(task["uri"], "scorer", "adapt")
-        assert manifest == done.get(task["task"], manifest) and storage.verify(task["uri"], manifest) == []
-        assert set(storage.list_files(task["uri"])) == {*manifest["files"], storage.MANIFEST}
+        manifest = artifacts.read_manifest(task["uri"], "scorer", "adapt")
+        assert manifest == done.get(task["task"], manifest) and artifacts.verify(task["uri"], manifest) == []
+        assert set(storage.list_files(task["uri"])) == {*manifest["files"], artifacts.MANIFEST}
     apart = {"seconds", "pairs_per_second", "uri", "use"}
     for task in (result["tasks"][0], result["tasks"][-1]):  # the one whose worker was killed, and one begun by the second command
         here = Task(task["task"], task["dataset"], str(tmp_path / task["task"]), {})

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import AdaptConfig, Config, ScorerConfig, TrainingConfig
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
@@ -42,7 +42,7 @@ def publish_tasks(uri: str, train: list[dict[str, Any]], validation: list[dict[s
         counts[split] = {"instructions": len(made), "pairs": sum(len(row["candidates"]) for row in made)}
         names.append(name)
     metric = {"name": "rouge_l", "mode": "paper", "version": 1}
-    storage.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "metric": metric, "files": storage.checksums(uri, names)})
+    artifacts.publish(uri, {"kind": "dataset", "version": 1, "counts": counts, "metric": metric, "files": artifacts.checksums(uri, names)})
     return uri
 
 
@@ -50,7 +50,7 @@ def published_scorer(encoder: Path, uri: str) -> str:
     """Publish the encoder with a fresh head as a scorer; return `uri`."""
     model = new_model(encoder, ScorerConfig(max_length=32), TrainingConfig(), seed=3)
     Scorer(model, load_tokenizer(encoder, "x", "s"), 32).save(uri)
-    storage.publish(uri, {"kind": "scorer", "files": {}})
+    artifacts.publish(uri, {"kind": "scorer", "files": {}})
     return uri
 
 
@@ -193,14 +193,14 @@ def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str
     assert result["gate"]["gain"] > 0 and result["figures"]["after"] > result["figures"]["before"]
     assert (result["label"], result["steps"], result["pairs"], result["train_rows"]) == ("rouge_l", 150, 2400, 40)
     assert (result["gate"]["rows"], result["figures"]["rows"], result["figures"]["apart"]) == (15, 15, True)
-    manifest = storage.read_manifest(task.uri, "scorer", "adapt")
+    manifest = artifacts.read_manifest(task.uri, "scorer", "adapt")
     assert (
         {**manifest["summary"], "identity": task.identity}
         == json.loads(json.dumps(result))
         == storage.read_json(f"{task.uri}/results.json")
     )
-    assert storage.verify(task.uri, manifest) == []
-    assert set(storage.list_files(task.uri)) == {*manifest["files"], storage.MANIFEST}
+    assert artifacts.verify(task.uri, manifest) == []
+    assert set(storage.list_files(task.uri)) == {*manifest["files"], artifacts.MANIFEST}
     assert AutoModelForSequenceClassification.from_pretrained(task.uri).config.num_labels == 1
     assert after(task, config) == pytest.approx(result["figures"]["after"])
     assert "Scorer.load" in Path(task.uri, "README.md").read_text()
@@ -215,7 +215,7 @@ def test_lora_publishes_adapters_alone_and_they_load_as_a_scorer(dataset: str, b
     assert result["state"] == "published" and result["figures"]["self"] is None
     assert {"adapter_config.json", "adapter_model.safetensors", "base.json"} <= set(storage.list_files(task.uri))
     assert not storage.exists(f"{task.uri}/model.safetensors")
-    assert storage.read_manifest(task.uri, "scorer", "adapt")["base"]["writer"] == base_of(base).writer
+    assert artifacts.read_manifest(task.uri, "scorer", "adapt")["base"]["writer"] == base_of(base).writer
     assert after(task, config) == pytest.approx(result["figures"]["after"])
 
 
@@ -250,7 +250,7 @@ def test_what_a_lost_run_left_is_no_scorer_and_no_outcome(dataset: str, base: st
     config = settings(tmp_path, encoder, base=base).model_copy(update={"dataset": dataset})
     task = task_of(config, "colors")
     published_scorer(encoder, task.uri)
-    storage.delete(f"{task.uri}/{storage.MANIFEST}")
+    storage.delete(f"{task.uri}/{artifacts.MANIFEST}")
     storage.write_json(f"{task.uri}/results.json", {"state": "published", "identity": task.identity})
     storage.write_bytes(f"{task.uri}/_checkpoints/adapting", b"")
     assert adapt_one.read_outcome(task) is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.errors import CappyError
 from training import checkpoint, loop
 from training.checkpoint import Checkpoint, CheckpointWriter
@@ -21,7 +21,7 @@ def state(step: int, value: float | None = None) -> Checkpoint:
 
 
 def steps(folder: str) -> list[int]:
-    return sorted(int(name.split("/")[0].split("-")[0]) for name in storage.list_files(folder) if name.endswith(storage.MANIFEST))
+    return sorted(int(name.split("/")[0].split("-")[0]) for name in storage.list_files(folder) if name.endswith(artifacts.MANIFEST))
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
@@ -45,7 +45,7 @@ def test_a_damaged_or_unfinished_newest_one_is_passed_over_by_name(harm: str, tm
         writer.save(state(step))
     writer.finish()
     (newest,) = (tmp_path / "run").glob("00000010-*")
-    file, manifest = newest / "weights-000.safetensors", newest / storage.MANIFEST
+    file, manifest = newest / "weights-000.safetensors", newest / artifacts.MANIFEST
     content = bytearray(file.read_bytes())
     if harm == "flip":
         content[-1] ^= 1

@@ -251,7 +251,7 @@ def test_positions_count_through_windows_of_whole_instructions(pairs: int):
 
 @pytest.mark.slow
 def test_workers_and_ways_to_share_the_model_may_change_and_nothing_else_does(encoder: Path, dataset: str, tmp_path: Path):
-    torch.multiprocessing.spawn(work, (ports.free(), encoder, dataset, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(work, (ports.free_port(), encoder, dataset, tmp_path), nprocs=2)
     ended = {name: checkpoint.read_newest(str(tmp_path / name), pytest.fail) for name in RUNS}
     for name, run in ended.items():
         one = ended["one comparing" if "comparing" in name else "one"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from cluster import models, storage
+from cluster import artifacts, models, storage
 from cluster.config import LoraConfig, ScorerConfig, TrainingConfig
 from cluster.errors import CappyError, UsageError
 from training import lora
@@ -34,7 +34,7 @@ def published_base(kind: str, encoder: Path, folder: Path) -> str:
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     model = new_model(folder / "encoder", ScorerConfig(max_length=48), TrainingConfig(), seed=3)
     Scorer(model, tokenizer, 48).save(folder / "base")
-    storage.publish(str(folder / "base"), {"kind": "scorer", "files": {}})
+    artifacts.publish(str(folder / "base"), {"kind": "scorer", "files": {}})
     return str(folder / "base")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import ScorerConfig, TrainingConfig
 from cluster.errors import CappyError, UsageError
 from tests.training.conftest import FAMILIES, write_family
@@ -150,7 +150,7 @@ def test_only_a_finished_one_label_model_loads_as_scorer(scorer: Scorer, encoder
     storage.write_bytes(str(tmp_path / "scorer/_checkpoints/x"), b"")
     with pytest.raises(CappyError, match="the run writing it did not finish"):
         Scorer.load(str(tmp_path / "scorer"))
-    storage.publish(str(tmp_path / "scorer"), {"kind": "dataset"})
+    artifacts.publish(str(tmp_path / "scorer"), {"kind": "dataset"})
     with pytest.raises(CappyError, match="holds a dataset, not a scorer"):
         Scorer.load(str(tmp_path / "scorer"))
 

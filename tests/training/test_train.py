@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoModelForSequenceClassification
 
-from cluster import lease, storage
+from cluster import artifacts, lease, storage
 from cluster.config import Config, load
 from cluster.errors import CappyError, Stopped, UsageError
 from tests.training.conftest import publish, rows, settings
@@ -56,9 +56,9 @@ def weights(scorer_uri: str) -> dict[str, np.ndarray]:
 
 def test_a_run_publishes_a_scorer_that_learned(trained: tuple[Config, dict[str, Any]]):
     config, summary = trained
-    manifest = storage.read_manifest(config.scorer_uri, "scorer", "train")
+    manifest = artifacts.read_manifest(config.scorer_uri, "scorer", "train")
     assert manifest["summary"] == summary == json.loads(json.dumps(summary))
-    assert storage.verify(config.scorer_uri, manifest) == []
+    assert artifacts.verify(config.scorer_uri, manifest) == []
     assert summary["pairs"] == 210 and summary["epochs"] == EPOCHS and summary["steps"] == EPOCHS * STEPS
     assert summary["train_mse"] < 0.12 and summary["validation"]["mse"] < 0.12
     assert summary["validation"]["spearman"] > 0.5
@@ -146,14 +146,14 @@ def test_a_finished_scorer_is_refused_and_replaced_only_when_asked(trained: tupl
         assert storage.list_files(str(mine)) == before
         storage.delete(str(mine))
     (tmp_path / "README.md").rename(tmp_path / "thesis.txt")
-    assert (tmp_path / "thesis.txt").exists() and storage.exists(storage.join(config.dataset_uri, storage.MANIFEST))
+    assert (tmp_path / "thesis.txt").exists() and storage.exists(storage.join(config.dataset_uri, artifacts.MANIFEST))
 
 
 def test_an_unfinished_set_and_an_unknown_encoder_are_refused_at_once(encoder: Path, tmp_path: Path):
     publish(str(tmp_path / "dataset"), 4, 2)
     with pytest.raises(UsageError, match=r"scorer\.encoder=\./nowhere: no such folder"):
         train.run_train(Config.model_validate({"workspace": str(tmp_path), "scorer": {"encoder": "./nowhere"}}))
-    storage.delete(str(tmp_path / "dataset" / storage.MANIFEST))
+    storage.delete(str(tmp_path / "dataset" / artifacts.MANIFEST))
     with pytest.raises(CappyError, match="the run writing it did not finish"):
         train.run_train(settings(str(tmp_path), encoder))
 
@@ -172,9 +172,9 @@ def test_two_workers_train_from_and_to_object_storage(encoder: Path, bucket: str
     summary = train.run_train(config)
     assert summary["steps"] == 6 * 14 and summary["train_mse"] < 0.12
     assert summary["validation"]["pairs"] == 60
-    manifest = storage.read_manifest(config.scorer_uri, "scorer", "train")
-    assert storage.verify(config.scorer_uri, manifest) == []
-    assert set(storage.list_files(config.scorer_uri)) == {*manifest["files"], storage.MANIFEST}
+    manifest = artifacts.read_manifest(config.scorer_uri, "scorer", "train")
+    assert artifacts.verify(config.scorer_uri, manifest) == []
+    assert set(storage.list_files(config.scorer_uri)) == {*manifest["files"], artifacts.MANIFEST}
     assert Scorer.load(config.scorer_uri).score(["say after me red fox"], ["a red fox"])[0] > 0.4
 
 
@@ -289,20 +289,20 @@ def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_scorer_
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # trained, not yet published
         assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, (tmp_path / "log").read_text()
 
-        def wait_one_second(place: str, setting: str, wait: Callable[[str, str], None] = lease._wait_until_dead) -> None:
+        def wait_one_second(place: str, setting: str, wait: Callable[[str, str], None] = lease._wait_until_ended) -> None:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(lease, "SILENCE_S", 1.0)
+                patch.setattr(lease, "TIMEOUT_S", 1.0)
                 wait(place, setting)
 
-        monkeypatch.setattr(lease, "_wait_until_dead", wait_one_second)
+        monkeypatch.setattr(lease, "_wait_until_ended", wait_one_second)
         train.run_train(config.model_copy(update={"training": config.training.model_copy(update={"checkpoints_kept": 3})}))
-        before = storage.read_manifest(config.scorer_uri, "scorer", "train")
+        before = artifacts.read_manifest(config.scorer_uri, "scorer", "train")
         process.send_signal(signal.SIGCONT)
         assert process.wait() == 1
     finally:
         process.kill()
-    assert storage.verify(config.scorer_uri, before) == []
-    assert storage.read_manifest(config.scorer_uri, "scorer", "train") == before
-    assert set(storage.list_files(config.scorer_uri)) == {*before["files"], storage.MANIFEST}
+    assert artifacts.verify(config.scorer_uri, before) == []
+    assert artifacts.read_manifest(config.scorer_uri, "scorer", "train") == before
+    assert set(storage.list_files(config.scorer_uri)) == {*before["files"], artifacts.MANIFEST}
     told = (tmp_path / "log").read_text().splitlines()[-1]
     assert told.startswith(f"scorer_path={config.scorer_uri}: lease lost: another run took over")

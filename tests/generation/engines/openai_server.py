@@ -51,7 +51,7 @@ class OpenAIServer:
         self.reply: Callable[[dict[str, Any], int], Answer] = lambda body, number: good(body)
         self.delay_s = 0.0
         self.forget()
-        port = ports.free()
+        port = ports.free_port()
         self.url = f"http://127.0.0.1:{port}/v1"
         self._server = uvicorn.Server(
             uvicorn.Config(self._app, host="127.0.0.1", port=port, log_level="critical", lifespan="off", interface="asgi3")

@@ -39,7 +39,7 @@ def ask(llm, form, *requests):
 @pytest.fixture(scope="module")
 def vllm_server(tmp_path_factory):
     """The URL of vLLM's own OpenAI server, which wants a key."""
-    port, log = ports.free(), tmp_path_factory.mktemp("vllm") / "log"
+    port, log = ports.free_port(), tmp_path_factory.mktemp("vllm") / "log"
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
         *("--model", str(models.resolve("smollm2-135m-instruct", "sampler.model")), "--served-model-name", "smollm2"),

@@ -9,23 +9,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import datasets
-import pandas
-import pyarrow.parquet as pq
 import pytest
 
-from cluster import storage
+from cluster import artifacts, copying, storage
 from cluster.errors import CappyError, UsageError
-from generation import transfer
 from generation.dataset import RegressionSet
 from tests.conftest import CAPPY, cappy
-from tests.generation.made_set import LABELS, publish
+from tests.generation.made_set import publish
 
 SHARD = "data/train/part-00001.parquet"
 
 
 @pytest.fixture(params=[("disk", "disk"), ("disk", "s3"), ("s3", "disk"), ("s3", "s3")], ids="-to-".join)
-def way(request, tmp_path):
+def endpoints(request, tmp_path):
     """(source, destination), each on disk or in object storage."""
     kinds = zip(request.param, ("source", "destination"), strict=True)
     return tuple(f"{request.getfixturevalue('bucket')}/{name}" if kind == "s3" else str(tmp_path / name) for kind, name in kinds)
@@ -40,88 +36,88 @@ def flip(uri, place=-9):
     return sound
 
 
-def test_a_copy_is_the_same_set_and_says_where_it_is_from(way):
-    source, destination = way
+def test_a_copy_is_the_same_set_and_says_where_it_is_from(endpoints):
+    source, destination = endpoints
     manifest = publish(source)
-    result = transfer.copy(source, destination)
+    result = copying.copy_folder(source, destination)
     assert result["copied_files"] == result["files"] == len(manifest["files"])
     there = storage.read_json(f"{destination}/_MANIFEST.json")
     assert there.pop("copied_from") == source and there.pop("writer") != manifest.pop("writer")
-    assert there == manifest and storage.verify(destination, there) == []
+    assert there == manifest and artifacts.verify(destination, there) == []
     assert set(storage.list_files(destination)) == {*manifest["files"], "_MANIFEST.json"}
     assert RegressionSet(destination).to_pandas().equals(RegressionSet(source).to_pandas())
-    again = transfer.copy(source, destination)
+    again = copying.copy_folder(source, destination)
     assert again["copied_files"] == 0 and again["files"] == len(manifest["files"])
 
 
-def test_a_flipped_byte_stops_the_copy_by_name_and_mended_it_goes_on_where_it_was(way):
-    source, destination = way
+def test_a_flipped_byte_stops_the_copy_by_name_and_mended_it_goes_on_where_it_was(endpoints):
+    source, destination = endpoints
     manifest = publish(source)
     sound = flip(f"{source}/{SHARD}")
     with pytest.raises(CappyError, match=rf"{SHARD} does not match its SHA-256, read 3 times; nothing is published"):
-        transfer.copy(source, destination)
+        copying.copy_folder(source, destination)
     there = storage.list_files(destination)
     assert "_MANIFEST.json" not in there and SHARD not in there
     with pytest.raises(CappyError, match=r"did not finish|is not there"):
         RegressionSet(destination)
     storage.write_bytes(f"{source}/{SHARD}", sound)
-    result = transfer.copy(source, destination)
+    result = copying.copy_folder(source, destination)
     assert result["copied_files"] == len(manifest["files"]) - len(there)
-    assert storage.verify(destination, manifest) == []
+    assert artifacts.verify(destination, manifest) == []
 
 
-def test_a_damaged_or_short_file_left_at_the_destination_is_copied_again(way):
-    source, destination = way
+def test_a_damaged_or_short_file_left_at_the_destination_is_copied_again(endpoints):
+    source, destination = endpoints
     manifest = publish(source)
-    transfer.copy(source, destination)
+    copying.copy_folder(source, destination)
     storage.delete(f"{destination}/_MANIFEST.json")
     flip(f"{destination}/{SHARD}")
     storage.write_bytes(f"{destination}/config.yaml", b"seed")
-    assert transfer.copy(source, destination)["copied_files"] == 2
-    assert storage.verify(destination, manifest) == []
+    assert copying.copy_folder(source, destination)["copied_files"] == 2
+    assert artifacts.verify(destination, manifest) == []
 
 
-def test_a_destination_with_another_finished_run_or_other_files_is_not_touched(way):
-    source, destination = way
+def test_a_destination_with_another_finished_run_or_other_files_is_not_touched(endpoints):
+    source, destination = endpoints
     publish(source)
     publish(destination, train=(2,))
     before = storage.list_files(destination)
     with pytest.raises(UsageError, match=rf"DST={destination} already holds another finished run; choose another place"):
-        transfer.copy(source, destination)
+        copying.copy_folder(source, destination)
     storage.delete(f"{destination}/_MANIFEST.json")
     storage.write_bytes(f"{destination}/data/train/part-00099.parquet", b"x")
     with pytest.raises(UsageError, match=r"holds other files, data/train/part-00099.parquet first of 1; choose an empty place"):
-        transfer.copy(source, destination)
+        copying.copy_folder(source, destination)
     assert storage.list_files(destination).items() >= {key: size for key, size in before.items() if key != "_MANIFEST.json"}.items()
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/outside", "data/../../outside", "a\\b", "_MANIFEST.json"])
 def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(name, tmp_path):
     (tmp_path / "outside").write_text("x")
-    storage.publish(str(tmp_path / "a"), {"kind": "dataset", "files": {name: {"bytes": 1, "sha256": "0"}}})
+    artifacts.publish(str(tmp_path / "a"), {"kind": "dataset", "files": {name: {"bytes": 1, "sha256": "0"}}})
     with pytest.raises(CappyError, match="is not within the folder; do not use it"):
-        transfer.copy(str(tmp_path / "a"), str(tmp_path / "b" / "c"))
+        copying.copy_folder(str(tmp_path / "a"), str(tmp_path / "b" / "c"))
     assert not (tmp_path / "b").exists()
 
 
 def test_an_unfinished_source_and_a_missing_file_are_told(tmp_path):
     with pytest.raises(CappyError, match=r"SRC=.*/none has no readable _MANIFEST.json"):
-        transfer.copy(f"{tmp_path}/none", f"{tmp_path}/b")
+        copying.copy_folder(f"{tmp_path}/none", f"{tmp_path}/b")
     publish(f"{tmp_path}/a")
     storage.delete(f"{tmp_path}/a/{SHARD}")
     with pytest.raises(CappyError, match=rf"{SHARD} is missing, its manifest names it; nothing is published"):
-        transfer.copy(f"{tmp_path}/a", f"{tmp_path}/b")
+        copying.copy_folder(f"{tmp_path}/a", f"{tmp_path}/b")
 
 
 def test_any_published_folder_can_be_copied(tmp_path, bucket):
     storage.write_bytes(f"{tmp_path}/scorer/model.safetensors", os.urandom(20_000_000))
     storage.write_bytes(f"{tmp_path}/scorer/empty", b"")
     storage.write_bytes(f"{tmp_path}/scorer/_checkpoints/step-1", b"not published")
-    files = storage.checksums(f"{tmp_path}/scorer", ["model.safetensors", "empty"])
-    storage.publish(f"{tmp_path}/scorer", {"kind": "scorer", "files": files})
-    transfer.copy(f"{tmp_path}/scorer", f"{bucket}/scorer")
+    files = artifacts.checksums(f"{tmp_path}/scorer", ["model.safetensors", "empty"])
+    artifacts.publish(f"{tmp_path}/scorer", {"kind": "scorer", "files": files})
+    copying.copy_folder(f"{tmp_path}/scorer", f"{bucket}/scorer")
     assert set(storage.list_files(f"{bucket}/scorer")) == {"model.safetensors", "empty", "_MANIFEST.json"}
-    assert storage.verify(f"{bucket}/scorer", storage.read_manifest(f"{bucket}/scorer", "scorer", "train")) == []
+    assert artifacts.verify(f"{bucket}/scorer", artifacts.read_manifest(f"{bucket}/scorer", "scorer", "train")) == []
 
 
 @pytest.fixture
@@ -162,8 +158,8 @@ def test_a_byte_flipped_on_the_wire_is_noticed_and_read_again(bucket, tmp_path, 
     manifest = publish(f"{bucket}/a")
     url, flipped = flipping
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    transfer.copy(f"{bucket}/a", f"{tmp_path}/b")
-    assert len(flipped) == 1 and storage.verify(f"{tmp_path}/b", manifest) == []
+    copying.copy_folder(f"{bucket}/a", f"{tmp_path}/b")
+    assert len(flipped) == 1 and artifacts.verify(f"{tmp_path}/b", manifest) == []
 
 
 @pytest.mark.slow
@@ -171,7 +167,7 @@ def test_killed_midway_nothing_is_published_and_the_same_command_goes_on(tmp_pat
     names = [f"part-{number:03d}" for number in range(120)]
     for name in names:
         storage.write_bytes(f"{tmp_path}/a/{name}", os.urandom(1_000_000))
-    storage.publish(f"{tmp_path}/a", {"kind": "scorer", "files": storage.checksums(f"{tmp_path}/a", names)})
+    artifacts.publish(f"{tmp_path}/a", {"kind": "scorer", "files": artifacts.checksums(f"{tmp_path}/a", names)})
     push = subprocess.Popen([*CAPPY, "push", f"{tmp_path}/a", f"{bucket}/a"], stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and len(storage.list_files(f"{bucket}/a")) < 10:
@@ -183,60 +179,7 @@ def test_killed_midway_nothing_is_published_and_the_same_command_goes_on(tmp_pat
     result = json.loads(cappy("push", f"{tmp_path}/a", f"{bucket}/a", "--json").stdout.splitlines()[-1])
     # The store may still take what was on its way when the copy was killed: one file a thread.
     assert 120 - len(there) - 8 <= result["copied_files"] <= 120 - len(there)
-    assert storage.verify(f"{bucket}/a", storage.published(f"{bucket}/a", "a")) == []
-
-
-def test_pairs_are_a_row_a_candidate_with_its_provenance(way):
-    source, destination = way
-    manifest = publish(source)
-    transfer.export_pairs(source, destination)
-    made = storage.read_json(f"{destination}/_MANIFEST.json")
-    assert made["kind"] == "pairs" and made["counts"] == manifest["counts"] and storage.verify(destination, made) == []
-    fs, path = storage.filesystem(f"{destination}/data/train")
-    frame = pq.read_table(path, filesystem=fs).to_pandas()
-    assert ", ".join(frame) == "instruction, response, label, source, dataset, template, id, model, decoding, logprob, tokens"
-    rows = RegressionSet(source).to_pandas()
-    expected = [
-        (row.instruction, each["response"], each["label"], each["source"], row.dataset, row.id, each["decoding"], each["tokens"])
-        for row in rows.itertuples()
-        for each in row.candidates
-    ]
-    named = ["instruction", "response", "label", "source", "dataset", "id", "decoding", "tokens"]
-    assert [tuple(None if value != value else value for value in row) for row in frame[named].itertuples(index=False)] == expected
-    assert sorted(frame[frame.source == "sampled"].label.unique()) == sorted(LABELS) and len(frame) == 70
-    with pytest.raises(CappyError, match=r"holds a pairs, not a dataset"):
-        RegressionSet(destination)
-    assert transfer.export_pairs(source, destination)["copied_files"] == 0
-
-
-def test_pairs_of_a_damaged_set_are_not_published(tmp_path):
-    publish(f"{tmp_path}/a")
-    flip(f"{tmp_path}/a/{SHARD}", 100)
-    with pytest.raises(CappyError, match=rf"{SHARD} does not match its SHA-256"):
-        transfer.export_pairs(f"{tmp_path}/a", f"{tmp_path}/b")
-    assert not (tmp_path / "b" / "_MANIFEST.json").exists()
-
-
-def test_the_memory_of_writing_pairs_does_not_grow_with_the_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "_ROW_GROUP_BYTES", 200_000)
-    publish(f"{tmp_path}/a", train=(5000,))
-    transfer.export_pairs(f"{tmp_path}/a", f"{tmp_path}/b")
-    parquet = pq.ParquetFile(tmp_path / "b/data/train/part-00000.parquet")
-    sizes = [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
-    assert sum(sizes) == 35_000 and max(sizes) <= 2 * 256 * 7
-
-
-@pytest.mark.parametrize("pairs", [False, True], ids=["set", "pairs"])
-def test_plain_hugging_face_and_pandas_open_what_was_pushed_and_pulled(pairs, tmp_path, bucket):
-    publish(f"{tmp_path}/a")
-    (transfer.export_pairs if pairs else transfer.copy)(f"{tmp_path}/a", f"{bucket}/a")
-    transfer.copy(f"{bucket}/a", f"{tmp_path}/b")
-    glob = {split: f"{tmp_path}/b/data/{split}/part-*.parquet" for split in ("train", "validation")}
-    opened = datasets.load_dataset("parquet", data_files=glob, cache_dir=str(tmp_path / "cache"))
-    frame = pandas.read_parquet(f"{tmp_path}/b/data/train")
-    assert opened["train"]["id"] == list(frame["id"]) and len(frame) == (70 if pairs else 10)
-    fs, path = storage.filesystem(f"{bucket}/a/data/train")
-    assert pandas.read_parquet(path, filesystem=fs).equals(frame)
+    assert artifacts.verify(f"{bucket}/a", artifacts.read_any_manifest(f"{bucket}/a", "a")) == []
 
 
 def test_the_verbs_copy_and_name_what_they_refuse(tmp_path, bucket):

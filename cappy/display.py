@@ -1,0 +1,333 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from generation.dataset import LABEL_BINS
+
+_MIXTURE_ROWS = 40
+_DEAD_LETTERS = "dead_letters.jsonl"
+
+
+def show_plan(result: dict[str, Any], console: Console) -> None:
+    """Print a plan with the number of its `dead_letters`."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("dataset", "train", "validation", "tokens/prompt", "candidates", "pairs"):
+        table.add_column(name, justify="left" if name == "dataset" else "right")
+    rows = sorted(result["mixture"].items(), key=lambda item: (-item[1]["pairs"], item[0]))
+    for name, row in rows[:_MIXTURE_ROWS]:
+        prompt = f"{row['mean_prompt_tokens']:,.0f}" if row["sampled_rows"] else ""
+        table.add_row(Text(name), f"{row['train']:,}", f"{row['validation']:,}", prompt, f"{row['candidates']:,}", f"{row['pairs']:,}")
+    console.print(table)
+    if len(rows) > _MIXTURE_ROWS:
+        rest = rows[_MIXTURE_ROWS:]
+        console.print(f"and {len(rest):,} datasets more with {sum(row['pairs'] for _, row in rest):,} pairs")
+    console.print()
+    totals = result["totals"]
+    tokens = totals["sampled_tokens"]
+    lines = [
+        ("left out", f"{result['dead_letters']:,} rows of the source that cannot be used"),
+        ("instructions", f"{totals['instructions']:,}, {totals['sampled_instructions']:,} of them sampled"),
+        ("pairs", f"{totals['pairs']:,}: " + ", ".join(f"{name} {count:,}" for name, count in totals["pairs_by_source"].items())),
+        ("prompt tokens", f"{totals['prompt_tokens']:,}"),
+        ("sampled tokens", f"{tokens['expected']:,} expected, {tokens['most']:,} at most"),
+        ("storage", size(totals["bytes"])),
+    ]
+    if result["compute"]:
+        hours = result["compute"]["gpu_hours"]
+        lines.append(("GPU-hours", f"{hours['expected']:,.3g} expected, {hours['most']:,.3g} at most"))
+        for count, wall in result["compute"]["wall_hours"].items():
+            lines.append((f"time on {int(count):,} GPU{'s' if count != '1' else ''}", duration(wall) if wall is not None else "too few"))
+    lines.append(("dollars", f"{result['dollars']['expected']:,.2f} expected, {result['dollars']['most']:,.2f} at most"))
+    _print_pairs(lines, console)
+    console.print()
+    console.print("assumed")
+    assumed = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for each in result["assumptions"]:
+        value = f"{each['value']:,}" if isinstance(each["value"], int | float) else str(each["value"])
+        assumed.add_row(Text(each["what"]), Text(value), Text(each["from"]))
+    console.print(assumed)
+
+
+def _print_pairs(lines: list[tuple[str, str]], console: Console) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, text in lines:
+        table.add_row(name, Text(text))
+    console.print(table)
+
+
+def duration(hours: float) -> str:
+    """Hours as people say them: `12 s`, `8.4 min`, `3.2 h`, `5.1 days`."""
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    if hours >= 1:
+        return f"{hours:.1f} h"
+    return f"{hours * 60:.1f} min" if hours >= 1 / 60 else f"{hours * 3600:.2g} s"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them, in powers of 1,000: `1.4 MB`, `21.0 GB`."""
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= length:
+            return f"{count / length:,.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+_SOURCES = {
+    "reference": "correct, label 1",
+    "choice": "other answer choices, label 0",
+    "mismatched": "references of other instructions, label 0",
+    "sampled": "the LLM's, label Rouge-L",
+}
+_WIDTH = 40
+_DATASETS = 24
+_REASONS = 8
+
+
+def show_inspection(result: dict[str, Any], console: Console) -> None:
+    """Print the result of `run`."""
+    console.print(Text(f"{result['kind']} {result['uri']}", style="bold"))
+    checked = "checksums match" if not result["problems"] else f"{len(result['problems'])} DAMAGED"
+    state = checked if result["verified"] else "not checked"
+    console.print(f"made {result['created']} by {result['code_version']}; {result['files']} files, {_size(result['bytes'])}, {state}")
+    for problem in result["problems"]:
+        console.print(Text(f"  {problem}", style="red"))
+    if result["kind"] in ("dataset", "pairs"):
+        _show_origin(result, console)
+    show_summary(result["kind"], result["summary"] | ({"uri": result["uri"]} if "uri" in result["summary"] else {}), console)
+    reasons = result.get("dead_letters", {})
+    for reason, count in list(reasons.items())[:_REASONS]:
+        console.print(Text(f"  {count:,} x {_short(reason, 200)}", style="yellow"))
+    if len(reasons) > _REASONS:
+        console.print(Text(f"  and {len(reasons) - _REASONS:,} reasons more", style="yellow"))
+    for row in result.get("samples", []):
+        _show_row(row if result["kind"] == "dataset" else {**row, "candidates": [row]}, console)
+
+
+def _show_origin(result: dict[str, Any], console: Console) -> None:
+    lineage, metric = result["lineage"], result["metric"]
+    decodings = ", ".join(f"{each['name']} x{each['n']}" for each in lineage["sampler"]["decodings"])
+    prompt = lineage["sampler"]["prompt"]
+    console.print(f"model {lineage['sampler']['model']}; decodings {decodings}; prompt {prompt['form']}, {prompt['shots']} shots")
+    mode = f"{metric['mode']} mode, " if metric["mode"] else ""
+    console.print(f"labels {metric['name']} ({mode}version {metric['version']})")
+    if "made_from" in result:
+        console.print(Text(f"pairs of {result['made_from']['uri']}"))
+    if "copied_from" in result:
+        console.print(Text(f"copied from {result['copied_from']}"))
+    for name in ("rates", "cost"):
+        if result.get(name):
+            console.print(Text(f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in _flat(result[name]))))
+
+
+def show_summary(kind: str, summary: dict[str, Any], console: Console) -> None:
+    """Print the summary a verb returned and its manifest keeps."""
+    if kind in ("dataset", "pairs"):
+        _show_dataset(summary, console)
+    elif kind == "evaluation":
+        show_evaluation(summary, console)
+    elif kind == "adapted":
+        show_adapted(summary, console)
+    else:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for key, value in _flat(summary):
+            if value is None or isinstance(value, list):  # not measured, or what the card shows as a plot
+                continue
+            table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
+        console.print(table)
+
+
+def _show_dataset(summary: dict[str, Any], console: Console) -> None:
+    splits = ", ".join(f"{split} {counts['instructions']:,}" for split, counts in summary["splits"].items())
+    console.print(f"instructions {summary['instructions']:,} ({splits}); pairs {summary['pairs']:,}; sampled tokens {summary['tokens']:,}")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("source", "pairs", "what"):
+        table.add_column(name, justify="right" if name == "pairs" else "left")
+    for source, count in summary["sources"].items():
+        table.add_row(source, f"{count:,}", _SOURCES.get(source, ""))
+    console.print(table)
+    _show_datasets(summary["datasets"], console)
+    _show_labels(summary, console)
+    if summary["dead_letters"]:
+        console.print(
+            Text(f"{summary['dead_letters']:,} rows left out, each with its reason: {summary['uri']}/{_DEAD_LETTERS}", style="yellow")
+        )
+    console.print(f"{summary['uri']} in {summary['seconds']:,.0f} s")
+
+
+def _show_datasets(datasets: dict[str, int], console: Console) -> None:
+    """The instructions of each dataset, the largest first, side by side."""
+    largest = sorted(datasets.items(), key=lambda item: (-item[1], item[0]))
+    console.print(f"datasets {len(datasets):,}, with instructions")
+    console.print(Columns([Text(f"{name} {count:,}") for name, count in largest[:_DATASETS]], padding=(0, 3), column_first=True))
+    if len(largest) > _DATASETS:
+        rest = largest[_DATASETS:]
+        console.print(f"and {len(rest):,} more with {sum(count for _, count in rest):,}")
+
+
+def _show_labels(summary: dict[str, Any], console: Console) -> None:
+    """The label histogram: sampled responses as bars, the counts of all sources beside them."""
+    labels = summary["source_labels"]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("label")
+    table.add_column("sampled" if "sampled" in labels else "")
+    for source in labels:
+        table.add_column(source, justify="right")
+    sampled = labels.get("sampled", [0] * LABEL_BINS)
+    top = max(sampled) or 1
+    for index in range(LABEL_BINS):
+        close = "]" if index == LABEL_BINS - 1 else ")"
+        counts = [f"{labels[source][index]:,}" if labels[source][index] else "" for source in labels]
+        bin_ = Text(f"[{index / LABEL_BINS:.1f}, {(index + 1) / LABEL_BINS:.1f}{close}")
+        table.add_row(bin_, "█" * round(_WIDTH * sampled[index] / top), *counts)
+    console.print(table)
+
+
+def _show_row(row: dict[str, Any], console: Console) -> None:
+    console.print()
+    console.print(Text(f"{row['dataset']} / {row['template']}  {row['id'][:8]}", style="bold"))
+    console.print(Text(_short(row["instruction"].strip(), 400)))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("label", justify="right")
+    table.add_column("source")
+    table.add_column("log-prob", justify="right")
+    table.add_column("response")
+    for candidate in sorted(row["candidates"], key=lambda candidate: -candidate["label"]):
+        logprob = "" if candidate["logprob"] is None else f"{candidate['logprob']:.1f}"
+        source = candidate["decoding"] or candidate["source"]
+        table.add_row(f"{candidate['label']:.2f}", source, logprob, Text(_short(candidate["response"], 100)))
+    console.print(table)
+
+
+def _short(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _flat(tree: dict[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        pairs += _flat(value, f"{path}{key}.") if isinstance(value, dict) else [(f"{path}{key}", value)]
+    return pairs
+
+
+def _number(value: Any) -> str:
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
+_METHOD_NAMES = {
+    "greedy": "greedy",
+    "sample": "sample",
+    "self_sum": "self-sum",
+    "self_mean": "self-mean",
+    "scorer": "scorer",
+    "blend": "blend",
+    "oracle": "oracle",
+}
+
+
+def show_evaluation(summary: dict[str, Any], console: Console) -> None:
+    """Print tasks by methods, the average with its interval, and below it the scorer's gain; 80 columns suffice.
+
+    The best method but the oracle is green, and starred, as colours are lost in a log file.
+    """
+    averages = summary["averages"]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        title="Rouge-L of the answer, in points",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("task", overflow="fold")
+    table.add_column("rows", justify="right", no_wrap=True)
+    for method in averages:
+        table.add_column(_METHOD_NAMES[method], justify="right", no_wrap=True)
+    for task, entry in summary["per_task"].items():
+        table.add_row(task, f"{entry['instructions']:,}", *_method_cells(entry["methods"]))
+    table.add_section()
+    table.add_row("average over tasks", f"{summary['instructions']:,}", *_method_cells(averages), style="bold")
+    for end in ("low", "high"):
+        table.add_row(f"  {summary['confidence']:.0%} {end}", "", *(f"{each[end]:.1f} " for each in averages.values()), style="dim")
+    console.print(table, soft_wrap=False)
+    for line in _gain_lines(summary):
+        console.print(line, soft_wrap=False)
+
+
+def show_adapted(summary: dict[str, Any], console: Console) -> None:
+    """Print what `cappy adapt` found for each task, the averages, and where the scorers are; 80 columns suffice."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
+    for name in ("rows", "random", "self", "before", "after", "oracle"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("gate", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for outcome in summary["tasks"]:
+        figures, gate = outcome.get("figures"), outcome.get("gate")
+        shown = [""] * 6 if figures is None else [f"{figures['rows']:,}", *_point_cells(figures)]
+        gain = "" if gate is None or gate["gain"] is None else f"{gate['gain']:+.1f}"
+        style = {"published": "green", "rejected": "yellow", "failed": "red"}[outcome["state"]]
+        table.add_row(outcome["task"], *shown, gain, Text(outcome["state"], style=style))
+    if summary["averages"]:
+        table.add_section()
+        table.add_row("average", "", *_point_cells(summary["averages"]), style="bold")
+    console.print(table, soft_wrap=False)
+    if "after the gate" in summary["averages"]:
+        console.print(f"with the scorer the gate chose for each task: {summary['averages']['after the gate']:.1f} points on average")
+    for outcome in summary["tasks"]:
+        if outcome["state"] == "failed":
+            console.print(Text(f"{outcome['task']}: {outcome['error']}", style="red"), soft_wrap=True)
+    rejected = [outcome for outcome in summary["tasks"] if outcome["state"] == "rejected"]
+    if rejected:
+        use = rejected[0]["use"]
+        names = ", ".join(outcome["task"] for outcome in rejected)
+        console.print(Text(f"not better than the base, not published; use {use or 'another scorer'}: {names}"), soft_wrap=True)
+    console.print(f"{summary['published']} of {len(summary['tasks'])} tasks published: {summary['uri']} in {summary['seconds']:,.0f} s")
+
+
+def _point_cells(figures: dict[str, Any]) -> list[str]:
+    values = [figures.get(name) for name in ("random", "self", "before", "after", "oracle")]
+    return ["" if value is None else f"{value:.1f}" for value in values]
+
+
+def _gain_lines(summary: dict[str, Any]) -> list[Text]:
+    """Return the gain of the scorer and the share of the oracle gap it closes, then what was left out, if anything."""
+    gain, best = summary["gain"], _METHOD_NAMES[summary["best_baseline"]]
+    verdict = "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "no clear difference"
+    lines = [
+        Text.assemble(
+            ("scorer - ", "bold"),
+            (f"{best}: ", "bold"),
+            (f"{gain['mean']:+.1f}", "bold green" if gain["low"] > 0 else "bold red" if gain["high"] < 0 else "bold"),
+            f" [{gain['low']:+.1f}, {gain['high']:+.1f}] points ({verdict})",
+        )
+    ]
+    if share := summary["gap_closed"]:
+        lines[0].append(f"; {share['mean']:.0%} of the oracle gap closed [{share['low']:.0%}, {share['high']:.0%}]")
+    lines += [Text(f"left out: {_METHOD_NAMES[method]} ({reason})") for method, reason in summary["left_out"].items()]
+    skipped = {reason: count for reason, count in summary["skipped"].items() if count}
+    if skipped:
+        lines.append(Text("skipped rows: " + ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in skipped.items())))
+    return lines
+
+
+def _method_cells(estimates: dict[str, dict[str, float]]) -> list[Text]:
+    best = max((each["mean"] for method, each in estimates.items() if method != "oracle"))
+    return [
+        Text(f"{each['mean']:.1f}*", style="bold green")
+        if method != "oracle" and each["mean"] == best
+        else Text(f"{each['mean']:.1f} ", style="dim" if method == "oracle" else "")
+        for method, each in estimates.items()
+    ]

@@ -1,0 +1,110 @@
+"""Files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.artifacts import refuse_published_meanwhile
+from cluster.errors import CappyError
+from cluster.s3 import call_with_retries, has_sha256, put_local_file, put_object
+from cluster.storage import absolute, is_s3, join, json_bytes, sha256, temporary_file_beside, version
+
+# Times a conditional write is tried again after another writer of the same file was faster.
+_REPLACE_ATTEMPTS = 5
+
+
+class FolderWriter:
+    """Write files below one folder without replacing a file of a run that took over in the meantime.
+
+    Each write reads the file's `version`, calls `check`, and then writes only if the version is still the same: `If-Match` or
+    `If-None-Match` on S3, a hard link or a compared rename on disk. A file that another run wrote after `check` passed has
+    another version, so the write is refused and `check` is called again. Two windows remain. On disk, a rename follows the
+    last comparison by some microseconds. On S3, a file that was written again with the same bytes has the same ETag.
+
+    `check` raises `CappyError` once the folder is another run's, e.g. `Lease.check`. By default it raises once the folder has
+    a manifest.
+    """
+
+    def __init__(self, uri: str, check: Callable[[], None] | None = None) -> None:
+        self.uri = uri
+        self._check = check or partial(refuse_published_meanwhile, uri)
+
+    def write_bytes(self, name: str, data: bytes) -> dict[str, Any]:
+        """Write a whole file; return its entry for a manifest."""
+        uri = join(self.uri, name)
+        digest = hashlib.sha256(data).hexdigest()
+        if is_s3(uri):
+            self._write(uri, digest, lambda condition: put_object(uri, data, **condition))
+        else:
+            with temporary_file_beside(uri) as temporary:
+                temporary.write_bytes(data)
+                self._move(uri, temporary)
+        return {"bytes": len(data), "sha256": digest}
+
+    def write_json(self, name: str, value: Any) -> dict[str, Any]:
+        """Write a JSON file; return its entry for a manifest."""
+        return self.write_bytes(name, json_bytes(value))
+
+    def upload_file(self, file: Path, name: str, *, move: bool = False) -> dict[str, Any]:
+        """Copy a local file; return its entry for a manifest. With `move` the file may be renamed instead: it is not used again."""
+        uri = join(self.uri, name)
+        digest = sha256(str(file))
+        entry = {"bytes": file.stat().st_size, "sha256": digest}
+        if is_s3(uri):
+            self._write(uri, digest, partial(put_local_file, uri, file, entry))
+        elif move:
+            Path(absolute(uri)).parent.mkdir(parents=True, exist_ok=True)
+            self._move(uri, file)
+        else:
+            with temporary_file_beside(uri) as temporary:
+                shutil.copyfile(file, temporary)
+                self._move(uri, temporary)
+        return entry
+
+    def upload_folder(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Copy every file of a local folder; return the entry of each for a manifest, by its path."""
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        return {name: self.upload_file(path, name) for name, path in files.items()}
+
+    def _write(self, uri: str, digest: str, send: Callable[[dict[str, str]], None]) -> None:
+        from botocore.exceptions import ClientError
+
+        for _ in range(_REPLACE_ATTEMPTS):
+            seen = version(uri)
+            self._check()
+            condition = {"IfNoneMatch": "*"} if seen is None else {"IfMatch": seen}
+            try:
+                call_with_retries(uri, partial(send, condition))
+                return
+            except (ClientError, FileNotFoundError):  # 412: another version; or the file to replace was removed
+                # Where the answer to an earlier try was lost, the other version is this one.
+                if has_sha256(uri, digest):
+                    return
+        raise _contention_error(uri)
+
+    def _move(self, uri: str, file: Path) -> None:
+        target = Path(absolute(uri))
+        for _ in range(_REPLACE_ATTEMPTS):
+            seen = version(uri)
+            self._check()
+            if seen is None:
+                try:
+                    os.link(file, target)
+                except FileExistsError:
+                    continue
+                file.unlink()
+                return
+            if version(uri) == seen:
+                file.replace(target)
+                return
+        raise _contention_error(uri)
+
+
+def _contention_error(uri: str) -> CappyError:
+    return CappyError(f"{uri}: another process writes this file too; stop one of them, then run the command again")
