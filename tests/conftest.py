@@ -1,4 +1,4 @@
-"""Shared fixtures: a real S3 server on loopback, an embedded Ray, and the environment tests run in."""
+"""Shared fixtures: a real S3 server on loopback, an embedded Ray, and the environment of the tests."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from cluster.config import DEMO_TASKS
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-# Ray's workers give way to everything else by default: on a busy machine, to the other tests.
+# Ray's workers have a low priority by default, so on a busy machine they would wait for the other tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# vLLM's engine on CPU computes in one process more, which imports vLLM once more; on one GPU it has none either.
+# By default vLLM's CPU engine starts another process, which imports vLLM again.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 # Every BIG-bench task that a test reads. The archive is a stream, and reading it once takes half a minute.
@@ -35,13 +35,13 @@ CAPPY = [sys.executable, "-m", "cappy.cli"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files with slow tests first, the two longest before all: what is short then fills the gaps at the end."""
+    """Run files with slow tests first, starting with the two longest, so that short tests fill the end of a parallel run."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path.name not in ("test_end_to_end.py", "test_trainer.py"), item.path not in slow))
+    items.sort(key=lambda item: (item.path.name not in ("test_end_to_end.py", "test_train.py"), item.path not in slow))
 
 
 def cappy(*arguments: str, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does, in a process of its own."""
+    """Run the command line in a separate process, as a user does."""
     return subprocess.run(
         [*CAPPY, *arguments], capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}, stdin=subprocess.DEVNULL
     )
@@ -49,7 +49,7 @@ def cappy(*arguments: str, timeout: float = 600, **environment: str) -> subproce
 
 @pytest.fixture(scope="session")
 def bigbench_tasks() -> None:
-    """Put the tasks that tests read into the cache, in one pass over BIG-bench's archive (from PyPI)."""
+    """Extract the tasks that tests read to the cache, in one scan of the BIG-bench archive (from PyPI)."""
     from generation.sources import bigbench
 
     bigbench.load_tasks(BIGBENCH_TASKS)
@@ -57,7 +57,7 @@ def bigbench_tasks() -> None:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A SeaweedFS S3 server with credentials of its own; yields the environment a client needs."""
+    """Start a SeaweedFS S3 server with new credentials; yield the environment variables of a client."""
     folder = tmp_path_factory.mktemp("s3")
     base = next(port for port in iter(lambda: ports.free_port(beyond=4), None) if port < 50_000)
     environment = {
@@ -78,13 +78,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         _wait_for_s3(environment, server, folder / "server.log")
         yield environment
     finally:
-        # Its own way to stop takes ten seconds, for files that go with the folder.
+        # An orderly stop takes ten seconds and only saves files that are deleted with the folder.
         server.kill()
         server.wait()
 
 
 def _wait_for_s3(environment: dict[str, str], server: subprocess.Popen[bytes], log: Path) -> None:
-    """Ready is when a conditional PUT is taken once and refused the second time."""
+    """Wait until the server accepts a conditional PUT and rejects the same PUT the second time."""
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -109,7 +109,7 @@ def _wait_for_s3(environment: dict[str, str], server: subprocess.Popen[bytes], l
                     return
         except (BotoCoreError, ClientError):
             time.sleep(0.5)
-    raise RuntimeError(f"the S3 server did not come up: {log.read_text()[-2000:]}")
+    raise RuntimeError(f"the S3 server did not start within 60 s: {log.read_text()[-2000:]}")
 
 
 _ray = ExitStack()
@@ -118,7 +118,7 @@ atexit.register(_ray.close)
 
 @pytest.fixture(scope="module")
 def ray_here(s3_server: dict[str, str]) -> None:
-    """An embedded Ray whose workers reach the S3 server and have one thread each; left running for the next module that asks."""
+    """Start an embedded Ray whose workers can use the S3 server and one thread each. It runs until `no_ray` or the last test."""
     import ray
 
     from cluster.runtime import ray_session
@@ -132,13 +132,13 @@ def ray_here(s3_server: dict[str, str]) -> None:
 
 @pytest.fixture
 def no_ray() -> None:
-    """No Ray in this process: a test starts its own."""
+    """Stop the embedded Ray, for a test that starts its own."""
     _ray.close()
 
 
 @pytest.fixture
 def bucket(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty bucket on the server, reachable from this process; yields `s3://name`."""
+    """Create an empty bucket on the S3 server, set up access from this process, and return `s3://name`."""
     import boto3
 
     for name, value in s3_server.items():
@@ -150,5 +150,5 @@ def bucket(s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder to write to: on disk, or (indirect parameter "s3") in object storage."""
+    """Return a folder to write to: on disk, or in object storage for the indirect parameter "s3"."""
     return str(request.getfixturevalue("bucket")) + "/place" if request.param == "s3" else str(tmp_path / "place")

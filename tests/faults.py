@@ -1,4 +1,7 @@
-"""A loopback proxy before an HTTP server that spoils some of the traffic, drawn by seed. Real sockets, real bytes."""
+"""Fault injection: a loopback proxy that damages HTTP traffic at random by a seed, and an S3 server for unusual keys.
+
+Both use real sockets.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,15 @@ KINDS = ("unavailable", "reset", "lost_answer", "truncated", "flipped_answer", "
 
 
 class FaultyProxy:
-    """Forwards to `url`; each request suffers one of `kinds` with probability `rate`, both of which may change while it runs.
+    """A proxy to `url` that applies one of the fault `kinds` to each request with probability `rate`.
 
-    `url` of the proxy, `spoiled` counts by kind.
+    A test may change `kinds` and `rate` while it runs. Attribute `url` is the address of the proxy; `spoiled` counts faults by kind.
 
-    - unavailable: 503 without forwarding; reset: the connection is cut before forwarding;
-    - lost_answer: forwarded, then cut; truncated: half of the answer's body;
-    - flipped_answer, flipped_request: one bit of the body is another.
+    - unavailable: answers 503 without forwarding.
+    - reset: closes the connection before forwarding.
+    - lost_answer: forwards the request, then closes the connection.
+    - truncated: sends half of the body of the answer.
+    - flipped_answer, flipped_request: changes one bit of the body.
     """
 
     def __init__(self, url: str, kinds: tuple[str, ...], rate: float, seed: int = 0) -> None:
@@ -35,17 +40,17 @@ class FaultyProxy:
             def handle_request(self) -> None:
                 with lock:
                     kind = draw.choice(proxy.kinds) if draw.random() < proxy.rate else None
-                    place = draw.random()
+                    position = draw.random()
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 if kind == "flipped_request" and body:
-                    body = _flip(body, place)
+                    body = _flip_bit(body, position)
                     spoiled[kind] += 1
                 if kind == "unavailable":
                     spoiled[kind] += 1
                     return self.answer(503, [], b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>")
                 if kind == "reset":
                     spoiled[kind] += 1
-                    return self.cut()
+                    return self.reset_connection()
                 connection = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
                 connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                 for name, value in self.headers.items():
@@ -57,14 +62,14 @@ class FaultyProxy:
                 connection.close()
                 if kind == "lost_answer":
                     spoiled[kind] += 1
-                    return self.cut()
+                    return self.reset_connection()
                 if kind == "flipped_answer" and data:
-                    data = _flip(data, place)
+                    data = _flip_bit(data, position)
                     spoiled[kind] += 1
                 if kind == "truncated" and len(data) > 1:
                     spoiled[kind] += 1
                     self.answer(answer.status, headers, data, sent=len(data) // 2)
-                    return self.cut()
+                    return self.reset_connection()
                 return self.answer(answer.status, headers, data)
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_request
@@ -79,7 +84,7 @@ class FaultyProxy:
                 self.wfile.write(data[:sent])
                 self.wfile.flush()
 
-            def cut(self) -> None:
+            def reset_connection(self) -> None:
                 self.close_connection = True
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 self.connection.close()
@@ -88,7 +93,7 @@ class FaultyProxy:
                 pass
 
         class Server(ThreadingHTTPServer):
-            def handle_error(self, *_: object) -> None:  # a connection we cut ourselves
+            def handle_error(self, *_: object) -> None:  # the error of a connection that the proxy closed
                 pass
 
         self.spoiled = spoiled
@@ -104,15 +109,16 @@ class FaultyProxy:
         self._server.server_close()
 
 
-def _flip(data: bytes, place: float) -> bytes:
-    position = int(place * len(data))
-    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+def _flip_bit(data: bytes, position: float) -> bytes:
+    """Flip one bit of the byte at a relative position in [0, 1)."""
+    index = int(position * len(data))
+    return data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :]
 
 
 class KeyStore:
-    """An S3 server that holds objects under keys of any shape, as AWS does; SeaweedFS cleans `a//b` and refuses `a/../b`.
+    """An S3 server with objects under any key, like AWS. SeaweedFS normalizes `a//b` and rejects `a/../b`.
 
-    It answers HeadBucket, ListObjectsV2, GetObject and HeadObject, and checks no signature. `url` is its address.
+    It implements HeadBucket, ListObjectsV2, GetObject and HeadObject without checking signatures. `url` is its address.
     """
 
     def __init__(self, objects: dict[str, bytes]) -> None:

@@ -1,13 +1,13 @@
-"""What samples: one contract, and an engine for each `sampler.engine.kind`. Knows no Ray.
+"""Sampling engines: one protocol (`contract`) and one engine for each `sampler.engine.kind`. Imports no Ray.
 
-| kind | module | for |
+| kind | module | used for |
 | --- | --- | --- |
-| vllm | `vllm` | decoder-only models here |
-| transformers | `seq2seq` | encoder-decoder models here |
-| endpoint | `endpoint` | any server of the OpenAI protocol |
+| vllm | `vllm` | decoder-only models on this machine |
+| transformers | `seq2seq` | encoder-decoder models on this machine |
+| endpoint | `endpoint` | any server with an OpenAI-compatible API |
 
-An engine loads in `__init__`, so it belongs in an actor or a Serve replica. A call draws the candidates of one prompt and one
-decoding; calls overlap, and the engine batches them as it sees fit.
+An engine loads its model in `__init__`, so construct it in an actor or a Serve replica. One `sample` call draws the candidates of one
+prompt with one decoding. Calls may run concurrently; the engine batches them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from generation.engines.contract import ServedLLM, read_api_key
 
 
 def load_engine(config: SamplerConfig, max_wait_s: float = math.inf) -> ServedLLM:
-    """Return the engine of a sampler config; `max_wait_s` is how long a request may wait for an endpoint to take it."""
-    # Each imported where it is wanted: a process needs one of them.
+    """Load and return the engine of a sampler config.
+
+    Args:
+        config: the sampler settings.
+        max_wait_s: seconds that a request may wait for the rate limits of an endpoint; local engines ignore it.
+    """
+    # Imported here, because a process needs only one of the engines.
     if config.engine.kind == "transformers":
         from generation.engines.seq2seq import Seq2SeqEngine
 
@@ -36,7 +41,7 @@ def load_engine(config: SamplerConfig, max_wait_s: float = math.inf) -> ServedLL
 
 
 def check_sampler_config(config: SamplerConfig) -> None:
-    """Raise what `load` would for a model or key that cannot be there, without loading anything."""
+    """Check model or API key without loading anything. Raises the `UsageError` that `load_engine` would raise."""
     if config.engine.kind == "endpoint":
         read_api_key(config.engine.api_key_env)
     else:
@@ -44,11 +49,16 @@ def check_sampler_config(config: SamplerConfig) -> None:
 
 
 def cost_limit(config: SamplerConfig) -> float | None:
-    """Return the dollars a whole run may cost, or None where nothing limits it."""
+    """Return the maximum cost of a whole run in dollars, or None if there is no limit."""
     return config.engine.max_cost if config.engine.kind == "endpoint" else None
 
 
 def actor_resources(config: SamplerConfig, cluster_gpus: float) -> dict[str, float]:
-    """Return what one sampling actor asks Ray for; `cluster_gpus` counts the cluster's GPUs, 0 has all run on CPUs."""
+    """Return the Ray resources of one sampling actor.
+
+    Args:
+        config: the sampler settings.
+        cluster_gpus: number of GPUs in the cluster; with 0 all engines run on CPUs.
+    """
     gpus = config.engine.tensor_parallel if config.engine.kind == "vllm" else int(config.engine.kind == "transformers")
     return {"num_cpus": 1, "num_gpus": gpus if cluster_gpus else 0}

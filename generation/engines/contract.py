@@ -1,4 +1,4 @@
-"""The contract between the sampler and an engine: the candidate, the errors, the protocols. Knows no engine."""
+"""The interface between the sampler and an engine: candidate, errors and protocols. Imports no engine and no Ray."""
 
 from __future__ import annotations
 
@@ -17,71 +17,83 @@ class Candidate(TypedDict):
     """One sampled response."""
 
     response: str
-    """The text, outer white space stripped."""
+    """The text without leading and trailing white space."""
     text: NotRequired[str]
-    """The text with its outer white space, where the engine keeps it: what follows a prompt letter by letter."""
+    """The exact continuation of the prompt, white space included, if the engine keeps it."""
     decoding: str
     """Name of the decoding that drew it."""
     tokens: int
-    """Tokens sampled, the end of text included."""
+    """Sampled tokens, including the end-of-text token."""
     finish_reason: str
     """`stop` (end of text or a stop string) or `length` (max_tokens reached)."""
     logprob: float | None
-    """Sum of the natural log-probabilities of the sampled tokens under the model at temperature 1; None where an endpoint
-    does not tell, or nobody asked."""
+    """Sum of the natural log-probabilities of the sampled tokens under the model at temperature 1. None if an endpoint does not
+    return them or the caller did not request them."""
 
 
 class RowError(CappyError):
-    """This row cannot be sampled, and trying again would not help."""
+    """This row cannot be sampled, and a retry would fail too."""
 
 
 class PromptTooLong(RowError):
-    """The prompt leaves no room for a candidate in the engine's context."""
+    """The prompt does not fit in the context of the engine with enough tokens left for a candidate."""
 
 
 class EngineUnavailable(RowError):
-    """The engine was asked as often as it may be, or would have to be waited for too long. Other rows may be answered."""
+    """All tries of the request failed, or the engine would accept it only after `max_wait_s`. Other rows may succeed."""
 
     retry_after_s: float | None = None
-    """Seconds after which it would take requests again, where it said so."""
+    """Seconds until the engine accepts requests again, or None if unknown."""
     timed_out = False
-    """Whether it took a request and gave no answer in time."""
+    """Whether the engine accepted a request and did not answer in time."""
 
 
 OnCandidate = Callable[[Candidate], None]
-"""Is told each candidate of a call as soon as it is there, and so before the call returns them all."""
+"""A callback for each candidate of a `sample` call, called as soon as the candidate is complete and before the call returns."""
 Prompt = list[int] | list[Message] | str
-"""What an engine's `encode` returns and its `sample` takes: token ids, or for an endpoint the messages or the raw text."""
+"""An encoded prompt, returned by `encode` and taken by `sample`: token ids, or messages or raw text for an endpoint."""
 
 
 class LLM(Protocol):
-    """What a sampler needs of an engine."""
+    """The methods of an engine that the sampler uses."""
 
     @property
     def dead(self) -> bool:
-        """Whether the engine can never answer again; its process must be replaced."""
+        """Whether the engine has failed for good; its process must be replaced."""
 
     def encode(self, turns: Sequence[Message], form: str, room: int) -> Any:
-        """Return the `Prompt` of some turns with at least `room` tokens left for a candidate. Raises `PromptTooLong`."""
+        """Return the `Prompt` of a conversation with at least `room` tokens left for a candidate. Raises `PromptTooLong`.
+
+        Args:
+            turns: the messages of the conversation.
+            form: `chat` (the chat template of the model) or `raw` (plain text).
+            room: tokens to leave for a candidate.
+        """
 
     async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:
-        """Return the `decoding.n` candidates of one prompt; without `seed` by chance, which engines that sample in batches do faster.
+        """Return the `decoding.n` candidates of one prompt.
 
-        Raises `RowError` for a prompt it will never answer, any other `CappyError` where no prompt will be answered.
+        Args:
+            prompt: the result of `encode`.
+            decoding: the sampling settings.
+            seed: seed of the draws; None draws at random, which is faster in engines that sample in batches.
+            request_id: id of the request, also the key for `pop_cost`.
+
+        Raises `RowError` for a prompt that the engine will never answer, and another `CappyError` if it cannot answer any prompt.
         """
 
     def max_cost(self, prompt: Any, decoding: DecodingConfig) -> float:
-        """Return the most dollars one `sample` can cost, whatever happens to it."""
+        """Return an upper bound of the cost of one `sample` call in dollars; failures and retries are included."""
 
     def pop_cost(self, request_id: str) -> float:
-        """Return the dollars a `sample` that ended, well or badly, did cost, and forget them."""
+        """Return the cost in dollars of a `sample` call that succeeded or failed, and remove it from the engine."""
 
 
 class ServedLLM(LLM, Protocol):
-    """What serving needs of an engine beside."""
+    """The methods of an engine that serving uses in addition."""
 
     def encode(self, turns: Sequence[Message], form: str, room: int, drop_shots: bool = True) -> Any:
-        """Return the `Prompt`; with `drop_shots=False` (a client's own conversation, which is not ours to shorten) of all turns."""
+        """Return the `Prompt`; `drop_shots=False` keeps all turns, because the conversation of a client must not be shortened."""
 
     async def sample(
         self,
@@ -93,42 +105,48 @@ class ServedLLM(LLM, Protocol):
         logprobs: bool = True,
         on_candidate: OnCandidate | None = None,
     ) -> list[Candidate]:
-        """Return the candidates, and tell `ended` each of them as it comes: one by one, or as the engine has them.
+        """Return the candidates and pass each one to `on_candidate` as soon as the engine has it.
 
-        Without `logprobs` maybe without their log-probabilities, which take vLLM a pass over its vocabulary.
+        With `logprobs=False` the engine may leave `logprob` None: vLLM computes them in an extra step over the vocabulary.
         """
 
     def prompt_tokens(self, prompt: Any, request_id: str) -> int:
-        """Return the tokens of a prompt; an endpoint counts them in the `sample` of that id, which must have ended and not been billed."""
+        """Return the number of tokens of a prompt.
+
+        An endpoint reads it from the answer to the `sample` call with that id. Call it after `sample` and before `pop_cost`.
+        """
 
     def close(self) -> None:
-        """End what runs beside this process' own threads."""
+        """Stop the processes and threads that the engine started."""
 
 
 def read_api_key(name: str | None) -> str | None:
-    """Return the key in environment variable `name`, or None for no name. Raises `UsageError` where it is not set."""
+    """Return the API key in environment variable `name`, or None if `name` is None.
+
+    Raises `UsageError` if the variable is not set or blank.
+    """
     if name is None:
         return None
     key = os.environ.get(name, "").strip()
     if not key:
-        raise UsageError(f"sampler.engine.api_key_env={name}: no such variable is set where the sampler runs; export it there")
+        raise UsageError(f"sampler.engine.api_key_env={name}: the variable is not set on the machine of the sampler; export it there")
     return key
 
 
 def has_gpu() -> bool:
-    """Whether this process sees a GPU."""
+    """Return whether this process can use a GPU."""
     import torch
 
     return bool(torch.cuda.is_available())
 
 
 def request_seed(seed: int, identity: str, decoding: str) -> int:
-    """Return a 31-bit seed that is a function of the run's seed, the row and the decoding alone."""
+    """Return a 31-bit seed that depends only on the seed of the run, the id of the row and the name of the decoding."""
     digest = hashlib.blake2b(f"{seed}\0{identity}\0{decoding}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def request_identity(model: str, turns: Sequence[Message], decoding: DecodingConfig, seed: int) -> str:
-    """Return 32 hex digits that are equal where model, prompt, decoding and seed are, on any machine and engine."""
+    """Return a hash (32 hex digits) of model, prompt, decoding and seed, equal on all machines and engines."""
     parts = [model, [[turn["role"], turn["content"]] for turn in turns], decoding.model_dump(mode="json"), seed]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

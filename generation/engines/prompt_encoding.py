@@ -1,4 +1,4 @@
-"""From turns to token ids, the same for every engine that holds its own tokenizer."""
+"""Encode a conversation to token ids, for engines with a tokenizer on this machine. Imports no Ray and no engine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from generation import prompts
 
 
 def encode_prompt(tokenizer: Any, turns: Sequence[prompts.Message], form: str, limit: int, drop_shots: bool = True) -> list[int]:
-    """Return the prompt's token ids, with shots dropped from the front until at most `limit` are left.
+    """Return the token ids of a prompt, with shots dropped from the front until it has at most `limit` tokens.
 
-    What cannot be made so short comes back longer; `drop_shots=False` drops none. Raises `CappyError` for a form the model
-    does not have.
+    A prompt that is too long without shots is returned longer than `limit`. `drop_shots=False` drops no shots. Raises `CappyError`
+    for `form: chat` if the model has no chat template.
     """
     rest: Sequence[prompts.Message] = turns
     while True:
@@ -25,10 +25,11 @@ def encode_prompt(tokenizer: Any, turns: Sequence[prompts.Message], form: str, l
 
 
 def _tokenize(tokenizer: Any, turns: Sequence[prompts.Message], form: str) -> list[int]:
+    """Return the token ids of all turns."""
     continued = prompts.prompt_text(turns, form)
     if continued is not None:
         return list(tokenizer(continued)["input_ids"])
     if tokenizer.chat_template is None:
-        raise CappyError("sampler.prompt.form=chat, yet the model has no chat template; set sampler.prompt.form=raw")
+        raise CappyError("sampler.prompt.form=chat: the model has no chat template; set sampler.prompt.form=raw")
     text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,12 +1,14 @@
 """Prefill sharing: the candidates of a prompt prefill its last, partial block once. Imports vLLM; imports no Ray.
 
 vLLM's prefix cache shares only whole blocks of a prompt between requests. Each candidate computes the rest of the prompt again: half a
-block on average. On CPU a block has 32 tokens, so this is a large part of the work for short candidates. With this connector the first
-candidate computes the rest, and the others start one step later with a copy of its block. The candidates are the same as without it.
+block on average. On CPU a block has 32 tokens, so this is a large part of the work for short candidates (figures: `docs/results.md`).
+With this connector the first candidate computes the rest. The others start one step later with a copy of its block. The candidates are
+the same as without it.
 
-It is a KV connector, vLLM's interface for external KV caches. vLLM's scheduler calls `get_num_new_matched_tokens` and the other
-scheduler methods. vLLM's worker calls `start_load_kv` before each step, in the same or another process. It applies to models with full
-attention in all layers and has no effect on others. It is not used on GPUs: a block there has 16 tokens and prefill is cheap.
+It is a KV connector, vLLM's interface for external KV caches. vLLM's scheduler calls `get_num_new_matched_tokens`,
+`update_state_after_alloc`, `build_connector_meta` and `request_finished`. vLLM's worker calls `start_load_kv` before each step, in the
+same process or in another one. Only models with full attention in all layers are supported; other models run without sharing. It is
+not used on GPUs: a block there has 16 tokens and prefill is cheap.
 
 `sampler.engine.share_prefill` controls it; `vllm.PREFILL_SHARING_VERSIONS` lists the tested vLLM versions.
 """

@@ -42,8 +42,8 @@ def seq2seq(folder, form="raw", **engine):
 
 async def test_an_encoder_decoder_samples_a_requests_pool_and_waiting_requests_together(t5, monkeypatch):
     batches = []
-    own = Seq2SeqEngine._run
-    monkeypatch.setattr(Seq2SeqEngine, "_run", lambda self, batch: batches.append(len(batch)) or own(self, batch))
+    own = Seq2SeqEngine._sample_batch
+    monkeypatch.setattr(Seq2SeqEngine, "_sample_batch", lambda self, batch: batches.append(len(batch)) or own(self, batch))
     llm = seq2seq(t5)
     pools = await asyncio.gather(*(llm.sample(TURNS, [BEAM, WARM], [1, seed]) for seed in range(4)))
     assert batches == [8]
@@ -75,7 +75,7 @@ def running():
 @pytest.fixture
 def server(running, monkeypatch):
     monkeypatch.setenv("FOX_KEY", "very-secret")
-    running.forget()
+    running.reset()
     running.reply, running.delay_s = (lambda body, number: good(body)), 0.0
     return running
 

@@ -1,4 +1,4 @@
-"""A tiny T5 and a tiny BART with random weights and a word-level tokenizer: real folders, as `from_pretrained` loads them."""
+"""Fixtures: folders with a tiny T5 or BART (random weights, word-level tokenizer) that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ VOCABULARY = len(WORDS) + len(SPECIALS)
 
 
 def write_tokenizer(folder: Path) -> None:
+    """Save a word-level tokenizer of `WORDS` to a folder."""
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*SPECIALS, *WORDS])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
@@ -25,14 +26,15 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session", params=["t5", "bart"])
 def seq2seq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random two-layer encoder-decoder; BART with the habits of its published checkpoints."""
+    """Return a folder with a random two-layer encoder-decoder; the BART has the generation config of published checkpoints."""
     folder = tmp_path_factory.mktemp(request.param)
     write_seq2seq(folder, request.param)
     return folder
 
 
 def write_seq2seq(folder: Path, kind: str) -> None:
-    torch.manual_seed(1 if kind == "t5" else 0)  # seeds whose models do not repeat one word for ever
+    """Save a random model of a kind (`t5` or `bart`) and its tokenizer to a folder."""
+    torch.manual_seed(1 if kind == "t5" else 0)  # with other seeds the model repeats one word only
     if kind == "t5":
         sizes = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2, "initializer_factor": 2.0}
         tokens = {"decoder_start_token_id": 1, "pad_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}

@@ -1,4 +1,4 @@
-"""A loopback server of the OpenAI protocol that misbehaves on demand: real HTTP over real sockets, no model."""
+"""A loopback server with the OpenAI API and configurable failures: real HTTP over real sockets, without a model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ import uvicorn
 from cluster import ports
 
 Answer = tuple[int, dict[str, str], Any]
-"""Status, headers and body (JSON). Status 0 cuts the connection in the middle of an answer."""
+"""Status, headers and body (JSON). Status 0 closes the connection in the middle of an answer."""
 
 
 def error(status: int, message: str = "no", headers: dict[str, str] | None = None, **fields: str) -> Answer:
+    """Return an error answer; `fields` are added to its `error` object."""
     return status, headers or {}, {"error": {"message": message, "type": "invalid_request_error", **fields}}
 
 
 def good(body: dict[str, Any], texts: list[str] | None = None, tokens: int = 3, logprobs: bool = True) -> Answer:
-    """An answer of `n` choices; each has `tokens` tokens of log-probability -0.5, the prompt 10."""
+    """Return an answer of `n` choices with `tokens` tokens of log-probability -0.5 each; the prompt has 10 tokens."""
     chosen = texts or [f"answer {body.get('seed')} {draw}" for draw in range(body.get("n", 1))]
     choices: list[dict[str, Any]] = []
     for index, text in enumerate(chosen):
@@ -42,15 +43,15 @@ def good(body: dict[str, Any], texts: list[str] | None = None, tokens: int = 3, 
 
 
 class OpenAIServer:
-    """Answers with `reply(body, number)`, requests counted from 0, after `delay_s`; keeps what it saw.
+    """A server that answers request `number` (from 0) with `reply(body, number)` after `delay_s` and records all requests.
 
-    The first answers wait until `together` requests are here, ten seconds at most: however slow the machine, as many as may come do.
+    The first answers wait until `together` requests are in flight, at most 10 s. So concurrency is measured on a slow machine too.
     """
 
     def __init__(self) -> None:
         self.reply: Callable[[dict[str, Any], int], Answer] = lambda body, number: good(body)
         self.delay_s = 0.0
-        self.forget()
+        self.reset()
         port = ports.free_port()
         self.url = f"http://127.0.0.1:{port}/v1"
         self._server = uvicorn.Server(
@@ -61,17 +62,19 @@ class OpenAIServer:
         while not self._server.started:
             time.sleep(0.01)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
+        """Clear all records."""
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.times: list[float] = []
         self.billed = [0, 0]
-        """Prompt and sampled tokens of all good answers: what a provider would charge."""
-        self.most_at_once = self._at_once = 0
+        """Prompt and sampled tokens of all answers without an error, as a provider would charge them."""
+        self.max_in_flight = self._in_flight = 0
         self.together = 1
 
     def close(self) -> None:
+        """Stop the server."""
         self._server.should_exit = True
         self._thread.join()
 
@@ -88,17 +91,17 @@ class OpenAIServer:
         self.bodies.append(body)
         self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
         self.paths.append(scope["path"])
-        self._at_once += 1
-        self.most_at_once = max(self.most_at_once, self._at_once)
+        self._in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self._in_flight)
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(10):
-                    while self.most_at_once < self.together:
+                    while self.max_in_flight < self.together:
                         await asyncio.sleep(0.01)
             await asyncio.sleep(self.delay_s)
             status, headers, answer = self.reply(body, number)
         finally:
-            self._at_once -= 1
+            self._in_flight -= 1
         raw = json.dumps(answer).encode() if not isinstance(answer, bytes) else answer
         if status in (0, 200) and isinstance(answer, dict) and "usage" in answer:
             self.billed[0] += answer["usage"]["prompt_tokens"]

@@ -32,7 +32,7 @@ def running():
 
 @pytest.fixture
 def server(running):
-    running.forget()
+    running.reset()
     running.reply, running.delay_s = (lambda body, number: good(body)), 0.0
     return running
 
@@ -42,7 +42,7 @@ def endpoint(server, **settings):
 
 
 def samples(llm, *decodings, form="chat", seed=5, **how):
-    """The candidates of the same prompt under each decoding, one after the other."""
+    """Return the candidates of the same prompt for each decoding, from consecutive calls."""
 
     async def collect():
         return [await llm.sample(llm.encode(TURNS, form, 8), decoding, seed, "row-1", **how) for decoding in decodings]
@@ -54,7 +54,7 @@ def sample(llm, decoding=ONE, form="chat"):
     return samples(llm, decoding, form=form)[0]
 
 
-def test_a_chat_request_says_all_that_the_decoding_says(server, monkeypatch):
+def test_a_chat_request_has_all_options_of_the_decoding(server, monkeypatch):
     monkeypatch.setenv("FOX_KEY", "very-secret")
     pool = sample(endpoint(server, api_key_env="FOX_KEY"), WARM)
     (body,) = server.bodies
@@ -74,20 +74,20 @@ def test_a_chat_request_says_all_that_the_decoding_says(server, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["chat", "raw"])
-def test_log_probabilities_that_nobody_reads_are_not_asked_for(server, form):
+def test_logprobs_are_requested_only_if_the_caller_reads_them(server, form):
     ((candidate,),) = samples(endpoint(server), ONE, form=form, logprobs=False)
     assert "logprobs" not in server.bodies[0] and candidate["logprob"] is None
 
 
-def test_the_raw_form_asks_for_a_completion_of_the_text(server):
+def test_the_raw_form_requests_a_completion_of_the_text(server):
     (candidate,) = sample(endpoint(server), form="raw")
     assert (server.paths, server.bodies[0]["prompt"]) == (["/v1/completions"], "Be brief.\n\nWhich fox?\n")
     assert (candidate["tokens"], candidate["logprob"]) == (3, -1.5)
 
 
 @pytest.mark.parametrize("kind", ["seconds", "date"])
-def test_retry_after_cools_the_whole_engine_down(server, kind):
-    """Of eight requests the third is answered 429: until the time it names nothing is sent, then all are answered."""
+def test_retry_after_pauses_all_requests_of_the_engine(server, kind):
+    """The third of eight requests is answered 429 with Retry-After: no request is sent in that time, later all are answered."""
 
     def reply(body, number):
         if number != 2:
@@ -104,19 +104,19 @@ def test_retry_after_cools_the_whole_engine_down(server, kind):
     start = time.monotonic()
     pools = asyncio.run(collect())
     assert [pool[0]["response"] for pool in pools] == [f"answer {seed} 0" for seed in range(8)]
-    told = server.times[2] + 0.05
-    before, after = [at for at in server.times if at < told], [at for at in server.times if at >= told]
+    answered = server.times[2] + 0.05
+    before, after = [at for at in server.times if at < answered], [at for at in server.times if at >= answered]
     assert len(server.times) == 9
-    # A date has whole seconds: it may name a moment up to one second earlier.
-    assert min(after) - told >= (1.95 if kind == "seconds" else 1.0)
+    # A date has whole seconds, so it may be up to one second too early.
+    assert min(after) - answered >= (1.95 if kind == "seconds" else 1.0)
     print(
-        f"\n429 with Retry-After ({kind}) told at {told - start:.2f} s; requests before at {[round(at - start, 2) for at in before]}, "
+        f"\n429 with Retry-After ({kind}) at {answered - start:.2f} s; requests before at {[round(at - start, 2) for at in before]}, "
         f"after at {[round(at - start, 2) for at in after]} s"
     )
 
 
 @pytest.mark.parametrize(
-    ("failures", "billed_and_lost"),
+    ("failures", "charged_without_answer"),
     [
         ([error(500)], 0),
         ([error(503), error(429)], 0),
@@ -126,7 +126,7 @@ def test_retry_after_cools_the_whole_engine_down(server, kind):
         ([(200, {}, {"choices": []})], 1),
     ],
 )
-def test_what_passes_is_tried_again_and_an_unanswered_request_counts_as_paid(server, failures, billed_and_lost):
+def test_a_temporary_failure_is_retried_and_an_unanswered_request_counts_as_charged(server, failures, charged_without_answer):
     server.reply = lambda body, number: failures[number] if number < len(failures) else good(body)
     llm = endpoint(server, price_per_million_prompt=1.0, price_per_million_sampled=2.0)
     (candidate,) = sample(llm)
@@ -134,20 +134,20 @@ def test_what_passes_is_tried_again_and_an_unanswered_request_counts_as_paid(ser
     assert len(server.bodies) == len(failures) + 1
     answered = (10 * 1 + 3 * 2) / 1e6
     lost = llm.max_cost(TURNS, ONE) / 2
-    assert llm.pop_cost("row-1") == pytest.approx(answered + billed_and_lost * lost)
+    assert llm.pop_cost("row-1") == pytest.approx(answered + charged_without_answer * lost)
     assert llm.pop_cost("row-1") == 0
 
 
-def test_a_slow_server_is_given_up_and_asked_again_only_once_when_it_may_charge(server):
+def test_a_timed_out_request_is_retried_only_once_because_it_may_be_charged(server):
     server.delay_s = 1.0
     llm = endpoint(server, timeout_s=0.2, price_per_million_prompt=1.0, price_per_million_sampled=2.0)
-    with pytest.raises(RowError, match="may have charged for them; it is not sent again"):
+    with pytest.raises(RowError, match="may have charged for them; the row is not retried"):
         sample(llm)
     assert len(server.bodies) == 2
     assert llm.pop_cost("row-1") == pytest.approx(llm.max_cost(TURNS, ONE))
 
 
-def test_a_server_that_stays_broken_costs_the_row_and_not_the_run(server):
+def test_a_server_that_always_fails_fails_the_row_and_not_the_run(server):
     server.reply = lambda body, number: error(500, "boom")
     with pytest.raises(RowError, match=r"endpoint gave no answer in 2 tries, last: it answered 500: boom"):
         sample(endpoint(server, tries=2))
@@ -159,36 +159,36 @@ def test_a_server_that_stays_broken_costs_the_row_and_not_the_run(server):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_refused_key_ends_the_run_by_its_variables_name(server, status, monkeypatch):
+def test_a_rejected_key_ends_the_run_with_the_name_of_its_variable(server, status, monkeypatch):
     monkeypatch.setenv("FOX_KEY", "very-secret")
     server.reply = lambda body, number: error(status, "Incorrect API key provided: very-secret")
-    with pytest.raises(CappyError, match=rf"base_url={server.url} answered {status}: it refuses the key in api_key_env=FOX_KEY") as caught:
+    with pytest.raises(CappyError, match=rf"base_url={server.url} answered {status}: it rejected the key in api_key_env=FOX_KEY") as caught:
         sample(endpoint(server, api_key_env="FOX_KEY"))
     assert not isinstance(caught.value, RowError) and "very-secret" not in str(caught.value)
 
 
-def test_a_key_never_comes_back_in_an_error(server, monkeypatch):
+def test_an_error_never_contains_the_key(server, monkeypatch):
     monkeypatch.setenv("FOX_KEY", "very-secret")
     server.reply = lambda body, number: error(400, "strange request with very-secret")
     with pytest.raises(RowError, match=r"endpoint refused: 400 strange request with \*\*\*"):
         sample(endpoint(server, api_key_env="FOX_KEY"))
 
 
-def test_a_key_that_is_not_set_is_told_before_anything_is_sent(server, monkeypatch):
+def test_a_key_that_is_not_set_is_an_error_before_any_request(server, monkeypatch):
     monkeypatch.delenv("FOX_KEY", raising=False)
-    with pytest.raises(UsageError, match=r"sampler\.engine\.api_key_env=FOX_KEY: no such variable is set"):
+    with pytest.raises(UsageError, match=r"sampler\.engine\.api_key_env=FOX_KEY: the variable is not set"):
         endpoint(server, api_key_env="FOX_KEY")
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (error(404, "no model fox-1"), r"answered 404 \(no model fox-1\); check it, and sampler.model=fox-1"),
-        (error(429, "pay first", code="insufficient_quota"), r"the account has no money left \(pay first\)"),
-        (error(308, headers={"Location": "http://elsewhere"}), r"a redirection to http://elsewhere"),
+        (error(404, "no model fox-1"), r"answered 404 \(no model fox-1\); check base_url and sampler.model=fox-1"),
+        (error(429, "pay first", code="insufficient_quota"), r"the account has no credit left \(pay first\); add credit"),
+        (error(308, headers={"Location": "http://elsewhere"}), r"a redirect to http://elsewhere; set base_url"),
     ],
 )
-def test_what_no_row_can_pass_ends_the_run(server, answer, message):
+def test_a_failure_of_all_rows_ends_the_run(server, answer, message):
     server.reply = lambda body, number: answer
     with pytest.raises(CappyError, match=message) as caught:
         sample(endpoint(server))
@@ -207,7 +207,7 @@ def test_what_no_row_can_pass_ends_the_run(server, answer, message):
         ((200, {}, {"choices": [{"message": {"content": None, "refusal": "I will not"}}]}), RowError, "endpoint refused"),
     ],
 )
-def test_a_row_the_server_will_never_answer_is_given_up_at_once(server, answer, kind, message):
+def test_a_row_that_the_server_will_never_answer_fails_without_a_retry(server, answer, kind, message):
     server.reply = lambda body, number: answer
     with pytest.raises(kind, match=message):
         sample(endpoint(server))
@@ -221,7 +221,7 @@ def test_a_row_the_server_will_never_answer_is_given_up_at_once(server, answer, 
         lambda body, number: error(422, "unexpected: 'n' must be 1") if "n" in body else good(body),
     ],
 )
-def test_n_is_made_of_single_requests_where_it_is_refused(server, reply):
+def test_one_request_per_candidate_is_sent_if_the_server_rejects_n(server, reply):
     server.reply = reply
     llm = endpoint(server)
     first, second = samples(llm, WARM, WARM)
@@ -230,21 +230,21 @@ def test_n_is_made_of_single_requests_where_it_is_refused(server, reply):
     assert {each["x-request-id"] for each in server.headers} == {"row-1", "row-1-0", "row-1-1", "row-1-2"}
 
 
-def test_fewer_answers_than_asked_are_made_up_by_single_requests(server):
+def test_missing_candidates_are_requested_one_by_one(server):
     server.reply = lambda body, number: good(body, [f"seed {body['seed']}"])
     pool = sample(endpoint(server), WARM)
     assert [body.get("n") for body in server.bodies] == [3, None, None]
     assert len({candidate["response"] for candidate in pool}) == 3
 
 
-def test_without_a_seed_the_server_draws_by_chance_also_where_n_is_made_up(server):
+def test_without_a_seed_no_request_has_one(server):
     server.reply = lambda body, number: good(body, [f"draw {number}"])
     (pool,) = samples(endpoint(server), WARM, seed=None)
     assert [body.get("n") for body in server.bodies] == [3, None, None] and len(pool) == 3
     assert not any("seed" in body for body in server.bodies)
 
 
-def test_options_a_server_refuses_are_left_out_from_then_on(server):
+def test_options_that_a_server_rejected_are_left_out_of_later_requests(server):
     def reply(body, number):
         if "logprobs" in body:
             return error(400, "logprobs=true is not supported yet; leave logprobs out", param="logprobs")
@@ -259,7 +259,7 @@ def test_options_a_server_refuses_are_left_out_from_then_on(server):
     assert len(server.bodies) == 4 and server.bodies[-1]["max_completion_tokens"] == 8
 
 
-def test_rates_space_the_requests_and_concurrency_limits_them(server):
+def test_the_rate_limit_spaces_requests_and_concurrency_limits_them(server):
     server.delay_s, server.together = 1, 3
     llm = endpoint(server, requests_per_minute=300, concurrency=3)
 
@@ -267,28 +267,49 @@ def test_rates_space_the_requests_and_concurrency_limits_them(server):
         await asyncio.gather(*(llm.sample(TURNS, ONE, seed, f"{seed}") for seed in range(9)))
 
     asyncio.run(collect())
-    assert server.most_at_once == 3
+    assert server.max_in_flight == 3
     assert min(second - first for first, second in zip(server.times, server.times[1:], strict=False)) > 0.12  # 300 a minute: 0.2
 
 
-def test_a_pace_never_lets_more_through_than_its_rate():
-    async def turns(pace, amounts):
-        start, at = time.monotonic(), []
-        for amount in amounts:
-            await asyncio.sleep(pace.take(amount))
-            at.append(time.monotonic() - start)
-        return at
+class Clock:
+    """A clock that a test sets."""
 
-    assert asyncio.run(turns(RateLimiter(6000), [10, 20, 10])) == pytest.approx([0, 0.1, 0.3], abs=0.05)
-    assert asyncio.run(turns(RateLimiter(None), [1e9] * 3)) == pytest.approx([0, 0, 0], abs=0.01)
-    pace = RateLimiter(600)
+    def __init__(self):
+        self.now = 100.0
 
-    async def unused():
-        await asyncio.sleep(pace.take(100))
-        pace.give_back(99)
-        return await turns(pace, [1])
+    def __call__(self):
+        return self.now
 
-    assert asyncio.run(unused()) == pytest.approx([0.1], abs=0.05)
+
+def start_times(limiter, clock, amounts):
+    """Wait for each amount as the engine does; return the times since the start at which it may be used."""
+    start, times = clock.now, []
+    for amount in amounts:
+        clock.now += limiter.reserve(amount)
+        times.append(clock.now - start)
+    return times
+
+
+def test_a_rate_limiter_spaces_reservations_by_their_amounts():
+    clock = Clock()
+    assert start_times(RateLimiter(6000, clock), clock, [10, 20, 10]) == pytest.approx([0, 0.1, 0.3])
+    assert start_times(RateLimiter(None, clock), clock, [1e9] * 3) == [0, 0, 0]
+
+
+def test_concurrent_reservations_add_their_waits():
+    clock = Clock()
+    limiter = RateLimiter(60, clock)
+    assert [limiter.reserve() for _ in range(3)] == pytest.approx([0, 1, 2])
+    clock.now += 2.5
+    assert limiter.delay_s == pytest.approx(0.5)
+
+
+def test_a_released_amount_shortens_the_next_wait():
+    clock = Clock()
+    limiter = RateLimiter(600, clock)
+    limiter.reserve(100)
+    limiter.release(99)
+    assert start_times(limiter, clock, [1]) == pytest.approx([0.1])
 
 
 @pytest.mark.parametrize(
@@ -302,16 +323,16 @@ def test_a_pace_never_lets_more_through_than_its_rate():
         ({}, None),
     ],
 )
-def test_retry_after_is_read_as_seconds_or_a_date(headers, seconds):
+def test_retry_after_is_parsed_as_seconds_or_a_date(headers, seconds):
     assert parse_retry_after(httpx.Response(429, headers=headers)) == seconds
 
 
-def test_equal_requests_have_equal_identities_and_no_others():
+def test_only_equal_requests_have_equal_identities():
     one = request_identity("m", TURNS, ONE, 3)
     assert re.fullmatch(r"[0-9a-f]{32}", one) and one == request_identity("m", list(TURNS), DecodingConfig(name="one", max_tokens=8), 3)
     others = [("n", TURNS, ONE, 3), ("m", TURNS[1:], ONE, 3), ("m", TURNS, WARM, 3), ("m", TURNS, ONE, 4)]
     assert len({one, *(request_identity(*other) for other in others)}) == 5
-    # Written down, because it must be the same on every machine and in every process.
+    # A fixed value, because it must be equal on every machine and in every process.
     assert one == "2c46910578c072af0d6c6ce146cec8cf"
 
 
@@ -320,7 +341,7 @@ def sampler(server, **settings):
     return SamplerConfig(model="fox-1", engine={**engine, **settings}, decodings=(ONE, WARM))
 
 
-def test_rows_carry_their_cost_and_the_engine_asks_ray_for_no_gpu(server):
+def test_rows_have_their_cost_and_the_engine_requests_no_gpu(server):
     config = sampler(server)
     stage = Sampler(config, 7)
 
@@ -334,8 +355,8 @@ def test_rows_carry_their_cost_and_the_engine_asks_ray_for_no_gpu(server):
     assert isinstance(load_engine(config), EndpointEngine) and actor_resources(config, cluster_gpus=8) == {"num_cpus": 1, "num_gpus": 0}
 
 
-def test_the_ceiling_is_never_passed_and_units_under_way_finish(server):
-    """Units of two rows against a server that fails, cuts and keeps count of what it charges, four at once."""
+def test_the_cost_limit_is_never_exceeded_and_running_units_finish(server):
+    """Four concurrent workers send units of two rows to a server that fails, closes connections and counts its charges."""
     faults = {1: error(500), 3: (0, *good({"messages": []})[1:]), 40: error(500), 43: (0, *good({"messages": []})[1:])}
     faults[60] = error(429, headers={"Retry-After": "1"})
     server.reply = lambda body, number: faults.get(number) or good(body)
@@ -346,13 +367,13 @@ def test_the_ceiling_is_never_passed_and_units_under_way_finish(server):
     def charged():
         return (server.billed[0] * 100 + server.billed[1] * 500) / 1e6
 
-    async def work(waiting):
+    async def work(queue):
         nonlocal highest
-        for name, batch in waiting:
-            most = stage.max_cost(batch.to_pylist())
-            while not (begun := budget.reserve(name, most)) and budget.reserved:
-                await asyncio.sleep(0.01)  # a unit that settles may make room
-            if not begun:
+        for name, batch in queue:
+            max_cost = stage.max_cost(batch.to_pylist())
+            while not (reserved := budget.reserve(name, max_cost)) and budget.reserved:
+                await asyncio.sleep(0.01)  # a unit that finishes may release a part of its reservation
+            if not reserved:
                 refused.append(name)
                 continue
             highest = max(highest, budget.spent + budget.reserved)
@@ -362,13 +383,13 @@ def test_the_ceiling_is_never_passed_and_units_under_way_finish(server):
             finished.append(name)
 
     async def run():
-        waiting = iter(units.items())
-        await asyncio.gather(*(work(waiting) for _ in range(4)))
+        queue = iter(units.items())
+        await asyncio.gather(*(work(queue) for _ in range(4)))
 
     asyncio.run(run())
     assert finished and refused and len(finished) + len(refused) == len(units)
     assert charged() <= budget.spent + 1e-9 <= 1.0 and highest <= 1.0 and budget.reserved == 0
     print(
-        f"\nceiling $1: {len(finished)} units finished, {len(refused)} not begun; promised at most ${highest:.4f}, "
+        f"\ncost limit $1: {len(finished)} units finished, {len(refused)} not started; at most ${highest:.4f} spent and reserved, "
         f"spent ${budget.spent:.4f}, the server charged ${charged():.4f} for {len(server.bodies)} requests"
     )

@@ -21,7 +21,7 @@ def engine(folder, kind=Seq2SeqEngine, **settings):
 
 
 def draw(llm, texts, *decodings, seed=7):
-    """The candidates of each text, decoding by decoding, all asked for at once; without `seed` by chance."""
+    """Return the candidates of each text for each decoding, from concurrent calls; without `seed` they are random."""
 
     async def collect():
         prompts = [llm.encode(messages(text), "raw", 16) for text in texts]
@@ -37,7 +37,7 @@ def draw(llm, texts, *decodings, seed=7):
 
 
 def reference(folder, text, **options):
-    """What transformers' own `generate` writes, without the habits of the checkpoint's generation config, and the token ids."""
+    """Return the texts of transformers' `generate`, without n-gram bans and beams of the checkpoint's generation config."""
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     prefix = [model.generation_config.decoder_start_token_id]
     prefix += [0] if model.generation_config.forced_bos_token_id == 0 else []
@@ -58,14 +58,14 @@ def reference(folder, text, **options):
         ),
     ],
 )
-def test_greedy_and_beams_write_what_transformers_generate_writes(seq2seq, decoding, options):
+def test_greedy_and_beam_candidates_equal_those_of_transformers_generate(seq2seq, decoding, options):
     pools = draw(engine(seq2seq), TEXTS, decoding)
     for text, pool in zip(TEXTS, pools, strict=True):
         assert [candidate["response"] for candidate in pool] == reference(seq2seq, text, **options)
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, WARM, DecodingConfig(name="b", n=3, temperature=0, beams=4, max_tokens=12)])
-def test_logprobs_are_those_of_the_model_reading_the_candidate(seq2seq, decoding, monkeypatch):
+def test_logprobs_equal_those_of_a_forward_step_with_the_whole_candidate(seq2seq, decoding, monkeypatch):
     llm = engine(seq2seq)
     drawn = []
     monkeypatch.setattr(
@@ -80,7 +80,7 @@ def test_logprobs_are_those_of_the_model_reading_the_candidate(seq2seq, decoding
         assert candidate["logprob"] == pytest.approx(logprobs.gather(2, tokens[:, :, None]).sum().item(), abs=1e-4)
 
 
-def test_a_request_draws_the_same_in_any_company(seq2seq):
+def test_candidates_do_not_depend_on_the_other_requests_in_the_batch(seq2seq):
     together = draw(engine(seq2seq), TEXTS, GREEDY, WARM)
     crowded = draw(engine(seq2seq, batch_tokens=16), TEXTS, GREEDY, WARM)
     for number, text in enumerate(TEXTS):
@@ -91,7 +91,7 @@ def test_a_request_draws_the_same_in_any_company(seq2seq):
     assert [[each["response"] for each in pool] for pool in crowded] == [[each["response"] for each in pool] for pool in together]
 
 
-def test_seeds_and_draws_differ(seq2seq):
+def test_seeds_and_draws_give_different_candidates_and_equal_seeds_equal_ones(seq2seq):
     llm = engine(seq2seq)
     first, second = draw(llm, ["a fox"], WARM, seed=1)[0], draw(llm, ["a fox"], WARM, seed=2)[0]
     assert len({each["response"] for each in [*first, *second]}) > 4
@@ -100,23 +100,23 @@ def test_seeds_and_draws_differ(seq2seq):
     assert [each["response"] for each in chance[0]] != [each["response"] for each in chance[1]]
 
 
-def test_a_smaller_n_draws_the_first_of_a_larger_one(seq2seq):
+def test_a_smaller_n_draws_the_first_candidates_of_a_larger_n(seq2seq):
     llm = engine(seq2seq)
     (two,), (four,) = draw(llm, ["a fox"], WARM.model_copy(update={"n": 2})), draw(llm, ["a fox"], WARM)
     assert [each["response"] for each in two] == [each["response"] for each in four][:2]
 
 
-def test_length_limits_and_finish_reasons(seq2seq):
+def test_min_tokens_max_tokens_and_finish_reasons(seq2seq):
     llm = engine(seq2seq)
     pools = draw(llm, TEXTS, DecodingConfig(name="w", n=16, min_tokens=3, max_tokens=6))
     candidates = [each for pool in pools for each in pool]
     assert {each["finish_reason"] for each in candidates} == {"stop", "length"}
-    # The end of text is a token too, and comes after at least min_tokens others.
+    # The end-of-text token counts, and comes after at least min_tokens other tokens.
     assert all(4 <= each["tokens"] <= 6 if each["finish_reason"] == "stop" else each["tokens"] == 6 for each in candidates)
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_a_stop_string_ends_a_candidate_and_is_left_out(seq2seq, beams):
+def test_a_stop_string_ends_a_candidate_and_is_not_part_of_it(seq2seq, beams):
     llm = engine(seq2seq)
     decoding = DecodingConfig(name="g", temperature=0, beams=beams, max_tokens=12)
     wholes = [pool[0] for pool in draw(llm, TEXTS, decoding)]
@@ -139,7 +139,7 @@ def test_a_stop_string_ends_a_candidate_and_is_left_out(seq2seq, beams):
         ({"temperature": 0.5}, [16 / 30, 9 / 30, 4 / 30, 1 / 30]),
     ],
 )
-def test_draws_follow_the_distribution_the_decoding_leaves(settings, expected):
+def test_tokens_follow_the_distribution_after_temperature_top_k_and_top_p(settings, expected):
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().expand(10_000, 4)
     uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     counts = torch.bincount(choose_tokens(logits, DecodingConfig(name="x", **settings), uniform), minlength=4)
@@ -147,29 +147,29 @@ def test_draws_follow_the_distribution_the_decoding_leaves(settings, expected):
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0])
-def test_top_p_of_a_large_vocabulary_keeps_the_fewest_tokens_that_reach_it(scale):
-    """A flat distribution needs most of 3,000 tokens for half its mass, a steep one a few dozen."""
+def test_top_p_of_a_large_vocabulary_keeps_the_smallest_set_of_tokens(scale):
+    """A flat distribution needs half of the 3,000 tokens for half its mass, a steep one a few dozen."""
     torch.manual_seed(0)
     probabilities = (scale * torch.randn(3000)).softmax(-1)
     uniform = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     drawn = choose_tokens(probabilities.log().expand(2000, 3000), DecodingConfig(name="x", top_p=0.5), uniform)
     ordered, places = probabilities.sort(descending=True)
     kept = places[: int((ordered.cumsum(0) < 0.4999).sum()) + 1]
-    # One more or less where rounding decides.
+    # Rounding may add or remove one token.
     assert set(drawn.tolist()) <= set(kept.tolist()) | {places[len(kept)].item()}
     assert len(kept) == pytest.approx(1500, abs=1) if scale == 0 else len(kept) < 100
     assert len(set(drawn.tolist())) >= 0.9 * len(kept)
 
 
-def test_a_batch_too_large_for_the_memory_is_run_in_smaller_ones(seq2seq):
+def test_a_batch_that_is_too_large_for_the_memory_is_split(seq2seq):
     sizes = []
 
     class Small(Seq2SeqEngine):
-        def _run(self, batch):
+        def _sample_batch(self, batch):
             sizes.append(len(batch))
             if len(batch) > 2:
-                raise torch.OutOfMemoryError("no room")
-            return super()._run(batch)
+                raise torch.OutOfMemoryError("no memory")
+            return super()._sample_batch(batch)
 
     small = engine(seq2seq, Small)
     texts = [[pool[0]["response"] for pool in draw(llm, TEXTS, GREEDY)] for llm in (small, engine(seq2seq))]
@@ -177,22 +177,23 @@ def test_a_batch_too_large_for_the_memory_is_run_in_smaller_ones(seq2seq):
     assert sizes[0] == len(TEXTS) and sum(size for size in sizes if size <= 2) == len(TEXTS)
 
 
-def test_what_cannot_work_is_told_in_one_line(seq2seq):
+def test_invalid_prompts_and_settings_raise_errors_of_one_line(seq2seq):
     llm = engine(seq2seq, max_prompt_tokens=16)
     with pytest.raises(PromptTooLong, match=r"the prompt has 31 tokens, above max_prompt_tokens=16; shorten"):
         llm.encode(messages("a " * 30), "raw", 16)
-    with pytest.raises(CappyError, match=r"sampler\.prompt\.form=chat, yet the model has no chat template; set sampler\.prompt\.form=raw"):
+    with pytest.raises(CappyError, match=r"sampler\.prompt\.form=chat: the model has no chat template; set sampler\.prompt\.form=raw"):
         llm.encode(messages("a"), "chat", 16)
     shots = [{"instruction": "say a red fox", "response": "a red fox"}] * 3
     assert len(llm.encode(messages("say the blue owl", shots), "raw", 16)) == 4 + 7 + 1
     if seq2seq.name.startswith("bart"):
-        with pytest.raises(CappyError, match="max_prompt_tokens=512 is above the model's 128 positions"):
+        message = r"max_prompt_tokens=512 is above the 128 positions of sampler\.model=.*; set it to 128 or less"
+        with pytest.raises(CappyError, match=message):
             engine(seq2seq, max_prompt_tokens=512)
 
 
-def test_a_decoder_only_model_is_sent_to_vllm():
+def test_a_decoder_only_model_is_rejected_with_the_engine_kind_to_use():
     models.resolve("smollm2-135m-instruct", "sampler.model")
     with pytest.raises(
-        CappyError, match=r"sampler\.model=smollm2-135m-instruct is no encoder-decoder but a llama; set sampler\.engine\.kind"
+        CappyError, match=r"sampler\.model=smollm2-135m-instruct is a llama and not an encoder-decoder; set sampler\.engine\.kind=vllm"
     ):
         engine("smollm2-135m-instruct")

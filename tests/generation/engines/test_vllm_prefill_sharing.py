@@ -173,7 +173,7 @@ def test_an_engine_with_prefill_sharing_draws_the_same_candidates_as_one_without
         ]
 
     with mock.patch.dict(os.environ):
-        # None is the default: on with the installed version, which is tested.
+        # The default (None) turns it on with the installed version, which is tested.
         texts, computed = asyncio.run(sample(None))
         texts_without, computed_without = asyncio.run(sample(False))
     assert texts == texts_without and len({text for pool in texts for text in pool}) > 20

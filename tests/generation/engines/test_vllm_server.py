@@ -1,4 +1,4 @@
-"""The endpoint engine against vLLM's own server with the real small model; against ours: `tests/serving/test_app.py`."""
+"""The endpoint engine against vLLM's own server with the real small model. `tests/serving/test_app.py` uses `cappy serve` instead."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ from generation.engines.contract import PromptTooLong
 from generation.engines.endpoint import EndpointEngine
 from generation.prompts import messages
 
-# Their greedy answers are the likelier by far at each token up to Paris: they do not hang on the rounding of one CPU.
+# Prompts whose greedy tokens are by far the most likely ones up to "Paris", so that rounding on another CPU does not change them.
 TURNS = messages("Where is the Eiffel Tower? Answer with the city.")
 LINES = messages("\n".join(6 * ["The Eiffel Tower is in Paris."]))
 GREEDY = DecodingConfig(name="greedy", temperature=0, max_tokens=12)
@@ -25,7 +25,7 @@ TOP_K = DecodingConfig(name="top-k", n=2, top_k=1, min_tokens=12, max_tokens=12)
 
 
 def ask(llm, form, *requests):
-    """What each (turns, decoding, seed) is answered, or the error."""
+    """Return the candidates, or the error, of each (turns, decoding, seed) from concurrent calls."""
 
     async def collect():
         return await asyncio.gather(
@@ -38,7 +38,7 @@ def ask(llm, form, *requests):
 
 @pytest.fixture(scope="module")
 def vllm_server(tmp_path_factory):
-    """The URL of vLLM's own OpenAI server, which wants a key."""
+    """Start vLLM's own OpenAI server, which requires an API key; return its URL."""
     port, log = ports.free_port(), tmp_path_factory.mktemp("vllm") / "log"
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)),
@@ -67,12 +67,13 @@ def _healthy(url):
         return False
 
 
-def same(left, right):
+def count_equal(left, right):
+    """Return the number of equal responses at equal positions."""
     return sum(one["response"] == two["response"] for one, two in zip(left, right, strict=True))
 
 
 @pytest.mark.slow
-def test_vllms_own_server(vllm_server, monkeypatch):
+def test_the_endpoint_engine_samples_from_vllms_own_server_and_reports_its_errors(vllm_server, monkeypatch):
     monkeypatch.setenv("LOCAL_KEY", "very-secret")
     settings = {"kind": "endpoint", "base_url": vllm_server, "price_per_million_prompt": 1.0, "price_per_million_sampled": 2.0}
 
@@ -86,10 +87,10 @@ def test_vllms_own_server(vllm_server, monkeypatch):
             llm, form, (sure, GREEDY, 1), (TURNS, WARM, 1), (TURNS, WARM, 1), (TURNS, WARM, 2), (sure, TOP_K, 1), (long, GREEDY, 1)
         )
         assert len(greedy) == 1 and "Paris" in greedy[0]["response"]
-        # Up to ties in bfloat16: what else is in the server's batch changes its roundings.
-        assert same(warm, again) >= 2 > same(warm, other)
+        # One of three may differ by a tie in bfloat16: other requests in the batch of the server change its rounding.
+        assert count_equal(warm, again) >= 2 > count_equal(warm, other)
         assert len({each["response"] for each in warm}) == 3
-        # The server took top_k=1 (the candidates are greedy ones, up to ties in bfloat16) and min_tokens.
+        # The server applied top_k=1 (the candidates are greedy, except for ties in bfloat16) and min_tokens.
         assert all("Paris" in each["response"] and each["tokens"] == 12 for each in ranked)
         assert all(each["logprob"] < 0 and 1 <= each["tokens"] <= 12 for each in [*greedy, *warm, *ranked])
         assert isinstance(refused, PromptTooLong) and "512" in str(refused)
