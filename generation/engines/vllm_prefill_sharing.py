@@ -5,8 +5,8 @@ block on average. On CPU a block has 32 tokens, so this is a large part of the w
 With this connector the first candidate computes the rest. The others start one step later with a copy of its block. The candidates are
 the same as without it.
 
-It is a KV connector, vLLM's interface for external KV caches. vLLM's scheduler calls `get_num_new_matched_tokens`,
-`update_state_after_alloc`, `build_connector_meta` and `request_finished`. vLLM's worker calls `start_load_kv` before each step, in the
+It is a KV connector, vLLM's interface for external KV caches. The scheduler of vLLM calls `get_num_new_matched_tokens`,
+`update_state_after_alloc`, `build_connector_meta` and `request_finished`. The worker calls `start_load_kv` before each step, in the
 same process or in another one. Only models with full attention in all layers are supported; other models run without sharing. It is
 not used on GPUs: a block there has 16 tokens and prefill is cheap.
 
