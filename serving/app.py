@@ -1,4 +1,7 @@
-"""The Serve graph: a gateway in front of the LLM and the scorer."""
+"""The Ray Serve application: a gateway deployment in front of an LLM deployment and a scorer deployment.
+
+`serving.app:application` is the import path in exported Serve config files. Does not import torch or the engines' libraries.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +30,22 @@ from serving.prometheus import Metrics
 APPLICATION = "cappy"
 _READY_TIMEOUT_S = 5.0
 _READY_KEPT_S = 1.0
-# A request's own timeout comes first and has OpenAI's shape; the proxy's is there for what never reaches the gateway.
+# The gateway's timeout answers first, in OpenAI's format. The proxy's timeout is for requests that never reach a gateway.
 _PROXY_GRACE_S = 10.0
-# Times a call of the scorer is sent while its replicas are being lost.
-_SCORER_TRIES = 8
-# Share of a request's time that it may wait for an endpoint to take it.
-_PATIENCE = 0.5
+# Attempts of a scorer call while replicas of the scorer are being lost.
+_SCORER_ATTEMPTS = 8
+# Share of `serving.timeout_s` that a request may wait before an endpoint accepts it.
+_ENDPOINT_WAIT_SHARE = 0.5
 
 
 class ServeBackend:
-    """The gateway's models, reached through Serve handles."""
+    """Call the LLM and the scorers of a gateway through Serve handles."""
 
     def __init__(self, llm: Any, scorer: Any, serving: ServingConfig, metrics: Metrics) -> None:
         self.llm, self.scorer, self.serving, self.metrics = llm, scorer, serving, metrics
         self._stream_sample = llm.options(stream=True).stream_sample
-        self._looking: asyncio.Task[dict[str, bool]] | None = None
-        self._looked = 0.0
+        self._ready_check: asyncio.Task[dict[str, bool]] | None = None
+        self._ready_checked_at = 0.0
 
     async def sample(
         self,
@@ -52,27 +55,29 @@ class ServeBackend:
         logprobs: bool,
         early: OnFinished | None,
     ) -> Sampled:
+        """Sample the candidates of one prompt; see `LLM.sample`."""
         if early is None:
-            whole: Sampled = await get_result(self.llm.sample.remote(prompt, decodings, seeds, logprobs), "the LLM")
-            return whole
+            sampled: Sampled = await get_result(self.llm.sample.remote(prompt, decodings, seeds, logprobs), "the LLM")
+            return sampled
         parts = self._stream_sample.remote(prompt, decodings, seeds, logprobs)
         with translate_errors(parts, "the LLM"):
             async for part in parts:
                 if not isinstance(part, dict):
                     early(part)
-        # The last part is the pool.
-        whole = part
-        return whole
+        # The last part holds all candidates.
+        sampled = part
+        return sampled
 
     async def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
-        # Every replica has the main one; others are asked for where they are loaded already.
+        """Score pairs with the scorer of that name; send the call again when the replica that runs it is lost."""
+        # Every replica holds the main scorer. Serve routes a call for another scorer to a replica that has loaded it.
         handle = self.scorer if scorer == self.serving.scorer_name else self.scorer.options(multiplexed_model_id=scorer)
         pairs = (list(instructions), list(responses))
-        # Sent again where the replica that had the call was lost: a score depends on nothing but the pair.
+        # A score depends on the pair alone, so a second call gives the same result.
         async for attempt in tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, ApiError) and error.code == UNAVAILABLE),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
-            stop=tenacity.stop_after_attempt(_SCORER_TRIES) | tenacity.stop_after_delay(self.serving.scorer_timeout_s),
+            stop=tenacity.stop_after_attempt(_SCORER_ATTEMPTS) | tenacity.stop_after_delay(self.serving.scorer_timeout_s),
             before_sleep=lambda _: self.metrics.count_scorer_retry(),
             reraise=True,
         ):
@@ -81,23 +86,28 @@ class ServeBackend:
         return scored
 
     async def ready(self) -> dict[str, bool]:
-        # Kept for a moment: anyone may ask, as often as they like.
-        if self._looking is None or time.monotonic() > self._looked + _READY_KEPT_S:
-            self._looking, self._looked = asyncio.ensure_future(self._look()), time.monotonic()
-        return await asyncio.shield(self._looking)
+        """Return whether the LLM and the scorer can answer, by name."""
+        # The route needs no key, so the result is cached for a short time.
+        if self._ready_check is None or time.monotonic() > self._ready_checked_at + _READY_KEPT_S:
+            self._ready_check, self._ready_checked_at = asyncio.ensure_future(self._check_ready()), time.monotonic()
+        return await asyncio.shield(self._ready_check)
 
-    async def _look(self) -> dict[str, bool]:
+    async def _check_ready(self) -> dict[str, bool]:
         both = ((self.llm, self.serving.llm_replicas), (self.scorer, self.serving.scorer_replicas))
-        llm, scorer = await asyncio.gather(*(_ready(handle, replicas) for handle, replicas in both))
+        llm, scorer = await asyncio.gather(*(_is_ready(handle, replicas) for handle, replicas in both))
         return {"llm": llm, "scorer": scorer}
 
 
-async def _ready(handle: Any, replicas: Scaling) -> bool:
-    """Whether a deployment can answer. One that may sleep is not asked, which would keep it awake; asleep it is well."""
+async def _is_ready(handle: Any, replicas: Scaling) -> bool:
+    """Return whether a deployment can answer.
+
+    A deployment that may scale to zero gets no call: a call would keep a replica running. It counts as ready unless Serve reports
+    it as unhealthy or failed, so at zero replicas it is ready.
+    """
     try:
         async with asyncio.timeout(_READY_TIMEOUT_S):
             if replicas.min:
-                return bool(await get_result(handle.ready.remote(), "it"))
+                return bool(await get_result(handle.ready.remote(), "the deployment"))
             status = await asyncio.to_thread(serve.status)
             deployment = status.applications[handle.app_name].deployments[handle.deployment_name]
             return deployment.status.name not in ("UNHEALTHY", "DEPLOY_FAILED")
@@ -106,37 +116,43 @@ async def _ready(handle: Any, replicas: Scaling) -> bool:
 
 
 class Gateway:
-    """The ingress deployment: `gateway.build_api` over the handles of the other two; `further` names the scorers beside the main one."""
+    """The ingress deployment: the FastAPI app of `gateway.build_api` over the handles of the LLM and the scorer deployment.
 
-    def __init__(self, config: Config, further: Sequence[str], llm: Any, scorer: Any) -> None:
-        self.config, self.further, self.metrics = config, further, Metrics()
+    `additional` holds the names of the scorers beside the main scorer.
+    """
+
+    def __init__(self, config: Config, additional: Sequence[str], llm: Any, scorer: Any) -> None:
+        self.config, self.additional, self.metrics = config, additional, Metrics()
         self.backend = ServeBackend(llm, scorer, config.serving, self.metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self.config, self.backend, self.further, self.metrics, proxied=True)
+        return build_api(self.config, self.backend, self.additional, self.metrics, proxied=True)
 
 
 def build_application(config: Config) -> serve.Application:
-    """Return the graph of `config`. Needs Ray only to see whether the cluster has GPUs for the LLM."""
+    """Return the Serve application of `config`.
+
+    Uses Ray, if it is initialized, only to read how many GPUs the cluster has for the LLM.
+    """
     serving = config.serving
     common: dict[str, Any] = {
-        # A model that cannot load will not load the tenth time either.
+        # A model that fails to load twice does not load at a later attempt.
         "max_constructor_retry_count": 2,
         "health_check_period_s": 2.0,
         "graceful_shutdown_wait_loop_s": 0.2,
-        # A replica that is replaced finishes what it took on. (Serve's own shutdown waits half a minute at most.)
+        # A replaced replica finishes its requests first. (At shutdown Serve waits at most 30 s.)
         "graceful_shutdown_timeout_s": serving.timeout_s + _PROXY_GRACE_S,
     }
     resources = engines.actor_resources(config.sampler, ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0)
     if serving.llm_gpus is not None:
         resources["num_gpus"] = serving.llm_gpus
-    # In an update new replicas answer before old ones stop, except where an LLM would need its GPUs twice.
+    # In an update new replicas answer before old ones stop. An LLM on GPUs is excepted: it would need its GPUs twice.
     surge = {"max_surge_percent": 100}
-    # The gateway limits the requests; the margin keeps room for health checks beside them.
-    room = serving.max_concurrency + 8
+    # The gateway limits the requests; the margin is for health checks.
+    max_calls = serving.max_concurrency + 8
     llm = serve.deployment(LLM).options(
         name="LLM",
-        max_ongoing_requests=room,
+        max_ongoing_requests=max_calls,
         ray_actor_options=resources,
         **replica_options(serving.llm_replicas),
         **({} if resources["num_gpus"] else surge),
@@ -144,7 +160,7 @@ def build_application(config: Config) -> serve.Application:
     )
     scorer = serve.deployment(Scorer).options(
         name="Scorer",
-        max_ongoing_requests=room,
+        max_ongoing_requests=max_calls,
         ray_actor_options={"num_cpus": 1, "num_gpus": serving.scorer_gpus},
         **replica_options(serving.scorer_replicas),
         **surge,
@@ -152,35 +168,35 @@ def build_application(config: Config) -> serve.Application:
     )
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
-        # Above the gateway's own limit, so that those it turns away hear it from itself, at once and in OpenAI's shape.
+        # Above the gateway's own limits: the gateway rejects excess requests immediately, with an error in OpenAI's format.
         max_ongoing_requests=4 * (serving.max_concurrency + serving.max_queue) + 16,
         ray_actor_options={"num_cpus": 0},
         **replica_options(serving.gateway_replicas),
-        # Its own access log (`serving.access_log`) says more than Serve's.
+        # The gateway writes a more detailed access log (`serving.access_log`).
         logging_config={"encoding": "JSON", "enable_access_log": False},
         **surge,
         **common,
     )
-    ledger = storage.absolute(storage.join(config.workspace, "serving", "cost"))
-    patience_s = _PATIENCE * serving.timeout_s
-    further = additional_scorers(config)
+    ledger_uri = storage.absolute(storage.join(config.workspace, "serving", "cost"))
+    max_wait_s = _ENDPOINT_WAIT_SHARE * serving.timeout_s
+    additional = additional_scorers(config)
     main = models.absolute(config.scorer_uri)
-    scorers = scorer.bind(serving, main, further)
-    return gateway.bind(config, tuple(further), llm.bind(config.sampler, patience_s, ledger), scorers)
+    scorers = scorer.bind(serving, main, additional)
+    return gateway.bind(config, tuple(additional), llm.bind(config.sampler, max_wait_s, ledger_uri), scorers)
 
 
 def application(args: dict[str, Any]) -> serve.Application:
-    """Return the graph of a config's plain tree: what a Serve config file imports (`export.py`)."""
+    """Return the Serve application of a config given as plain dicts: the entry point of an exported Serve config file."""
     return build_application(Config.model_validate(args))
 
 
 def replica_options(replicas: Scaling) -> dict[str, Any]:
-    """Return how many replicas a deployment has, as Serve's options."""
+    """Return the number of replicas of a deployment, or its autoscaling, as options of Serve."""
     if replicas.min == replicas.max:
         return {"num_replicas": replicas.max}
     scaling = {
         "min_replicas": replicas.min,
-        # One even where it may sleep: a model that cannot load is told at the start.
+        # At least one, even with scale to zero: a model that fails to load is then reported at the start.
         "initial_replicas": max(1, replicas.min),
         "max_replicas": replicas.max,
         "target_ongoing_requests": replicas.target,
@@ -191,5 +207,5 @@ def replica_options(replicas: Scaling) -> dict[str, Any]:
 
 
 def http_options(serving: ServingConfig) -> dict[str, Any]:
-    """Return where Serve's proxy listens, and when it gives a request up."""
+    """Return the address and the request timeout of Serve's proxy."""
     return {"host": serving.host, "port": serving.port, "request_timeout_s": serving.timeout_s + _PROXY_GRACE_S}

@@ -1,7 +1,8 @@
-"""A request's pool: candidates drawn in rounds and scored as they come, until there are enough. Knows no HTTP and no Ray.
+"""Sample and score the candidates of one request, in rounds until enough are good, or all of them.
 
-`draw` is given two functions, one that samples and one that scores, and returns a `Pool`. Each different response is scored once.
-A scorer that fails costs the scores of the responses it was asked for then, and ends the drawing; the pool says so.
+`draw_pool` gets two functions, one that samples and one that scores, and returns a `Pool`. Each distinct response is scored once.
+If scoring fails, the responses of that call stay unscored, sampling stops, and the pool holds the error. Imports neither Ray nor a web
+framework.
 """
 
 from __future__ import annotations
@@ -20,46 +21,48 @@ from serving.early_stopping import StopReason
 from serving.responses import distinct_responses
 
 Sample = Callable[[Sequence[DecodingConfig], Sequence[int | None], OnFinished | None], Awaitable[Sampled]]
-"""Draws the candidates of some decodings, with a seed for each; may tell early which have ended, to be scored meanwhile."""
+"""Samples the candidates of decodings, with one seed each. May call the third argument with the responses that finished early."""
 Score = Callable[[Sequence[str]], Awaitable[Scored]]
 """Scores responses to the request's instruction."""
 
 
 @dataclass
 class Pool:
-    """What was drawn and scored so far."""
+    """The candidates and scores of a request so far."""
 
     parts: list[list[Candidate]] = field(default_factory=list)
-    """Candidates by the call that drew them, in the order asked for; empty while a call is under way."""
+    """Candidates by sampling call, in the order of the calls; empty while a call is running."""
     score_of: dict[str, float] = field(default_factory=dict)
-    """Raw logit by response, NaN where the scorer was asked and gave none yet."""
+    """Raw logit by response; NaN until the scorer has answered, and if it failed."""
     prompt_tokens: int = 0
-    """Tokens of the prompt, counted once: the same prompt is drawn from in each round, and the engine keeps it."""
+    """Tokens of the prompt. All rounds have the same prompt, which the engine caches, so it counts once."""
     cost: float | None = None
-    """Dollars all calls cost, where the LLM is an endpoint with prices."""
+    """Cost of all sampling calls in dollars, if the LLM is an endpoint with prices."""
     sampling_s: float = 0.0
     scoring_s: float = 0.0
+    """Seconds of scoring after the last candidate arrived; scoring during sampling takes no extra time."""
     version: str | None = None
-    """Of the scorer that answered last, where it has one: see `Scored`. One published anew in between leaves scores of both."""
+    """Version of the scorer in its last result, see `Scored`. Earlier scores may be from an earlier version."""
     logprob_weight: float | None = None
-    """The blend's weight, where one was fitted with the scorer."""
+    """Weight of the blend, if one was fitted with the scorer."""
     stop_reason: StopReason | None = None
-    """Why the drawing ended, where it went in rounds or the scorer failed."""
+    """The reason why sampling stopped; None if all candidates were sampled in one round without an error."""
     scorer_error: ApiError | TimeoutError | None = None
-    """What the scorer failed with; a time-out where it was late."""
+    """The error of the scorer; `TimeoutError` if it was late."""
 
     @property
     def candidates(self) -> list[Candidate]:
+        """All candidates, in the order of the calls."""
         return [candidate for part in self.parts for candidate in part]
 
     @property
     def scores(self) -> list[float]:
-        """The score of each candidate, NaN where it has none."""
+        """The score of each candidate; NaN if it has none."""
         return [self.score_of.get(candidate["response"], math.nan) for candidate in self.candidates]
 
     @property
     def has_scores(self) -> bool:
-        """Whether any candidate can be chosen by its score."""
+        """Whether candidates can be ranked by score: false if the scorer failed before it returned any score."""
         return not self.scorer_error or any(not math.isnan(score) for score in self.score_of.values())
 
 
@@ -73,33 +76,44 @@ async def draw_pool(
     stopping: AdaptiveConfig | None,
     scorer_timeout_s: float,
     early: bool,
-    tell: Callable[[Pool], None] | None = None,
+    on_progress: Callable[[Pool], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Pool:
-    """Return the pool of `decodings`: all of it, or with `stopping` as much as `n` choices need; without `score` nothing is scored.
+    """Sample and score candidates; return the pool.
 
-    With `early` candidates that have ended are scored while others are sampled: sooner done, for more calls of smaller batches.
+    Args:
+        decodings: the decodings, each with its number of candidates.
+        sample: samples candidates.
+        score: scores responses; None leaves the candidates unscored.
+        seed: the request's seed, from which every decoding and round gets its own; None samples without a seed.
+        n: number of choices that the request returns.
+        stopping: when to stop before all candidates are sampled; None samples all of them in one round.
+        scorer_timeout_s: how long to wait for scores after a call's candidates have arrived, in seconds.
+        early: score finished candidates while others are sampled. That saves time and makes more, smaller scoring calls.
+        on_progress: called when candidates arrive and when they get scores. Without `stopping` the decodings are then sampled in separate
+            concurrent calls, so that the results arrive in parts.
+        clock: returns the time in seconds.
 
-    `tell` is called whenever candidates arrived or got scores; so that there is something to tell, a pool that is not drawn in rounds
-    is then sampled decoding by decoding, all at once. Raises what `sample` raises.
+    Raises the exceptions of `sample`.
     """
     pool = Pool()
     rounds = [list(decodings)] if stopping is None else early_stopping.plan_rounds(decodings, n, stopping.round_size)
-    # The LLM's probabilities are at temperature 1: a hotter decoding repeats itself less than they say.
-    likelihoods = all(decoding.temperature <= 1 for decoding in decodings)
-    for number, drawn in enumerate(rounds):
-        calls = [[decoding] for decoding in drawn] if tell and stopping is None else [drawn]
-        await _round(pool, calls, number, sample, score, seed, scorer_timeout_s, early, tell or (lambda _: None))
+    # The LLM reports probabilities at temperature 1. A higher temperature repeats responses less often than they predict.
+    use_logprobs = all(decoding.temperature <= 1 for decoding in decodings)
+    for number, round_decodings in enumerate(rounds):
+        calls = [[decoding] for decoding in round_decodings] if on_progress and stopping is None else [round_decodings]
+        await _draw_round(pool, calls, number, sample, score, seed, scorer_timeout_s, early, on_progress or (lambda _: None), clock)
         if pool.scorer_error:
             pool.stop_reason = "scorer"
         elif stopping:
-            pool.stop_reason = early_stopping.stop_reason(pool.candidates, pool.scores, stopping, n, likelihoods=likelihoods)
+            pool.stop_reason = early_stopping.stop_reason(pool.candidates, pool.scores, stopping, n, use_logprobs=use_logprobs)
         if pool.stop_reason:
             return pool
     pool.stop_reason = "candidates" if stopping else None
     return pool
 
 
-async def _round(
+async def _draw_round(
     pool: Pool,
     calls: Sequence[Sequence[DecodingConfig]],
     number: int,
@@ -108,38 +122,39 @@ async def _round(
     seed: int | None,
     scorer_timeout_s: float,
     early: bool,
-    tell: Callable[[Pool], None],
+    on_progress: Callable[[Pool], None],
+    clock: Callable[[], float],
 ) -> None:
-    """Draw and score what some calls give, at once; add it to the pool."""
-    start = drawn = time.monotonic()
-    places = range(len(pool.parts), len(pool.parts) + len(calls))
+    """Sample and score the candidates of a round, with concurrent calls; add them to the pool."""
+    start = last_arrival = clock()
+    indices = range(len(pool.parts), len(pool.parts) + len(calls))
     pool.parts += [[] for _ in calls]
 
-    async def one(place: int, decodings: Sequence[DecodingConfig]) -> None:
-        nonlocal drawn
-        asked: dict[asyncio.Task[Scored], list[str]] = {}
-        all_there = asyncio.Event()
+    async def draw(index: int, decodings: Sequence[DecodingConfig]) -> None:
+        nonlocal last_arrival
+        scoring: dict[asyncio.Task[Scored], list[str]] = {}
+        all_sampled = asyncio.Event()
 
-        def ask(responses: Sequence[str]) -> None:
+        def start_scoring(responses: Sequence[str]) -> None:
             new = [response for response in dict.fromkeys(responses) if response not in pool.score_of]
             pool.score_of |= dict.fromkeys(new, math.nan)
             if new and score:
-                asked[asyncio.create_task(_score(score, new, all_there))] = new
+                scoring[asyncio.create_task(_score(score, new, all_sampled))] = new
 
         try:
-            sampled = await sample(decodings, _seeds(seed, decodings, number), ask if score and early else None)
-            drawn = max(drawn, time.monotonic())
-            pool.parts[place] = sampled["candidates"]
+            sampled = await sample(decodings, _seeds(seed, decodings, number), start_scoring if score and early else None)
+            last_arrival = max(last_arrival, clock())
+            pool.parts[index] = sampled["candidates"]
             pool.prompt_tokens = sampled["prompt_tokens"]
             if (cost := sampled.get("cost")) is not None:
                 pool.cost = (pool.cost or 0.0) + cost
-            all_there.set()
-            ask(distinct_responses(sampled["candidates"]))
-            tell(pool)
-            if not asked:
+            all_sampled.set()
+            start_scoring(distinct_responses(sampled["candidates"]))
+            on_progress(pool)
+            if not scoring:
                 return
-            _, late = await asyncio.wait(asked, timeout=scorer_timeout_s)
-            for task, responses in asked.items():
+            _, late = await asyncio.wait(scoring, timeout=scorer_timeout_s)
+            for task, responses in scoring.items():
                 if task in late:
                     pool.scorer_error = TimeoutError()
                     continue
@@ -150,36 +165,36 @@ async def _round(
                     continue
                 pool.score_of |= zip(responses, scored["scores"], strict=True)
                 pool.version, pool.logprob_weight = scored.get("version"), scored.get("logprob_weight")
-            tell(pool)
+            on_progress(pool)
         finally:
-            for task in asked:
+            for task in scoring:
                 task.cancel()
 
-    tasks = [asyncio.ensure_future(one(place, decodings)) for place, decodings in zip(places, calls, strict=True)]
+    tasks = [asyncio.ensure_future(draw(index, decodings)) for index, decodings in zip(indices, calls, strict=True)]
     try:
         await asyncio.gather(*tasks)
     finally:
-        # After one failed, or the client went away, nobody reads the others.
+        # If one call failed, or the client disconnected, the results of the other calls are not needed.
         for task in tasks:
             task.cancel()
-    pool.sampling_s += drawn - start
-    pool.scoring_s += time.monotonic() - drawn
+    pool.sampling_s += last_arrival - start
+    pool.scoring_s += clock() - last_arrival
 
 
-async def _score(score: Score, responses: Sequence[str], all_there: asyncio.Event) -> Scored:
-    """Score responses; those asked for early, and in vain, once more when the whole pool is there."""
-    early = not all_there.is_set()
+async def _score(score: Score, responses: Sequence[str], all_sampled: asyncio.Event) -> Scored:
+    """Score responses. Retry a call that started during sampling and failed, once, when all candidates are sampled."""
+    early = not all_sampled.is_set()
     try:
         return await score(responses)
     except ApiError:
         if not early:
             raise
-        await all_there.wait()
+        await all_sampled.wait()
         return await score(responses)
 
 
 def _seeds(seed: int | None, decodings: Sequence[DecodingConfig], number: int) -> Sequence[int | None]:
-    """One 31-bit seed a decoding, from the request's own seed and the number of the round; none where it has none."""
+    """Return a 31-bit seed for each decoding, from the request's seed and the number of the round; None if the request has no seed."""
     if seed is None:
         return [None] * len(decodings)
     return [request_seed(seed, str(number) if number else "", decoding.name) for decoding in decodings]

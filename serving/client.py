@@ -1,4 +1,4 @@
-"""Asking a running server from Python or a terminal, and showing what it answered. Knows HTTP and nothing else."""
+"""A client for a running server: send a chat request from Python, print the answer. Uses HTTP only; imports no Ray and no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.errors import CappyError
 
 
 def request_body(messages: Sequence[Mapping[str, str]], candidates: int, model: str) -> dict[str, Any]:
-    """Return the body that asks for one answer out of `candidates`, with all of them shown."""
+    """Return the body of a request for one answer out of `candidates`, with every candidate in the response."""
     return {"model": model, "messages": list(messages), "cappy": {"candidates": candidates, "return_candidates": True}}
 
 
@@ -27,33 +27,40 @@ def ask(
     timeout_s: float = 300.0,
     key: str | None = None,
 ) -> dict[str, Any]:
-    """Return the server's answer (an OpenAI chat completion with the candidates under `cappy`).
+    """Send a chat request; return the server's answer, an OpenAI chat completion with the candidates under `cappy`.
 
-    `url` is the server's, e.g. http://127.0.0.1:8000; `key` an API key, where it wants one. Raises `CappyError` where it cannot be
-    reached or refuses the request.
+    Args:
+        url: the server's URL, e.g. http://127.0.0.1:8000.
+        messages: the conversation, each with `role` and `content`.
+        candidates: number of candidates to sample.
+        model: name of a model that the server lists at `/v1/models`.
+        timeout_s: timeout of the request, in seconds.
+        key: an API key, if the server needs one.
+
+    Raises `CappyError` if the server cannot be reached, does not answer in time or refuses the request.
     """
     try:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         response = httpx.post(_endpoint(url), json=request_body(messages, candidates, model), headers=headers, timeout=timeout_s)
     except httpx.TimeoutException:
-        raise CappyError(f"{url} gave no answer within {timeout_s:g} s; ask for fewer candidates or wait longer") from None
+        raise CappyError(f"{url} did not answer within timeout_s={timeout_s:g}; use fewer candidates or a longer timeout") from None
     except httpx.HTTPError as error:
         raise CappyError(f"{url} cannot be reached ({error}); start a server with `cappy serve`") from None
     if response.status_code != 200:
-        raise CappyError(f"{url} answered {response.status_code}: {_message(response)}")
+        raise CappyError(f"{url} answered {response.status_code}: {_error_message(response)}")
     answer: dict[str, Any] = response.json()
     return answer
 
 
 def curl_command(url: str, body: Mapping[str, Any], *, key: bool = False) -> str:
-    """Return a shell command that sends `body`; with `key` it takes an API key from the variable CAPPY_API_KEY."""
+    """Return a shell command that sends `body`; with `key` it reads an API key from the environment variable CAPPY_API_KEY."""
     data = shlex.quote(json.dumps(body, ensure_ascii=False))
     authorization = ' -H "Authorization: Bearer $CAPPY_API_KEY"' if key else ""
     return f"curl -s {_endpoint(url)} -H 'Content-Type: application/json'{authorization} -d {data}"
 
 
 def print_answer(answer: Mapping[str, Any], console: Console) -> None:
-    """Show the candidates of an answer with their scores, best first, the returned ones marked."""
+    """Print the candidates of an answer with their scores, best first; the returned candidates are marked."""
     cappy = answer.get("cappy")
     if not cappy:
         for choice in answer["choices"]:
@@ -71,7 +78,7 @@ def print_answer(answer: Mapping[str, Any], console: Console) -> None:
             "-" if candidate["logprob"] is None else f"{candidate['logprob']:.1f}",
             str(candidate["tokens"]),
             candidate["decoding"],
-            _plain(candidate["response"]),
+            _one_line(candidate["response"]),
             style="bold green" if candidate["chosen"] else None,
         )
     console.print(table)
@@ -87,14 +94,14 @@ def _endpoint(url: str) -> str:
     return f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
 
 
-def _plain(text: str) -> Any:
-    """One line a candidate, and no text of a model read as markup."""
+def _one_line(text: str) -> Any:
+    """Return a response as one line of text that rich does not parse as markup."""
     from rich.text import Text
 
     return Text(" ".join(text.split()) or "(empty)", overflow="ellipsis", no_wrap=True)
 
 
-def _message(response: httpx.Response) -> str:
+def _error_message(response: httpx.Response) -> str:
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

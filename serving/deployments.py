@@ -1,7 +1,8 @@
-"""The models behind the gateway, as plain classes Ray Serve makes replicas of: `LLM` samples, `Scorer` scores.
+"""The deployments behind the gateway, as plain classes that Ray Serve replicates: `LLM` samples, `Scorer` scores.
 
-A replica of the LLM holds one model, a replica of the scorer the main one and some of the others (`shelf`). What a client should be
-told leaves a replica as an `ApiError`, and what Serve raises in a replica's place becomes one in `answer`.
+A replica of the LLM holds one model. A replica of the scorer holds the main scorer and some of the additional ones (`scorer_cache`).
+Errors for the client leave a replica as `ApiError`. `translate_errors` turns the errors of Serve itself into `ApiError`. Imports torch
+only when a scorer is built.
 """
 
 from __future__ import annotations
@@ -30,39 +31,43 @@ from serving.scorer_cache import LoadedScorer, ScorerCache, ScorerUnavailable
 
 logger = logging.getLogger("ray.serve")
 UNAVAILABLE = "unavailable"
-# When a server without money asks to be tried again: nothing but its operator helps.
-_BROKE_RETRY_S = 3600.0
-# When the responses that have ended are told, so that they are scored while the last ones are sampled: once they are so great a share
-# of a pool, which has so many at least; and not where the rest ends with them, in the same step of the engine.
+# The Retry-After of a server that has spent `max_cost`. Only its operator can raise the limit, so the value is long.
+_BUDGET_RETRY_S = 3600.0
+# Finished responses are reported early, so that they are scored while the last ones are sampled. Conditions: this share of the pool has
+# finished, the pool has at least this many candidates, and the rest takes longer than this time (not the same engine step).
 _EARLY_SHARE = 0.75
-_EARLY_OF = 4
-_TOGETHER_S = 0.005
+_EARLY_MIN_CANDIDATES = 4
+_EARLY_WAIT_S = 0.005
 
 
 class EngineDown(CappyError):
-    """The engine died; its replica is being replaced."""
+    """The engine has stopped working; Serve replaces its replica."""
 
 
 class LLM:
-    """An engine of any kind. `sample` draws a request's whole pool; cancelling it stops the engine's work on the request.
+    """Sample responses with an engine of any kind.
 
-    `patience_s` is how long a request may wait for an endpoint's rates and cool-downs, `ledger` where the dollars of an endpoint's
-    `max_cost` are kept.
+    Args:
+        config: model, engine, prompt form.
+        max_wait_s: time in seconds that a request may wait for an endpoint's rate limits and cool-downs.
+        ledger_uri: folder or s3:// prefix that records the spending of an endpoint with `max_cost`.
+
+    Raises `CappyError` if the model lacks the prompt form.
     """
 
-    def __init__(self, config: SamplerConfig, patience_s: float, ledger: str) -> None:
+    def __init__(self, config: SamplerConfig, max_wait_s: float, ledger_uri: str) -> None:
         self.form = config.prompt.form
-        self.engine = engines.load_engine(config, patience_s)
-        ceiling = engines.cost_limit(config)
-        self.ledger = None if ceiling is None else Ledger(ledger, ceiling)
+        self.engine = engines.load_engine(config, max_wait_s)
+        limit = engines.cost_limit(config)
+        self.ledger = None if limit is None else Ledger(ledger_uri, limit)
         self.priced = config.engine.kind == "endpoint" and config.engine.priced
-        # A form the model does not have is told now and not to the first client.
+        # Report a missing prompt form when the replica starts, not at the first request.
         self.engine.encode([{"role": "user", "content": "?"}], self.form, room=1, drop_shots=False)
 
     async def stream_sample(
         self, prompt: Sequence[Message] | str, decodings: Sequence[DecodingConfig], seeds: Sequence[int | None], logprobs: bool
     ) -> AsyncIterator[Sequence[str] | Sampled]:
-        """Yield what `sample` tells early, and then what it returns."""
+        """Yield the responses that `sample` reports early, then the result of `sample`."""
         parts: asyncio.Queue[Sequence[str] | None] = asyncio.Queue()
         sampling = asyncio.ensure_future(self.sample(prompt, decodings, seeds, logprobs, parts.put_nowait))
         sampling.add_done_callback(lambda _: parts.put_nowait(None))
@@ -81,47 +86,57 @@ class LLM:
         logprobs: bool = True,
         early: OnFinished | None = None,
     ) -> Sampled:
-        """Return the candidates of one prompt, decoding by decoding; `seeds` holds one for each, None for chance.
+        """Return the candidates of one prompt, in the order of the decodings.
 
-        `early` is told the responses that have ended while the last ones are sampled, once where at all.
-        A prompt that is a text is continued as it stands; the turns of a conversation get the form the config says.
-        Raises `ApiError` for a prompt the engine cannot take, an engine that died, and whatever an endpoint answers but candidates.
+        Cancelling the call stops the engine's work on the request.
+
+        Args:
+            prompt: a text, which the LLM continues unmodified, or the turns of a conversation, which get the config's prompt form.
+            decodings: the decodings, each with its number of candidates.
+            seeds: one seed per decoding; None draws without a seed.
+            logprobs: whether the candidates need log-probabilities.
+            early: called at most once, with the finished responses, while the last responses are sampled.
+
+        Raises `ApiError` for a prompt that the engine cannot accept, for an engine that has stopped, and for an endpoint's error.
         """
         param = "prompt" if isinstance(prompt, str) else "messages"
         try:
             encoded = self._encode(prompt, room=max(decoding.max_tokens for decoding in decodings))
         except RowError as error:
-            raise self._told(error, param) from None
+            raise self._client_error(error, param) from None
         identity = uuid.uuid4().hex
         if self.ledger and not await self.ledger.reserve(identity, sum(self.engine.max_cost(encoded, each) for each in decodings)):
-            message = "the request could cost more than is left of what this server may spend (sampler.engine.max_cost); ask for less"
-            raise ApiError(message, 429, code="insufficient_quota", retry_s=_BROKE_RETRY_S)
+            message = (
+                "the request could cost more than remains of this server's budget (sampler.engine.max_cost); "
+                "use fewer candidates or a smaller max_tokens"
+            )
+            raise ApiError(message, 429, code="insufficient_quota", retry_s=_BUDGET_RETRY_S)
         names = [f"{identity}-{position}" for position in range(len(decodings))]
         responses: list[str] = []
         enough, count = asyncio.Event(), sum(decoding.n for decoding in decodings)
-        tell = early if count >= _EARLY_OF else None
+        report_early = early if count >= _EARLY_MIN_CANDIDATES else None
 
-        def ended(candidate: Candidate) -> None:
+        def on_candidate(candidate: Candidate) -> None:
             responses.append(candidate["response"])
             if len(responses) >= _EARLY_SHARE * count:
                 enough.set()
 
         draws = [
             asyncio.ensure_future(
-                self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs, on_candidate=ended if tell else None)
+                self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs, on_candidate=on_candidate if report_early else None)
             )
             for decoding, seed, name in zip(decodings, seeds, names, strict=True)
         ]
         all_drawn = asyncio.gather(*draws)
         try:
-            if tell and await _before(enough, all_drawn):
-                tell(list(responses))
+            if report_early and await _finished_early(enough, all_drawn):
+                report_early(list(responses))
             pools = await all_drawn
             prompt_tokens = self.engine.prompt_tokens(encoded, names[0])
         except Exception as error:
-            raise self._told(error, param) from None
+            raise self._client_error(error, param) from None
         finally:
-            # After one draw failed, or the client went away, nobody reads the others. What they cost is known when they have ended.
+            # If one draw failed or the client disconnected, the results of the others have no reader. Their cost is final once they end.
             for draw in draws:
                 draw.cancel()
             await asyncio.wait(draws)
@@ -139,119 +154,127 @@ class LLM:
         try:
             return self.engine.encode(turns, form, room, drop_shots=False)
         except TemplateError as error:
-            message = f"the model's chat template refused the messages: {error}"
+            message = f"messages: the model's chat template refuses them: {error}"
             raise ApiError(message, param="messages", code="invalid_value") from None
 
-    def _told(self, error: Exception, param: str) -> Exception:
-        """Return what the client is told of an engine's error, `param` the field with the prompt; one that is a bug stays as it is."""
+    def _client_error(self, error: Exception, param: str) -> Exception:
+        """Return the client's error for an engine's error; `param` is the field with the prompt. Return a bug's exception unchanged."""
         if self.engine.dead:
-            return ApiError("the LLM went down while answering and is being replaced; try again", 503, code=UNAVAILABLE)
+            return ApiError("the LLM stopped during the request and is being replaced; retry", 503, code=UNAVAILABLE)
         if isinstance(error, PromptTooLong):
             return ApiError(str(error), param=param, code="context_length_exceeded")
         if isinstance(error, EngineUnavailable):
             logger.warning("the LLM's endpoint: %s", error)
             if error.timed_out:
-                return ApiError("the LLM's endpoint gave no answer in time; ask for less in one request", 504, code="timeout")
-            return ApiError("the LLM's endpoint takes no requests now; try again", 503, code="overloaded", retry_s=error.retry_after_s)
+                message = "the LLM's endpoint did not answer in time; use fewer candidates or a smaller max_tokens"
+                return ApiError(message, 504, code="timeout")
+            return ApiError(
+                "the LLM's endpoint accepts no requests at the moment; retry later", 503, code="overloaded", retry_s=error.retry_after_s
+            )
         if isinstance(error, RowError):
             return ApiError(str(error), code="refused_by_endpoint")
         if isinstance(error, CappyError):
-            # It may name addresses and variables of ours: for the operator alone.
+            # The text may hold addresses and variable names of this server, so only the operator's log gets it.
             logger.error("the LLM's endpoint: %s", error)
-            return ApiError("the LLM's endpoint refuses this server; its log has the reason", 502, code="bad_gateway")
+            return ApiError("the LLM's endpoint refuses this server; the server's log has the reason", 502, code="bad_gateway")
         return error
 
     async def ready(self) -> bool:
-        """Whether the engine can answer."""
+        """Return whether the engine can answer."""
         return not self.engine.dead
 
     def check_health(self) -> None:
-        """Ray Serve asks this regularly, and replaces a replica that raises."""
+        """Raise `EngineDown` if the engine has stopped. Ray Serve calls this regularly and replaces a replica that raises."""
         if self.engine.dead:
-            raise EngineDown("the engine is dead")
+            raise EngineDown("the LLM's engine has stopped; Serve replaces the replica")
 
     def __del__(self) -> None:
-        # Serve calls this when it stops a replica: the engine's own process must go with it.
+        # Serve calls this when it stops a replica; the engine's process must stop too.
         engine = getattr(self, "engine", None)
         if engine is not None:
             engine.close()
 
 
 class Scorer:
-    """The trained scorers. Pairs of requests that wait while others are scored are scored together (`score_batcher.py`).
+    """Score pairs with the trained scorers, in batches of pairs from several requests (`score_batcher`).
 
-    The main one, at `main_uri`, stays; of `further` (URIs by name) a replica holds `serving.scorers_loaded` at most. Each is replaced
-    when it is published anew, which is looked for every `serving.reload_s` seconds.
+    The main scorer, at `main_uri`, stays loaded. Of `additional` (URIs by name) a replica holds at most `serving.scorers_loaded`.
+    Every `serving.reload_s` seconds a scorer in use is checked for a newly published version, which replaces it.
+
+    Raises `CappyError` if the main scorer cannot be loaded.
     """
 
-    def __init__(self, serving: ServingConfig, main_uri: str, further: Mapping[str, str]) -> None:
+    def __init__(self, serving: ServingConfig, main_uri: str, additional: Mapping[str, str]) -> None:
         import torch
 
-        room, dtype = serving.scorers_loaded, serving.scorer_dtype
+        capacity, dtype = serving.scorers_loaded, serving.scorer_dtype
         threads = 1 if torch.cuda.is_available() else min(serving.scorer_threads, len(os.sched_getaffinity(0)))
         self._batcher = ScoreBatcher(score_pairs, threads)
-        self.shelf = ScorerCache(serving.scorer_name, main_uri, further, room=room, reload_s=serving.reload_s, dtype=dtype)
+        self.cache = ScorerCache(serving.scorer_name, main_uri, additional, capacity=capacity, reload_s=serving.reload_s, dtype=dtype)
 
-        async def here(name: str) -> str:
+        async def return_name(name: str) -> str:
             return name
 
-        # Tells Serve what this replica holds, so that requests for a scorer go where it is. Serve could hold the scorers too, but it
-        # makes room before it loads: one that cannot be loaded would drive out those that can. It also loads one at a time, once.
-        self._announce = serve.multiplexed(max_num_models_per_replica=room)(here)
+        # Registers the loaded scorers with Serve, which routes requests for a scorer to the replicas that hold it. Serve's own model
+        # cache is not used: it evicts before it loads, so a scorer that cannot be loaded would evict working ones. It also loads only
+        # one model at a time and never reloads.
+        self._register_loaded = serve.multiplexed(max_num_models_per_replica=capacity)(return_name)
 
     async def score(self, name: str, instructions: list[str], responses: list[str]) -> Scored:
         """Return the raw logits of pairs by the scorer `name`. Raises `ApiError` (503) while it cannot be loaded."""
-        # Before the batch: scorers at hand do not wait for one that is being loaded.
+        # Loading comes before batching, so that loaded scorers do not wait for a scorer that is being loaded.
         try:
-            held = await self.shelf.get(name)
+            scorer = await self.cache.get(name)
         except ScorerUnavailable as error:
-            raise ApiError(f"{error} now; try again later, or name another", 503, code="scorer_unavailable") from None
-        if name != self.shelf.main:
-            await self._announce(name)
-        return await self._batcher.score(held, instructions, responses)
+            raise ApiError(f"{error} at the moment; retry later or use another scorer", 503, code="scorer_unavailable") from None
+        if name != self.cache.main:
+            await self._register_loaded(name)
+        return await self._batcher.score(scorer, instructions, responses)
 
     async def ready(self) -> bool:
-        """Whether the main scorer can answer."""
+        """Return True: a replica exists only with its main scorer loaded."""
         return True
 
 
-def score_pairs(held: LoadedScorer, instructions: Sequence[str], responses: Sequence[str], threads: int) -> Scored:
-    """Return the scores of pairs, computed on CPU with so many threads."""
+def score_pairs(scorer: LoadedScorer, instructions: Sequence[str], responses: Sequence[str], threads: int) -> Scored:
+    """Return the raw logits and token counts of pairs; on a CPU compute with `threads` threads."""
     import torch
 
-    torch.set_num_threads(threads)  # of this thread: others that score at the same time have their own
-    scores, tokens = held.model.score_and_count(instructions, responses)
+    torch.set_num_threads(threads)  # applies to the calling thread only, so concurrent batches keep their own number
+    scores, tokens = scorer.model.score_and_count(instructions, responses)
     scored = Scored(scores=scores.tolist(), tokens=tokens.tolist())
-    if held.version is not None:
-        scored["version"] = held.version
-    if held.logprob_weight is not None:
-        scored["logprob_weight"] = held.logprob_weight
+    if scorer.version is not None:
+        scored["version"] = scorer.version
+    if scorer.logprob_weight is not None:
+        scored["logprob_weight"] = scorer.logprob_weight
     return scored
 
 
-async def _before(enough: asyncio.Event, all_drawn: asyncio.Future[Any]) -> bool:
-    """Return, once there are enough or all is drawn, whether the rest takes longer."""
+async def _finished_early(enough: asyncio.Event, all_drawn: asyncio.Future[Any]) -> bool:
+    """Wait until `enough` is set or all is drawn; return whether the rest takes longer than `_EARLY_WAIT_S`."""
     waiting = asyncio.ensure_future(enough.wait())
     try:
         await asyncio.wait([waiting, all_drawn], return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait([all_drawn], timeout=_TOGETHER_S)
+        await asyncio.wait([all_drawn], timeout=_EARLY_WAIT_S)
         return not all_drawn.done()
     finally:
         waiting.cancel()
 
 
 async def get_result(response: Any, name: str) -> Any:
-    """Await a call of a deployment; see `answering`."""
+    """Return the result of a call of a deployment; see `translate_errors`."""
     with translate_errors(response, name):
         return await response
 
 
 @contextmanager
 def translate_errors(response: Any, name: str) -> Iterator[None]:
-    """Await a call of a deployment, or all it yields, in the block; `name` is what the client is told failed.
+    """Translate the errors of awaiting a deployment's response, or of iterating over it, in the block.
 
-    Cancelling the block cancels the call in its replica. Raises `ApiError`: what the replica raised, or 503 while the deployment
-    cannot answer (code `UNAVAILABLE` where a replica was lost). Other errors are bugs and pass through.
+    Cancelling the block cancels the call in its replica. `name` names the deployment in messages to the client.
+
+    Raises `ApiError`: the replica's own, or 503 while the deployment cannot answer (code `UNAVAILABLE` if a replica was lost). Other
+    errors are bugs and pass unchanged.
     """
     try:
         yield
@@ -263,7 +286,7 @@ def translate_errors(response: Any, name: str) -> Iterator[None]:
             raise error.cause from None
         raise
     except BackPressureError:
-        raise ApiError(f"{name} has too many requests waiting; try again", 503, code="overloaded") from None
+        raise ApiError(f"{name} has too many queued requests; retry later", 503, code="overloaded") from None
     except (RayActorError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
         logger.warning("%s is unavailable: %s", name, error)
-        raise ApiError(f"{name} went down while answering and is being replaced; try again", 503, code=UNAVAILABLE) from None
+        raise ApiError(f"{name} stopped during the request and is being replaced; retry", 503, code=UNAVAILABLE) from None

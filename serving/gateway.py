@@ -208,7 +208,7 @@ async def _complete(
 ) -> bodies.Completion:
     """Draw and score the candidates and answer with the best; `news` gets the events of a stream's progress, where asked for.
 
-    `early`: see `best_of_n.draw`.
+    `early`: see `best_of_n.draw_pool`.
     """
     identity, created = uuid.uuid4().hex, int(time.time())
     prompt = completions_api.build_prompt(request, config.sampler.prompt.system)
@@ -230,7 +230,7 @@ async def _complete(
         stopping=sampling_policy.select_stopping_rule(request, config) if scorer else None,
         scorer_timeout_s=config.serving.scorer_timeout_s,
         early=early,
-        tell=tell if request.cappy.progress else None,
+        on_progress=tell if request.cappy.progress else None,
     )
     metrics.observe_pool(pool)
     fallback = _fallback(request, pool, config)

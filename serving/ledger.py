@@ -1,8 +1,8 @@
-"""The money ceiling of a server in front of an endpoint with prices: nothing is asked that could pass it, across restarts.
+"""The spending limit of a server whose LLM is an endpoint with prices. The limit holds across restarts and servers.
 
-Dollars are drawn from the ceiling in advance, a share at a time, each draw written down before it is spent. A server that dies
-leaves at most one share unspent, which counts as spent. Of draws at once each takes another place, so servers of one workspace
-share a ceiling.
+The server withdraws dollars from the limit in advance, one share at a time, and records each withdrawal before it spends the money.
+A server that crashes leaves at most one share unspent, which counts as spent. Concurrent withdrawals create different files, so all
+servers of a workspace share one limit. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -12,38 +12,40 @@ import asyncio
 from cluster import storage
 from generation.budget import Budget
 
+# Withdrawals that use up the limit, if no single request needs more than a share.
 _SHARES = 100
 
 
 class Ledger:
-    """Dollars drawn from `ceiling`, kept below `uri` (a folder or s3:// prefix)."""
+    """Reserve and record the cost of requests, in dollars, within `limit`; withdrawals are files below `uri` (a folder or s3:// prefix)."""
 
-    def __init__(self, uri: str, ceiling: float) -> None:
-        self.uri, self.ceiling = uri, ceiling
+    def __init__(self, uri: str, limit: float) -> None:
+        self.uri, self.limit = uri, limit
         self._budget = Budget(0.0)
-        self._drawing = asyncio.Lock()
+        self._withdrawal_lock = asyncio.Lock()
 
-    async def reserve(self, request: str, most: float) -> bool:
-        """Promise a request the `most` it can cost, and return True; or return False where the ceiling has no room for it."""
-        async with self._drawing:
-            while not self._budget.reserve(request, most):
-                drawn = await asyncio.to_thread(self._draw, most)
-                if not drawn:
+    async def reserve(self, request: str, max_cost: float) -> bool:
+        """Reserve `max_cost` dollars for a request and return True; return False if that would exceed the limit."""
+        async with self._withdrawal_lock:
+            while not self._budget.reserve(request, max_cost):
+                dollars = await asyncio.to_thread(self._withdraw, max_cost)
+                if not dollars:
                     return False
-                self._budget.ceiling = (self._budget.ceiling or 0.0) + drawn
+                self._budget.ceiling = (self._budget.ceiling or 0.0) + dollars
         return True
 
     def settle(self, request: str, cost: float) -> None:
-        """Count what a request under way did cost."""
+        """Record the actual cost of a request in dollars, and free the rest of its reservation."""
         self._budget.settle(request, cost)
 
-    def _draw(self, most: float) -> float:
-        """Return dollars drawn, at least `most` where they are there; 0 where all are drawn."""
+    def _withdraw(self, at_least: float) -> float:
+        """Withdraw `at_least` dollars or a share, whichever is more, and return the amount: less if less is left, 0 if nothing is."""
         while True:
-            draws = [name for name in storage.list_files(self.uri) if name.endswith(".json")]
-            left = self.ceiling - sum(float(storage.read_json(storage.join(self.uri, name))["dollars"]) for name in draws)
-            share = min(max(most, self.ceiling / _SHARES), left)
+            withdrawals = [name for name in storage.list_files(self.uri) if name.endswith(".json")]
+            left = self.limit - sum(float(storage.read_json(storage.join(self.uri, name))["dollars"]) for name in withdrawals)
+            share = min(max(at_least, self.limit / _SHARES), left)
             if share <= 0:
                 return 0.0
-            if storage.create_json(storage.join(self.uri, f"{len(draws):06d}.json"), {"dollars": share}):
+            # Fails if another server created the file first; then read the withdrawals again.
+            if storage.create_json(storage.join(self.uri, f"{len(withdrawals):06d}.json"), {"dollars": share}):
                 return share

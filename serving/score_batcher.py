@@ -1,12 +1,14 @@
-"""Pairs of many requests, scored in batches: what waits while others are scored goes into the next ones. Knows no Ray and no HTTP.
+"""Batch the pairs of many requests for a scorer: pairs that arrive while a batch is scored go into the next batches.
 
-On a CPU batches are scored side by side, each with one of the cores: threads that share a batch wait for each other at every layer, and
-so wait for all that the slowest of them waits for, where an LLM wants the same cores. Only where less waits than there are cores does a
-batch get several.
+Imports neither Ray nor a web framework.
 
-A batch is bounded by tokens, and a request of more is scored in several, so that nobody waits long for a long request of somebody
-else. Who is next: the request with the least sum of its arrival and its length, both in tokens, where the clock of arrivals is the
-tokens scored so far. So a short request overtakes a long one, but only for as long as the long one would take by itself.
+On a CPU several batches are scored in parallel, each on one core. Threads that share a batch wait for each other at every layer, and
+one thread is often delayed when an LLM uses the same cores. A batch gets several threads only if fewer pairs wait than threads are free.
+
+The number of tokens in a batch is limited. A longer request is scored in several batches, so that it delays other requests little.
+Requests are ordered by arrival plus length, smallest sum first. The unit of these numbers is the token: the arrival is the number of
+tokens scored so far. Shorter requests can therefore run before a longer one that arrived earlier. Together they delay it by at most
+the time that the longer request itself takes.
 """
 
 from __future__ import annotations
@@ -23,127 +25,136 @@ from serving.backend import Scored
 from serving.scorer_cache import LoadedScorer
 
 ScoreFunction = Callable[[LoadedScorer, Sequence[str], Sequence[str], int], Scored]
-"""Scores the pairs of some instructions and responses with so many threads."""
-# Tokens of a batch at most, by device. On a CPU core a scorer of 22 million weights reads so many in less than a tenth of a second.
+"""Scores pairs, given a scorer, the instructions, the responses and the number of threads."""
+# Maximum tokens of a batch, by device type. The limit bounds the time that a batch occupies a thread.
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-# And what is not shared out among threads: fewer tokens in each of more batches would cost more than it saves.
-_UNSHARED_TOKENS = 512
-# Characters of a token, about; what a pair really has is known when it is scored.
-_CHARACTERS = 4
+# Waiting tokens up to this number are not split among threads: the overhead of another batch would exceed the gain.
+_UNSPLIT_TOKENS = 512
+# Estimated characters per token; the exact number is known only after tokenisation.
+_CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(eq=False)
 class _Request:
-    """A request as its pairs are scored."""
+    """A request while its pairs are scored."""
 
-    answer: asyncio.Future[Scored]
-    held: LoadedScorer
+    result: asyncio.Future[Scored]
+    scorer: LoadedScorer
     scores: list[float]
     tokens: list[int]
-    left: int
+    remaining: int
+    """Number of pairs without a score."""
 
 
 @dataclass(order=True)
 class _Pair:
-    """Pairs are in the order they are scored in: by request, the longest of one first, so that batches have pairs of like lengths."""
+    """A waiting pair. Pairs sort by request, and within a request the longest first, so that a batch has pairs of similar length."""
 
     order: tuple[int, int, int]
+    """Priority of the request, negative length, running number."""
     request: _Request = field(compare=False)
-    place: int = field(compare=False)
+    index: int = field(compare=False)
+    """Position in the request."""
     instruction: str = field(compare=False)
     response: str = field(compare=False)
     tokens: int = field(compare=False)
+    """Estimated length."""
 
 
 class ScoreBatcher:
-    """`score` is called in `threads` threads, with that many to compute with in all of them; what it raises fails the requests in it."""
+    """Score pairs in batches with up to `threads` threads in total.
+
+    `score` is called in worker threads. An exception that it raises fails every request with a pair in that batch.
+    """
 
     def __init__(self, score: ScoreFunction, threads: int) -> None:
         self._score = score
-        self._threads = self._free = threads
+        self._threads = self._free_threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="scoring")
-        # A heap for each scorer, by its identity: two versions of one are two.
+        # One heap per scorer, by the identity of the object: two versions of a scorer are two scorers.
         self._waiting: dict[int, list[_Pair]] = {}
-        self._tokens = 0  # of those that wait
+        self._waiting_tokens = 0
         self._numbers = itertools.count()
-        self._clock = 0
+        self._scored_tokens = 0
         self._running: set[asyncio.Task[None]] = set()
 
-    async def score(self, held: LoadedScorer, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
-        """Return the raw logits and token counts of pairs. Cancelling the call takes out of the queue what is not scored yet.
+    async def score(self, scorer: LoadedScorer, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
+        """Return the raw logits and token counts of pairs. Cancelling the call removes its waiting pairs from the queue.
 
-        Raises `ValueError` when the lists differ in length.
+        Raises `ValueError` if the lists differ in length.
         """
         count = len(instructions)
-        lengths = [_tokens(held, *pair) for pair in zip(instructions, responses, strict=True)]
+        lengths = [_estimate_tokens(scorer, *pair) for pair in zip(instructions, responses, strict=True)]
         if not count:
             return Scored(scores=[], tokens=[])
-        request = _Request(asyncio.get_running_loop().create_future(), held, [math.nan] * count, [0] * count, count)
-        key = self._clock + sum(lengths)
-        waiting = self._waiting.setdefault(id(held), [])
-        for place, (length, instruction, response) in enumerate(zip(lengths, instructions, responses, strict=True)):
-            order = (key, -length, next(self._numbers))
-            heapq.heappush(waiting, _Pair(order, request, place, instruction, response, length))
-        self._tokens += sum(lengths)
-        self._start()
-        return await request.answer
+        request = _Request(asyncio.get_running_loop().create_future(), scorer, [math.nan] * count, [0] * count, count)
+        priority = self._scored_tokens + sum(lengths)
+        waiting = self._waiting.setdefault(id(scorer), [])
+        for index, (length, instruction, response) in enumerate(zip(lengths, instructions, responses, strict=True)):
+            order = (priority, -length, next(self._numbers))
+            heapq.heappush(waiting, _Pair(order, request, index, instruction, response, length))
+        self._waiting_tokens += sum(lengths)
+        self._start_batches()
+        return await request.result
 
-    def _start(self) -> None:
-        """Begin as many batches as there are threads for."""
-        while self._free and (batch := self._take()):
-            # What is left of the threads is shared with the batches that are begun next.
-            threads = max(1, self._free // (1 + sum(map(len, self._waiting.values()))))
-            self._free -= threads
-            task = asyncio.create_task(self._run(batch, threads))
+    def _start_batches(self) -> None:
+        """Start batches while threads are free and pairs wait."""
+        while self._free_threads and (batch := self._next_batch()):
+            # The free threads are divided between this batch and the pairs that still wait.
+            threads = max(1, self._free_threads // (1 + sum(map(len, self._waiting.values()))))
+            self._free_threads -= threads
+            task = asyncio.create_task(self._run_batch(batch, threads))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
 
-    async def _run(self, batch: Sequence[_Pair], threads: int) -> None:
+    async def _run_batch(self, batch: Sequence[_Pair], threads: int) -> None:
         texts = [pair.instruction for pair in batch], [pair.response for pair in batch]
         try:
-            # Not in the event loop, which goes on taking requests and answering health checks.
-            scored = await asyncio.get_running_loop().run_in_executor(self._pool, self._score, batch[0].request.held, *texts, threads)
+            # In a worker thread: the event loop must keep accepting requests and answering health checks.
+            scored = await asyncio.get_running_loop().run_in_executor(self._pool, self._score, batch[0].request.scorer, *texts, threads)
         except Exception as error:
             for pair in batch:
-                if not pair.request.answer.done():
-                    pair.request.answer.set_exception(error)
+                if not pair.request.result.done():
+                    pair.request.result.set_exception(error)
         else:
             for pair, score, tokens in zip(batch, scored["scores"], scored["tokens"], strict=True):
                 request = pair.request
-                request.scores[pair.place], request.tokens[pair.place] = score, tokens
-                request.left -= 1
-                if not request.left and not request.answer.done():
-                    request.answer.set_result({**scored, "scores": request.scores, "tokens": request.tokens})
+                request.scores[pair.index], request.tokens[pair.index] = score, tokens
+                request.remaining -= 1
+                if not request.remaining and not request.result.done():
+                    request.result.set_result({**scored, "scores": request.scores, "tokens": request.tokens})
         finally:
-            self._free += threads
-            self._clock += sum(pair.tokens for pair in batch)
-            self._start()
+            self._free_threads += threads
+            self._scored_tokens += sum(pair.tokens for pair in batch)
+            self._start_batches()
 
-    def _take(self) -> list[_Pair]:
-        """Take the next pairs that make a batch, one at least, all of the scorer of the first.
+    def _next_batch(self) -> list[_Pair]:
+        """Remove the next batch from the queue: one pair or more, all for the scorer of the first pair. Return [] if none waits.
 
-        A batch has no more than a thread's share of all that waits (guided self-scheduling: Polychronopoulos and Kuck, 1987), so that
-        the threads are done at about the same time.
+        A batch has at most one thread's share of the waiting tokens, so that the threads finish at about the same time
+        (guided self-scheduling: Polychronopoulos and Kuck, 1987).
         """
         batch: list[_Pair] = []
         while self._waiting and not batch:
             waiting = min(self._waiting.values(), key=lambda pairs: pairs[0])
-            held, tokens = waiting[0].request.held, 0
-            most = min(_BATCH_TOKENS[held.model.device.type], max(_UNSHARED_TOKENS, self._tokens / self._threads))
+            scorer, tokens = waiting[0].request.scorer, 0
+            share = self._waiting_tokens / self._threads
+            max_tokens = min(_BATCH_TOKENS[scorer.model.device.type], max(_UNSPLIT_TOKENS, share))
             while waiting:
-                alive = not waiting[0].request.answer.done()  # else given up, or failed with another pair
-                if alive and batch and tokens + waiting[0].tokens > most:
+                # A request is done here if it was cancelled, or if another of its batches failed.
+                needed = not waiting[0].request.result.done()
+                if needed and batch and tokens + waiting[0].tokens > max_tokens:
                     break
                 pair = heapq.heappop(waiting)
-                self._tokens -= pair.tokens
-                if alive:
+                self._waiting_tokens -= pair.tokens
+                if needed:
                     tokens += pair.tokens
                     batch.append(pair)
             if not waiting:
-                del self._waiting[id(held)]
+                del self._waiting[id(scorer)]
         return batch
 
 
-def _tokens(held: LoadedScorer, instruction: str, response: str) -> int:
-    """Return about how many tokens a pair has."""
-    return min(held.model.max_length, (len(instruction) + len(response)) // _CHARACTERS + 3)
+def _estimate_tokens(scorer: LoadedScorer, instruction: str, response: str) -> int:
+    """Return the estimated number of tokens of a pair, at most the scorer's maximum length."""
+    return min(scorer.model.max_length, (len(instruction) + len(response)) // _CHARACTERS_PER_TOKEN + 3)

@@ -1,7 +1,7 @@
-"""The scorers a replica holds: the main one always, others once they are asked for, each replaced when it is published anew.
+"""Cache of loaded scorers: the main scorer always, additional scorers from their first request, each reloaded when republished.
 
-Loading takes seconds, so it happens in threads of its own, once for all who wait for it; it is no matter of the other
-scorers, and neither is a scorer that cannot be loaded. Knows no Ray.
+Loading takes seconds, so it runs in worker threads, once for all requests that wait for the scorer. A load delays only requests for
+that scorer, and a scorer that cannot be loaded fails only its own requests. Imports no Ray; imports torch only when a scorer is loaded.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from training.scorer import Dtype, Scorer
 
 logger = logging.getLogger("ray.serve")
-# Seconds the request that finds a scorer due for a look waits for new weights; they answer the next one where they take longer.
-_PATIENCE_S = 2.0
+# The request that starts a check for a new version waits for it this long. After that the loaded version answers the request.
+_RELOAD_WAIT_S = 2.0
 _THREADS = 4
-# transformers exchanges functions of torch while it loads a model, for the whole process.
-_loading = threading.Lock()
+# While transformers loads a model, it replaces functions of torch for the whole process.
+_load_lock = threading.Lock()
 
 
 class ScorerUnavailable(CappyError):
-    """A scorer that is configured cannot be loaded; the log says why."""
+    """A configured scorer cannot be loaded; the log has the reason."""
 
 
 @dataclass(frozen=True)
@@ -41,143 +41,153 @@ class LoadedScorer:
 
     model: Scorer
     version: str | None
-    """12 hex digits of its manifest's hash; None for what no verb of ours published, which is taken not to change."""
+    """12 hex digits of the manifest's SHA-256. None for a model without a manifest, which is assumed never to change."""
     logprob_weight: float | None
     """See `Scorer.logprob_weight`."""
 
 
 @dataclass
-class _Place:
-    """What is known of one scorer."""
+class _Entry:
+    """The state of one scorer."""
 
     uri: str
     setting: str
-    held: LoadedScorer | None = None
-    looked: float = float("-inf")
-    work: asyncio.Future[LoadedScorer | None] | None = None
-    """The look or load under way."""
-    trouble: str | None = None
-    """What was last said in the log about why it cannot be loaded."""
+    loaded: LoadedScorer | None = None
+    checked_at: float = float("-inf")
+    """Time of the last check for a new version, in seconds of the cache's clock."""
+    reload: asyncio.Future[LoadedScorer | None] | None = None
+    """The check or load that is running."""
+    logged_error: str | None = None
+    """The last error in the log, so that a lasting error is logged once."""
 
 
 class ScorerCache:
-    """Scorers by name. `main` is loaded here and now and stays; of `further` at most `room` are held.
+    """Scorers by name. `main` is loaded in the constructor and stays loaded.
 
-    `dtype` is as `Scorer.load` takes it, `clock` gives seconds. Raises `CappyError` where the main one cannot be loaded.
+    Args:
+        main: name of the main scorer.
+        main_uri: location of the main scorer.
+        additional: locations of the additional scorers, by name.
+        capacity: maximum number of additional scorers in memory; the least recently used one is evicted.
+        reload_s: interval between checks for a new version of a scorer in use, in seconds; also the interval between load attempts.
+        dtype: see `Scorer.load`.
+        clock: returns the time in seconds.
+
+    Raises `CappyError` if the main scorer cannot be loaded.
     """
 
     def __init__(
         self,
         main: str,
         main_uri: str,
-        further: Mapping[str, str],
+        additional: Mapping[str, str],
         *,
-        room: int,
+        capacity: int,
         reload_s: float,
         dtype: Dtype,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.main, self._room, self._reload_s, self._dtype, self._clock = main, room, reload_s, dtype, clock
-        self._places = {name: _Place(uri, f"scorer {name!r}: path") for name, uri in further.items()}
-        self._places[main] = _Place(main_uri, "scorer_path", load_if_changed(main_uri, "scorer_path", None, dtype), clock())
-        self._used: OrderedDict[str, None] = OrderedDict()
+        self.main, self._capacity, self._reload_s, self._dtype, self._clock = main, capacity, reload_s, dtype, clock
+        self._entries = {name: _Entry(uri, f"scorer {name!r}: path") for name, uri in additional.items()}
+        self._entries[main] = _Entry(main_uri, "scorer_path", load_if_changed(main_uri, "scorer_path", None, dtype), clock())
+        self._recently_used: OrderedDict[str, None] = OrderedDict()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="scorers")
 
     @property
-    def held(self) -> list[str]:
-        """The names of the scorers in memory, the main one first and then the one to go next."""
-        return [self.main, *self._used]
+    def loaded_names(self) -> list[str]:
+        """The names of the scorers in memory: the main scorer, then the others, least recently used first."""
+        return [self.main, *self._recently_used]
 
     async def get(self, name: str) -> LoadedScorer:
-        """Return a scorer, loaded or replaced first where that is due. Cancelling the call leaves its load to others.
+        """Return a scorer; load it, or check it for a new version, if that is due. Cancelling the call does not stop the load.
 
-        Raises `ScorerUnavailable` where it cannot be loaded; that is tried again after `reload_s`. Raises `KeyError` for a name that
-        is not configured.
+        Raises `ScorerUnavailable` if the scorer cannot be loaded; the next attempt is made after `reload_s`. Raises `KeyError` for a
+        name that is not configured.
         """
-        place = self._places[name]
-        due = place.work is None and self._clock() - place.looked >= self._reload_s
+        entry = self._entries[name]
+        due = entry.reload is None and self._clock() - entry.checked_at >= self._reload_s
         if due:
-            place.looked = self._clock()
-            place.work = asyncio.ensure_future(self._renew(name, place))
-        held = place.held
-        if place.work is not None and held is None:
-            held = await asyncio.shield(place.work)
-        elif place.work is not None and due:
-            await asyncio.wait({place.work}, timeout=_PATIENCE_S)
-            held = place.held or held
-        if held is None:
+            entry.checked_at = self._clock()
+            entry.reload = asyncio.ensure_future(self._reload(name, entry))
+        loaded = entry.loaded
+        if entry.reload is not None and loaded is None:
+            loaded = await asyncio.shield(entry.reload)
+        elif entry.reload is not None and due:
+            await asyncio.wait({entry.reload}, timeout=_RELOAD_WAIT_S)
+            loaded = entry.loaded or loaded
+        if loaded is None:
             raise ScorerUnavailable(f"the scorer {name!r} cannot be loaded")
-        if name in self._used:
-            self._used.move_to_end(name)
-        return held
+        if name in self._recently_used:
+            self._recently_used.move_to_end(name)
+        return loaded
 
-    async def _renew(self, name: str, place: _Place) -> LoadedScorer | None:
-        """Look at where a scorer is and load what is new there; return what is held then."""
-        before = place.held
+    async def _reload(self, name: str, entry: _Entry) -> LoadedScorer | None:
+        """Load the published version if it differs from the loaded one; return the scorer that is loaded after that."""
+        before = entry.loaded
         try:
-            found = await asyncio.get_running_loop().run_in_executor(
-                self._threads, load_if_changed, place.uri, place.setting, before, self._dtype
+            loaded = await asyncio.get_running_loop().run_in_executor(
+                self._threads, load_if_changed, entry.uri, entry.setting, before, self._dtype
             )
-        except Exception as error:  # whatever is wrong with one scorer, the server goes on
+        except Exception as error:  # a fault of one scorer, of any kind, must not stop the server
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, CappyError) else str(error)
-            if reason != place.trouble:
-                kept = "the one loaded before goes on answering" if before else "requests for it are answered 503"
-                logger.warning("scorer %r cannot be loaded (%s): %s", name, reason, kept)
-            place.trouble = reason
+            if reason != entry.logged_error:
+                effect = "the version loaded before stays in use" if before else "requests for it get status 503"
+                logger.warning("scorer %r cannot be loaded (%s): %s", name, reason, effect)
+            entry.logged_error = reason
             return before
         finally:
-            place.work = None
-        if found is not before:
-            logger.info("scorer %r: loaded version %s", name, found.version)
-        place.held, place.trouble = found, None
+            entry.reload = None
+        if loaded is not before:
+            logger.info("scorer %r: loaded version %s", name, loaded.version)
+        entry.loaded, entry.logged_error = loaded, None
         if name != self.main:
-            self._keep(name)
-        return found
+            self._mark_used(name)
+        return loaded
 
-    def _keep(self, name: str) -> None:
-        """Note that a scorer was used now, and let go of the ones there is no room for."""
-        self._used[name] = None
-        self._used.move_to_end(name)
-        while len(self._used) > self._room:
-            gone = self._places[self._used.popitem(last=False)[0]]
-            gone.held, gone.looked = None, float("-inf")
+    def _mark_used(self, name: str) -> None:
+        """Make a scorer the most recently used; evict the least recently used ones above the capacity."""
+        self._recently_used[name] = None
+        self._recently_used.move_to_end(name)
+        while len(self._recently_used) > self._capacity:
+            evicted = self._entries[self._recently_used.popitem(last=False)[0]]
+            evicted.loaded, evicted.checked_at = None, float("-inf")
 
 
-def load_if_changed(uri: str, setting: str, held: LoadedScorer | None, dtype: Dtype) -> LoadedScorer:
-    """Return `held` if it is what is published at `uri`, else what is there, loaded.
+def load_if_changed(uri: str, setting: str, loaded: LoadedScorer | None, dtype: Dtype) -> LoadedScorer:
+    """Return `loaded` if it is the version published at `uri`, else load the published version.
 
-    Raises `CappyError` naming `setting` where that is no scorer, is not published any more, or changes meanwhile.
+    Raises `CappyError`, with `setting` in the message, if `uri` holds no scorer, is no longer published, or changes during the load.
     """
     from training.scorer import Scorer
 
     version = read_version(uri)
-    if held is not None and version == held.version:
-        return held
-    if held is not None and version is None:
-        raise CappyError(f"{setting}={uri} has no {artifacts.MANIFEST} any more: it is being published anew, or was taken back")
+    if loaded is not None and version == loaded.version:
+        return loaded
+    if loaded is not None and version is None:
+        raise CappyError(f"{setting}={uri} no longer has a {artifacts.MANIFEST}: it was withdrawn, or a new version is being published")
     if version is not None:
-        _check_weights(uri, setting)
-    with _loading:
+        _verify_weights(uri, setting)
+    with _load_lock:
         model = Scorer.load(uri, dtype, setting=setting)
     if read_version(uri) != version:
-        raise CappyError(f"{setting}={uri} was published anew, or taken back, while it was loaded")
+        raise CappyError(f"{setting}={uri} changed while it was loaded: a new version was published, or it was withdrawn")
     return LoadedScorer(model, version, model.logprob_weight)
 
 
 def read_version(uri: str) -> str | None:
-    """Return what changes with every publication at `uri`: 12 hex digits of the manifest's SHA-256, None where there is none."""
+    """Return 12 hex digits of the SHA-256 of the manifest at `uri`, which differs for each publication; None without a manifest."""
     try:
         return hashlib.sha256(storage.read_bytes(storage.join(uri, artifacts.MANIFEST))).hexdigest()[:12]
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def _check_weights(uri: str, setting: str) -> None:
-    """Raise `CappyError` where the weights are not those of the manifest: a copy by other tools brings files in any order."""
+def _verify_weights(uri: str, setting: str) -> None:
+    """Raise `CappyError` if the weights differ from the manifest's checksums: other copy tools write the files in any order."""
     files = artifacts.read_any_manifest(uri, setting)["files"]
     weights = {name: entry for name, entry in files.items() if name.endswith(".safetensors")}
     folder = models.resolve(uri, setting, adapters=True)
-    if wrong := artifacts.verify(str(folder), {"files": weights}):
+    if problems := artifacts.verify(str(folder), {"files": weights}):
         if storage.is_s3(uri):
-            storage.delete(str(folder))  # a copy in the cache, which would never be made again for this manifest
-        raise CappyError(f"{setting}={uri}: {wrong[0]}; publish it again")
+            storage.delete(str(folder))  # the cached copy: it would not be downloaded again for the same manifest
+        raise CappyError(f"{setting}={uri}: {problems[0]}; publish the scorer again")

@@ -1,4 +1,7 @@
-"""`cappy serve`: check the config, start the graph on an embedded or a joined Ray, serve until a signal."""
+"""`cappy serve`: check the config, start the Serve application on an embedded or an existing Ray, serve until a signal.
+
+Does not import torch: models load in the replicas.
+"""
 
 from __future__ import annotations
 
@@ -28,109 +31,115 @@ from serving.completions_api import ChatMessage, ChatRequest
 from serving.model_registry import additional_scorers
 from serving.sampling_policy import select_decodings
 
-# What `training.scorer.CHECKPOINTS` names, without loading torch here.
+# Equal to `training.scorer.CHECKPOINTS`, whose module imports torch.
 CHECKPOINTS_FOLDER = "_checkpoints"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_serve(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
-    """Serve until SIGINT or SIGTERM, then shut down in order; return where it was and what it served.
+    """Serve until SIGINT or SIGTERM, then finish running requests and shut down; return the URL and the names of the models.
 
-    `overwrite` is part of every verb and means nothing here: serving writes nothing. Before any model loads, raises `UsageError` where
-    other machines could ask without a key or the limits refuse every request, and `CappyError` where the port, the scorer or the LLM
-    is not to be had; after it, `CappyError` where a model does not start.
+    `overwrite` is in the signature of every verb and has no effect here: serving writes no output folder.
+
+    Raises `UsageError` if other machines could send requests without a key, or if the limits refuse every request. Raises `CappyError`
+    if the port is in use or if the scorer or the LLM cannot be found. These checks run before a model loads. Raises `CappyError` also
+    if a model does not start.
     """
     serving = config.serving
     check_access_and_limits(config)
     ports.check_port(serving.host, serving.port, "serving.")
     check_scorer(config)
-    further = additional_scorers(config)
+    additional = additional_scorers(config)
     engines.check_sampler_config(config.sampler)
     if config.sampler.engine.kind != "endpoint":
         models.resolve(config.sampler.model, "sampler.model")
     url = base_url(serving)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    # By default Serve's controller looks at its deployments ten times a second, which takes 2 % of a core, of an LLM's on CPU.
+    # By default Serve's controller checks its deployments every 0.1 s, which uses 2 % of a core that an LLM on CPU needs.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     joined = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
     progress.log(f"serve: loading {config.sampler.model} and the scorer {config.scorer_uri}")
-    # Signals after Ray, whose start installs handlers of its own.
-    with ray_session(), _stopped_by_signals():
+    # Ray installs signal handlers when it starts, so the handlers of this process come after it.
+    with ray_session(), _stop_on_signals():
         try:
             _start(config)
-            progress.log(ready_message(config, url, tuple(further)))
+            progress.log(ready_message(config, url, tuple(additional)))
             threading.Event().wait()
-        except _Stopped:
-            progress.log("serve: stopping; requests under way are finished first")
+        except _StopSignal:
+            progress.log("serve: stopping after the running requests are finished")
         finally:
             _stop(joined)
     return {"uri": url, "model": serving.model_name, "llm": config.sampler.model, "scorer": config.scorer_uri}
 
 
 def base_url(serving: ServingConfig) -> str:
-    """Return the server's URL as this machine reaches it."""
+    """Return the server's URL for clients on this machine."""
     host = "127.0.0.1" if serving.host == "0.0.0.0" else serving.host
     return f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"
 
 
 def check_scorer(config: Config) -> None:
-    """Raise `CappyError` unless the scorer is one `cappy train` finished, or a model plain transformers saved."""
+    """Raise `CappyError` unless the scorer is a finished output of `cappy train` or a model in the format of transformers."""
     uri = config.scorer_uri
     if config.scorer_path and not storage.is_s3(uri) and not storage.exists(uri):
-        models.resolve(uri, "scorer_path")  # a hub name, or an error that says what else may stand there
+        models.resolve(uri, "scorer_path")  # a name on the hub; otherwise the error lists the accepted values
         return
     storage.check_uri(uri, "scorer_path")
-    ours = any(storage.exists(storage.join(uri, name)) for name in (artifacts.MANIFEST, CHECKPOINTS_FOLDER))
-    if ours or not storage.exists(storage.join(uri, "config.json")):
+    from_train = any(storage.exists(storage.join(uri, name)) for name in (artifacts.MANIFEST, CHECKPOINTS_FOLDER))
+    if from_train or not storage.exists(storage.join(uri, "config.json")):
         artifacts.read_manifest(uri, "scorer", "train")
     else:
         models.resolve(uri, "scorer_path")
 
 
-def ready_message(config: Config, url: str, further: Sequence[str] = ()) -> str:
-    """What the operator reads once the server answers; `further` are the scorers beside the main one."""
+def ready_message(config: Config, url: str, additional: Sequence[str] = ()) -> str:
+    """Return the log message for the moment when the server answers; `additional` holds the scorers beside the main scorer."""
     serving = config.serving
     body = {"model": serving.model_name, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     lines = [
         f"serve: ready at {url}/v1 (OpenAI's API), model {serving.model_name!r}: {config.sampler.model} + {config.scorer_uri}",
-        f"  {serving.candidates} candidates a request; to ask from a browser: {url}/; stop with Ctrl-C",
+        f"  {serving.candidates} candidates per request; web page: {url}/; stop with Ctrl-C",
         f"  {curl_command(url, body, key=bool(serving.api_keys))}",
     ]
-    if further:
-        lines.insert(1, f"  {len(further)} more scorers, loaded when asked for, e.g. model {serving.pair(further[0])!r}")
+    if additional:
+        lines.insert(
+            1, f"  {len(additional)} more scorers, loaded at the first request for each, e.g. model {serving.pair(additional[0])!r}"
+        )
     if not ports.is_loopback(serving.host) and not serving.api_keys:
-        lines.insert(2, f"  note: serving.host={serving.host} is reachable from other machines, and anyone may ask: there are no API keys")
+        lines.insert(
+            2, f"  note: serving.host={serving.host} is reachable from other machines, and requests need no key: serving.api_keys is empty"
+        )
     return "\n".join(lines)
 
 
 def check_access_and_limits(config: Config) -> None:
-    """Raise `UsageError` where other machines could ask without a key, or where the limits refuse every request."""
+    """Raise `UsageError` if other machines could send requests without a key, or if the limits refuse every request."""
     _check_access(config.serving)
     _check_limits(config)
 
 
 def _check_access(serving: ServingConfig) -> None:
-    """Refuse to let other machines ask without a key, unless told so."""
+    """Raise `UsageError` if other machines could send requests without a key and `serving.allow_no_keys` is false."""
     if not ports.is_loopback(serving.host) and not serving.api_keys and not serving.allow_no_keys:
         raise UsageError(
-            f"serving.host={serving.host} is reachable from other machines and serving.api_keys is empty; `cappy serve --new-key NAME` "
-            f"makes one, or set serving.allow_no_keys=true behind a gateway of your own"
+            f"serving.host={serving.host} is reachable from other machines and serving.api_keys is empty; make a key with "
+            f"`cappy serve --new-key NAME`, or set serving.allow_no_keys=true if another gateway checks the clients"
         )
 
 
 def _check_limits(config: Config) -> None:
-    """Refuse limits that a request which asks for nothing special would break."""
+    """Raise `UsageError` if the limits refuse a request that sets only `model` and `messages`."""
     plain = ChatRequest(model=config.serving.model_name, messages=[ChatMessage(role="user", content="hi")])
     try:
         select_decodings(plain, config)
     except ApiError as error:
-        raise UsageError(f"every request would be refused: {error}") from None
+        raise UsageError(f"the server would refuse every request: {error}") from None
 
 
 def _start(config: Config) -> None:
-    """Start the proxy and the graph; return once every replica answers."""
+    """Start the proxy and the application; return when every replica answers."""
     serving = config.serving
-    # Serve's logs stay in Ray's session folder; they have routes and statuses, never bodies.
+    # Serve's logs stay in Ray's session folder. They hold routes and statuses, never bodies.
     serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http_options(serving))
     try:
         serve.run(build_application(config), name=APPLICATION, route_prefix="/")
@@ -139,37 +148,37 @@ def _start(config: Config) -> None:
 
 
 def _start_error(error: RuntimeError) -> CappyError:
-    """Return what kept a deployment from starting; Serve's own error names the deployment alone."""
+    """Return the reason why a deployment did not start; Serve's error holds only the name of the deployment."""
     deployments = serve.status().applications[APPLICATION].deployments.values()
     report = "\n".join(deployment.message for deployment in deployments if deployment.status.name == "DEPLOY_FAILED") or str(error)
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     return find_cappy_error(RuntimeError(report)) or CappyError(
-        f"the server did not start: {lines[-1]}; Ray's logs/serve folder has the details"
+        f"the server did not start: {lines[-1]}; see the logs/serve folder of Ray's session for details"
     )
 
 
 def _stop(joined: bool) -> None:
-    """Take the graph down; on a cluster that others use, only ours."""
-    # Serve's controller ends while its own shutdown call is under way, which Ray reports as a failure on standard output.
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+    """Shut Serve down; on an existing cluster delete only this application."""
+    # Serve's controller exits during its own shutdown call, and Ray reports that as a failure on standard output.
+    with Path(os.devnull).open("w") as devnull, redirect_stdout(devnull):
         if joined:
             serve.delete(APPLICATION)
         else:
             serve.shutdown()
 
 
-class _Stopped(BaseException):
-    """A signal asked the server to end."""
+class _StopSignal(BaseException):
+    """The server received SIGINT or SIGTERM."""
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Have the first SIGINT or SIGTERM raise `_Stopped` in the block, and no second one disturb the shutdown after it."""
+def _stop_on_signals() -> Iterator[None]:
+    """Raise `_StopSignal` in the block at the first SIGINT or SIGTERM; ignore later ones, so that the shutdown completes."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_IGN)
-        raise _Stopped
+        raise _StopSignal
 
     earlier = {each: signal.signal(each, stop) for each in _SIGNALS}
     try:

@@ -1,7 +1,8 @@
-"""The graph as a Serve config file, for `serve deploy`, `serve run` and KubeRay's RayService (`serveConfigV2`).
+"""The Serve application as a config file, for `serve deploy`, `serve run` and KubeRay's RayService (`serveConfigV2`).
 
-The file has all the settings serving reads and no secret: keys are hashes, an endpoint's key is the name of a variable, and who
-may read a store is the machines' own matter. It imports `app.application`, so this package must be installed where it runs.
+The file holds every setting that serving reads, and no secret. API keys are in it as hashes, and an endpoint's key as the name of an
+environment variable. Credentials for object stores stay on the machines. The file imports `serving.app:application`, so this package
+must be installed where it runs.
 """
 
 from __future__ import annotations
@@ -16,23 +17,25 @@ from cluster import models, progress, runtime, storage
 from cluster.config import Config, paths
 from serving import app, serve
 
-# Sections of the other verbs.
-_LEFT_OUT = {"source", "decontaminate", "generate", "plan", "scorer", "training", "adapt", "evaluation"}
+_OTHER_SECTIONS = {"source", "decontaminate", "generate", "plan", "scorer", "training", "adapt", "evaluation"}
 
 
 def export_serve_config(config: Config, file: str) -> dict[str, Any]:
-    """Write the file; return where it is. Raises `UsageError` for what `app.refuse` refuses."""
+    """Write the Serve config of `config` to `file`; return `{"uri": path}`.
+
+    Raises `UsageError` for a config that `serve.check_access_and_limits` refuses.
+    """
     serve.check_access_and_limits(config)
     path = Path(file).absolute()
     path.write_text(yaml.safe_dump(serve_config_tree(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
     if not storage.is_s3(config.scorer_uri):
-        progress.log(f"note: the scorer {config.scorer_uri} is no s3:// prefix; every machine of the cluster must have it")
+        progress.log(f"note: the scorer {config.scorer_uri} is not an s3:// prefix; every machine of the cluster must have it")
     return {"uri": str(path)}
 
 
 def serve_config_tree(config: Config) -> dict[str, Any]:
-    """Return the file as a plain tree, of the schema `ray.serve.schema.ServeDeploySchema`."""
-    scorer = models.absolute(config.scorer_path) if config.scorer_path else None  # which may be a hub name
+    """Return the content of the file as plain dicts, in the schema `ray.serve.schema.ServeDeploySchema`."""
+    scorer = models.absolute(config.scorer_path) if config.scorer_path else None  # it may be a name on the hub
     config = paths.absolute(config).model_copy(update={"scorer_path": scorer})
     serving = config.serving
     replicas = {"Gateway": serving.gateway_replicas, "LLM": serving.llm_replicas, "Scorer": serving.scorer_replicas}
@@ -45,8 +48,8 @@ def serve_config_tree(config: Config) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": "serving.app:application",
                 "runtime_env": {"env_vars": {name: os.environ[name] for name in runtime.FORWARDED_VARIABLES if name in os.environ}},
-                "args": config.model_dump(mode="json", exclude=_LEFT_OUT),
-                # Here a change leaves the running replicas as they are; in `args` it replaces them.
+                "args": config.model_dump(mode="json", exclude=_OTHER_SECTIONS),
+                # A change here keeps the running replicas; a change in `args` replaces them.
                 "deployments": [{"name": name, **app.replica_options(each)} for name, each in replicas.items()],
             }
         ],

@@ -57,7 +57,7 @@ def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_pat
 
 def test_limits_that_every_request_would_break_are_refused(tmp_path):
     with pytest.raises(
-        UsageError, match=r"every request would be refused: .*8 candidates may have 512 tokens .*serving\.max_sampled_tokens"
+        UsageError, match=r"the server would refuse every request: .*8 candidates may have 512 tokens .*serving\.max_sampled_tokens"
     ):
         serve.run_serve(Config(workspace=str(tmp_path), serving=ServingConfig(max_sampled_tokens=100)))
 
@@ -149,7 +149,7 @@ async def test_a_scorers_replica_that_is_lost_under_a_call_hurts_no_request(name
 
 async def test_a_scorer_that_stays_away_is_a_503_in_its_time_and_a_bug_is_not_asked_again():
     away = backend(Handle(True), Handle(LOST[0]), scorer_timeout_s=0.3)
-    with pytest.raises(ApiError, match="the scorer went down") as caught:
+    with pytest.raises(ApiError, match="the scorer stopped during the request") as caught:
         await away.score("cappy-scorer", ["q"], ["a"])
     assert (caught.value.status, caught.value.code) == (503, "unavailable") and 1 < away.scorer.calls <= 8
     broken = backend(Handle(True), Handle(KeyError("a bug")))
@@ -164,7 +164,7 @@ async def test_an_llm_that_is_lost_fails_its_own_request_alone_and_what_it_tells
     ends = (LOST[0], told.as_instanceof_cause(), {"candidates": []})
     both = backend(Parts(*ends) if in_parts else Handle(*ends), Handle(True))
     asked = ([], [], [], False, [].append if in_parts else None)
-    with pytest.raises(ApiError, match="the LLM went down") as caught:
+    with pytest.raises(ApiError, match="the LLM stopped during the request") as caught:
         await both.sample(*asked)
     assert caught.value.status == 503 and both.llm.calls == 1
     with pytest.raises(ApiError, match="later") as caught:
@@ -387,7 +387,7 @@ def test_models_health_and_errors_through_openais_client(ai, server):
     assert listed == ["cappy", "cappy+tense", "cappy+gone", "cappy-llm", "cappy-scorer", "tense", "gone"]
     assert ai.models.retrieve("cappy").id == "cappy"
     assert httpx.get(f"{server[0]}/health").json() == {"status": "ok", "llm": True, "scorer": True}
-    with pytest.raises(openai.NotFoundError, match="known: cappy"):
+    with pytest.raises(openai.NotFoundError, match="use one of: cappy"):
         ai.chat.completions.create(model="gpt-4", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="n=0"):
         ai.chat.completions.create(model="cappy", messages=QUESTION, n=0)

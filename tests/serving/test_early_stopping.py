@@ -1,3 +1,5 @@
+"""Rounds, expected gain and stop reasons, compared with hand-made and simulated values."""
+
 import json
 import math
 
@@ -23,7 +25,7 @@ def cut(n, first=1, size=3, **fields):
     return decodings, [[(part.name, part.n) for part in parts] for parts in plan_rounds(decodings, first, size)]
 
 
-def test_the_rounds_are_greedy_then_one_of_each_decoding_in_turn():
+def test_the_first_round_is_greedy_and_later_ones_take_the_decodings_in_turn():
     assert cut(8)[1] == [
         [("greedy", 1)],
         [("sample", 1), ("temperature", 1), ("top-k", 1)],
@@ -36,7 +38,7 @@ def test_the_rounds_are_greedy_then_one_of_each_decoding_in_turn():
 
 @pytest.mark.parametrize("n", [1, 2, 8, 17, 64])
 @pytest.mark.parametrize("first", [1, 2, 8])
-def test_all_rounds_together_are_the_pool_and_the_first_has_enough_for_the_choices(n, first):
+def test_the_rounds_add_up_to_the_pool_and_the_first_has_a_candidate_per_choice(n, first):
     decodings, parts = cut(n, first=first)
     total = {decoding.name: sum(count for part in parts for name, count in part if name == decoding.name) for decoding in decodings}
     assert total == {decoding.name: decoding.n for decoding in decodings}
@@ -62,34 +64,36 @@ def test_the_gain_is_the_mean_improvement_of_draws_from_the_shrunk_distribution(
     assert expected_gain(candidates, scores, PRIOR) == pytest.approx(improved.mean(), abs=4 * improved.std() / 2_000_000**0.5)
 
 
-def test_a_response_is_new_the_less_often_the_more_draws_were_repeats():
-    # (responses drawn once + 1) / (draws + 1)
+def test_more_repeats_make_a_new_response_less_probable():
+    # (responses that occur once + 1) / (samples + 1)
     assert [new_response_probability(drawn(*text)) for text in ("a", "ab", "aa", "aaaa", "aabc")] == [1, 1, 1 / 3, 1 / 5, 3 / 5]
 
 
-def test_what_the_llm_itself_finds_likely_leaves_little_that_is_new():
-    sure = drawn("a", logprob=math.log(0.9))
+def test_the_probabilities_of_the_sampled_responses_reduce_the_probability_of_a_new_one():
+    likely = drawn("a", logprob=math.log(0.9))
     # The probability of a repeated response counts once.
-    assert new_response_probability(sure) == new_response_probability(sure * 2) == pytest.approx(0.1)
-    assert new_response_probability([*sure, *drawn("b", logprob=math.log(0.05))]) == pytest.approx(0.05)
-    assert new_response_probability(sure, likelihoods=False) == new_response_probability([*sure, *drawn("b")]) == 1  # not known of all
-    assert new_response_probability([*sure, *drawn("b", logprob=math.log(0.2))]) == 0
+    assert new_response_probability(likely) == new_response_probability(likely * 2) == pytest.approx(0.1)
+    assert new_response_probability([*likely, *drawn("b", logprob=math.log(0.05))]) == pytest.approx(0.05)
+    assert (
+        new_response_probability(likely, use_logprobs=False) == new_response_probability([*likely, *drawn("b")]) == 1
+    )  # one log-probability is unknown
+    assert new_response_probability([*likely, *drawn("b", logprob=math.log(0.2))]) == 0
 
 
-def test_with_several_choices_the_bar_is_the_last_of_them_and_repeats_and_empty_responses_are_none():
+def test_with_several_choices_the_gain_is_over_the_nth_best_and_repeats_and_empty_responses_do_not_count():
     candidates, scores = drawn("a", "b", "a", "", "c"), [0.9, 0.3, 0.9, 2.0, math.nan]
     assert [nth_best_score(candidates, scores, n) for n in (1, 2, 3)] == [0.9, 0.3, -math.inf]
     assert expected_gain(candidates, scores, PRIOR, 1) < expected_gain(candidates, scores, PRIOR, 2)
     assert expected_gain(candidates, scores, PRIOR, 3) == math.inf
 
 
-def test_drawing_stops_at_the_target_or_where_no_gain_is_expected():
+def test_sampling_stops_at_the_target_score_or_below_the_minimum_gain():
     candidates, scores = drawn("a", "b"), [0.9, 0.3]
     gain = expected_gain(candidates, scores, PRIOR)
 
-    def why(n=1, **settings):
+    def reason(n=1, **settings):
         return stop_reason(candidates, scores, PRIOR.model_copy(update=settings), n)
 
-    assert why(target_score=0.9) == "target_score" and why(target_score=0.91) is None and why(n=2, target_score=0.9) is None
-    assert why(min_gain=gain * 1.01) == "min_gain" and why(min_gain=gain * 0.99) is None and why(n=3, min_gain=9.0) is None
-    assert why() is None and why(min_gain=0) is None
+    assert reason(target_score=0.9) == "target_score" and reason(target_score=0.91) is None and reason(n=2, target_score=0.9) is None
+    assert reason(min_gain=gain * 1.01) == "min_gain" and reason(min_gain=gain * 0.99) is None and reason(n=3, min_gain=9.0) is None
+    assert reason() is None and reason(min_gain=0) is None

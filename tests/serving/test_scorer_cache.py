@@ -1,3 +1,5 @@
+"""Loading, eviction and reloading of scorers, with real small scorers on disk and a clock that the tests set."""
+
 import asyncio
 import os
 import shutil
@@ -24,7 +26,7 @@ PAIRS = (["say after me red fox"] * 3, ["a red fox", "the white me", "a cow"])
 
 
 class Clock:
-    """Seconds that pass when told."""
+    """A clock that stays at `now`."""
 
     def __init__(self):
         self.now = 100.0
@@ -34,7 +36,7 @@ class Clock:
 
 
 def publish(encoder, uri, seed):
-    """Publish the encoder with a head of its own, in the place of what was there; return the URI."""
+    """Publish a scorer with a head from `seed`, instead of the scorer at `uri`; return the URI."""
     storage.delete(f"{uri}/{artifacts.MANIFEST}")
     storage.delete(uri)
     with tempfile.TemporaryDirectory() as folder:
@@ -54,70 +56,70 @@ def clock():
     return Clock()
 
 
-def opened(uris, clock, room=2):
+def open_cache(uris, clock, capacity=2):
     further = {name: uri for name, uri in uris.items() if name != "main"}
-    return ScorerCache("main", uris["main"], further, room=room, reload_s=10, dtype="float32", clock=clock)
+    return ScorerCache("main", uris["main"], further, capacity=capacity, reload_s=10, dtype="float32", clock=clock)
 
 
-def own(uri):
+def expected_scores(uri):
     return Scorer.load(uri, device="cpu").score(*PAIRS).tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_all_scorers_are_loaded_in_the_arithmetic_asked_for(uris, dtype):
-    shelf = ScorerCache("main", uris["main"], {"a": uris["a"]}, room=1, reload_s=10, dtype=dtype)
+async def test_every_scorer_is_loaded_in_the_configured_dtype(uris, dtype):
+    cache = ScorerCache("main", uris["main"], {"a": uris["a"]}, capacity=1, reload_s=10, dtype=dtype)
     for name in ("main", "a"):
-        assert str((await shelf.get(name)).model.model.dtype) == f"torch.{dtype}"
+        assert str((await cache.get(name)).model.model.dtype) == f"torch.{dtype}"
 
 
-async def score(shelf, name):
-    return (await shelf.get(name)).model.score(*PAIRS).tolist()
+async def score(cache, name):
+    return (await cache.get(name)).model.score(*PAIRS).tolist()
 
 
 def warnings(caplog):
     return [record.message for record in caplog.records if record.levelname == "WARNING"]
 
 
-async def test_scorers_are_loaded_when_asked_for_and_the_one_unused_for_longest_makes_room(uris, clock):
-    shelf = opened(uris, clock)
-    assert shelf.held == ["main"]
-    first = await shelf.get("a")
-    assert await score(shelf, "b") == own(uris["b"]) != own(uris["a"])
-    assert await shelf.get("a") is first
-    await shelf.get("c")
-    assert shelf.held == ["main", "a", "c"]
-    assert await shelf.get("a") is first and shelf.held == ["main", "c", "a"]
-    assert await score(shelf, "b") == own(uris["b"]) and shelf.held == ["main", "a", "b"]
-    assert await score(shelf, "main") == own(uris["main"])
+async def test_scorers_are_loaded_at_the_first_request_and_the_least_recently_used_one_is_evicted(uris, clock):
+    cache = open_cache(uris, clock)
+    assert cache.loaded_names == ["main"]
+    first = await cache.get("a")
+    assert await score(cache, "b") == expected_scores(uris["b"]) != expected_scores(uris["a"])
+    assert await cache.get("a") is first
+    await cache.get("c")
+    assert cache.loaded_names == ["main", "a", "c"]
+    assert await cache.get("a") is first and cache.loaded_names == ["main", "c", "a"]
+    assert await score(cache, "b") == expected_scores(uris["b"]) and cache.loaded_names == ["main", "a", "b"]
+    assert await score(cache, "main") == expected_scores(uris["main"])
 
 
-async def test_those_who_wait_for_a_scorer_get_the_same_and_one_who_leaves_does_not_stop_its_loading(uris, clock):
-    shelf = opened(uris, clock, room=1)
-    gone = asyncio.ensure_future(shelf.get("a"))
+async def test_concurrent_requests_share_one_load_and_a_cancelled_request_does_not_stop_it(uris, clock):
+    cache = open_cache(uris, clock, capacity=1)
+    cancelled = asyncio.ensure_future(cache.get("a"))
     await asyncio.sleep(0)
-    gone.cancel()
-    held = await asyncio.gather(*(shelf.get("a") for _ in range(5)), shelf.get("b"))
-    assert len({id(each) for each in held[:5]}) == 1 and len(shelf.held) == 2
+    cancelled.cancel()
+    loaded = await asyncio.gather(*(cache.get("a") for _ in range(5)), cache.get("b"))
+    assert len({id(each) for each in loaded[:5]}) == 1 and len(cache.loaded_names) == 2
 
 
 @pytest.mark.parametrize("name", ["main", "a"])
-async def test_what_is_published_anew_answers_from_the_first_look_on(encoder, uris, clock, name):
-    shelf = opened(uris, clock)
-    before = await shelf.get(name)
+async def test_a_new_version_is_used_after_the_first_check_that_finds_it(encoder, uris, clock, name):
+    cache = open_cache(uris, clock)
+    before = await cache.get(name)
     publish(encoder, uris[name], seed=9)
     clock.now += 9.9
-    assert await shelf.get(name) is before
+    assert await cache.get(name) is before
     clock.now += 0.2
-    after = await shelf.get(name)
-    assert after.version != before.version and after.model.score(*PAIRS).tolist() == own(uris[name])
+    after = await cache.get(name)
+    assert after.version != before.version and after.model.score(*PAIRS).tolist() == expected_scores(uris[name])
     clock.now += 11
-    assert await shelf.get(name) is after
+    assert await cache.get(name) is after
 
 
 @pytest.mark.parametrize(("name", "fault"), [("main", "half"), ("a", "truncated"), ("main", "other weights"), ("a", "not json")])
 async def test_a_broken_publication_leaves_the_old_scorer_in_service_with_one_warning(encoder, uris, clock, caplog, name, fault):
-    shelf, uri = opened(uris, clock), uris[name]
-    before = await shelf.get(name)
+    cache, uri = open_cache(uris, clock), uris[name]
+    before = await cache.get(name)
     publish(encoder, uri, seed=9)
     if fault == "half":
         storage.delete(f"{uri}/_MANIFEST.json")
@@ -129,46 +131,46 @@ async def test_a_broken_publication_leaves_the_old_scorer_in_service_with_one_wa
         storage.write_bytes(weights, data[:1000] if fault == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
     for _ in range(3):
         clock.now += 11
-        assert await shelf.get(name) is before
-    (said,) = warnings(caplog)
-    assert f"scorer {name!r} cannot be loaded" in said and "the one loaded before goes on answering" in said
+        assert await cache.get(name) is before
+    (warning,) = warnings(caplog)
+    assert f"scorer {name!r} cannot be loaded" in warning and "the version loaded before stays in use" in warning
     publish(encoder, uri, seed=10)
     clock.now += 11
-    assert await score(shelf, name) == own(uri)
+    assert await score(cache, name) == expected_scores(uri)
 
 
-async def test_a_scorer_that_cannot_be_loaded_is_no_matter_of_the_others_and_answers_once_it_is_there(encoder, uris, clock, caplog):
+async def test_a_scorer_that_cannot_be_loaded_does_not_affect_the_others_and_loads_once_it_is_published(encoder, uris, clock, caplog):
     shutil.rmtree(uris["b"])
-    shelf = opened(uris, clock, room=1)
-    first = await shelf.get("a")
+    cache = open_cache(uris, clock, capacity=1)
+    first = await cache.get("a")
     for _ in range(3):
         with pytest.raises(ScorerUnavailable, match="the scorer 'b' cannot be loaded") as caught:
-            await shelf.get("b")
+            await cache.get("b")
         assert uris["b"] not in str(caught.value)
-    assert await shelf.get("a") is first
-    (said,) = warnings(caplog)
-    assert uris["b"] in said and "requests for it are answered 503" in said
+    assert await cache.get("a") is first
+    (warning,) = warnings(caplog)
+    assert uris["b"] in warning and "requests for it get status 503" in warning
     publish(encoder, uris["b"], seed=2)
-    with pytest.raises(ScorerUnavailable):  # the failure is remembered until the next look
-        await shelf.get("b")
+    with pytest.raises(ScorerUnavailable):  # no new attempt before the next check is due
+        await cache.get("b")
     clock.now += 11
-    assert await score(shelf, "b") == own(uris["b"])
+    assert await score(cache, "b") == expected_scores(uris["b"])
     with pytest.raises(CappyError, match="scorer_path"):
-        ScorerCache("main", str(uris["b"]) + "/nothing", {}, room=1, reload_s=10, dtype="float32")
+        ScorerCache("main", str(uris["b"]) + "/nothing", {}, capacity=1, reload_s=10, dtype="float32")
 
 
-async def test_a_store_that_hangs_holds_up_only_the_scorer_it_keeps(uris, clock, monkeypatch):
-    monkeypatch.setattr(scorer_cache, "_PATIENCE_S", 0.05)
-    some = opened(uris, clock)
+async def test_a_store_that_does_not_answer_delays_only_requests_for_its_scorer(uris, clock, monkeypatch):
+    monkeypatch.setattr(scorer_cache, "_RELOAD_WAIT_S", 0.05)
+    some = open_cache(uris, clock)
     before = await some.get("a")
     manifests = [Path(uris[name], "_MANIFEST.json") for name in ("a", "c")]
-    for manifest in manifests:  # a pipe nobody writes to: who reads it waits
+    for manifest in manifests:  # a read of a pipe without a writer blocks
         manifest.unlink()
         os.mkfifo(manifest)
     clock.now += 11
     waiting = asyncio.ensure_future(some.get("c"))
     assert await some.get("a") is before and await some.get("a") is before
-    assert await score(some, "b") == own(uris["b"]) and await score(some, "main") == own(uris["main"])
+    assert await score(some, "b") == expected_scores(uris["b"]) and await score(some, "main") == expected_scores(uris["main"])
     assert not waiting.done()
     pipes = [os.open(manifest, os.O_WRONLY) for manifest in manifests]
     for manifest, pipe in zip(manifests, pipes, strict=True):
@@ -190,32 +192,32 @@ async def test_adapters_are_merged_into_their_base(encoder, uris, clock, tmp_pat
         wrapped, {"uri": uris["main"], "sha256": lora.weights_sha256(tmp_path / "main"), "writer": None}, tmp_path / "adapters"
     )
     artifacts.publish(uri, {"kind": "scorer", "files": artifacts.checksums(uri, storage.list_files(uri))})
-    scores = await score(opened({**uris, "lora": uri}, clock), "lora")
+    scores = await score(open_cache({**uris, "lora": uri}, clock), "lora")
     np.testing.assert_allclose(scores, base.score(*PAIRS), atol=1e-6)
-    assert not np.allclose(scores, own(uris["main"]), atol=1e-5)
+    assert not np.allclose(scores, expected_scores(uris["main"]), atol=1e-5)
 
 
-async def test_requests_at_once_that_fill_many_batches_get_the_scores_they_get_alone(uris, clock):
-    """Real scorers, two of them, in several threads, each request long enough for several batches."""
-    shelf = opened(uris, clock)
+async def test_concurrent_requests_in_many_batches_get_the_scores_of_single_requests(uris, clock):
+    """Two real scorers in several threads; the long requests fill several batches."""
+    cache = open_cache(uris, clock)
     sizes, calls = (90, 3, 70, 1), []
 
-    def counted(held, instructions, responses, threads):
+    def counted(scorer, instructions, responses, threads):
         calls.append(len(responses))
-        return score_pairs(held, instructions, responses, threads)
+        return score_pairs(scorer, instructions, responses, threads)
 
     batcher = ScoreBatcher(counted, 4)
-    asked = [
+    requests = [
         (name, [f"say after me {number} " * 12] * size) for number, (name, size) in enumerate(zip(("main", "a") * 2, sizes, strict=True))
     ]
-    responses = [[f"a red fox {place}" for place in range(len(instructions))] for _, instructions in asked]
-    held = {name: await shelf.get(name) for name in ("main", "a")}
+    responses = [[f"a red fox {index}" for index in range(len(instructions))] for _, instructions in requests]
+    loaded = {name: await cache.get(name) for name in ("main", "a")}
     answers = await asyncio.gather(
-        *(batcher.score(held[name], instructions, mine) for (name, instructions), mine in zip(asked, responses, strict=True))
+        *(batcher.score(loaded[name], instructions, mine) for (name, instructions), mine in zip(requests, responses, strict=True))
     )
     assert sum(calls) == sum(sizes) and len(calls) > 4
-    for (name, instructions), mine, scored in zip(asked, responses, answers, strict=True):
-        alone = held[name].model.score(instructions, mine)
+    for (name, instructions), mine, scored in zip(requests, responses, answers, strict=True):
+        alone = loaded[name].model.score(instructions, mine)
         np.testing.assert_allclose(scored["scores"], alone, atol=1e-6)
-        assert scored["version"] == held[name].version and len(scored["tokens"]) == len(mine)
+        assert scored["version"] == loaded[name].version and len(scored["tokens"]) == len(mine)
         assert "logprob_weight" not in scored

@@ -1,3 +1,5 @@
+"""The exported Serve config file: its content, and the Serve application that it builds."""
+
 import json
 
 import pytest
@@ -11,7 +13,7 @@ from tests.conftest import cappy
 
 
 def deployments(application):
-    """The options and arguments of each deployment of a graph, by name."""
+    """Return the options and the arguments of each deployment of an application, by name."""
     gateway = application._bound_deployment
     bound = {"Gateway": gateway, **{each._bound_deployment.name: each._bound_deployment for each in gateway.init_args[2:]}}
     return {
@@ -29,7 +31,7 @@ SETTINGS = (
 )
 
 
-def test_the_file_is_serves_and_builds_the_graph_of_the_config(tmp_path, monkeypatch):
+def test_the_file_has_the_schema_of_serve_and_builds_the_application_of_the_config(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
     file = tmp_path / "serve.yaml"
@@ -45,7 +47,7 @@ def test_the_file_is_serves_and_builds_the_graph_of_the_config(tmp_path, monkeyp
     assert deployments(app.application(application.args)) == deployments(app.build_application(config))
 
 
-def test_replicas_are_serves_options():
+def test_replica_settings_become_options_of_serve():
     built = deployments(app.build_application(load(None, SETTINGS)))
     llm, scorer, gateway = (built[name][0] for name in ("LLM", "Scorer", "Gateway"))
     assert gateway["num_replicas"] == 2 and gateway["autoscaling_config"] is None
@@ -58,7 +60,7 @@ def test_replicas_are_serves_options():
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    ("setting", "message"),
     [
         ("serving.llm_replicas=0", "serving.llm_replicas.max=0: Input should be greater than or equal to 1"),
         ("serving.llm_replicas={min: 3, max: 2}", "min=3 is above max=2"),
@@ -66,10 +68,10 @@ def test_replicas_are_serves_options():
         ("serving.gateway_replicas={min: 0, max: 2}", "gateway_replicas.min=0: nobody would be there"),
     ],
 )
-def test_replicas_that_cannot_be_are_refused(setting, says):
+def test_impossible_numbers_of_replicas_are_refused(setting, message):
     with pytest.raises(UsageError) as caught:
         load(None, [setting])
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_an_endpoint_has_one_replica():
@@ -78,10 +80,10 @@ def test_an_endpoint_has_one_replica():
         load(None, [endpoint, "serving.llm_replicas=2"])
 
 
-def test_the_command_writes_it_and_one_open_to_all_is_refused(tmp_path):
-    told = cappy("serve", "demo", "--export", str(tmp_path / "a.yaml"), "--json")
-    assert told.returncode == 0 and json.loads(told.stdout) == {"uri": str(tmp_path / "a.yaml")}
-    assert "every machine of the cluster must have it" in told.stderr
+def test_the_command_writes_the_file_and_a_server_without_keys_is_refused(tmp_path):
+    done = cappy("serve", "demo", "--export", str(tmp_path / "a.yaml"), "--json")
+    assert done.returncode == 0 and json.loads(done.stdout) == {"uri": str(tmp_path / "a.yaml")}
+    assert "every machine of the cluster must have it" in done.stderr
     with pytest.raises(UsageError, match=r"serving\.api_keys is empty"):
         serve_config.export_serve_config(load(None, ["serving.host=0.0.0.0"]), str(tmp_path / "b.yaml"))
     assert not (tmp_path / "b.yaml").exists()
