@@ -53,17 +53,17 @@ class ServeBackend:
         decodings: Sequence[DecodingConfig],
         seeds: Sequence[int | None],
         logprobs: bool,
-        early: OnFinished | None,
+        on_finished: OnFinished | None,
     ) -> Sampled:
         """Sample the candidates of one prompt; see `LLM.sample`."""
-        if early is None:
+        if on_finished is None:
             sampled: Sampled = await get_result(self.llm.sample.remote(prompt, decodings, seeds, logprobs), "the LLM")
             return sampled
         parts = self._stream_sample.remote(prompt, decodings, seeds, logprobs)
         with translate_errors(parts, "the LLM"):
             async for part in parts:
                 if not isinstance(part, dict):
-                    early(part)
+                    on_finished(part)
         # The last part holds all candidates.
         sampled = part
         return sampled

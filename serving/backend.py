@@ -86,7 +86,7 @@ class Backend(Protocol):
         decodings: Sequence[DecodingConfig],
         seeds: Sequence[int | None],
         logprobs: bool,
-        early: OnFinished | None,
+        on_finished: OnFinished | None,
     ) -> Awaitable[Sampled]:
         """Return the candidates of a conversation, or of a text that is continued as it stands; without `logprobs` maybe without them.
 

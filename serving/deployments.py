@@ -84,7 +84,7 @@ class LLM:
         decodings: Sequence[DecodingConfig],
         seeds: Sequence[int | None],
         logprobs: bool = True,
-        early: OnFinished | None = None,
+        on_finished: OnFinished | None = None,
     ) -> Sampled:
         """Return the candidates of one prompt, in the order of the decodings.
 
@@ -95,7 +95,7 @@ class LLM:
             decodings: the decodings, each with its number of candidates.
             seeds: one seed per decoding; None draws without a seed.
             logprobs: whether the candidates need log-probabilities.
-            early: called at most once, with the finished responses, while the last responses are sampled.
+            on_finished: called at most once, with the finished responses, while the last responses are sampled.
 
         Raises `ApiError` for a prompt that the engine cannot accept, for an engine that has stopped, and for an endpoint's error.
         """
@@ -114,7 +114,7 @@ class LLM:
         names = [f"{identity}-{position}" for position in range(len(decodings))]
         responses: list[str] = []
         enough, count = asyncio.Event(), sum(decoding.n for decoding in decodings)
-        report_early = early if count >= _EARLY_MIN_CANDIDATES else None
+        report_early = on_finished if count >= _EARLY_MIN_CANDIDATES else None
 
         def on_candidate(candidate: Candidate) -> None:
             responses.append(candidate["response"])

@@ -7,8 +7,9 @@ import pytest
 from cluster import storage
 from cluster.config import Config, ServingConfig
 from cluster.errors import CappyError, UsageError
+from serving.backend import ApiError
+from serving.completions_api import parse_chat_request
 from serving.model_registry import ModelRegistry, additional_scorers
-from serving.protocol import ApiError, parse
 
 
 def config(workspace, **serving):
@@ -50,7 +51,7 @@ REGISTRY = ModelRegistry(ServingConfig(), ["tense"])
 
 
 def request(model, **options):
-    return parse(json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}], "cappy": options}).encode())
+    return parse_chat_request(json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}], "cappy": options}).encode())
 
 
 @pytest.mark.parametrize(
