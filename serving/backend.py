@@ -90,7 +90,7 @@ class Backend(Protocol):
     ) -> Awaitable[Sampled]:
         """Return the candidates of a conversation, or of a text that is continued as it stands; without `logprobs` maybe without them.
 
-        `early`, where there is one, may be told responses that have ended while others have not.
+        `on_finished`, if given, may be called with the responses that finished while others are still sampled.
         """
 
     def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Awaitable[Scored]:
