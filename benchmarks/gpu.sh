@@ -13,7 +13,7 @@ python=${PYTHON:-.venv/bin/python}
 command -v "$python" >/dev/null || { echo "gpu.sh: PYTHON=$python does not exist; run make setup, or set PYTHON" >&2; exit 2; }
 "$python" -c 'import torch, transformers' 2>/dev/null || { echo "gpu.sh: PYTHON=$python has no torch or no transformers; set PYTHON" >&2; exit 2; }
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    { echo "gpu.sh: torch of $python sees no NVIDIA GPU; check nvidia-smi, or run make setup on the machine with the GPU" >&2; exit 2; }
+    { echo "gpu.sh: torch of $python finds no NVIDIA GPU; check nvidia-smi, or run make setup on the machine with the GPU" >&2; exit 2; }
 mkdir -p "$folder"
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 

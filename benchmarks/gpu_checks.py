@@ -160,7 +160,7 @@ def run_check(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print(f"{options.check}: --device=cuda, but torch {torch.__version__} sees no GPU; check `nvidia-smi`", file=sys.stderr)
+        print(f"{options.check}: --device=cuda, but torch {torch.__version__} finds no GPU; check `nvidia-smi`", file=sys.stderr)
         return 1
     try:
         result = CHECKS[options.check](options)

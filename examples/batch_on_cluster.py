@@ -29,7 +29,7 @@ from cluster.config import load
 from generation.dataset import RegressionSet
 from training.scorer import Scorer
 
-# Absolute paths: a job runs in a folder of its own.
+# Absolute paths: a job runs in another folder.
 WORKSPACE = os.environ.get("CAPPY_WORKSPACE") or str(Path("runs/examples-cluster").absolute())
 SCORER = os.environ.get("CAPPY_SCORER") or str(Path("runs/examples/scorer").absolute())
 
@@ -42,7 +42,7 @@ def main() -> None:
         made = jobs.submit("generate", config, address=address)
         print(f"set      {made['uri']}: {made['sources']['sampled']} sampled responses")
 
-        # A program of your own as a job: this file, with the argument `score`. `env_vars` reach the job's process.
+        # Any program can be a job: here this file, with the argument `score`. `env_vars` reach the job's process.
         client = JobSubmissionClient(address)
         environment = {"CAPPY_WORKSPACE": WORKSPACE, "CAPPY_SCORER": SCORER}
         files = {"working_dir": ".", "excludes": [".git", ".venv", "runs", "tests", "docs"]}
@@ -52,18 +52,14 @@ def main() -> None:
         if status != JobStatus.SUCCEEDED:
             sys.exit(client.get_job_logs(job))
         scored = pd.read_parquet(f"{WORKSPACE}/scored")
-        print(
-            f"scored   {WORKSPACE}/scored: {len(scored)} pairs, correlation of score and label {scored['score'].corr(scored['label']):.2f}"
-        )
+        print(f"scored   {WORKSPACE}/scored: {len(scored)} pairs, mean score {scored['score'].mean():.3f}")
 
 
 def score() -> None:
     """Score every pair of the set's train rows, with two scorer actors; write a Parquet folder."""
     rows = RegressionSet(f"{WORKSPACE}/dataset").to_ray("train")
     pairs = rows.flat_map(
-        lambda row: [
-            {"instruction": row["instruction"], "response": each["response"], "label": each["label"]} for each in row["candidates"]
-        ]
+        lambda row: [{"instruction": row["instruction"], "response": candidate["response"]} for candidate in row["candidates"]]
     )
     actors = ray.data.ActorPoolStrategy(size=2)
     scored = pairs.map_batches(ScoreBatch, fn_constructor_args=[SCORER], batch_size=64, batch_format="pandas", compute=actors, num_cpus=1)

@@ -1,4 +1,4 @@
-"""From a JSONL file of your own to a trained scorer and a report: generate, train, evaluate.
+"""From your JSONL file to a trained scorer and a report: generate, train, evaluate.
 
     python examples/own_jsonl.py
 

@@ -1,4 +1,4 @@
-"""Every example runs as its user runs it, from a copy of the folder, and publishes what it says."""
+"""Every example runs in a copy of the folder, as a user runs it, and publishes its results."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_adapt_and_serve_answers_with_a_scorer_of_the_task(clone: Path, own_json
     assert re.search(r"^answer   cappy: '", output, re.MULTILINE) and re.search(r"^answer   cappy\+capitals: '", output, re.MULTILINE)
 
 
-def test_closed_llm_samples_through_the_api_and_keeps_the_key_out_of_what_it_publishes(clone: Path):
+def test_closed_llm_samples_through_the_api_and_publishes_no_key(clone: Path):
     output = run(clone, "examples/closed_llm.py")
     runs = clone / "runs/examples-closed"
     manifest = json.loads((runs / "dataset/_MANIFEST.json").read_text())

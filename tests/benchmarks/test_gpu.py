@@ -53,4 +53,4 @@ def test_the_engine_check_passes_on_cpu():
 def test_the_script_refuses_a_machine_without_a_gpu(tmp_path):
     command = ["bash", str(ROOT / "benchmarks/gpu.sh"), str(tmp_path / "out")]
     done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
-    assert done.returncode == 2 and "sees no NVIDIA GPU" in done.stderr and not (tmp_path / "out").exists()
+    assert done.returncode == 2 and "finds no NVIDIA GPU" in done.stderr and not (tmp_path / "out").exists()
