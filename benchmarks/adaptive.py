@@ -1,9 +1,9 @@
-r"""The quality/cost curve: drawing until another candidate is not expected to pay, against a fixed number of candidates.
+r"""Compare adaptive sampling with fixed numbers of candidates: Rouge-L of the choice against tokens sampled.
 
-Replays the pool of a published set instead of sampling anew: the candidates of a decoding are independent draws of one distribution, so
-any order of them was as likely as the one drawn. Each instruction is replayed in several random orders (greedy first, then the decodings
-in turn, as `serve` draws), cut after n candidates, and stopped by `serving.adaptive`'s own rule at each setting of a grid. What it
-assumes: the rounds of a server differ from the set's draws by their seeds alone, and the whole pool is the most a request may draw.
+It replays the candidates of a published set and samples nothing. The candidates of one decoding are independent draws from one
+distribution, so all their orders are equally likely. Each instruction is replayed in several random orders: greedy first, then the
+decodings in turn, as `serve` draws them. A replay ends after n candidates, or by the rule of `serving.adaptive` at each setting of
+a grid. Two assumptions: a server's draws differ from the set's draws only in their seeds, and a request draws at most the whole pool.
 
     S='--set workspace=runs/curve --set source.train_rows=64 --set source.validation_rows=48'
     D='sampler.decodings=[{"name": "greedy", "temperature": 0, "max_tokens": 32, "stop": ["\n"]},
@@ -13,9 +13,10 @@ assumes: the rounds of a server differ from the set's draws by their seeds alone
     cappy train    demo $S --set "$D"
     python -m benchmarks.adaptive --set runs/curve/dataset --scorer runs/curve/scorer --plot docs/adaptive.svg --json -
 
-The prior of the rule is fitted on train rows, and a setting chosen there: the least that is drawn for a selection Rouge-L at most
-`--tolerance` points below the whole pool's. The figures are of validation rows: averages over tasks, 95 % bootstrap intervals over
-instructions. The scorer has seen the train rows, so its scores there are better than on new ones, which makes the choice a guess.
+The rule's prior is fitted on train rows, and a setting is chosen there. The choice is the setting with the fewest tokens that
+loses at most `--tolerance` points of Rouge-L against the whole pool. The figures are from validation rows: averages over tasks, with 95 % bootstrap
+intervals over instructions. The scorer was trained on the train rows and scores them better than new rows, so the chosen setting
+is only a guess.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ TARGETS = (0.3, 0.5, 0.7, 0.9)
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 MEASURES = ("rouge_l", "tokens", "candidates")
-"""What a replay comes to: the pick's Rouge-L, tokens sampled, candidates drawn.
+"""Figures of a replay: Rouge-L of the chosen candidate, tokens sampled, candidates drawn.
 
 Letters in names of arrays: R rows, W ways to draw, M measures, B bootstrap samples."""
 
 Way = int | AdaptiveConfig
-"""A number of candidates, or the settings that stop."""
+"""A fixed number of candidates, or the settings of early stopping."""
 
 
 def grid(prior: AdaptiveConfig, size: int) -> dict[str, Way]:
-    """Every way to draw that is compared; `all` is the whole pool of `size`."""
+    """Return every way to draw that is compared, by name; `all` draws the whole pool of `size` candidates."""
     ways: dict[str, Way] = {f"n={2**power}": 2**power for power in range(size.bit_length()) if 2**power < size}
     ways["all"] = size
     ways |= {f"min_gain={gain:g}": prior.model_copy(update={"min_gain": gain}) for gain in MIN_GAINS}
@@ -63,7 +64,7 @@ def grid(prior: AdaptiveConfig, size: int) -> dict[str, Way]:
 
 
 def fitted_prior(rows: Sequence[Row], round_size: int) -> AdaptiveConfig:
-    """Return the rule with a prior of these rows: mean and spread of the scores of an instruction's different responses."""
+    """Return the rule with a prior fitted to these rows: mean and standard deviation of the scores of one instruction."""
     own = [np.array(list({each["response"]: each["score"] for each in row["candidates"] if each["response"]}.values())) for row in rows]
     mean = float(np.mean([scores.mean() for scores in own if len(scores)]))
     variance = float(np.mean([scores.var(ddof=1) for scores in own if len(scores) > 1]))
@@ -71,7 +72,7 @@ def fitted_prior(rows: Sequence[Row], round_size: int) -> AdaptiveConfig:
 
 
 def replay(rounds: Sequence[Sequence[dict[str, Any]]], ways: Mapping[str, Way]) -> Floats:
-    """Return what each way comes to on one order of a pool, [W, M]."""
+    """Return the figures of each way on one order of a pool, [W, M]."""
     drawn: Any = [candidate for round_ in rounds for candidate in round_]
     scores = [candidate["score"] for candidate in drawn]
     ends = np.cumsum([len(round_) for round_ in rounds]).tolist()
@@ -89,7 +90,7 @@ def replay(rounds: Sequence[Sequence[dict[str, Any]]], ways: Mapping[str, Way]) 
 def replay_all(
     rows: Sequence[Row], decodings: Sequence[DecodingConfig], ways: Mapping[str, Way], round_size: int, orders: int, seed: int
 ) -> Floats:
-    """Return what each way comes to on each row, averaged over random orders of its pool, [R, W, M]."""
+    """Return the figures of each way on each row, averaged over random orders of the row's pool, [R, W, M]."""
     plan = early_stopping.plan_rounds(decodings, 1, round_size)
     points_RWM = np.zeros((len(rows), len(ways), len(MEASURES)))
     with Bar("replaying", len(rows), "instructions") as bar:
@@ -114,7 +115,10 @@ def averages(points_RWM: Floats, rows: Sequence[Row], seed: int) -> tuple[Floats
 
 
 def choose(points_WM: Floats, ways: Mapping[str, Way], tolerance: float) -> str:
-    """Return the `min_gain` with the fewest tokens whose Rouge-L is at most `tolerance` points below the whole pool's, else the least."""
+    """Return the name of the `min_gain` with the fewest tokens among those within `tolerance` points of the whole pool's Rouge-L.
+
+    If no `min_gain` is within the tolerance, return the smallest one.
+    """
     names = list(ways)
     least = points_WM[names.index("all"), 0] - tolerance / 100
     good = [name for place, name in enumerate(names) if name.startswith("min_gain") and points_WM[place, 0] >= least]
@@ -122,7 +126,10 @@ def choose(points_WM: Floats, ways: Mapping[str, Way], tolerance: float) -> str:
 
 
 def report(points_WM: Floats, samples_BWM: Floats, ways: Mapping[str, Way], chosen: str) -> dict[str, Any]:
-    """Return the curve, each way also against the whole pool (paired), and for the chosen one the fixed number of the same Rouge-L."""
+    """Return the curve, with each way compared with the whole pool (paired), and the chosen way.
+
+    For the chosen way, also return the tokens that a fixed number of candidates needs for the same Rouge-L (None if no number reaches it).
+    """
     names = list(ways)
     points_WM, samples_BWM = points_WM * [100, 1, 1], samples_BWM * [100, 1, 1]
     whole, mine = names.index("all"), names.index(chosen)
@@ -133,7 +140,7 @@ def report(points_WM: Floats, samples_BWM: Floats, ways: Mapping[str, Way], chos
         share = points_WM[place, 1] / points_WM[whole, 1], samples_BWM[:, place, 1] / samples_BWM[:, whole, 1]
         curve[name] |= {"rouge_l_minus_all": _estimate(*less), "tokens_share_of_all": _estimate(*share)}
     fixed = [place for place, way in enumerate(ways.values()) if isinstance(way, int)]
-    # The fixed curve, made to rise, read at the chosen way's Rouge-L; where it never gets there no number is enough.
+    # The running maximum makes the fixed curve monotone, so that it can be read at the chosen way's Rouge-L.
     rising = np.maximum.accumulate(points_WM[fixed, 0])
     same = float(np.interp(points_WM[mine, 0], rising, points_WM[fixed, 1])) if points_WM[mine, 0] <= rising[-1] else None
     return {"curve": curve, "chosen": {"setting": chosen, "tokens_of_fixed_n_at_same_rouge_l": same and round(same, 1)}}
@@ -145,7 +152,7 @@ def _estimate(mean: float, samples_B: Floats) -> dict[str, float]:
 
 
 def plot(curve: Mapping[str, Any]) -> bytes:
-    """Return the curve as SVG: Rouge-L against tokens sampled, a line for each way to say when it is enough."""
+    """Return the curve as SVG: Rouge-L against tokens sampled, with one line for each kind of stopping rule."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -166,43 +173,48 @@ def plot(curve: Mapping[str, Any]) -> bytes:
             axes.annotate(name.split("=")[-1], (x, y), xytext=(0, above), textcoords="offset points", fontsize=7, color=colour, ha="center")
     low, high = ([curve[name]["rouge_l"][end] for name in fixed] for end in ("low", "high"))
     axes.fill_between([curve[name]["tokens"]["mean"] for name in fixed], low, high, color="#777777", alpha=0.12)
-    axes.set_xlabel("tokens sampled an instruction")
+    axes.set_xlabel("tokens sampled per instruction")
     axes.set_ylabel("Rouge-L of the pick, points, average over tasks")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
     sink = io.BytesIO()
-    # Without a salt and a date the picture is the same for the same figures.
+    # A fixed salt and no date: equal figures give equal bytes.
     with matplotlib.rc_context({"svg.hashsalt": "cappy-ray"}):
         figure.savefig(sink, format="svg", metadata={"Date": None})
     return sink.getvalue()
 
 
 def load(dataset: RegressionSet, split: str, scorer: Any, decodings: Sequence[DecodingConfig]) -> list[Row]:
-    """Return a split's rows with scored candidates; a row that lacks some (or their token counts) cannot be replayed and is left out."""
+    """Return a split's rows with scored candidates.
+
+    A row that lacks a candidate or a token count cannot be replayed and is left out. Raises `CappyError` if no row remains.
+    """
     rows, _ = read_rows(dataset, split)
     size = sum(decoding.n for decoding in decodings)
     whole = [row for row in rows if len(row["candidates"]) == size and all(each["tokens"] is not None for each in row["candidates"])]
     if not whole:
-        raise CappyError(f"--set {dataset.uri} has no {split} row with all {size} candidates of its sampler's decodings")
+        raise CappyError(
+            f"--set={dataset.uri}: no {split} row has all {size} candidates of sampler.decodings; use a set without max_per_bin"
+        )
     log(f"{split}: {len(whole)} of {len(rows)} rows with {size} candidates each")
     return score_rows(scorer, whole)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", help="a published set with sampled candidates; the demo's (made where missing) by default")
-    parser.add_argument("--scorer", help="the scorer trained on it; the demo's (made where missing) by default")
-    parser.add_argument("--orders", type=int, default=10, help="random orders each pool is replayed in")
+    parser.add_argument("--set", help="a published set with sampled candidates; default: the demo's set, generated if it is missing")
+    parser.add_argument("--scorer", help="the scorer trained on that set; default: the demo's scorer, trained if it is missing")
+    parser.add_argument("--orders", type=int, default=10, help="random orders in which each pool is replayed")
     parser.add_argument("--round-size", type=int, default=AdaptiveConfig().round_size)
-    parser.add_argument("--tolerance", type=float, default=0.5, help="points of Rouge-L the chosen setting may lose on train rows")
+    parser.add_argument("--tolerance", type=float, default=0.5, help="points of Rouge-L that the chosen setting may lose on train rows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", help="where the SVG goes")
+    parser.add_argument("--plot", help="file for the SVG")
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = parser.parse_args()
     if (options.set is None) != (options.scorer is None):
-        parser.error(f"--set={options.set} with --scorer={options.scorer}: give both, or neither for the demo's")
+        parser.error(f"--set={options.set} with --scorer={options.scorer}: give both, or neither (the demo's are used)")
     options.set, options.scorer = options.set or demo_set(), options.scorer or demo_scorer()
     from training.scorer import Scorer
 

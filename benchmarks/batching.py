@@ -1,14 +1,15 @@
-"""Latency of pools that a scorer reads on CPU beside busy processes: a batch for each core, or one at a time on all of them.
+"""Measure the latency of scoring on a busy CPU: one batch for each core, against one batch at a time on all cores.
 
     python -m benchmarks.batching --json -
 
-The demo's instructions, a pool of 1 to 8 made-up responses each, at Poisson arrivals of `--rate` a second for `--seconds`; a MiniLM scorer
-whose head is drawn, in bfloat16 where it is native. Beside it `--beside` processes compute without end, one thread each, and give way as
-vLLM's engine does on CPU. Both ways are `serving/score_batcher.py`, the second told of one thread and scoring with all; by turns, the same
-pools at the same moments.
+Each request is one instruction of the demo with a pool of 1 to 8 made-up responses. Requests arrive as a Poisson process of `--rate`
+per second, for `--seconds`. The scorer is MiniLM with a random head, in bfloat16 if the CPU multiplies it natively. Meanwhile `--beside`
+other processes compute with one thread each, at the lower priority that vLLM's engine has on CPU. Both ways use
+`serving/score_batcher.py`: with as many threads as cores, or with one thread whose batches use all cores. They alternate, with the
+same pools at the same times.
 
-- `speedup_p50`, `speedup_p99`: medians over the turns of a latency with one batch at a time over that with a batch for each core.
-- `cpu_ms`: CPU of the scoring process for a pool.
+- `speedup_p50`, `speedup_p99`: latency with one batch at a time divided by latency with one batch for each core, median over the turns.
+- `cpu_ms`: CPU time of the scoring process per pool, in milliseconds.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from serving.scorer_cache import LoadedScorer
 Pool = tuple[list[str], list[str]]
 
 
-def compute() -> None:
-    """Multiply by more weights than a cache holds, as a model does for each token."""
+def compute_forever() -> None:
+    """Multiply by more weights than the CPU's caches hold, as a model does for each token; never return."""
     import torch
 
     torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def compute() -> None:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    processes = [multiprocessing.get_context("spawn").Process(target=compute, daemon=True) for _ in range(count)]
+    processes = [multiprocessing.get_context("spawn").Process(target=compute_forever, daemon=True) for _ in range(count)]
     try:
         for process in processes:
             process.start()
@@ -68,7 +69,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def pools(count: int, times: int, folder: Path, seed: int) -> list[Pool]:
-    """Return real instructions, `times` as long, each for several responses of a few words."""
+    """Return `count` pools: an instruction repeated `times` times, with 1 to 8 responses of 1 to 8 of its words."""
     rows = [each[1] for each in few_shot.prepare_rows(load("demo", [f"workspace={folder}"])) if isinstance(each, tuple)]
     draw = random.Random(seed)
     made = []
@@ -80,7 +81,7 @@ def pools(count: int, times: int, folder: Path, seed: int) -> list[Pool]:
 
 
 async def latencies(batcher: ScoreBatcher, held: LoadedScorer, some: list[Pool], moments: list[float]) -> list[float]:
-    """Ask for each pool at its moment; return the seconds from then to its scores."""
+    """Request the scores of each pool at its time in `moments`; return the latency of each, in seconds."""
     start = time.perf_counter()
 
     async def one(moment: float, pool: Pool) -> float:
@@ -95,8 +96,8 @@ def main() -> int:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     made.add_argument("--turns", type=int, default=3)
     made.add_argument("--rate", type=float, default=4.0)
-    made.add_argument("--seconds", type=float, default=30.0, help="length of a turn of each")
-    made.add_argument("--times", type=int, default=1, help="repeat each instruction so many times, for longer pairs")
+    made.add_argument("--seconds", type=float, default=30.0, help="length of one turn of one way")
+    made.add_argument("--times", type=int, default=1, help="repetitions of each instruction, for longer pairs")
     made.add_argument("--beside", type=int, default=len(os.sched_getaffinity(0)), help="busy processes")
     made.add_argument("--seed", type=int, default=20261127)
     made.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")

@@ -1,6 +1,6 @@
-"""The demo's regression set and scorer, made where they are not there yet: the default data of benchmarks that read a published set.
+"""Provide the demo's regression set and scorer: the default data of benchmarks that read a published set.
 
-They are those of `make demo`, in `runs/demo` under the working directory.
+They are the outputs of `make demo`, in `runs/demo` under the working directory. A missing one is made first.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from cluster.progress import log
 
 
 def demo_set() -> str:
-    """Return the URI of the demo's published set; `cappy generate demo` makes it where it is missing (about 6 minutes on 2 cores)."""
+    """Return the URI of the demo's published set; `cappy generate demo` makes a missing one (about 6 minutes on 2 cores)."""
     return _made("generate", load("demo").dataset_uri)
 
 
 def demo_scorer() -> str:
-    """Return the URI of the scorer trained on the demo's set; `cappy train demo` makes it where it is missing (about 5 minutes)."""
+    """Return the URI of the scorer trained on the demo's set; `cappy train demo` makes a missing one (about 5 minutes)."""
     demo_set()
     return _made("train", load("demo").scorer_uri)
 

@@ -1,8 +1,10 @@
-"""Candidates per second of the whole generate pipeline against the same vLLM engine driven directly with all prompts at once.
+"""Compare candidates per second: the whole generate pipeline, and the same vLLM engine called directly with all prompts.
 
-`python -m benchmarks.generation --json -`. Both run in a Ray actor of their own on the demo's train rows, prompts and
-decodings; loading and ending the engine are not counted. The pipeline's clock runs from its first unit's start until its last unit is
-labelled and saved. They take turns, and the ratio is that of the medians.
+    python -m benchmarks.generation --json -
+
+Each side has a separate Ray actor and uses the train rows, prompts and decodings of the demo. Start and stop of the engine are not
+measured. The pipeline is measured from the start of its first unit until its last unit is labelled and saved. The sides alternate;
+`ratio` is the ratio of the medians over the turns.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from generation.schema import PREPARED
 
 
 class Clock(units.BudgetGate):
-    """A gate that knows when its first unit entered and its last one, saved by then, left."""
+    """A gate that records when its first unit entered and its last unit left. A unit leaves after it is saved."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,10 +48,10 @@ class Clock(units.BudgetGate):
 
 
 class Direct(Sampler):
-    """The engine alone."""
+    """The engine without the pipeline."""
 
-    async def all_at_once(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """Sample every row at once; return seconds, candidates and tokens."""
+    async def sample_all(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """Sample all rows concurrently; return seconds, candidates and tokens."""
         start = time.time()
         async for sampled in self(pa.Table.from_pylist(rows, PREPARED)):
             pools = sampled["sampled"].to_pylist()
@@ -75,11 +77,11 @@ def through_pipeline(config: Config, rows: list[dict[str, Any]], folder: Path) -
 
 
 def directly(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Sample the rows with the engine alone, all of them at once."""
+    """Sample the rows concurrently with the engine without the pipeline; return seconds, candidates and tokens."""
     import ray
 
     actor = ray.remote(num_cpus=1)(Direct).remote(config.sampler, config.seed)
-    result = dict(ray.get(actor.all_at_once.remote(rows)))
+    result = dict(ray.get(actor.sample_all.remote(rows)))
     ray.kill(actor)
     return result
 

@@ -1,9 +1,10 @@
-"""What does a server answer to those who mean it ill? Sends each request of a table as raw bytes over a connection of its own.
+"""Send malformed and malicious requests to a server and compare its answers with the documented ones.
 
     python -m benchmarks.hostile http://127.0.0.1:8000 --key "$CAPPY_API_KEY"
 
-prints the table, and fails where an answer is not the one the table promises. The server's `serving` settings must be the defaults.
-Without a key those requests are left out that are about keys. Without a URL it starts a server of its own.
+Each request is raw bytes over a separate connection. Prints a table of requests and answers; exits with an error if an answer is wrong.
+The server must have the default `serving` settings. Without `--key`, requests about keys are left out. Without a URL, the benchmark
+starts a server.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: `code` is that of OpenAI's error body, None where there is none; status 0 is a connection closed unanswered."""
+    """A server's answer. `code` is the code in OpenAI's error body, or None. Status 0: the connection closed without an answer."""
 
     status: int
     code: str | None
@@ -41,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Hostile:
-    """A request and the answer it must get; `drip` is sent after it, a byte every 0.1 s until an answer comes."""
+    """A request and its documented answer. `drip` is sent after it, one byte every 0.1 s until an answer arrives."""
 
     name: str
     status: int
@@ -51,7 +52,7 @@ class Hostile:
 
 
 def ask(url: str, hostile: Hostile, timeout_s: float = 60.0) -> Answer:
-    """Send a request as it stands and return the first answer."""
+    """Send the bytes of a request and return the first answer."""
     target = urlsplit(url)
     start = time.monotonic()
     with socket.create_connection((target.hostname or "127.0.0.1", target.port or 80), timeout=timeout_s) as wire:
@@ -60,7 +61,7 @@ def ask(url: str, hostile: Hostile, timeout_s: float = 60.0) -> Answer:
             if hostile.drip:
                 _drip(wire, hostile.drip)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it may have answered before it was told all
+            pass  # the server may answer before it has read the whole request
         response = HTTPResponse(wire, method=hostile.sent.split(b" ", 1)[0].decode("latin-1"))
         try:
             response.begin()
@@ -88,32 +89,32 @@ def _drip(wire: socket.socket, rest: bytes) -> None:
 
 
 class Writer:
-    """Writes requests: with the key's header, where there is a key."""
+    """Write requests as bytes, with an Authorization header if there is a key."""
 
     def __init__(self, key: str | None) -> None:
         self.key = [f"Authorization: Bearer {key}"] if key else []
 
     def bare(self, line: str, *headers: str, body: bytes = b"") -> bytes:
-        """A request of exactly these headers and Host."""
+        """Return a request with the Host header and exactly these headers."""
         return "\r\n".join([f"{line} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode() + body
 
     def get(self, path: str, *headers: str, method: str = "GET") -> bytes:
         return self.bare(f"{method} {path}", *self.key, *headers)
 
     def post(self, path: str, body: Any, *headers: str, kind: str | None = "application/json", length: int | None = None) -> bytes:
-        """A POST of bytes as they are, or of anything else as JSON; `length` is a Content-Length of one's own making."""
+        """Return a POST of `body`: bytes unchanged, any other value as JSON. `length` replaces the correct Content-Length."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         kinds = [f"Content-Type: {kind}"] if kind else []
         size = f"Content-Length: {len(data) if length is None else length}"
         return self.bare(f"POST {path}", *self.key, *kinds, size, *headers, body=data)
 
     def chunked(self, body: bytes) -> bytes:
-        """A POST to the chat route whose body is sent in chunks, written by hand."""
+        """Return a POST to the chat route with `Transfer-Encoding: chunked`; `body` holds the chunks with their sizes."""
         return self.bare(f"POST {CHAT}", *self.key, "Content-Type: application/json", "Transfer-Encoding: chunked", body=body)
 
 
 def requests(serving: ServingConfig, key: str | None = None) -> list[Hostile]:
-    """Return the table for a server with these settings; with a `key`, those about keys too."""
+    """Return all requests for a server with these settings; requests about keys only with a `key`."""
     write = Writer(key)
     return [
         *_bodies(write, serving),
@@ -126,7 +127,7 @@ def requests(serving: ServingConfig, key: str | None = None) -> list[Hostile]:
 
 
 def _bodies(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
-    """Bodies that are no JSON, or JSON meant to hurt its reader."""
+    """Yield bodies that are invalid JSON, or JSON made to exhaust its parser."""
     good = {"model": serving.model_name, "messages": HI}
 
     def raw(more: bytes) -> bytes:
@@ -137,7 +138,7 @@ def _bodies(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         "half a body": b'{"model": "cappy", "mess',
         "a list": b"[]",
         "form fields under a JSON header": b"model=cappy&n=1",
-        "bytes that are no UTF-8": b'{"model": "\xff\xfe"}',
+        "bytes that are not UTF-8": b'{"model": "\xff\xfe"}',
         "UTF-16": json.dumps(good).encode("utf-16"),
         "100,000 open brackets": b"[" * 100_000,
     }.items():
@@ -145,33 +146,33 @@ def _bodies(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
     for name, more in {
         "NaN": b'"temperature": NaN',
         "-Infinity": b'"top_p": -Infinity',
-        "nested 40 deep where nobody looks": b'"metadata": ' + b'{"a":' * 40 + b"1" + b"}" * 40,
+        "nested 40 deep in an unused field": b'"metadata": ' + b'{"a":' * 40 + b"1" + b"}" * 40,
         "a number of 100,000 digits": b'"seed": ' + b"9" * 100_000,
         "a field given twice": b'"n": 1, "n": 64',
         "half of a surrogate pair": b'"user": "\\ud800"',
         "an object of 50,000 names": b'"cappy": ' + json.dumps({f"a{n}": 0 for n in range(50_000)}).encode(),
     }.items():
         yield Hostile(name, 400, "invalid_json", raw(more))
-    yield Hostile("1e999, infinite once read", 400, "invalid_value", raw(b'"temperature": 1e999'))
+    yield Hostile("1e999, infinite when parsed", 400, "invalid_value", raw(b'"temperature": 1e999'))
     limit = serving.max_body_bytes
     yield Hostile("a body above the limit", 413, "body_too_large", write.post(CHAT, {**good, "user": "x" * limit}))
-    yield Hostile("a body said to be 1 TB, none sent", 413, "body_too_large", write.post(CHAT, b"", length=10**12))
+    yield Hostile("Content-Length of 1 TB, no body", 413, "body_too_large", write.post(CHAT, b"", length=10**12))
     endless = b"".join(b"10000\r\n" + b" " * 65_536 + b"\r\n" for _ in range(limit // 65_536 + 1))
-    yield Hostile("chunks without end", 413, "body_too_large", write.chunked(endless))
-    yield Hostile("a body that stops half way", 408, "body_timeout", write.post(CHAT, b'{"model":', length=100))
+    yield Hostile("more chunks than the limit allows", 413, "body_too_large", write.chunked(endless))
+    yield Hostile("a body that stops before its end", 408, "body_timeout", write.post(CHAT, b'{"model":', length=100))
     yield Hostile("a byte of body every 0.1 s", 408, "body_timeout", write.post(CHAT, b"{", length=2000), drip=b" " * 1000)
     yield Hostile("a wrong chunk size", 400, None, write.chunked(b"zz\r\n{}\r\n0\r\n\r\n"))
 
 
 def _fields(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
-    """Chat requests that ask for too much, or for what is not theirs."""
+    """Yield chat requests above a limit, or with fields that are not allowed."""
     most = serving.max_candidates
     for name, code, fields in (
         ("n = 0", "invalid_value", {"n": 0}),
         ("n = 10^9", "invalid_value", {"n": 10**9}),
         ("n = 1.5", "invalid_value", {"n": 1.5}),
         ("n = true", "invalid_value", {"n": True}),
-        ("a candidate more than allowed", "invalid_value", {"cappy": {"candidates": most + 1}}),
+        ("one candidate more than allowed", "invalid_value", {"cappy": {"candidates": most + 1}}),
         ("max_tokens = 10^12", "invalid_value", {"max_tokens": 10**12}),
         (
             "candidates x tokens above the limit",
@@ -179,13 +180,13 @@ def _fields(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
             {"cappy": {"candidates": most}, "max_tokens": serving.max_sampled_tokens // most + 1},
         ),
         (
-            "a prompt above the characters allowed",
+            "a prompt with more characters than allowed",
             "context_length_exceeded",
             {"messages": [{**HI[0], "content": "x " * serving.max_prompt_chars}]},
         ),
         ("3,000 messages", "invalid_value", {"messages": HI * 3000}),
-        ("200,000 messages that are none", "invalid_value", {"messages": [0] * 200_000}),
-        ("a role of its own", "invalid_value", {"messages": [{"role": "tool", "content": "x"}]}),
+        ("200,000 messages that are numbers", "invalid_value", {"messages": [0] * 200_000}),
+        ("an unsupported role", "invalid_value", {"messages": [{"role": "tool", "content": "x"}]}),
         (
             "an image",
             "invalid_value",
@@ -200,16 +201,16 @@ def _fields(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
     for model in ("../../etc/passwd", "s3://bucket/model", "x" * 100_000):
         yield Hostile(f"model = {model[:20]}", 404, "model_not_found", write.post(CHAT, {"model": model, "messages": HI}))
     nul = {"model": serving.model_name, "messages": [{"role": "user", "content": "a\0b"}], "max_tokens": 2, "cappy": {"candidates": 2}}
-    yield Hostile("NUL in a prompt, a character like others", 200, None, write.post(CHAT, nul))
+    yield Hostile("NUL in a prompt, which is allowed", 200, None, write.post(CHAT, nul))
 
 
 def _texts(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
-    """Text completions that ask for too much, or for what no candidate has."""
+    """Yield text completions above a limit, or with parameters that are not supported."""
     for name, code, fields in (
-        ("many prompts at once", "invalid_value", {"prompt": ["x"] * 50_000}),
+        ("50,000 prompts in one request", "invalid_value", {"prompt": ["x"] * 50_000}),
         ("a prompt of token ids", "invalid_value", {"prompt": [1 << 40]}),
         ("an empty prompt", "invalid_value", {"prompt": ""}),
-        ("a prompt above the characters allowed", "context_length_exceeded", {"prompt": "x " * serving.max_prompt_chars}),
+        ("a prompt with more characters than allowed", "context_length_exceeded", {"prompt": "x " * serving.max_prompt_chars}),
         ("echo of the prompt", "unsupported_parameter", {"prompt": "x", "echo": True}),
         ("best_of = 10^9", "unsupported_parameter", {"prompt": "x", "best_of": 10**9}),
         ("decodings that are paths", "invalid_value", {"prompt": "x", "cappy": {"decodings": ["../../etc/passwd"]}}),
@@ -219,12 +220,12 @@ def _texts(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
 
 
 def _scoring(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
-    """Too much for the scorer."""
+    """Yield requests to the scorer above a limit."""
     scorer = {"model": serving.scorer_name}
     most = serving.max_pairs
     for name, path, fields in (
-        ("a pair more than allowed", "/v1/score", {"text_1": "q", "text_2": ["a"] * (most + 1)}),
-        ("a choice more than allowed", "/v1/classify", {"instruction": "q", "choices": [str(n) for n in range(most + 1)]}),
+        ("one pair more than allowed", "/v1/score", {"text_1": "q", "text_2": ["a"] * (most + 1)}),
+        ("one choice more than allowed", "/v1/classify", {"instruction": "q", "choices": [str(n) for n in range(most + 1)]}),
         (
             "a long query against many documents",
             "/v2/rerank",
@@ -235,11 +236,11 @@ def _scoring(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
     ):
         yield Hostile(name, 400, "invalid_value", write.post(path, {**scorer, **fields}))
     nul = {**scorer, "text_1": "\0", "text_2": ["", "\0", "\u202e\ufeff"]}
-    yield Hostile("NUL and nothing to score", 200, None, write.post("/v1/score", nul))
+    yield Hostile("NUL and empty texts to score", 200, None, write.post("/v1/score", nul))
 
 
 def _http(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
-    """Tricks with what is around the body."""
+    """Yield requests with hostile methods, paths, headers and protocols."""
     good = {"model": serving.model_name, "messages": HI}
     for kind in ("text/plain", "application/x-www-form-urlencoded", None):
         yield Hostile(f"Content-Type {kind}", 415, "unsupported_media_type", write.post(CHAT, good, kind=kind))
@@ -251,7 +252,7 @@ def _http(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         yield Hostile(f"path {path}", 404, "not_found", write.get(path))
     for path in ("/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/v1/models/" + "x" * 5000):
         yield Hostile(f"path {path[:40]}", 404, "model_not_found", write.get(path))
-    yield Hostile("an address of 20,000 bytes", 414, "uri_too_long", write.get("/v1/models?" + "x" * 20_000))
+    yield Hostile("a URL of 20,000 bytes", 414, "uri_too_long", write.get("/v1/models?" + "x" * 20_000))
     yield Hostile(
         "headers of 100,000 bytes", 431, "headers_too_large", write.get("/v1/models", *(f"X-{n}: {'x' * 1000}" for n in range(100)))
     )
@@ -264,31 +265,31 @@ def _http(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         "X-Serve-Router-Replica: x",
     ):
         yield Hostile(f"the header {header}", 400, "unsupported_header", write.post(CHAT, good, header))
-    yield Hostile("a query nobody asked for", 200, None, write.get("/v1/models?__proto__=1&limit=-1"))
-    # Without keys a server on loopback answers to names of its machine alone.
+    yield Hostile("unknown query parameters", 200, None, write.get("/v1/models?__proto__=1&limit=-1"))
+    # Without keys a server on loopback accepts only the host names of its machine.
     status, code = (200, None) if write.key else (403, "forbidden")
-    yield Hostile("a Host that is no name", status, code, write.get("/v1/models").replace(b"Host: localhost", b"Host: [::"))
+    yield Hostile("an invalid Host", status, code, write.get("/v1/models").replace(b"Host: localhost", b"Host: [::"))
     twice = write.post(CHAT, good, "Transfer-Encoding: chunked")
-    yield Hostile("two lengths, as smugglers send", 400, None, twice)
-    yield Hostile("a method of its own", 400, None, write.get("/v1/models", method="HACK"))
-    yield Hostile("no HTTP", 400, None, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 200)
+    yield Hostile("two body lengths (request smuggling)", 400, None, twice)
+    yield Hostile("an unknown method", 400, None, write.get("/v1/models", method="HACK"))
+    yield Hostile("a TLS handshake instead of HTTP", 400, None, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 200)
     websocket = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
     yield Hostile("a WebSocket", 403, None, write.get(CHAT, *websocket))
 
 
 def _keys(write: Writer) -> Iterator[Hostile]:
-    """Without the key, or nearly with it."""
+    """Yield requests without the key, or with almost the right key."""
     (right,) = write.key
     for name, line, header in (
         ("no key", "GET /v1/models", "X: y"),
         ("a wrong key", "GET /v1/models", "Authorization: Bearer cappy-wrong"),
-        ("the key less its last letter", "GET /v1/models", right[:-1]),
+        ("the key without its last letter", "GET /v1/models", right[:-1]),
         ("the key under Basic", "GET /v1/models", right.replace("Bearer", "Basic")),
         ("a key of 50,000 bytes", "GET /v1/models", f"Authorization: Bearer {'x' * 50_000}"),
-        ("a key in the address", f"GET /v1/models?api_key={right.split()[-1]}", "X: y"),
+        ("the key in the URL", f"GET /v1/models?api_key={right.split()[-1]}", "X: y"),
         ("/metrics without a key", "GET /metrics", "X: y"),
         ("//health, which is not /health", "GET //health", "X: y"),
-        ("a path with a key that is not known", "GET /no/such/path", "X: y"),
+        ("an unknown path without a key", "GET /no/such/path", "X: y"),
     ):
         yield Hostile(name, 401, "invalid_api_key", write.bare(line, header))
 
@@ -304,15 +305,15 @@ def table(rows: Sequence[tuple[Hostile, Answer]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url", nargs="?", help="a running server; `cappy serve demo` with a drawn scorer is started by default")
+    parser.add_argument("url", nargs="?", help="a running server; default: the benchmark starts `cappy serve demo` with a random scorer")
     parser.add_argument("--key")
     arguments = parser.parse_args()
     if arguments.url is None and arguments.key is not None:
-        parser.error("--key without a url: the server started here takes no key; give the url of yours")
+        parser.error("--key is given without a url, and the server started here has no keys; give the url of your server")
     if arguments.url is not None:
         check(arguments.url, arguments.key)
         return
-    # Only here: a check of a server elsewhere needs no model.
+    # Imported here because a check of a running server needs no model.
     from benchmarks import servers
 
     with tempfile.TemporaryDirectory(prefix="cappy-hostile-") as name:
@@ -322,7 +323,7 @@ def main() -> None:
 
 
 def check(url: str, key: str | None = None) -> None:
-    """Send all requests, print the answers, and exit with an error where one is not the promised one."""
+    """Send all requests, print the answers, and exit with an error if an answer differs from the documented one."""
     asked = requests(ServingConfig(), key)
     with ThreadPoolExecutor(4) as pool:
         rows = list(zip(asked, pool.map(lambda each: ask(url, each), asked), strict=True))
@@ -331,7 +332,7 @@ def check(url: str, key: str | None = None) -> None:
         f"{each.name}: {answer.status} {answer.code}" for each, answer in rows if (answer.status, answer.code) != (each.status, each.code)
     ]
     if wrong:
-        sys.exit(f"{len(wrong)} of {len(rows)} answers are not as promised: {'; '.join(wrong)}")
+        sys.exit(f"{len(wrong)} of {len(rows)} answers are wrong: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":

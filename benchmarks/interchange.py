@@ -1,11 +1,11 @@
-"""Whether a scorer's folder gives the same scores elsewhere: plain transformers, sentence-transformers' CrossEncoder, vLLM.
+"""Compare the scores of one scorer folder in this project, plain transformers, sentence-transformers' CrossEncoder and vLLM.
 
-Each reads the same folder and scores the same pairs in float32; what is printed are the largest differences to our own
-scores. Pairs longer than the model reads are left out: everyone cuts them in another place.
+Every library loads the same folder and scores the same pairs in float32. The result holds the largest difference of each library's
+scores to this project's scores. Pairs above the model's length limit are left out, because each library cuts them differently.
 
     python -m benchmarks.interchange --scorer runs/demo/scorer --data runs/demo/dataset --json -
 
-`--random roberta-large` makes a folder in the layout of the published `btan2/cappy-large` with random weights instead.
+`--random roberta-large` writes a folder in the layout of the published `btan2/cappy-large`, with random weights, and uses that.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ SHAPES = {"roberta-large": ROBERTA_LARGE, "roberta-tiny": TINY}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--scorer", help="a published scorer, or any one-label model; the demo's (made where missing) by default")
+    model.add_argument("--scorer", help="a published scorer, or any one-label model; default: the demo's scorer, trained if it is missing")
     model.add_argument("--random", choices=tuple(SHAPES))
-    parser.add_argument("--data", help="a published set whose validation pairs are scored; the demo's (made where missing) by default")
+    parser.add_argument(
+        "--data", help="a published set whose validation pairs are scored; default: the demo's set, generated if it is missing"
+    )
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--without", nargs="*", default=[], choices=("transformers", "crossencoder", "vllm"))
-    parser.add_argument("--json", help="where the result goes; - is standard output")
+    parser.add_argument("--json", help="file for the result; - prints it")
     options = parser.parse_args()
     options.data = options.data or demo_set()
     if not options.random:
@@ -72,7 +74,7 @@ def main() -> None:
 
 
 def read(uri: str, count: int) -> tuple[list[str], list[str]]:
-    """Return the first `count` validation pairs of a set, without empty responses (some tokenizers take them for no pair)."""
+    """Return the first `count` validation pairs of a set, without empty responses: some tokenizers treat such a pair as a single text."""
     pairs: list[tuple[str, str]] = []
     for read in RegressionSet(uri).pairs("validation"):
         pairs += [pair for pair in zip(read.instructions, read.responses, strict=True) if pair[1].strip()]
@@ -82,7 +84,7 @@ def read(uri: str, count: int) -> tuple[list[str], list[str]]:
 
 
 def write_published_layout(folder: Path, shape: dict[str, int], texts: Sequence[str]) -> None:
-    """Write a random model as `btan2/cappy-large` is published: RoBERTa, one label, safetensors, a byte-level BPE tokenizer."""
+    """Write a random model in the layout of `btan2/cappy-large`: RoBERTa, one label, safetensors, a byte-level BPE tokenizer."""
     torch.manual_seed(0)
     config = RobertaConfig(**shape, num_labels=1, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
     RobertaForSequenceClassification(config).save_pretrained(folder)
@@ -105,7 +107,7 @@ def write_published_layout(folder: Path, shape: dict[str, int], texts: Sequence[
 
 
 def compare(folder: Path, instructions: Sequence[str], responses: Sequence[str], without: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the largest differences of each library's scores to ours; a library in `without` is left out."""
+    """Return the largest difference of each library's scores to this project's scores; libraries in `without` are left out."""
     scorer = Scorer.load(str(folder), dtype="float32", device="cpu")
     lengths = [len(ids) for ids in scorer.tokenizer(list(instructions), list(responses))["input_ids"]]
     fitting = [place for place, length in enumerate(lengths) if length <= scorer.max_length]

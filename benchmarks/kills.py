@@ -1,9 +1,10 @@
-"""Kill drivers, sampling actors and worker nodes of `cappy generate` at random moments; count what was lost or sampled twice.
+"""Kill drivers, sampling actors and worker nodes of `cappy generate` at random times; count lost rows and rows sampled twice.
 
-`python -m benchmarks.kills --kills 10 --workspace s3://bucket/kills --json -`. Each run has an LLM that takes half a second an
-instruction and needs no weights. A killed driver is started again with the same command; a killed actor or node is Ray's business.
-Afterwards the set must equal, as a multiset of rows, that of a run nobody disturbed. A row counts as sampled twice for a committed
-unit when it is sampled after its unit's object was seen in the store (which is looked at ten times a second).
+    python -m benchmarks.kills --kills 10 --workspace s3://bucket/kills --json -
+
+The LLM needs no weights and takes half a second per instruction. A killed driver is started again with the same command; Ray replaces
+a killed actor or node. Afterwards the set must equal the set of an undisturbed run, as a multiset of rows. A row counts as sampled
+twice if it is sampled after its unit was found in the store. The store is listed ten times per second.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _ALL_S = 300.0
 
 
 class SlowLLM(SyntheticLLM):
-    """Takes half a second, and writes down what it was asked, when, and in which process."""
+    """An LLM that takes half a second per request and logs the row, the time and its process id."""
 
     def __init__(self, config: Any, log: str) -> None:
         super().__init__(config)
@@ -55,7 +56,7 @@ class SlowLLM(SyntheticLLM):
 
 
 def drive(source: str, place: str, log: str) -> None:
-    """One run of `cappy generate`, in a process of its own."""
+    """Run `cappy generate`; the benchmark starts this in a separate process."""
     config = load(None, [source, f"dataset={place}", *_SETTINGS])
     generate.run_generate(config, load=functools.partial(SlowLLM, log=log))
 
@@ -68,7 +69,7 @@ def launch(source: str, place: str, log: Path, address: str | None = None) -> su
 
 
 def content(place: str) -> str:
-    """A hash of the published rows as a multiset."""
+    """Return a hash of the published rows as a multiset."""
     opened = RegressionSet(place)
     assert artifacts.verify(place, opened.manifest) == []
     rows = sorted(
@@ -78,15 +79,15 @@ def content(place: str) -> str:
 
 
 class Watch:
-    """Notes when each finished unit was first seen, and which rows it holds."""
+    """Record when each finished unit was first found in the store, and its rows."""
 
     def __init__(self, place: str) -> None:
         self.committed: dict[str, float] = {}
         self._staging, self._seen, self._over = storage.join(place, "_staging"), set[str](), threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while not self._over.wait(0.1):
             for name in storage.list_files(storage.join(self._staging, "units")).keys() - self._seen:
                 now = time.time()
@@ -103,12 +104,12 @@ class Watch:
 
 
 def actor_of(log: Path) -> int:
-    """The process of the newest sampling actor."""
+    """Return the process id of the newest sampling actor."""
     return int(log.read_text().splitlines()[-1].split()[2])
 
 
 def one_run(victim: str, source: str, place: str, folder: Path, moment: float) -> dict[str, Any]:
-    """Run to the end with one kill `moment` seconds after the first sample; return what came out."""
+    """Run `cappy generate` to its end with one kill `moment` seconds after the first sample; return the outcome."""
     log = folder / "log"
     log.touch()
     watch = Watch(place)
@@ -140,7 +141,7 @@ def one_run(victim: str, source: str, place: str, folder: Path, moment: float) -
 
 
 def _nodes() -> tuple[str, Callable[[], None], Callable[[], None]]:
-    """A cluster of a head without work and two worker nodes; its address, and what kills a worker node, and all of it."""
+    """Start a cluster with a head and two worker nodes; return its address, a function that kills a worker, and one that ends all."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -150,7 +151,7 @@ def _nodes() -> tuple[str, Callable[[], None], Callable[[], None]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kills", type=int, default=10, help="of each kind of victim")
+    parser.add_argument("--kills", type=int, default=10, help="kills of each kind of victim")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--victims", nargs="+", choices=VICTIMS, default=VICTIMS)

@@ -1,6 +1,6 @@
-"""A load generator for HTTP servers: so many clients without a pause, or requests at given moments. Knows no server in particular.
+"""Generate load on an HTTP server: a closed loop of clients without pauses, or an open loop with requests at given times.
 
-In an open load latency counts from the moment a request was due, sent late or not, so that a server that stalls is not asked less.
+In an open loop, latency counts from the time a request was due, even if it was sent late. A slow server then does not lower the load.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ _GIVEN_UP_S = 300.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one request."""
+    """The outcome of one request."""
 
     due: float
-    """When it was to be sent, in seconds after the load began."""
+    """Time when the request was due, in seconds after the start of the load."""
     latency: float
-    """Seconds from then until the whole answer was there."""
+    """Seconds from `due` until the whole answer arrived."""
     status: int
-    """0 where the connection broke."""
+    """HTTP status; 0 if the connection broke."""
     tree: dict[str, Any] = field(default_factory=dict)
-    """The JSON answered, or `{"error": ...}`."""
+    """The JSON of the answer, or `{"error": ...}`."""
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Return the moments of a Poisson process of `rate` a second, in seconds, below `seconds`."""
+    """Return the times, in seconds, of a Poisson process of `rate` events per second, below `seconds`."""
     draw = random.Random(seed)
     moments = itertools.accumulate(iter(lambda: draw.expovariate(rate), None))
     return list(itertools.takewhile(lambda moment: moment < seconds, moments))
 
 
 def quantiles(values: Sequence[float], *shares: float) -> list[float]:
-    """Return the quantiles of some values, interpolated; NaN where there are none."""
+    """Return the quantiles of some values, interpolated; NaN if there are no values."""
     return [float(value) for value in np.quantile(values, shares)] if values else [float("nan")] * len(shares)
 
 
 async def closed(url: str, bodies: Sequence[Body], clients: int) -> list[Answer]:
-    """Have `clients` post the bodies, each the next one when its last is answered; return the answers as they came."""
+    """Post the bodies with `clients` clients, which wait for an answer before the next request; return answers in order of arrival."""
     answers: list[Answer] = []
     waiting = iter(bodies)
     async with _session() as session:
@@ -62,7 +62,7 @@ async def closed(url: str, bodies: Sequence[Body], clients: int) -> list[Answer]
 
 
 async def opened(url: str, bodies: Iterable[Body], moments: Sequence[float]) -> list[Answer]:
-    """Post a body at each of `moments`, whatever became of the ones before; return the answers in that order."""
+    """Post one body at each time of `moments`, without waiting for earlier answers; return the answers in order of `moments`."""
     tasks = []
     async with _session() as session:
         start = time.perf_counter()
@@ -73,23 +73,24 @@ async def opened(url: str, bodies: Iterable[Body], moments: Sequence[float]) -> 
 
 
 def rate(answers: Sequence[Answer], clients: int) -> float:
-    """Return the answers a second of a closed load while all its clients were busy: between the first and the last `clients` answers.
+    """Return the answers per second of a closed loop, without its first and last `clients` answers.
 
-    Without that one long request at the end would decide, which the server has then to itself.
+    All clients are busy in between. At the end, one long request alone would lower the rate. Raises `ValueError` if there are fewer
+    than 3 answers per client.
     """
     ends = sorted(answer.due + answer.latency for answer in answers)
     if len(ends) < 3 * clients:
-        raise ValueError(f"{len(ends)} answers to {clients} clients say nothing of a rate; ask for {3 * clients} at least")
+        raise ValueError(f"{len(ends)} answers to {clients} clients are too few for a rate; send at least {3 * clients} requests")
     return (len(ends) - 2 * clients) / (ends[-clients - 1] - ends[clients - 1])
 
 
 def seconds(answers: Sequence[Answer]) -> float:
-    """Return how long a load took, from its first request to its last answer."""
+    """Return the duration of a load in seconds, from its start to its last answer."""
     return max(answer.due + answer.latency for answer in answers)
 
 
 def _session() -> aiohttp.ClientSession:
-    # Without a limit on connections: it would be a queue that no clock sees.
+    # A limit on connections would be a queue in the client.
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=_GIVEN_UP_S))
 
 

@@ -1,4 +1,4 @@
-"""The peak memory of a run and of what it started, looked at from outside."""
+"""Measure the peak memory of a process and of the Ray workers below it, by polling from another process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import psutil
 
 MIB = 1 << 20
-_LOOK_S = 0.25
+_INTERVAL_S = 0.25
 
 
 class Peaks:
-    """The peak private memory (RSS less shared pages, bytes) of a process, `driver`, and of the largest of its Ray workers by role.
+    """Peak private memory (RSS minus shared pages, in bytes) of a process, as `driver`, and of the largest Ray worker of each role.
 
-    `roles`: part of a Ray worker's title to the name of its role; the first that fits counts.
+    `roles` maps a part of a Ray worker's title to the name of its role; the first match counts.
     """
 
     def __init__(self, pid: int, roles: dict[str, str]) -> None:
@@ -26,13 +26,13 @@ class Peaks:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._over.wait(_LOOK_S):
+        while not self._over.wait(_INTERVAL_S):
             try:
-                self.look()
-            except psutil.Error:  # it ended while we looked
+                self.measure()
+            except psutil.Error:  # the process ended during the measurement
                 continue
 
-    def look(self) -> None:
+    def measure(self) -> None:
         self._count("driver", self._root)
         for process in self._root.children(recursive=True):
             title = (process.cmdline() or [""])[0]
@@ -50,7 +50,7 @@ class Peaks:
 
 
 def report(results: Sequence[dict[str, Any]], keys: Sequence[str], as_json: bool) -> None:
-    """Print how flat the figures of growing sizes are, largest over smallest, and all of it as one JSON object where asked."""
+    """Print the largest value divided by the smallest over all sizes, for each key; with `as_json` print all results as one JSON object."""
     spread = {key: round(max(values) / min(values), 3) for key in keys if (values := [each[key] for each in results])}
     print("  ".join(f"{key}: largest / smallest {value}" for key, value in spread.items()))
     if as_json:

@@ -1,9 +1,12 @@
-"""Objectives and what the scorer is made from, compared at equal compute on one published set.
+"""Compare training objectives, training data and initial weights at equal compute, on one published set.
 
-Each variant trains the same encoder on the set's train rows with the same seed, steps and optimizer, in this process, and is
-measured once on the validation rows. `without LLM samples` has only references, choices and mismatched references to train on, and
-sees each more often, so that its steps are as many; `without pretrained encoder` starts from random weights; `attention dropout 0.1` is
-the paper's objective with the dropout on attention probabilities that the encoder was pretrained with and that we leave out by default.
+Each variant trains the same encoder on the set's train rows with the same seed, steps and optimizer, in this process. It is measured
+once, on the validation rows. Three variants change more than the objective:
+
+- `without LLM samples` trains only on references, choices and mismatched references. It repeats them for the same number of steps.
+- `without pretrained encoder` starts from random weights.
+- `attention dropout 0.1` has the paper's objective and the dropout on attention probabilities of the encoder's pretraining. The
+  default of `cappy train` is 0.
 
     python -m benchmarks.objectives --data runs/demo/dataset --json -
 """
@@ -49,15 +52,20 @@ COLUMNS = ["instruction", "candidates"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="a published set with sampled candidates; the demo's (made where missing) by default")
+    parser.add_argument("--data", help="a published set with sampled candidates; default: the demo's set, generated if it is missing")
     parser.add_argument("--encoder", default="minilm-l6")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=1, help="runs of each variant, averaged")
-    parser.add_argument("--split", choices=("train", "validation"), default="validation", help="train holds out a fifth of the train rows")
-    parser.add_argument("--instructions", type=int, help="train rows used, drawn by seed; all of them by default")
+    parser.add_argument(
+        "--split",
+        choices=("train", "validation"),
+        default="validation",
+        help="rows to measure on; train holds out a fifth of the train rows",
+    )
+    parser.add_argument("--instructions", type=int, help="train rows used, drawn by seed; default: all")
     parser.add_argument("--only", nargs="*", choices=(*OBJECTIVES, DROPOUT, *WITHOUT))
-    parser.add_argument("--json", help="where the result goes; - is standard output")
+    parser.add_argument("--json", help="file for the result; - prints it")
     options = parser.parse_args()
     options.data = options.data or demo_set()
     train, held_out, greedy = read(options.data, options.split)
@@ -66,7 +74,7 @@ def main() -> None:
     kept = ("data", "encoder", "epochs", "max_length", "instructions", "split", "seeds")
     result: dict[str, Any] = {name: getattr(options, name) for name in kept} | {"variants": {}}
     for name in options.only or (*OBJECTIVES, DROPOUT, *WITHOUT):
-        runs = [run(name, train, held_out, greedy, options, seed) for seed in range(options.seeds)]
+        runs = [train_variant(name, train, held_out, greedy, options, seed) for seed in range(options.seeds)]
         result["variants"][name] = {key: _mean([each[key] for each in runs]) for key in runs[0]}
         log(f"{name}: {json.dumps(result['variants'][name])}")
     text = json.dumps(result)
@@ -76,7 +84,7 @@ def main() -> None:
 
 
 def read(uri: str, split: str) -> tuple[pa.Table, pa.Table, str | None]:
-    """Return the rows to train on, those to measure on and the greedy decoding's name."""
+    """Return the rows for training, the rows for measurement and the name of the greedy decoding."""
     dataset = RegressionSet(uri)
     train = pa.concat_tables(dataset.batches("train", columns=COLUMNS)).combine_chunks()
     if split == "validation":
@@ -85,8 +93,10 @@ def read(uri: str, split: str) -> tuple[pa.Table, pa.Table, str | None]:
     return train.filter(pa.array(~held)), train.filter(pa.array(held)), dataset.greedy()
 
 
-def run(name: str, train: pa.Table, held_out: pa.Table, greedy: str | None, options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Train one variant and return its figures on the rows held out."""
+def train_variant(
+    name: str, train: pa.Table, held_out: pa.Table, greedy: str | None, options: argparse.Namespace, seed: int
+) -> dict[str, Any]:
+    """Train one variant and return its metrics on the rows held out."""
     objective = ObjectiveConfig.model_validate(OBJECTIVES.get(name, {}))
     dropout = 0.1 if name == DROPOUT else TrainingConfig().attention_dropout
     training = TrainingConfig(epochs=options.epochs, objective=objective, attention_dropout=dropout)
@@ -137,7 +147,7 @@ def size_of(rows: pa.Table) -> Size:
 
 
 def without_samples(rows: pa.Table) -> pa.Table:
-    """The rows with the candidates that no LLM wrote."""
+    """Return the rows without sampled candidates; rows that would have none are left out."""
     kept = [[each for each in row if each["source"] != "sampled"] for row in rows["candidates"].to_pylist()]
     candidates = pa.array(kept, rows.schema.field("candidates").type)
     changed = rows.set_column(rows.schema.get_field_index("candidates"), "candidates", candidates)
@@ -145,7 +155,7 @@ def without_samples(rows: pa.Table) -> pa.Table:
 
 
 def windows(rows: pa.Table, scorer: Scorer, training: TrainingConfig, seed: int, total: int) -> Iterator[batch_plan.Window]:
-    """Yield windows, epoch after epoch, until there are `total` steps of them."""
+    """Yield windows, epoch after epoch, enough for `total` steps."""
     size = size_of(rows)
     held = batch_plan.window_size(size, training)
     for epoch in range(-(-total // batch_plan.steps_in_epoch(size, training))):

@@ -1,4 +1,4 @@
-"""Real texts for benchmarks: rows of BIG-bench tasks from PyPI, or of a Parquet file, and pairs made of them.
+"""Provide real texts for benchmarks: rows of BIG-bench tasks (from PyPI) or of a Parquet file, and labelled pairs made from them.
 
 A row has T0's columns: `dataset` (the task), `template` (the subtask), `instruction`, `references` and, for
 classification, `answer_choices` (else None). The texts of BIG-bench carry its canary. The benchmarks train on

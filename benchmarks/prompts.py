@@ -1,9 +1,9 @@
-"""Which prompt form gives the best candidate pool? Measured on train rows only.
+"""Compare prompt forms by the quality of their candidate pools, on train rows only.
 
     python -m benchmarks.prompts --rows 12 --json -
 
-Each form samples the same train rows of the demo's tasks with the demo's decodings; the table shows, averaged over tasks, the
-Rouge-L of the baselines and of the oracle. Choose a form by it before looking at any validation row.
+Each form samples the same train rows of the demo's tasks with the demo's decodings. The table shows the Rouge-L of the baselines and
+of the oracle, averaged over tasks. Choose a form from this table, before any measurement on validation rows.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ FORMS = {
 
 
 def with_form(config: Config, prompt: PromptConfig, stop: tuple[str, ...]) -> Config:
-    """The config with another prompt form and stop strings, all else equal."""
+    """Return the config with another prompt form and other stop strings."""
     decodings: tuple[DecodingConfig, ...] = tuple(each.model_copy(update={"stop": stop}) for each in config.sampler.decodings)
     return config.model_copy(update={"sampler": config.sampler.model_copy(update={"prompt": prompt, "decodings": decodings})})
 
 
 def train_rows(config: Config, count: int) -> list[dict[str, Any]]:
-    """The first `count` train rows of each task, prepared under the config's prompt form."""
+    """Return the first `count` train rows of each task, prepared with the config's prompt form."""
     taken: dict[str, int] = {}
     rows = []
     for each in few_shot.prepare_rows(config):
@@ -74,7 +74,7 @@ async def measure(engine: contract.LLM, config: Config, rows: list[dict[str, Any
 
 
 async def compare(config: Config, count: int) -> dict[str, dict[str, float]]:
-    """Return the figures of every form, by its name, with one engine for all."""
+    """Return the figures of every form by name; all forms use one engine."""
     engine = engines.load_engine(config.sampler)
     results = {}
     with Bar("prompt forms", len(FORMS), "forms") as bar:

@@ -1,15 +1,14 @@
-"""Labels per second against `rouge_score`, and whether every bit of them agrees.
+"""Compare this project's Rouge-L with `rouge_score`: labels per second, and equality of every bit.
 
     python -m benchmarks.rouge --json -
 
-The texts are real: rows of BIG-bench tasks, or of `--data`. A response is a prefix of the row's own reference, a reference of
-another row of its dataset, or the start of the instruction (a third each), so that overlaps of all sizes occur.
+The texts are rows of BIG-bench tasks, or of `--data`. A third of the responses each are: a prefix of the row's reference, a reference
+of another row of the same dataset, the start of the instruction. So overlaps of all sizes occur.
 
-The baseline is `rouge_score.RougeScorer(["rougeL"], use_stemmer=True)` on the same pairs in the same process, one thread each,
-by turns of 10,000 pairs; seconds are CPU seconds.
-Ours runs once over all texts beforehand, untimed but stated as `cold`: that compiles it and stems each distinct word. It
-keeps words, never texts or labels. Each side gets its texts as it takes them: ours Arrow columns, the baseline Python strings;
-`from_python` is ours with the making of the columns out of strings.
+The baseline is `rouge_score.RougeScorer(["rougeL"], use_stemmer=True)` on the same pairs in the same process. Both use one thread and
+alternate every 10,000 pairs; seconds are CPU seconds. Before that, this project's code runs once over all texts, which compiles it and
+fills its cache of word stems. That run is reported as `cold`. The cache holds words, never texts or labels. The input of this
+project's code is Arrow columns, the baseline's is Python strings; `from_python` includes the conversion of strings to columns.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def real_pairs(rows: Sequence[Row], count: int, seed: int) -> Pairs:
 
 
 def compare(pairs: Pairs) -> dict[str, Any]:
-    """Return pairs per second of both, their ratio, and the number of labels that differ in any bit."""
+    """Return the pairs per second of both sides, their ratio, and the number of labels that differ in any bit."""
     baseline = RougeScorer(["rougeL"], use_stemmer=True)
     seconds = dict.fromkeys(("cold", "ours", "from_python", "unicode", "baseline"), 0.0)
     mismatches = nonzero = 0
@@ -102,7 +101,7 @@ def compare(pairs: Pairs) -> dict[str, Any]:
 
 
 def columns(pairs: Pairs) -> tuple[pa.ListArray, pa.ListArray]:
-    """The responses and the references of pairs, each pair as an instruction of its own."""
+    """Return the responses and the references of pairs as columns, with one pair per row."""
     return pa.array([[said] for said, _ in pairs], TEXTS), pa.array([right for _, right in pairs], TEXTS)
 
 
@@ -115,7 +114,7 @@ def main() -> int:
     options = parser.parse_args()
     result = compare(real_pairs(read_rows(options.data), options.pairs, options.seed))
     print(
-        f"{result['pairs']:,} pairs: ours {result['pairs_per_second']:,}/s, rouge_score {result['baseline_pairs_per_second']:,}/s, "
+        f"{result['pairs']:,} pairs: cappy {result['pairs_per_second']:,}/s, rouge_score {result['baseline_pairs_per_second']:,}/s, "
         f"{result['speedup']}x; {result['mismatches']} labels differ ({result['nonzero']:,} are above 0); "
         f"unicode mode {result['unicode_pairs_per_second']:,}/s"
     )

@@ -1,13 +1,14 @@
-"""Scored pairs per second against sentence-transformers' CrossEncoder and the Hugging Face pipeline, same weights.
+"""Compare scored pairs per second: this project, sentence-transformers' CrossEncoder and the Hugging Face pipeline, same weights.
 
     python -m benchmarks.scoring --json -
 
-Real pairs (instruction and a reference, of BIG-bench or of `--data`) go through a MiniLM scorer with a head drawn from a seed.
-All sides cut them at 512 tokens.
-`CrossEncoder.predict` runs as it comes (float32, batches of 32) and with its weights in the dtype ours runs in; the pipeline as it
-comes, which is a pair at a time. The pairs are cut into parts that all sides score by turns; a ratio is the median over the parts.
-Needs `pip install 'cappy-ray[bench]'`. Differences are against plain float32 scores of pairs that nobody cuts (cutting differs by design:
-ours takes the middle of the instruction).
+The pairs are instructions with a reference, from BIG-bench or `--data`. The scorer is MiniLM with a random head. All sides cut pairs to
+512 tokens. `CrossEncoder.predict` runs with its defaults (float32, batches of 32), and with weights in the same dtype as this project's
+scorer. The pipeline runs with its defaults, which score one pair at a time. The pairs are divided into parts; the sides alternate on
+each part, and a ratio is the median over the parts. Needs `pip install 'cappy-ray[bench]'`.
+
+Score differences are to CrossEncoder's float32 scores, on pairs short enough not to be cut. Cutting differs by design: this project
+removes the middle of the instruction.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Score = Callable[[list[str], list[str]], np.ndarray]
 
 
 def sides(folder: str, dtype: str) -> dict[str, Score]:
-    """Each way to score, as a function of instructions and responses."""
+    """Return each way to score by name, as a function of instructions and responses."""
     from sentence_transformers import CrossEncoder
 
     ours, ours32 = Scorer.load(folder, "auto", "cpu"), Scorer.load(folder, "float32", "cpu")
@@ -116,7 +117,7 @@ def main() -> int:
         Scorer(model, load_tokenizer(encoder, "minilm-l6", "encoder"), 512).save(folder)
         result = compare(folder, options.pairs, options.parts, options.seed, options.data)
     print(
-        f"{result['ours_pairs_per_second']} pairs/s in {result['dtype']}: {result['vs_crossencoder_default']}x CrossEncoder as it comes, "
+        f"{result['ours_pairs_per_second']} pairs/s in {result['dtype']}: {result['vs_crossencoder_default']}x default CrossEncoder, "
         f"{result['vs_crossencoder_same_dtype']}x at equal dtype, {result['vs_pipeline']}x the pipeline"
     )
     if options.json:

@@ -1,6 +1,6 @@
-"""Servers for benchmarks, each in a session of its own, with the memory and CPU time of what belongs to it: ours, and vLLM's own.
+"""Start `cappy serve` or vLLM's OpenAI server for benchmarks, and measure memory and CPU time of their processes.
 
-Both have the same LLM: its weights and the engine's arguments come from the same functions, and each the environment that suits it.
+Both servers have the same LLM: the same functions give its weights and the engine's arguments. Environment variables differ.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from generation.engines.contract import has_gpu
 from generation.engines.vllm import engine_arguments, set_environment
 
 MIB = 1 << 20
-# Part of a process's title or command line to the role it has; the first that fits counts.
+# From a part of a process's title or command line to its role; the first match counts.
 _ROLES = {
     "ServeReplica:cappy:Gateway": "gateway",
     "ServeReplica:cappy:LLM": "llm",
@@ -33,7 +33,7 @@ _ROLES = {
     "ProxyActor": "proxy",
     "ServeController": "controller",
     "VLLM::": "engine",
-    "multiprocessing.spawn": "engine",  # one whose title did not take
+    "multiprocessing.spawn": "engine",  # an engine without a title
     "cappy.cli": "driver",
     "api_server": "server",
 }
@@ -41,7 +41,7 @@ _START_S = 300.0
 
 
 class Server:
-    """A running server: its URL and the processes that belong to it."""
+    """A running server: its URL and its processes."""
 
     def __init__(self, url: str, pid: int) -> None:
         self.url = url
@@ -52,7 +52,7 @@ class Server:
         return f"{self.url}/v1/chat/completions"
 
     def family(self) -> dict[int, tuple[str, psutil.Process]]:
-        """Return the role of each process that belongs to it, by its number; what has no role of its own is `rest`."""
+        """Return role and process of each process of the server, by process id; processes without a role have `rest`."""
         found = {}
         for process in (self._root, *self._root.children(recursive=True)):
             with suppress(psutil.Error):
@@ -69,7 +69,7 @@ class Server:
         return self._sum(lambda process: process.memory_info().rss / MIB)
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Return the CPU seconds of each role so far; those of processes that ended are gone."""
+        """Return the CPU seconds of each role so far, without processes that have ended."""
         return self._sum(lambda process: sum(process.cpu_times()[:2]))
 
     def _sum(self, figure) -> dict[str, float]:  # type: ignore[no-untyped-def]
@@ -81,10 +81,10 @@ class Server:
 
 
 class MemoryWatch:
-    """The memory of a server by role, looked at every few seconds while the block runs: `looks` has (seconds, MiB by role)."""
+    """Measure a server's memory every `every_s` seconds inside the block: `samples` has (seconds since start, MiB by role)."""
 
     def __init__(self, server: Server, every_s: float = 5.0) -> None:
-        self.looks: list[tuple[float, dict[str, float]]] = []
+        self.samples: list[tuple[float, dict[str, float]]] = []
         self._server, self._every, self._over = server, every_s, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -99,12 +99,12 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         while not self._over.is_set():
-            self.looks.append((time.monotonic() - self._start, self._server.memory()))
+            self.samples.append((time.monotonic() - self._start, self._server.memory()))
             self._over.wait(self._every)
 
 
 def write_scorer(folder: Path, seed: int) -> None:
-    """A MiniLM scorer whose head is drawn: as fast as a trained one."""
+    """Write a MiniLM scorer with a random head, which is as fast as a trained scorer."""
     from training.scorer import Scorer, load_tokenizer, new_model
 
     encoder = models.resolve("minilm-l6", "encoder")
@@ -114,11 +114,11 @@ def write_scorer(folder: Path, seed: int) -> None:
 
 @contextmanager
 def ours(config: Config, folder: Path) -> Iterator[Server]:
-    """`cappy serve` of a config at a free port; its files and log in `folder`."""
+    """Run `cappy serve` with a config at a free port, with its files and log in `folder`."""
     port = ports.free_port()
     path = folder / "serve.yaml"
     path.write_text(config.model_copy(update={"serving": config.serving.model_copy(update={"port": port})}).to_yaml())
-    # Joined by whoever updates it. Ray's workers give way to everything else by default; vLLM's server does not.
+    # `serving_kills` joins this Ray without a token. By default Ray's workers have a lower priority, unlike vLLM's server.
     environment = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     with _running(["-m", "cappy.cli", "serve", str(path)], port, folder / "serve.log", environment) as server:
         yield server
@@ -126,9 +126,10 @@ def ours(config: Config, folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def vllms(config: Config, folder: Path, settings: Literal["ours", "own"] = "ours") -> Iterator[Server]:
-    """vLLM's own OpenAI server at a free port with the LLM of a config.
+    """Run vLLM's OpenAI server at a free port with the LLM of a config.
 
-    Its engine has `ours`, the settings that `cappy serve` gives it, or its `own`, as `vllm serve` has them but for the cores: all of them.
+    Args:
+        settings: `ours` gives the engine the settings of `cappy serve`; `own` gives it the defaults of `vllm serve`, with all cores.
     """
     port = ports.free_port()
     path = folder / "vllm.yaml"
@@ -163,7 +164,7 @@ def _running(command: list[str], port: int, log: Path, environment: dict[str, st
 
 
 def wait_healthy(server: Server, process: subprocess.Popen[bytes] | None = None) -> None:
-    """Return once the server says that it can answer. Raises `CappyError` where it does not, or its `process` ends."""
+    """Wait until the server's `/health` answers 200. Raises `CappyError` after 300 s, or if `process` ends."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline and (process is None or process.poll() is None):
         with suppress(httpx.HTTPError):
@@ -174,15 +175,15 @@ def wait_healthy(server: Server, process: subprocess.Popen[bytes] | None = None)
 
 
 def _become_vllm(config: Config, port: str, settings: str) -> None:
-    """Replace this process by vLLM's server."""
+    """Replace this process with vLLM's OpenAI server."""
     engine = config.sampler.engine
     assert isinstance(engine, VLLMConfig)
     set_environment(engine, has_gpu())
-    # How threads and processes wait is as vLLM has it: it is alone on the machine, and so at its best.
+    # vLLM's defaults for waiting threads and processes: with the machine to itself they are the fastest.
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING"):
         os.environ.pop(name, None)
     folder = models.resolve(config.sampler.model, "sampler.model")
-    # Sampling as the request says and not as the model's makers advise, and no line a request: what ours does.
+    # As `cappy serve`: no sampling defaults from the model's folder, and no log line per request.
     flags = ["--host", "127.0.0.1", "--port", port, "--served-model-name", config.serving.model_name]
     flags += ["--generation-config", "vllm", "--disable-uvicorn-access-log"]
     arguments = engine_arguments(folder, engine, has_gpu()) if settings == "ours" else {"model": str(folder)}

@@ -1,23 +1,27 @@
-"""Boosted answers per second against vLLM's own OpenAI server asked for the same samples, and how the server bears long and heavy load.
+"""Compare `cappy serve` with vLLM's OpenAI server that draws the same samples; measure `cappy serve` under long load and overload.
 
     python -m benchmarks.serving --json -                              # against vLLM's server
     python -m benchmarks.serving --minutes 30 --rate moderate --json - # half an hour: errors, memory
-    python -m benchmarks.serving --overload --json -                   # ten times what it can do, for a minute
+    python -m benchmarks.serving --overload --json -                   # ten times the capacity, for a minute
 
-All of them: real BIG-bench prompts (the demo's, in chat form), SmolLM2 on vLLM, a MiniLM scorer whose head is drawn.
-`--answers lines` (32 tokens at most) has the demo's shots and ends where the line does, `free` (128 at most) is the bare instruction.
-`cappy serve` is asked for one choice out of `--candidates`, vLLM's server for as many samples of the same prompts; weights, engine
-settings, temperature, length and stop strings are the same. How threads and processes wait is each server's own. Against vLLM's server
-ours has the LLM twice, each with half the cores (docs/guides/serve.md, Replicas). They run by turns, never at the same time.
+All modes use the demo's BIG-bench prompts in chat form, SmolLM2 on vLLM, and a MiniLM scorer with a random head. With `--answers lines`
+a prompt has the demo's shots and an answer ends at a newline, after at most 32 tokens. With `--answers free` a prompt is the
+instruction alone and an answer has at most 128 tokens.
 
-- `throughput_ratio`: answers a second of `--clients` clients without a pause, ours over vLLM's, medians over the turns. Counted while all
-  of them are busy: the first and the last `--clients` answers are left out.
-- `plain_throughput_ratio`: the same over vLLM's server as it comes, with settings of its own for its engine; it is given all cores.
-- `added_latency_p50`, `_p99`: over our answers in an open load (Poisson arrivals at `--rate` of vLLM's rate above), quantiles of an
-  answer's `scoring_s` / `sampling_s`, as the gateway takes them: handing over, waiting and scoring, against sampling.
-- `extra_latency_p50`, `_p99`: the same quantiles of whole answers in that load seen by the client, ours less vLLM's, over our median
-  `sampling_s`. Everything we add is in it, and so is what scoring takes from the LLM's cores.
-- `cpu`: what each kind of process took of the machine's CPU time in the first of these loads; `rest` is Ray.
+A request to `cappy serve` has one choice out of `--candidates`. A request to vLLM's server has `--candidates` samples of the same
+prompt. Weights, engine settings, temperature, length and stop strings are equal; each server waits for threads and processes in
+its default way. Against vLLM's server, `cappy serve` has two LLM replicas, each with half the cores (docs/guides/serve.md, Replicas).
+The servers alternate and never run at the same time.
+
+- `throughput_ratio`: answers per second of `cappy serve` divided by those of vLLM's server, in a closed loop of `--clients` clients.
+  Medians over the turns. The first and last `--clients` answers are left out, so that all clients are busy.
+- `plain_throughput_ratio`: the same against vLLM's server with its default engine settings and all cores.
+- `added_latency_p50`, `_p99`: quantiles of `scoring_s` / `sampling_s` over the answers of `cappy serve` in an open loop. Requests
+  arrive as a Poisson process at a share (`--rate`) of vLLM's throughput. The gateway measures both times: hand-over, waiting and scoring
+  in one, sampling in the other.
+- `extra_latency_p50`, `_p99`: quantiles of the client's latency in that loop, `cappy serve` minus vLLM's server, divided by the median
+  `sampling_s`. They include all added work, and the CPU time that scoring takes from the LLM.
+- `cpu`: share of the machine's CPU time of each kind of process in the closed loop; `rest` is Ray.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ _BEFORE_S = 30.0
 
 
 class Prompts:
-    """Bodies of requests, never the same prompt again before all were used; `state` has how a run of bodies is drawn again."""
+    """Bodies of requests. A prompt repeats only after all were used; setting `place` to an earlier value repeats the bodies from there."""
 
     def __init__(self, config: Config, options: argparse.Namespace) -> None:
         rows = [each[1] for each in few_shot.prepare_rows(config) if isinstance(each, tuple)]
@@ -61,7 +65,7 @@ class Prompts:
         self.place = 0
 
     def ours(self, count: int) -> list[Body]:
-        """Ask for the best of the candidates; the answers tell where the time went."""
+        """Return requests for the best of the candidates; the answers hold the time of each stage."""
         return [{**body, "cappy": {"candidates": self._candidates}} for body in self._next(count)]
 
     def vllms(self, count: int) -> list[Body]:
@@ -73,7 +77,7 @@ class Prompts:
 
 
 def wrong(answers: Sequence[Answer], choices: int = 1) -> list[Answer]:
-    """Return the answers that are errors, or have another number of choices."""
+    """Return the answers that are errors, or that do not have `choices` choices."""
     return [each for each in answers if each.status != 200 or len(each.tree["choices"]) != choices]
 
 
@@ -82,7 +86,7 @@ def latencies(answers: Sequence[Answer]) -> list[float]:
 
 
 def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Namespace) -> dict[str, Any]:
-    """Both servers by turns, each started for its turn."""
+    """Measure both servers alternately, each started for its turn; return ratios and figures."""
     rates: dict[str, list[float]] = {"plain": [], "vllm": [], "ours": []}
     answers: dict[str, list[Answer]] = {"vllm": [], "ours": []}
     cpu: dict[str, Counter[str]] = {"vllm": Counter(), "ours": Counter()}
@@ -95,9 +99,9 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
             full = busy(server, prompts.vllms, options)
         rates["plain"].append(rate(full, options.clients))
         errors += wrong(full, options.candidates)
-        log(f"turn {turn + 1} of {options.turns}, vllm as it comes: {rates['plain'][-1]:.2f} answers/s")
+        log(f"turn {turn + 1} of {options.turns}, vllm with its defaults: {rates['plain'][-1]:.2f} answers/s")
         for side, start in (("vllm", servers.vllms), ("ours", servers.ours)):
-            prompts.place = place  # each has all its prompts for the first time
+            prompts.place = place  # both sides send the same prompts, to an empty prefix cache
             choices = options.candidates if side == "vllm" else 1
             draw = prompts.vllms if side == "vllm" else prompts.ours
             with start(config, folder) as server:
@@ -148,23 +152,23 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
 
 
 def _shares(spent: Counter[str], loaded_s: float) -> dict[str, float]:
-    """CPU seconds by role as shares of the machine's while the load ran."""
+    """Return the CPU seconds of each role as a share of the machine's CPU time during the load."""
     whole = loaded_s * (os.cpu_count() or 1)
     return {role: round(each / whole, 3) for role, each in spent.most_common() if each / whole >= 0.001}
 
 
 def soak(config: Config, folder: Path, prompts: Prompts, options: argparse.Namespace) -> dict[str, Any]:
-    """A steady load for minutes: errors, and each kind of process's memory in the first and the last quarter of it."""
+    """Run a steady load for `--minutes`; return errors, and the memory of each role in the first and the last quarter."""
     with servers.ours(config, folder) as server:
         offered = RATES[options.rate] * rate(busy(server, prompts.ours, options), options.clients)
         moments = arrivals(offered, 60 * options.minutes, options.seed)
-        log(f"{len(moments)} requests in {options.minutes:g} minutes, {offered:.2f} a second")
+        log(f"{len(moments)} requests in {options.minutes:g} minutes, {offered:.2f} per second")
         with servers.MemoryWatch(server) as watch:
             answers = asyncio.run(opened(server.chat, prompts.ours(len(moments)), moments))
-    quarter = len(watch.looks) // 4
-    roles = watch.looks[-1][1]
-    early, late = watch.looks[: max(1, quarter)], watch.looks[-max(1, quarter) :]
-    memory = {role: [round(statistics.median(look.get(role, 0.0) for _, look in some), 1) for some in (early, late)] for role in roles}
+    quarter = len(watch.samples) // 4
+    roles = watch.samples[-1][1]
+    early, late = watch.samples[: max(1, quarter)], watch.samples[-max(1, quarter) :]
+    memory = {role: [round(statistics.median(sample.get(role, 0.0) for _, sample in some), 1) for some in (early, late)] for role in roles}
     bad = wrong(answers)
     for role, (first, last) in memory.items():
         print(f"{role:<12} {first:>9.1f} MiB in the first quarter, {last:>9.1f} in the last: {last / first:.3f}")
@@ -181,9 +185,10 @@ def soak(config: Config, folder: Path, prompts: Prompts, options: argparse.Names
 
 
 def overload(config: Config, folder: Path, prompts: Prompts, options: argparse.Namespace) -> dict[str, Any]:
-    """`--times` its capacity for `--seconds`, between two moderate loads that should look the same.
+    """Send `--times` the server's capacity for `--seconds`, between two moderate loads that should have equal latencies.
 
-    Capacity is what as many clients get as the server works on at once, and so is the latency the answered ones are held against.
+    Capacity is the throughput of a closed loop with `serving.max_concurrency` clients. The latency of answered requests is compared with
+    the latency in that loop.
     """
     with servers.ours(config, folder) as server, servers.MemoryWatch(server, 1.0) as watch:
         asyncio.run(closed(server.chat, prompts.ours(_WARM), options.clients))
@@ -197,11 +202,11 @@ def overload(config: Config, folder: Path, prompts: Prompts, options: argparse.N
             ("after", RATES["moderate"] * capacity, _BEFORE_S),
         ):
             moments = arrivals(offered, length, options.seed)
-            began = len(watch.looks)
+            began = len(watch.samples)
             parts[name] = asyncio.run(opened(server.chat, prompts.ours(len(moments)), moments))
-            peak = max(sum(look.values()) for _, look in watch.looks[began:])
+            peak = max(sum(sample.values()) for _, sample in watch.samples[began:])
             log(f"{name}: {len(moments)} requests, {dict(Counter(each.status for each in parts[name]))}, {peak:.0f} MiB at most")
-        memory = [round(sum(look.values())) for _, look in watch.looks]
+        memory = [round(sum(sample.values())) for _, sample in watch.samples]
     served = [each for each in parts["over"] if each.status == 200]
     refused = [each for each in parts["over"] if each.status in (429, 503)]
     kept, base = quantiles(latencies(served), 0.5, 0.99), quantiles(latencies(full), 0.5, 0.99)
@@ -227,7 +232,7 @@ def _ratios(one: Sequence[Answer], two: Sequence[Answer]) -> list[float]:
 
 
 def busy(server: servers.Server, draw: Callable[[int], list[Body]], options: argparse.Namespace) -> list[Answer]:
-    """Return the answers to `--requests` bodies, from `--clients` clients without a pause, after a few to warm up."""
+    """Return the answers to `--requests` bodies in a closed loop of `--clients` clients, after a warm-up."""
     asyncio.run(closed(server.chat, draw(_WARM), options.clients))
     return asyncio.run(closed(server.chat, draw(options.requests), options.clients))
 
@@ -237,7 +242,7 @@ def _rounded(name: str, values: Sequence[float], digits: int) -> dict[str, float
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
-    """Print a result for people, and once more as JSON on the last line."""
+    """Print a result as a table, and with `as_json` also as one JSON object on the last line."""
     for key, value in result.items():
         print(f"{key:<28} {value}")
     if as_json:
@@ -245,16 +250,21 @@ def show(result: dict[str, Any], as_json: bool) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What `serving_kills` takes as well."""
+    """Return a parser with the options that several serving benchmarks share."""
     made = argparse.ArgumentParser()
     made.add_argument("--candidates", type=int, default=8)
     made.add_argument(
-        "--answers", choices=["lines", "free"], default="lines", help="lines: with shots, to the end of the line; free: neither"
+        "--answers",
+        choices=["lines", "free"],
+        default="lines",
+        help="lines: with shots, up to a newline; free: without shots, up to 128 tokens",
     )
-    made.add_argument("--clients", type=int, default=16, help="requests under way at once in the loads without a pause")
-    made.add_argument("--requests", type=int, default=128, help="requests of a load without a pause")
-    made.add_argument("--rate", choices=list(RATES), default="moderate", help=f"of an open load, as a share of capacity: {RATES}")
-    made.add_argument("--seconds", type=float, default=60.0, help="length of an open load")
+    made.add_argument("--clients", type=int, default=16, help="clients of a closed loop")
+    made.add_argument("--requests", type=int, default=128, help="requests of a closed loop")
+    made.add_argument(
+        "--rate", choices=list(RATES), default="moderate", help=f"arrival rate of an open loop, as a share of capacity: {RATES}"
+    )
+    made.add_argument("--seconds", type=float, default=60.0, help="length of an open loop")
     made.add_argument("--seed", type=int, default=20261126)
     made.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting of the servers")
     made.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
@@ -262,18 +272,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def prepare(options: argparse.Namespace, folder: Path, *more: str) -> tuple[Config, Prompts]:
-    """Return the servers' config, with `more` settings where the options have no others, and the prompts; writes the scorer."""
+    """Write the scorer; return the servers' config and the prompts. `--set` options override the settings in `more`."""
     servers.write_scorer(folder / "scorer", options.seed)
     settings = [f"workspace={folder}", "sampler.prompt.form=chat", *more, *options.overrides]
     if options.answers == "free":
-        # A server's own stop strings hold for every request.
+        # Stop strings in the server's config apply to every request.
         settings.append("sampler.decodings=[{name: sample, n: 8, max_tokens: 128}]")
     config = load("demo", settings)
     return config, Prompts(config, options)
 
 
-def _twice() -> tuple[str, ...]:
-    """What a server of an LLM on CPU has that is to answer much: two replicas of it, and a compiled model, as vLLM's server has."""
+def _high_throughput() -> tuple[str, ...]:
+    """Return the settings for high throughput on CPU: two LLM replicas, and a compiled model as in vLLM's server."""
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     return "serving.llm_replicas=2", f"sampler.engine.cpu_threads={threads}", "sampler.engine.compile=true"
 
@@ -282,13 +292,13 @@ def main() -> int:
     made = parser()
     made.description = __doc__.splitlines()[0] if __doc__ else None
     made.add_argument("--turns", type=int, default=3)
-    made.add_argument("--minutes", type=float, help="soak for so long instead")
-    made.add_argument("--overload", action="store_true", help="offer more than it can do instead")
-    made.add_argument("--times", type=float, default=10.0, help="how much more")
+    made.add_argument("--minutes", type=float, help="run a steady load for this many minutes instead")
+    made.add_argument("--overload", action="store_true", help="send more than the capacity instead")
+    made.add_argument("--times", type=float, default=10.0, help="load in --overload, as a multiple of the capacity")
     options = made.parse_args()
     mode = soak if options.minutes else overload if options.overload else compare
     with tempfile.TemporaryDirectory(prefix="cappy-serving-") as name:
-        config, prompts = prepare(options, Path(name), *(_twice() if mode is compare else ()))
+        config, prompts = prepare(options, Path(name), *(_high_throughput() if mode is compare else ()))
         result = mode(config, Path(name), prompts, options)
     show(result, bool(options.json))
     return 0

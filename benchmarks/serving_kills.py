@@ -2,17 +2,18 @@
 
     python -m benchmarks.serving_kills --json -
 
-`cappy serve` as in `benchmarks.serving`, under an open load at `--rate` of what it can do. Answers the LLM's likelihood chose because
-no scorer was there in time (`--set serving.fallback=self_score --set serving.scorer_timeout_s=8`) count as answered, and are told.
+`cappy serve` runs as in `benchmarks.serving`, under an open loop at a share (`--rate`) of its capacity. With `--set
+serving.fallback=self_score --set serving.scorer_timeout_s=8`, the LLM's likelihood chooses if no scorer answers in time. Such requests
+count as answered, and `fallbacks` counts them.
 
-- `scorer_1`, `scorer_2`, `scorer_3`: so many scorer replicas; every five seconds the one that runs longest gets SIGKILL, where Serve has
-  any running: with one replica and often with two there is none then, and requests wait for the next. All must be answered
-  (`slowest_s`: the latest of them). `down` is the share of those moments that found none running.
-- `llm`: eight requests at once, and half a second later its replica gets SIGKILL. Only requests that were under way then may fail, each
-  with 503. `recovery_s` is from the kill to the first answer to a request sent after it; `engines_left` counts processes of the dead
-  replica's engine that outlive it.
-- `update`: 50 requests at once, and a second later every deployment gets a changed setting (`serve.run` from another process, as `serve
-  deploy` does it); the load goes on meanwhile. All must be answered. `longest_gap_s`: the longest time without any answer.
+- `scorer_1`, `scorer_2`, `scorer_3`: 1, 2 or 3 scorer replicas. Every five seconds the oldest running replica gets SIGKILL, if Serve has
+  one running. With one replica, and often with two, none is running at that time, and requests wait for the next replica. All requests
+  must be answered. `slowest_s` is the largest latency; `down` is the share of the checks that found no running replica.
+- `llm`: eight concurrent requests, and half a second later the LLM replica gets SIGKILL. Only requests in flight at that time may fail,
+  with 503. `recovery_s` is the time from the kill to the first answer to a later request. `engines_left` counts the processes of the
+  killed replica's engine that still run 15 s after the load.
+- `update`: 50 concurrent requests, and a second later every deployment gets a changed setting, under load. Another process calls
+  `serve.run`, as `serve deploy` does. All requests must be answered. `longest_gap_s` is the longest time without any answer.
 """
 
 from __future__ import annotations
@@ -52,27 +53,27 @@ _ENGINE_ENDS_S = 15.0
 
 
 def failures(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What failed, by status and code, with an example of what the client was told, and how many were chosen without the scorer."""
+    """Return the counts of answers, failures (also by status and code) and fallbacks, with one error message as an example (`told`)."""
     bad = serving.wrong(answers)
-    told = [each.tree.get("error", {}) for each in bad]
-    kinds = Counter(f"{each.status} {error.get('code')}" for each, error in zip(bad, told, strict=True))
+    errors = [each.tree.get("error", {}) for each in bad]
+    kinds = Counter(f"{each.status} {error.get('code')}" for each, error in zip(bad, errors, strict=True))
     fallbacks = sum(bool(each.tree.get("cappy", {}).get("fallback")) for each in answers)
     counts = {"answers": len(answers), "failed": len(bad), "fallbacks": fallbacks}
-    return {**counts, **({"kinds": dict(kinds), "told": told[0].get("message")} if bad else {})}
+    return {**counts, **({"kinds": dict(kinds), "told": errors[0].get("message")} if bad else {})}
 
 
 async def scorers_killed(server: servers.Server, bodies: list[Any], moments: list[float]) -> dict[str, Any]:
     loading = asyncio.create_task(opened(server.chat, bodies, moments))
-    kills, looks = 0, int(moments[-1] / _KILL_EVERY_S)
-    for _ in range(looks):
+    kills, checks = 0, int(moments[-1] / _KILL_EVERY_S)
+    for _ in range(checks):
         await asyncio.sleep(_KILL_EVERY_S)
-        # Those that run are older than those that start; a replica is not killed before it ever served.
+        # The oldest replica is a running one, because starting replicas are younger. So every killed replica has served.
         if await asyncio.to_thread(running, "Scorer"):
             server.of("scorer")[0].kill()
             kills += 1
     answers = await loading
     slowest = round(max(serving.latencies(answers)), 2)
-    return {"kills": kills, "down": round(1 - kills / looks, 2), **failures(answers), "slowest_s": slowest}
+    return {"kills": kills, "down": round(1 - kills / checks, 2), **failures(answers), "slowest_s": slowest}
 
 
 async def llm_killed(server: servers.Server, bodies: list[Any], moments: list[float]) -> dict[str, Any]:
@@ -120,7 +121,7 @@ async def updated(server: servers.Server, bodies: list[Any], moments: list[float
 
 @contextmanager
 def joined(server: servers.Server) -> Iterator[None]:
-    """Have the server's own Ray joined inside the block."""
+    """Join the server's Ray inside the block."""
     words = []
     for _, process in server.family().values():
         with suppress(psutil.Error):
@@ -135,19 +136,19 @@ def joined(server: servers.Server) -> Iterator[None]:
 
 
 def running(deployment: str) -> int:
-    """Return how many replicas of a deployment Serve sends requests to."""
+    """Return the number of running replicas of a deployment."""
     return int(serve.status().applications[app.APPLICATION].deployments[deployment].replica_states.get("RUNNING", 0))
 
 
-def changed(config: Config, **settings: Any) -> Config:
-    """Return a config with other settings; a section takes a dict of its own."""
+def with_settings(config: Config, **settings: Any) -> Config:
+    """Return a config with changed settings; a dict changes only the given settings of a section."""
     tree = config.model_dump(mode="json")
     for name, value in settings.items():
         tree[name] = {**tree[name], **value} if isinstance(value, dict) else value
     return Config.model_validate(tree)
 
 
-def run(config: Config, folder: Path, prompts: serving.Prompts, options: argparse.Namespace) -> dict[str, Any]:
+def run_victims(config: Config, folder: Path, prompts: serving.Prompts, options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {}
 
     def note(name: str, result: dict[str, Any]) -> None:
@@ -158,13 +159,13 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
         wanted = [name for name in options.victims if name == f"scorer_{count}" or (count == 2 and name in ("llm", "update"))]
         if not wanted:
             continue
-        served = changed(config, serving={"scorer_replicas": count, "max_queue": 2 * _AT_ONCE})
+        served = with_settings(config, serving={"scorer_replicas": count, "max_queue": 2 * _AT_ONCE})
         with servers.ours(served, folder) as server, joined(server):
-            # It is healthy with the first of them, and gives up where others are lost before all have run once.
+            # /health needs one replica. Serve stops a deployment whose replicas fail before all have run once.
             while running("Scorer") < count:
                 time.sleep(0.5)
             rate = serving.RATES[options.rate] * capacity(serving.busy(server, prompts.ours, options), options.clients)
-            log(f"{rate:.2f} requests a second")
+            log(f"{rate:.2f} requests per second")
             for name in wanted:
                 moments = arrivals(rate, options.seconds, options.seed)
                 bodies = prompts.ours(len(moments) + _AT_ONCE)
@@ -172,7 +173,7 @@ def run(config: Config, folder: Path, prompts: serving.Prompts, options: argpars
                     note(name, asyncio.run(llm_killed(server, bodies, moments)))
                 elif name == "update":
                     shutil.copytree(folder / "scorer", folder / "scorer-2")
-                    other = changed(
+                    other = with_settings(
                         served,
                         serving={"candidates": served.serving.candidates + 1},
                         sampler={"engine": {**served.sampler.engine.model_dump(), "max_num_seqs": 48}},
@@ -194,7 +195,7 @@ def main() -> int:
     options = made.parse_args()
     with tempfile.TemporaryDirectory(prefix="cappy-serving-kills-") as name:
         config, prompts = serving.prepare(options, Path(name))
-        results = run(config, Path(name), prompts, options)
+        results = run_victims(config, Path(name), prompts, options)
     for name, result in results.items():
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
     if options.json:

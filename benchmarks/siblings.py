@@ -1,11 +1,12 @@
-"""Pools of candidates a second of vLLM's engine alone on CPU: the end of a prompt prefilled once for all of them, or once for each.
+"""Compare pools per second of vLLM's engine on CPU: a prompt's end prefilled once for all candidates, or once for each candidate.
 
     python -m benchmarks.siblings --json -
 
-The prompts of `benchmarks.serving`, `--candidates` each, `--clients` of them at once. An engine with prefill sharing and
-one without by turns, never at the same time, with the same settings (`--set`). A rate is counted while all clients are busy.
+The prompts are those of `benchmarks.serving`, with `--candidates` candidates each and `--clients` concurrent prompts. An engine with
+prefill sharing and an engine without it alternate, with the same settings (`--set`). They never run at the same time. A rate is
+measured while all clients are busy.
 
-- `speedup`: median over the turns of the rate with it over the rate without it in the same turn.
+- `speedup`: rate with prefill sharing divided by the rate without it in the same turn, median over the turns.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _WARM = 24
 
 
 async def pools(config: Config, bodies: Sequence[dict[str, Any]], clients: int, candidates: int) -> float:
-    """Start an engine and return how many pools a second it samples for the bodies, after the first few."""
+    """Start an engine and return the pools per second that it samples for the bodies, after a warm-up."""
     assert isinstance(config.sampler.engine, VLLMConfig)
     engine = VLLMEngine(config.sampler.model, config.sampler.engine)
     decoding = config.sampler.decodings[0].model_copy(

@@ -1,11 +1,11 @@
-"""How much of a validation split leaks into train, by the key the split hashes.
+"""Measure the share of validation rows that overlap train rows, for each key that the split can hash.
 
     python -m benchmarks.split_leak --data ROWS.parquet
 
-Without `--data` the rows are those of BIG-bench tasks.
+Without `--data` the rows come from BIG-bench tasks.
 
-A validation instruction leaks when it shares a run of 13 words with a train instruction of its dataset. Runs that are in more
-than a fifth of the rows of a template are the template's own words, and do not count.
+A validation instruction leaks if it shares a run of 13 words with a train instruction of its dataset. Runs in more than a fifth of a
+template's rows belong to the template and do not count.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def overlaps(runs: np.ndarray, seen: np.ndarray) -> bool:
 
 
 def own_runs(group: list[dict[str, str]]) -> list[np.ndarray]:
-    """The hashed runs of each row of a dataset, without the runs of its template."""
+    """Return the hashed word runs of each row of a dataset, without the runs of its template."""
     hasher = NgramIndex([], 13)
     runs = [np.unique(hasher.hash_ngrams(row["instruction"])) for row in group]
     templates = defaultdict(list)

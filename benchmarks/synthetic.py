@@ -1,4 +1,4 @@
-"""For benchmarks of what is ours: an LLM without weights that answers at once, and an encoder and a set that train in seconds."""
+"""Provide an LLM without weights, a tiny encoder and a synthetic set, for benchmarks of this project's code alone."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SHARD_ROWS = 1 << 14
 
 
 def text(seed: int) -> str:
-    """Return eight words; seeds that differ by less than the vocabulary's size give different ones."""
+    """Return eight words; seeds whose difference is below the size of the vocabulary give different words."""
     return " ".join(WORDS[(seed // (place + 1) + place * place) % len(WORDS)] for place in range(8))
 
 
 class SyntheticLLM:
-    """`generation.engines.LLM` without an engine."""
+    """An LLM (`generation.engines.contract.LLM`) that computes its answers from the seed, without delay."""
 
     dead = False
 
@@ -54,7 +54,7 @@ class SyntheticLLM:
 
 
 def write_encoder(folder: Path) -> None:
-    """A random two-layer BERT of 32 units beside MiniLM's tokenizer."""
+    """Write a random two-layer BERT with 32 hidden units, and MiniLM's tokenizer."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -66,7 +66,7 @@ def write_encoder(folder: Path) -> None:
 
 
 def publish_set(uri: str, instructions: int) -> None:
-    """A published set of made-up rows, each with a right, a half right and a wrong response."""
+    """Publish a set of made-up rows, each with a right, a half-right and a wrong response."""
     draw = random.Random(1)
     counts, names = {}, []
     for split, count in (("train", instructions), ("validation", 8)):
@@ -81,9 +81,9 @@ def publish_set(uri: str, instructions: int) -> None:
 
 
 def _row(name: str, draw: random.Random) -> dict[str, Any]:
-    said = draw.choices(WORDS, k=draw.randint(2, 20))
-    texts = {" ".join(said): 1.0, " ".join([*said[: len(said) // 2], "wrong"]): 0.5, "something else": 0.0}
+    words = draw.choices(WORDS, k=draw.randint(2, 20))
+    texts = {" ".join(words): 1.0, " ".join([*words[: len(words) // 2], "wrong"]): 0.5, "something else": 0.0}
     blank = {"source": "reference", "model": None, "decoding": None, "tokens": None, "finish_reason": None, "logprob": None}
     candidates = [{"response": text, "label": label, **blank} for text, label in texts.items()]
-    row = {"id": name, "dataset": "echo", "template": None, "instruction": f"say {' '.join(said)}"}
-    return row | {"references": [" ".join(said)], "answer_choices": None, "candidates": candidates}
+    row = {"id": name, "dataset": "echo", "template": None, "instruction": f"say {' '.join(words)}"}
+    return row | {"references": [" ".join(words)], "answer_choices": None, "candidates": candidates}

@@ -1,14 +1,18 @@
-"""Trained pairs per second against padding to 512 tokens and against Hugging Face's Trainer: same model, optimizer, dtype, threads.
+"""Compare trained pairs per second: this project, padding to 512 tokens, and Hugging Face's Trainer.
 
-`python -m benchmarks.training --json -`, on a machine with nothing else to do. Real pairs (of BIG-bench or of
-`--data`), MiniLM, fused AdamW, 32 pairs a step, bfloat16 autocast where the CPU multiplies it.
+    python -m benchmarks.training --json -
 
-Every side cuts the same pairs into its own steps: ours by `batch_plan.plan_steps`, padding to 512
-in drawn order through a plain loop, the Trainer in drawn order (`dynamic`) and in that of its own `LengthGroupedSampler` (`grouped`).
-A side's steps, sorted by length, are dealt to rounds, so that each round holds short and long steps alike; of the side that pads and of
-the Trainer in drawn order a part of them, being slow. Sides take turns, and ratios are medians over the rounds. A clock runs while
-steps are taken, not while a side is built. As shipped, we train at attention dropout 0 and the others at the encoder's own 0.1;
-`equal_dropout` is both at 0.
+Run it on an otherwise idle machine. All sides have the same model (MiniLM), optimizer (fused AdamW), number of threads and
+dtype: bfloat16 autocast if the CPU multiplies it natively. All train the same pairs (of BIG-bench or of `--data`), 32 per step.
+They differ in their steps:
+
+- this project: `batch_plan.plan_steps`;
+- `pad512`: random order, every pair padded to 512 tokens, in a plain loop;
+- `dynamic`: Hugging Face's Trainer in random order; `grouped`: the Trainer in the order of its `LengthGroupedSampler`.
+
+The steps of a side are sorted by length and dealt to the rounds, so that every round has short and long steps. `pad512` and `dynamic`
+are slow and train only a part of their steps. The sides alternate; ratios are medians over the rounds, and only steps are timed.
+By default this project trains with attention dropout 0, the other sides with the encoder's 0.1. With `equal_dropout` all have 0.
 """
 
 from __future__ import annotations
@@ -38,24 +42,24 @@ from training.encoding import Encoded, encode_pairs, pad
 from training.scorer import autocast, load_tokenizer, new_model, pick_dtype
 
 BATCH, LONGEST = 32, 512
-_PADDED_STEPS = 2  # in a round of the side that pads: each costs what any other does
-_DYNAMIC_EVERY = 3  # of its steps the Trainer in drawn order takes so few: they are alike, being long
+_PADDED_STEPS = 2  # per round of `pad512`; all its steps cost the same
+_DYNAMIC_EVERY = 3  # `dynamic` trains one step in three; its steps have similar lengths
 _WINDOW = 4096
 _ENCODER_DROPOUT = 0.1
 Steps = list[list[int]]
 Round = tuple[int, float]
-"""Pairs trained and the seconds that took."""
+"""Pairs trained, and the seconds spent."""
 
 
 class _InOrder(Trainer):  # type: ignore[misc]
-    """A Trainer that takes its rows as they stand: their order is decided outside."""
+    """A Trainer that trains its rows in the given order."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """The seconds from the first step's start to the last one's end."""
+    """Seconds from the start of the first step to the end of the last step."""
 
     start = seconds = 0.0
 
@@ -73,7 +77,7 @@ def chunks(order: Any) -> Steps:
 
 
 class Bench:
-    """The pairs, tokenised once for all sides, and a new model for each."""
+    """The pairs, tokenised once for all sides; every side gets a new model."""
 
     def __init__(self, pairs: int, seed: int, data: Path) -> None:
         self.folder, self.seed, self.device = models.resolve("minilm-l6", "encoder"), seed, torch.device("cpu")
@@ -91,7 +95,7 @@ class Bench:
         return encode_pairs(self.tokenizer, instructions, responses, LONGEST), np.asarray(labels, np.float32)
 
     def steps(self, encoded: Encoded, labels: np.ndarray) -> list[batch_plan.Step]:
-        """The steps of an epoch, one window, as `cappy train` takes them."""
+        """Return the steps of `cappy train` for an epoch of one window."""
         size = Size(len(encoded), len(encoded))
         window = batch_plan.Window(0, 0, encoded, labels, np.arange(len(encoded)))
         return list(batch_plan.plan_steps([window], self.config, self.seed, 0, 1, 0, size))
@@ -117,7 +121,7 @@ class Bench:
         return loop.fit(model, steps, optimizer, self.config, total=total, seed=self.seed, pad_id=pad_id, dtype=dtype)
 
     def padded(self, rounds: int, dropout: float) -> Iterator[Round]:
-        """Every pair padded to 512 tokens, as the original does, in a plain loop with the same optimizer and arithmetic."""
+        """Pad every pair to 512 tokens, as the original Cappy code does, in a plain loop with the same optimizer and dtype."""
         model = self.model(dropout).train()
         optimizer = loop.new_optimizer(model, self.config)
         steps = iter(chunks(np.random.default_rng(self.seed).permutation(len(self.lengths))))
@@ -130,7 +134,7 @@ class Bench:
             yield _PADDED_STEPS * BATCH, time.perf_counter() - start
 
     def plain_step(self, model: Any, optimizer: torch.optim.Optimizer, inputs: dict[str, Any], rows: np.ndarray, dtype: Any) -> float:
-        """One step as anyone would write it; return its loss."""
+        """Take one step of a plain training loop; return its loss."""
         with autocast(dtype, self.device):
             logits_B1 = model(**inputs).logits
         loss = (logits_B1[:, 0].float() - torch.from_numpy(self.labels[rows])).square().mean()
@@ -141,7 +145,7 @@ class Bench:
         return float(loss.detach())
 
     def trainer(self, rounds: int, dropout: float, grouped: bool) -> Iterator[Round]:
-        """Hugging Face's Trainer with dynamic padding over the steps of each round; model and optimizer stay."""
+        """Train each round with Hugging Face's Trainer and dynamic padding; model and optimizer are kept between rounds."""
         torch.manual_seed(self.seed)
         lengths = self.lengths.tolist()
         draw = np.random.default_rng(self.seed).permutation(len(lengths))
@@ -185,7 +189,7 @@ class Bench:
         return {"input_ids": self.encoded.tokens[part].tolist(), **types, "labels": float(self.labels[row])}
 
     def loss_difference(self, steps: int) -> float:
-        """Largest difference between our losses and those of one plain padded forward a step: float32, both training, no dropout."""
+        """Return the largest loss difference between this project's steps and a plain padded step: float32, no dropout."""
         ours, plain = self.model(0.0), self.model(0.0).train()
         for module in (*ours.modules(), *plain.modules()):
             if isinstance(module, torch.nn.Dropout):
@@ -202,10 +206,10 @@ class Bench:
 
 
 def compare(bench: Bench, rounds: int, loss_steps: int) -> dict[str, Any]:
-    """Let the sides take turns; return the ratios and what they are of."""
+    """Train with all sides alternately; return the ratios and the figures behind them."""
     sides = {
         "ours": bench.ours(rounds, TrainingConfig().attention_dropout),
-        # The closest comparisons stand side by side: a machine's pace changes within minutes.
+        # The closest comparisons run next to each other, because a machine's speed changes within minutes.
         "grouped_dropout0": bench.trainer(rounds, 0.0, grouped=True),
         "pad512_dropout0": bench.padded(rounds, 0.0),
         "grouped": bench.trainer(rounds, _ENCODER_DROPOUT, grouped=True),
@@ -241,9 +245,9 @@ def compare(bench: Bench, rounds: int, loss_steps: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=2048, help="pairs our side and the Trainer's train on")
+    parser.add_argument("--pairs", type=int, default=2048, help="pairs of an epoch")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--loss-steps", type=int, default=50, help="steps whose losses are compared with a plain forward's")
+    parser.add_argument("--loss-steps", type=int, default=50, help="steps whose losses are compared with a plain loop")
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--data", type=Path, help=DATA_HELP)
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
@@ -251,9 +255,9 @@ def main() -> int:
     result = compare(Bench(options.pairs, options.seed, options.data), options.rounds, options.loss_steps)
     print(
         f"{result['pairs_per_second']['ours']} pairs/s: {result['vs_pad512']}x padding to 512 ({result['vs_pad512_equal_dropout']}x at "
-        f"equal dropout), {result['vs_hf_trainer']}x the Trainer's better order ({result['vs_hf_trainer_equal_dropout']}x)"
+        f"equal dropout), {result['vs_hf_trainer']}x the Trainer in its faster order ({result['vs_hf_trainer_equal_dropout']}x)"
     )
-    print(f"padding {result['padding_share']:.2%}; losses within {result['loss_max_diff']:.1e} of a plain forward's")
+    print(f"padding {result['padding_share']:.2%}; losses within {result['loss_max_diff']:.1e} of a plain loop")
     if options.json:
         print(json.dumps(result))
     return 0

@@ -1,9 +1,11 @@
-"""Kill `cappy train` ten times at random steps and count what was done again; its weights must be those of a run nobody disturbed.
+"""Kill `cappy train` ten times at random steps; count repeated steps and compare the weights with an undisturbed run.
 
-`python -m benchmarks.training_kills --kills 10 --json -`. One run of a tiny random encoder on CPU with one worker: in turn the
-worker's process gets SIGKILL (Ray Train starts another), and the driver with all it started (the same command is run again); with
-`--victims node` the worker's node does, of a cluster of two and a head. A step was done again when it stands in the workers' log
-twice. Weights and the loss of every step must agree to the last bit.
+    python -m benchmarks.training_kills --kills 10 --json -
+
+One run trains a tiny random encoder on CPU with one worker. The kills alternate between two victims. SIGKILL to the worker's process:
+Ray Train starts another worker. SIGKILL to the driver and all its processes: the benchmark runs the same command again. With
+`--victims node` it kills the worker's node, in a cluster of a head and two worker nodes. A step counts as repeated if the workers' log
+has it twice. Weights and the loss of every step must be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ from cluster.progress import log as log_line
 from training import train
 
 _ALL_S = 300.0
-_STEP_S = 0.02  # so that a kill hits the step it was drawn for, and not one some way behind
+_STEP_S = 0.02  # slow steps, so that a kill hits the drawn step and not a later one
 
 
 def logged_work(job: dict[str, Any], log: str) -> None:
-    """A worker that writes down each step it has taken, when, and in which process."""
+    """Run a worker that logs each finished step with its time and process id."""
     from training import loop, run_channel
 
     fit = loop.fit
@@ -52,7 +54,7 @@ def logged_work(job: dict[str, Any], log: str) -> None:
 
 
 def drive(config: str, log: str) -> None:
-    """One run of `cappy train`, in a process of its own."""
+    """Run `cappy train`; the benchmark starts this in a separate process."""
     train.run_train(load(config), work=functools.partial(logged_work, log=log))
 
 
@@ -65,14 +67,14 @@ def launch(config: Config, folder: Path, nodes: Nodes | None = None) -> subproce
 
 
 def taken(folder: Path) -> list[tuple[int, float, int]]:
-    """What the workers wrote down: step, time, process."""
+    """Return the workers' log: step, time and process id of each finished step."""
     log = folder / "steps.log"
     lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
     return [(int(step), float(when), int(process)) for step, when, process in lines]
 
 
 def kill(driver: subprocess.Popen[bytes]) -> None:
-    """Kill a driver and all it started, Ray included."""
+    """Kill a driver and all its processes, including Ray."""
     family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
     for each in family:
         with suppress(psutil.NoSuchProcess):
@@ -82,7 +84,7 @@ def kill(driver: subprocess.Popen[bytes]) -> None:
 
 
 class Nodes:
-    """A cluster of a head without work and two worker nodes."""
+    """A Ray cluster of a head without CPUs and two worker nodes."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -92,7 +94,7 @@ class Nodes:
         self.address = str(self._cluster.address)
 
     def kill(self, process: int) -> None:
-        """Kill the node that `process` runs on, with all on it, and add another."""
+        """Kill the node of `process` with all its processes, and add another node."""
         family = {each.pid for each in psutil.Process(process).parents()}
         (node,) = [each for each in self._workers if each.all_processes["raylet"][0].process.pid in family]
         self._workers.remove(node)
@@ -104,7 +106,7 @@ class Nodes:
 
 
 def broken(config: Config, folder: Path, moments: list[int], victims: list[str]) -> list[dict[str, Any]]:
-    """Run to the end with a kill at each of `moments`, steps in rising order, of the `victims` in turn; return what each cost."""
+    """Run to the end with one kill at each step of `moments`, alternating between `victims`; return the cost of each kill."""
     costs: list[dict[str, Any]] = []
     nodes = Nodes() if "node" in victims else None
     driver = launch(config, folder, nodes)
@@ -113,7 +115,7 @@ def broken(config: Config, folder: Path, moments: list[int], victims: list[str])
             victim = victims[number % len(victims)]
             deadline = time.monotonic() + _ALL_S
             before: list[tuple[int, float, int]] = []
-            # A killed run takes some of its steps again before it comes to the next moment.
+            # A resumed run repeats some steps before it reaches the next kill.
             while not before or before[-1][0] < moment:
                 assert driver.poll() is None and time.monotonic() < deadline, (folder / "stderr").read_text()[-2000:]
                 time.sleep(_STEP_S / 2)
@@ -133,7 +135,7 @@ def broken(config: Config, folder: Path, moments: list[int], victims: list[str])
             first = taken(folder)[len(before)]
             redone = before[-1][0] + 1 - first[0]
             costs.append({"victim": victim, "at_step": before[-1][0], "redone": redone, "seconds": first[1] - killed})
-            bar.advance(note=f"{victim} at step {before[-1][0]}: {redone} steps again")
+            bar.advance(note=f"{victim} at step {before[-1][0]}: {redone} steps repeated")
     assert driver.wait(_ALL_S) == 0, (folder / "stderr").read_text()[-2000:]
     if nodes:
         nodes.end()
@@ -141,7 +143,7 @@ def broken(config: Config, folder: Path, moments: list[int], victims: list[str])
 
 
 def outcome(config: Config) -> tuple[bytes, list[Any]]:
-    """The published weights, and the loss by step."""
+    """Return the published weights, and the loss of each step."""
     lines = map(json.loads, Path(config.scorer_uri, "metrics.jsonl").read_text().splitlines())
     curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     return Path(config.scorer_uri, "model.safetensors").read_bytes(), curve
@@ -195,7 +197,7 @@ def main() -> int:
     }
     print(
         f"{result['kills']} kills in {steps} steps: weights {'equal' if result['equal_weights'] else 'DIFFERENT'}, losses "
-        f"{'equal' if result['equal_losses'] else 'DIFFERENT'}, {redone} steps done again ({result['steps_redone_per_kill']} a kill)"
+        f"{'equal' if result['equal_losses'] else 'DIFFERENT'}, {redone} steps repeated ({result['steps_redone_per_kill']} per kill)"
     )
     if options.json:
         print(json.dumps(result))

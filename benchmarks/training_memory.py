@@ -1,10 +1,11 @@
-"""Memory and pace of `cappy train` at growing numbers of pairs: both should stay as they are.
+"""Measure memory and speed of `cappy train` with growing numbers of pairs: both should stay constant.
 
-`python -m benchmarks.training_memory --json -` trains a tiny random encoder, so that what is measured is the reading, shuffling,
-tokenising and bookkeeping, on 10,000, 100,000 and 1,000,000 made-up pairs, once or as often as makes 100,000: a shorter run ends
-before the allocator has its steady size. Memory is private (RSS less shared pages), its
-peak over the run, looked at four times a second, of the driver and of the training worker. Pace is the trainer's own: pairs over the
-seconds between its steps.
+    python -m benchmarks.training_memory --json -
+
+It trains on 10,000, 100,000 and 1,000,000 made-up pairs. The encoder is tiny and random, so reading, shuffling, tokenising and
+bookkeeping dominate. Small sets are repeated up to 100,000 pairs, because a shorter run ends before the allocator reaches its steady
+size. Memory is the peak private memory (RSS minus shared pages) of the driver and of the training worker, measured four times per
+second. Speed is the trainer's figure: pairs divided by the seconds between its steps.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ PAIRS = (10_000, 100_000, 1_000_000)
 _LEAST = 100_000
 
 
-def measure(pairs: int, folder: Path) -> dict[str, Any]:
-    """Train on `pairs` pairs; return the pace (pairs/s) and the peaks (MiB)."""
+def measure_run(pairs: int, folder: Path) -> dict[str, Any]:
+    """Train on `pairs` pairs; return the speed (pairs/s) and the peak memory (MiB)."""
     workspace = folder / str(pairs)
     synthetic.publish_set(f"{workspace}/dataset", pairs // 3)
     config = Config.model_validate(
@@ -48,9 +49,9 @@ def measure(pairs: int, folder: Path) -> dict[str, Any]:
         raise SystemExit(f"{pairs} pairs: exit code {code}")
     summary = artifacts.read_manifest(config.scorer_uri, "scorer", "train")["summary"]
     if summary["pairs"] != pairs // 3 * 3:
-        raise SystemExit(f"{pairs} pairs: {summary['pairs']} were trained")
-    pace = round(summary["pairs_per_second"], 1)
-    return {"pairs": pairs, "pairs_per_second": pace, **{f"{role}_mib": round(peak / MIB) for role, peak in sorted(peaks.peaks.items())}}
+        raise SystemExit(f"{pairs} pairs: the summary counts {summary['pairs']} trained pairs")
+    speed = round(summary["pairs_per_second"], 1)
+    return {"pairs": pairs, "pairs_per_second": speed, **{f"{role}_mib": round(peak / MIB) for role, peak in sorted(peaks.peaks.items())}}
 
 
 def main() -> int:
@@ -66,7 +67,7 @@ def main() -> int:
         synthetic.write_encoder(Path(name, "encoder"))
         results = []
         for pairs in options.pairs:
-            results.append(measure(pairs, Path(name)))
+            results.append(measure_run(pairs, Path(name)))
             log(json.dumps(results[-1]))
     report(results, ("pairs_per_second", "driver_mib", "worker_mib"), bool(options.json))
     return 0

@@ -1,15 +1,19 @@
-"""Training speed and memory on one device, at T0's lengths: padded to 512 tokens, to the longest of a random batch, and as we do.
+"""Compare training speed and memory on one device, with T0's lengths: padding to 512 tokens, dynamic padding, and `cappy train`.
 
     python -m benchmarks.training_step --json -
 
-Needs torch and transformers beside this repository and no data: RoBERTa-large (or MiniLM) is built from its shape with random
-weights, token ids are random, and lengths follow the quantiles below, which `--measure-lengths T0.parquet` makes anew (with the whole
-project installed). Every side trains the same 4,096 pairs, or with `--steps` as many of its own optimizer steps, through
-`training.loop.fit`: forward, loss, backward, clipping, fused AdamW, one model and one optimizer for all. Only what a step holds, how
-wide it is padded, the last layer and the dropout on attention differ: ours is what `cappy train` ships
-(`training.encoder_kernels`, no dropout),
-the others are plain with stock RoBERTa's 0.1, and `ours, dropout 0.1` is what is left at equal dropout. Sides take turns after one that
-warms up; figures are medians over the turns. MFU counts what the pairs need and leaves padding out.
+It needs torch, transformers and this repository, but no data. RoBERTa-large (or MiniLM) has random weights, and token ids are random.
+Lengths follow the quantiles below; `--measure-lengths T0.parquet` measures them again and needs the whole environment.
+
+Every side trains the same 4,096 pairs, or `--steps` of its optimizer steps, with `training.loop.fit`: forward, loss, backward, clipping,
+fused AdamW. Model and optimizer are shared. The sides differ in the pairs of a step, the padding, the last layer and the attention
+dropout:
+
+- `padded to 512` and `dynamic padding`: random batches, the stock last layer, RoBERTa's dropout of 0.1;
+- `ours`: the steps, the kernels (`training.encoder_kernels`) and the dropout (0) of `cappy train`;
+- `ours, dropout 0.1`: the same with dropout 0.1, to compare at equal dropout.
+
+The sides alternate after a warm-up turn; figures are medians over the turns. MFU counts the operations for the pairs without padding.
 """
 
 from __future__ import annotations
@@ -52,7 +56,7 @@ MODELS = {
     "roberta-large": RobertaConfig(**ROBERTA_LARGE, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=1),
     "minilm": BertConfig(**_MINILM, max_position_embeddings=512, num_labels=1),
 }
-# What `cappy train` has where a config says nothing: the tree itself needs pydantic. A test holds the two together.
+# The defaults of `cappy train`, repeated here because the config needs pydantic. A test compares the two.
 SETTINGS: dict[str, Any] = {
     "batch_size": 32,
     "batch_by": "pairs",
@@ -77,28 +81,28 @@ class Side:
     """On attention probabilities."""
     steps: list[batch_plan.Step]
     width: int | None
-    """Tokens every pair is padded to; null is the longest of its forward pass."""
+    """Tokens to which every pair is padded; None pads to the longest pair of the forward pass."""
     lean: bool
-    """Whether the last layer computes the one token that is read (`training.encoder_kernels`)."""
+    """Whether the last layer computes only the first token (`training.encoder_kernels`)."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a side did in one turn."""
+    """The measurements of one side in one turn."""
 
     seconds: float
     pairs: int
     tokens: int
     flops: float
-    """Floating-point operations the pairs need, padding left out."""
-    slots: int
-    """Tokens the model was given, padding and all."""
+    """Floating-point operations for the pairs, without padding."""
+    padded_tokens: int
+    """Tokens in the model's input, with padding."""
     memory: int | None
-    """Most bytes that tensors held on the GPU, weights and moments included."""
+    """Peak bytes of tensors on the GPU, with weights and optimizer state; None on CPU."""
 
 
 class Padded(nn.Module):  # type: ignore[misc]
-    """A model that reads every batch padded to `width` tokens."""
+    """A model whose batches are all padded to `width` tokens."""
 
     def __init__(self, model: Any, width: int) -> None:
         super().__init__()
@@ -111,7 +115,7 @@ class Padded(nn.Module):  # type: ignore[misc]
 
 
 class Bench:
-    """The pairs, a model and its optimizer, and the sides."""
+    """The pairs, the model, its optimizer and the sides."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device = torch.device(options.device)
@@ -136,18 +140,18 @@ class Bench:
         }
 
     def window(self, config: Any) -> batch_plan.Window:
-        """A window of pairs of T0's lengths, without the luck of a draw: their quantiles are those of the table."""
+        """Return a window of pairs with T0's lengths: exactly the quantiles of the table, in random order."""
         draw = np.random.default_rng(self.seed)
         count = self.settings.window
         lengths = lengths_of(count)[draw.permutation(count)]
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        # The first ids of both vocabularies are special tokens, padding among them.
+        # The first ids of both vocabularies are special tokens, such as padding.
         tokens = draw.integers(1000, config.vocab_size, starts[-1], dtype=np.int32)
         types = np.zeros(starts[-1], np.int8) if config.type_vocab_size > 1 else None
         return batch_plan.Window(0, 0, Encoded(tokens, types, starts, 0, 0), draw.random(count, np.float32), np.arange(count))
 
     def sorted_steps(self, window: batch_plan.Window, count: int | None) -> list[batch_plan.Step]:
-        """The steps of the window as `cappy train` takes them; of fewer, short and long ones alike."""
+        """Return the steps of `cappy train` for a window; a smaller `count` keeps the mix of short and long steps."""
         size = Size(self.settings.window, self.settings.window)
         steps = list(batch_plan.plan_steps([window], self.settings, self.seed, 0, 1, 0, size))
         steps.sort(key=lambda step: sum(int(window.encoded.lengths[rows].sum()) for rows in step.micro_batches))
@@ -155,7 +159,7 @@ class Bench:
         return [steps[int(place)] for place in np.random.default_rng(self.seed).permutation(places)]
 
     def random_steps(self, window: batch_plan.Window, count: int | None) -> list[batch_plan.Step]:
-        """Steps of pairs in drawn order, each one forward pass."""
+        """Return steps of pairs in random order, with one forward pass per step."""
         order = np.random.default_rng(self.seed).permutation(self.settings.window)
         batches = [order[start : start + self.settings.batch_size] for start in range(0, len(order), self.settings.batch_size)]
         steps = []
@@ -164,7 +168,7 @@ class Bench:
         return steps
 
     def turn(self, side: Side) -> Turn:
-        """Train a side's steps once."""
+        """Train the steps of one side once; return the measurements."""
         for layer in self.model.base_model.encoder.layer:
             layer.attention.self.dropout.p = side.dropout
         (encoder_kernels.compute_first_token_only if side.lean else encoder_kernels.restore_last_layer)(self.model)
@@ -182,13 +186,13 @@ class Bench:
         self.wait()
         seconds = time.perf_counter() - start
         pairs = sum(each.size for each in done)
-        slots = pairs * side.width if side.width else sum(each.padded_tokens for each in done)
+        padded = pairs * side.width if side.width else sum(each.padded_tokens for each in done)
         memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
         tokens = sum(each.tokens for each in done)
-        return Turn(seconds, pairs, tokens, needed(tokens, sum(each.squared_lengths for each in done)), slots, memory)
+        return Turn(seconds, pairs, tokens, needed(tokens, sum(each.squared_lengths for each in done)), padded, memory)
 
     def wait(self) -> None:
-        """Until the GPU has done what it was given."""
+        """Wait until the GPU has finished all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -201,7 +205,7 @@ def lengths_of(count: int) -> np.ndarray:
 
 
 def measure_lengths(path: Path, count: int = 50_000, seed: int = 0) -> list[int]:
-    """Return the quantiles of the tokens of T0 pairs, as they stand in `LENGTHS`."""
+    """Return the quantiles of the lengths of T0 pairs, in the form of `LENGTHS`."""
     from benchmarks.pairs import labelled_pairs
     from cluster import models
     from training.encoding import encode_pairs
@@ -214,7 +218,7 @@ def measure_lengths(path: Path, count: int = 50_000, seed: int = 0) -> list[int]
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Let the sides take turns; return the figures of each and the ratios to ours."""
+    """Train all sides alternately; return the figures of each side and the ratios."""
     bench = Bench(options)
     peak = device_peak_flops(bench.device) if bench.dtype == "bfloat16" else None
     turns: dict[str, list[Turn]] = {name: [] for name in bench.sides}
@@ -243,7 +247,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "tokens_per_second": round(median(name, lambda turn: turn.tokens / turn.seconds)),
             "mfu": round(median(name, lambda turn: turn.flops / turn.seconds) / peak, 4) if peak else None,
             "memory_gib": round(memory / 2**30, 2) if memory is not None else None,
-            "padding_share": round(1 - first.tokens / first.slots, 4),
+            "padding_share": round(1 - first.tokens / first.padded_tokens, 4),
             "attention_dropout": side.dropout,
             "pairs": first.pairs,
             "tokens": first.tokens,
@@ -270,7 +274,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
-    print(f"{result['model']}, {result['dtype']}, {result['batch_size']} pairs a step, on {result['device']}")
+    print(f"{result['model']}, {result['dtype']}, {result['batch_size']} pairs per step, on {result['device']}")
     print(f"{'':18} {'pairs/s':>9} {'tokens/s':>10} {'MFU':>6} {'memory':>10} {'padding':>8} {'dropout':>8}")
     for name, side in result["sides"].items():
         mfu = "n/a" if side["mfu"] is None else f"{side['mfu']:.1%}"
@@ -278,7 +282,7 @@ def show(result: dict[str, Any]) -> None:
         speed = f"{side['pairs_per_second']:9,.1f} {side['tokens_per_second']:10,}"
         print(f"{name:18} {speed} {mfu:>6} {memory:>10} {side['padding_share']:>8.1%} {side['attention_dropout']:>8g}")
     print(
-        f"ours: {result['vs_pad512']}x padding to 512 ({result['vs_pad512_equal_dropout']}x at equal dropout), "
+        f"cappy train: {result['vs_pad512']}x padding to 512 ({result['vs_pad512_equal_dropout']}x at equal dropout), "
         f"{result['vs_dynamic']}x dynamic padding ({result['vs_dynamic_equal_dropout']}x)"
     )
 
@@ -287,14 +291,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=tuple(MODELS), default="roberta-large")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the products; weights are float32")
-    parser.add_argument("--steps", type=int, help="optimizer steps of a side in a turn; all of a window of 4,096 pairs where left out")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="dtype of matrix products; weights are float32"
+    )
+    parser.add_argument("--steps", type=int, help="optimizer steps per turn; default: all steps of a window of 4,096 pairs")
     parser.add_argument("--turns", type=int, default=5, help="timed turns of each side")
-    parser.add_argument("--batch-size", type=int, default=SETTINGS["batch_size"], help="pairs of a step")
-    parser.add_argument("--micro-batch-tokens", type=int, default=SETTINGS["micro_batch_tokens"], help="of a forward pass of ours")
+    parser.add_argument("--batch-size", type=int, default=SETTINGS["batch_size"], help="pairs per step")
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=SETTINGS["micro_batch_tokens"], help="padded tokens of a forward pass of `ours`"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
-    parser.add_argument("--measure-lengths", type=Path, metavar="T0.parquet", help="print the table of lengths, and do nothing else")
+    parser.add_argument("--measure-lengths", type=Path, metavar="T0.parquet", help="print the table of lengths and exit")
     options = parser.parse_args(arguments)
     if options.measure_lengths:
         print(measure_lengths(options.measure_lengths))

@@ -22,7 +22,7 @@ for task in adapted["tasks"]:
     print(f"adapted  {task['task']}: {task['state']}")
 
 # The same as `cappy serve examples/tiny.yaml --set serving.adapted=true` in a terminal.
-port = ports.free()
+port = ports.free_port()
 command = [sys.executable, "-m", "cappy.cli", "serve", "examples/tiny.yaml"]
 server = subprocess.Popen([*command, "--set", "serving.adapted=true", "--set", f"serving.port={port}"])
 try:
@@ -38,11 +38,19 @@ try:
 
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
     print(f"models   {[model.id for model in client.models.list()]}")
+    # Two worked examples help a small LLM. The scorer reads the last question only.
+    conversation = [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Paris"},
+        {"role": "user", "content": "What is the capital of Italy?"},
+        {"role": "assistant", "content": "Rome"},
+        {"role": "user", "content": "What is the capital of Belgium?"},
+    ]
     # `cappy` answers with the main scorer, `cappy+capitals` with the scorer of that task.
     for model in ("cappy", "cappy+capitals"):
         answer = client.chat.completions.create(
             model=model,
-            messages=[{"role": "user", "content": "What is the capital of Belgium?"}],
+            messages=conversation,
             extra_body={"cappy": {"candidates": 5}},
         )
         print(f"answer   {model}: {answer.choices[0].message.content!r}")

@@ -81,9 +81,9 @@ class ScoreBatch:
 def one_node() -> Iterator[str]:
     """Start a Ray cluster of one node and yield its dashboard's address. For several machines see `ray_cluster.yaml`."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # the node listens on 127.0.0.1 only
-    dashboard, folder, programs = ports.free(), tempfile.mkdtemp(prefix="ray-"), Path(sys.executable).parent
+    dashboard, folder, programs = ports.free_port(), tempfile.mkdtemp(prefix="ray-"), Path(sys.executable).parent
     command = [programs / "ray", "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
-    command += [f"--port={ports.free()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={ports.free()}"]
+    command += [f"--port={ports.free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={ports.free_port()}"]
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}  # jobs run `python` of this environment
     node = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:

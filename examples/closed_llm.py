@@ -25,7 +25,7 @@ from training.scorer import Scorer
 @contextmanager
 def local_server() -> Iterator[str]:
     """Start vLLM's OpenAI server with the embedded model; yield its base URL."""
-    port = ports.free()
+    port = ports.free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1", f"--port={port}"]
     command += [f"--model={models.resolve('smollm2-135m-instruct', 'sampler.model')}", "--served-model-name=small"]
     # The last two options avoid a crash of vLLM 0.32 on CPU with seeded requests.
@@ -65,10 +65,11 @@ with nullcontext(address) if address else local_server() as base_url:
             "sampler.prompt.form=chat",
             # The key stays in the environment: the config and the published manifest hold only the variable's name.
             f"sampler.engine={{kind: endpoint, base_url: '{base_url}', api_key_env: OPENAI_API_KEY, concurrency: 8}}",
-            # Prices in dollars per million tokens. The run stops before its cost can pass `max_cost`.
+            # Prices in dollars per million tokens. The run stops before its cost could pass `max_cost`, if every
+            # request is retried and has the longest answer.
             "sampler.engine.price_per_million_prompt=0.5",
             "sampler.engine.price_per_million_sampled=1.5",
-            "sampler.engine.max_cost=0.05",
+            "sampler.engine.max_cost=1",
         ],
     )
     made = jobs.submit("generate", config)

@@ -79,7 +79,7 @@ def test_closed_llm_samples_through_the_api_and_publishes_no_key(clone: Path):
     manifest = json.loads((runs / "dataset/_MANIFEST.json").read_text())
     assert manifest["config"]["sampler"]["engine"]["api_key_env"] == "OPENAI_API_KEY"
     cost = re.search(r"240 sampled responses for \$(\d\.\d{4})", output)
-    assert cost and 0 < float(cost[1]) < 0.05
+    assert cost and 0 < float(cost[1]) < 1
     assert published(runs / "scorer") and re.search(r"^best     '.*' with score", output, re.MULTILINE)
 
 
