@@ -14,9 +14,9 @@ a grid. Two assumptions: a server's draws differ from the set's draws only in th
     python -m benchmarks.adaptive --set runs/curve/dataset --scorer runs/curve/scorer --plot docs/adaptive.svg --json -
 
 The rule's prior is fitted on train rows, and a setting is chosen there. The choice is the setting with the fewest tokens that
-loses at most `--tolerance` points of Rouge-L against the whole pool. The figures are from validation rows: averages over tasks, with 95 % bootstrap
-intervals over instructions. The scorer was trained on the train rows and scores them better than new rows, so the chosen setting
-is only a guess.
+loses at most `--tolerance` points of Rouge-L against the whole pool. The figures are from validation rows: averages over tasks, with
+95 % bootstrap intervals over instructions. The scorer was trained on the train rows and scores them better than new rows, so the
+chosen setting is only a guess.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def purpose(file: Path) -> str:
     """
     docstring = ast.get_docstring(ast.parse(file.read_text()))
     if not docstring:
-        raise ValueError(f"{file} has no docstring: begin it with one sentence that says what the module does")
+        raise ValueError(f"{file} has no docstring: start it with one sentence about the module's purpose")
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", paragraph)[0]
 

@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestServer
 from benchmarks.load import Answer, arrivals, closed, opened, quantiles, rate, seconds
 
 
-def test_arrivals_come_at_their_rate_and_again_with_their_seed():
+def test_arrivals_have_their_rate_and_repeat_with_their_seed():
     moments = arrivals(5, 400, seed=1)
     assert moments == sorted(moments) and moments[0] > 0 and moments[-1] < 400
     # 2,000 expected; a Poisson count is within five standard deviations of that.
@@ -19,14 +19,14 @@ def test_arrivals_come_at_their_rate_and_again_with_their_seed():
     assert arrivals(5, 400, seed=1) == moments != arrivals(5, 400, seed=2)
 
 
-def test_quantiles_lie_between_the_values():
+def test_quantiles_are_interpolated():
     assert quantiles([1.0, 2.0, 3.0, 4.0], 0, 0.5, 1) == [1.0, 2.5, 4.0]
     assert all(math.isnan(value) for value in quantiles([], 0.5, 0.99))
 
 
 @pytest.fixture
 async def server():
-    """Answers what it is told to; `busy` seconds it lets nobody else do anything, this client included."""
+    """A server whose answer repeats the body; for `busy` seconds it blocks the event loop, which the client shares."""
     here = most = 0
 
     async def answer(request):
@@ -48,7 +48,7 @@ async def test_latency_counts_from_when_a_request_was_due(server):
     answers = await opened(server, [{"busy": 0.2}, {"busy": 0.2}, {"status": 503}], [0.0, 0.01, 0.02])
     assert [each.due for each in answers] == [0.0, 0.01, 0.02]
     assert [each.status for each in answers] == [200, 200, 503]
-    # Whichever of the two came second could not even be sent while the first held the loop, and its clock ran all the same.
+    # The second request is sent late, because the first blocks the event loop. Its latency counts from its due time.
     assert max(each.latency for each in answers[:2]) > 0.38
     assert seconds(answers) >= 0.4
 
@@ -59,15 +59,15 @@ async def test_clients_without_a_pause_send_every_body_once(server):
     assert 1 <= max(each.tree["most"] for each in answers) <= 3
 
 
-async def test_a_broken_connection_is_an_answer_too():
+async def test_a_broken_connection_counts_as_an_answer_with_status_0():
     (answer,) = await opened("http://127.0.0.1:9/", [{}], [0.0])
     assert answer.status == 0 and "Connect" in answer.tree["error"]["message"]
 
 
 def test_a_rate_counts_only_while_all_clients_are_busy():
-    """Two clients, an answer a second each, but for the last one, which takes a minute."""
+    """Two clients get one answer per second each; the last answer takes a minute."""
     answers = [Answer(float(turn), 1.0, 200) for turn in range(6) for _ in range(2)]
     answers[-1] = replace(answers[-1], latency=60.0)
     assert rate(answers, 2) == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="12 answers to 5 clients say nothing of a rate; ask for 15 at least"):
+    with pytest.raises(ValueError, match="12 answers to 5 clients are too few for a rate; send at least 15 requests"):
         rate(answers, 5)

@@ -12,7 +12,7 @@ from tools.module_map import ROOT
 
 LOCKS = sorted((ROOT / "requirements").glob("*.lock"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# A requirement, then one or more hashes, each on a line of its own.
+# A requirement, then one or more hashes, each on a separate line.
 ENTRY = re.compile(r"^([a-z0-9._-]+)(?:\[[^]]*\])?==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)
 TORCH = ROOT / "requirements" / "torch-cpu.txt"
 

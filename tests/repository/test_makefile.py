@@ -6,7 +6,7 @@ from pathlib import Path
 from tools.module_map import ROOT
 
 
-def test_setup_without_a_supported_python_names_what_it_tried_and_the_fix(tmp_path: Path):
+def test_setup_without_a_supported_python_names_the_pythons_it_tried_and_the_fix(tmp_path: Path):
     environment = tmp_path / "environment"
     setup = subprocess.run(
         ["make", "setup", f"VENV={environment}", "PYTHON=python3.99 false"], cwd=ROOT, capture_output=True, text=True, timeout=60

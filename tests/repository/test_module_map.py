@@ -25,7 +25,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_product_module_stands_in_contributing_with_its_purpose():
+def test_contributing_lists_every_product_module_with_its_purpose():
     page = (module_map.ROOT / module_map.PAGE).read_text()
     files = module_map.modules(module_map.ROOT)
     assert len(files) > 90
