@@ -56,7 +56,7 @@ def compute_forever() -> None:
 
 
 @contextmanager
-def busy(count: int) -> Iterator[None]:
+def busy_processes(count: int) -> Iterator[None]:
     processes = [multiprocessing.get_context("spawn").Process(target=compute_forever, daemon=True) for _ in range(count)]
     try:
         for process in processes:
@@ -68,7 +68,7 @@ def busy(count: int) -> Iterator[None]:
             process.kill()
 
 
-def pools(count: int, times: int, folder: Path, seed: int) -> list[Pool]:
+def make_pools(count: int, times: int, folder: Path, seed: int) -> list[Pool]:
     """Return `count` pools: an instruction repeated `times` times, with 1 to 8 responses of 1 to 8 of its words."""
     rows = [each[1] for each in few_shot.prepare_rows(load("demo", [f"workspace={folder}"])) if isinstance(each, tuple)]
     draw = random.Random(seed)
@@ -112,12 +112,12 @@ def main() -> int:
 
     seen: dict[str, list[list[float]]] = {"together": [], "side_by_side": []}
     cpu: dict[str, list[float]] = {"together": [], "side_by_side": []}
-    with tempfile.TemporaryDirectory(prefix="cappy-batching-") as name, busy(options.beside):
+    with tempfile.TemporaryDirectory(prefix="cappy-batching-") as name, busy_processes(options.beside):
         servers.write_scorer(Path(name) / "scorer", options.seed)
         held = LoadedScorer(Scorer.load(str(Path(name) / "scorer"), "auto"), None, None)
         for turn in range(options.turns):
             moments = arrivals(options.rate, options.seconds, options.seed + turn)
-            some = pools(len(moments), options.times, Path(name), options.seed + turn)
+            some = make_pools(len(moments), options.times, Path(name), options.seed + turn)
             for side, batcher in (("together", ScoreBatcher(together, 1)), ("side_by_side", ScoreBatcher(score_pairs, cores))):
                 asyncio.run(latencies(batcher, held, some[:4], [0.0] * 4))
                 before = time.process_time()

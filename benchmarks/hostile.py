@@ -41,7 +41,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Hostile:
+class HostileRequest:
     """A request and its documented answer. `drip` is sent after it, one byte every 0.1 s until an answer arrives."""
 
     name: str
@@ -51,7 +51,7 @@ class Hostile:
     drip: bytes = b""
 
 
-def ask(url: str, hostile: Hostile, timeout_s: float = 60.0) -> Answer:
+def send(url: str, hostile: HostileRequest, timeout_s: float = 60.0) -> Answer:
     """Send the bytes of a request and return the first answer."""
     target = urlsplit(url)
     start = time.monotonic()
@@ -88,7 +88,7 @@ def _drip(wire: socket.socket, rest: bytes) -> None:
     wire.settimeout(wait_s)
 
 
-class Writer:
+class RequestWriter:
     """Write requests as bytes, with an Authorization header if there is a key."""
 
     def __init__(self, key: str | None) -> None:
@@ -113,9 +113,9 @@ class Writer:
         return self.bare(f"POST {CHAT}", *self.key, "Content-Type: application/json", "Transfer-Encoding: chunked", body=body)
 
 
-def requests(serving: ServingConfig, key: str | None = None) -> list[Hostile]:
+def hostile_requests(serving: ServingConfig, key: str | None = None) -> list[HostileRequest]:
     """Return all requests for a server with these settings; requests about keys only with a `key`."""
-    write = Writer(key)
+    write = RequestWriter(key)
     return [
         *_bodies(write, serving),
         *_fields(write, serving),
@@ -126,7 +126,7 @@ def requests(serving: ServingConfig, key: str | None = None) -> list[Hostile]:
     ]
 
 
-def _bodies(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
+def _bodies(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileRequest]:
     """Yield bodies that are invalid JSON, or JSON made to exhaust its parser."""
     good = {"model": serving.model_name, "messages": HI}
 
@@ -142,7 +142,7 @@ def _bodies(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         "UTF-16": json.dumps(good).encode("utf-16"),
         "100,000 open brackets": b"[" * 100_000,
     }.items():
-        yield Hostile(name, 400, "invalid_json", write.post(CHAT, body))
+        yield HostileRequest(name, 400, "invalid_json", write.post(CHAT, body))
     for name, more in {
         "NaN": b'"temperature": NaN',
         "-Infinity": b'"top_p": -Infinity',
@@ -152,19 +152,19 @@ def _bodies(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         "half of a surrogate pair": b'"user": "\\ud800"',
         "an object of 50,000 names": b'"cappy": ' + json.dumps({f"a{n}": 0 for n in range(50_000)}).encode(),
     }.items():
-        yield Hostile(name, 400, "invalid_json", raw(more))
-    yield Hostile("1e999, infinite when parsed", 400, "invalid_value", raw(b'"temperature": 1e999'))
+        yield HostileRequest(name, 400, "invalid_json", raw(more))
+    yield HostileRequest("1e999, infinite when parsed", 400, "invalid_value", raw(b'"temperature": 1e999'))
     limit = serving.max_body_bytes
-    yield Hostile("a body above the limit", 413, "body_too_large", write.post(CHAT, {**good, "user": "x" * limit}))
-    yield Hostile("Content-Length of 1 TB, no body", 413, "body_too_large", write.post(CHAT, b"", length=10**12))
+    yield HostileRequest("a body above the limit", 413, "body_too_large", write.post(CHAT, {**good, "user": "x" * limit}))
+    yield HostileRequest("Content-Length of 1 TB, no body", 413, "body_too_large", write.post(CHAT, b"", length=10**12))
     endless = b"".join(b"10000\r\n" + b" " * 65_536 + b"\r\n" for _ in range(limit // 65_536 + 1))
-    yield Hostile("more chunks than the limit allows", 413, "body_too_large", write.chunked(endless))
-    yield Hostile("a body that stops before its end", 408, "body_timeout", write.post(CHAT, b'{"model":', length=100))
-    yield Hostile("a byte of body every 0.1 s", 408, "body_timeout", write.post(CHAT, b"{", length=2000), drip=b" " * 1000)
-    yield Hostile("a wrong chunk size", 400, None, write.chunked(b"zz\r\n{}\r\n0\r\n\r\n"))
+    yield HostileRequest("more chunks than the limit allows", 413, "body_too_large", write.chunked(endless))
+    yield HostileRequest("a body that stops before its end", 408, "body_timeout", write.post(CHAT, b'{"model":', length=100))
+    yield HostileRequest("a byte of body every 0.1 s", 408, "body_timeout", write.post(CHAT, b"{", length=2000), drip=b" " * 1000)
+    yield HostileRequest("a wrong chunk size", 400, None, write.chunked(b"zz\r\n{}\r\n0\r\n\r\n"))
 
 
-def _fields(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
+def _fields(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileRequest]:
     """Yield chat requests above a limit, or with fields that are not allowed."""
     most = serving.max_candidates
     for name, code, fields in (
@@ -197,14 +197,14 @@ def _fields(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         ("logprobs", "unsupported_parameter", {"logprobs": True, "top_logprobs": 20}),
         ("an unknown option of 100,000 characters", "invalid_value", {"cappy": {"x" * 100_000: 1}}),
     ):
-        yield Hostile(name, 400, code, write.post(CHAT, {"model": serving.model_name, "messages": HI, **fields}))
+        yield HostileRequest(name, 400, code, write.post(CHAT, {"model": serving.model_name, "messages": HI, **fields}))
     for model in ("../../etc/passwd", "s3://bucket/model", "x" * 100_000):
-        yield Hostile(f"model = {model[:20]}", 404, "model_not_found", write.post(CHAT, {"model": model, "messages": HI}))
+        yield HostileRequest(f"model = {model[:20]}", 404, "model_not_found", write.post(CHAT, {"model": model, "messages": HI}))
     nul = {"model": serving.model_name, "messages": [{"role": "user", "content": "a\0b"}], "max_tokens": 2, "cappy": {"candidates": 2}}
-    yield Hostile("NUL in a prompt, which is allowed", 200, None, write.post(CHAT, nul))
+    yield HostileRequest("NUL in a prompt, which is allowed", 200, None, write.post(CHAT, nul))
 
 
-def _texts(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
+def _texts(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileRequest]:
     """Yield text completions above a limit, or with parameters that are not supported."""
     for name, code, fields in (
         ("50,000 prompts in one request", "invalid_value", {"prompt": ["x"] * 50_000}),
@@ -216,10 +216,10 @@ def _texts(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         ("decodings that are paths", "invalid_value", {"prompt": "x", "cappy": {"decodings": ["../../etc/passwd"]}}),
         ("100,000 decodings", "invalid_value", {"prompt": "x", "cappy": {"decodings": ["greedy"] * 100_000}}),
     ):
-        yield Hostile(f"completions: {name}", 400, code, write.post(TEXT, {"model": serving.model_name, **fields}))
+        yield HostileRequest(f"completions: {name}", 400, code, write.post(TEXT, {"model": serving.model_name, **fields}))
 
 
-def _scoring(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
+def _scoring(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileRequest]:
     """Yield requests to the scorer above a limit."""
     scorer = {"model": serving.scorer_name}
     most = serving.max_pairs
@@ -234,26 +234,26 @@ def _scoring(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         ("100,000 documents that are numbers", "/v1/rerank", {"query": "q", "documents": [1] * 100_000}),
         ("top_n = -1", "/v2/rerank", {"query": "q", "documents": ["a"], "top_n": -1}),
     ):
-        yield Hostile(name, 400, "invalid_value", write.post(path, {**scorer, **fields}))
+        yield HostileRequest(name, 400, "invalid_value", write.post(path, {**scorer, **fields}))
     nul = {**scorer, "text_1": "\0", "text_2": ["", "\0", "\u202e\ufeff"]}
-    yield Hostile("NUL and empty texts to score", 200, None, write.post("/v1/score", nul))
+    yield HostileRequest("NUL and empty texts to score", 200, None, write.post("/v1/score", nul))
 
 
-def _http(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
+def _http(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileRequest]:
     """Yield requests with hostile methods, paths, headers and protocols."""
     good = {"model": serving.model_name, "messages": HI}
     for kind in ("text/plain", "application/x-www-form-urlencoded", None):
-        yield Hostile(f"Content-Type {kind}", 415, "unsupported_media_type", write.post(CHAT, good, kind=kind))
-    yield Hostile("a gzip bomb's header", 415, "unsupported_media_type", write.post(CHAT, good, "Content-Encoding: gzip"))
+        yield HostileRequest(f"Content-Type {kind}", 415, "unsupported_media_type", write.post(CHAT, good, kind=kind))
+    yield HostileRequest("a gzip bomb's header", 415, "unsupported_media_type", write.post(CHAT, good, "Content-Encoding: gzip"))
     for method in ("GET", "DELETE", "OPTIONS", "HEAD"):
         code = None if method == "HEAD" else "method_not_allowed"  # an answer to HEAD has no body
-        yield Hostile(f"{method} of the chat route", 405, code, write.get(CHAT, method=method))
+        yield HostileRequest(f"{method} of the chat route", 405, code, write.get(CHAT, method=method))
     for path in ("//v1/chat/completions", "/v1/%2e%2e/metrics", "/v1/../metrics", "/v1/chat/completions/", "/V1/MODELS", "/%00"):
-        yield Hostile(f"path {path}", 404, "not_found", write.get(path))
+        yield HostileRequest(f"path {path}", 404, "not_found", write.get(path))
     for path in ("/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/v1/models/" + "x" * 5000):
-        yield Hostile(f"path {path[:40]}", 404, "model_not_found", write.get(path))
-    yield Hostile("a URL of 20,000 bytes", 414, "uri_too_long", write.get("/v1/models?" + "x" * 20_000))
-    yield Hostile(
+        yield HostileRequest(f"path {path[:40]}", 404, "model_not_found", write.get(path))
+    yield HostileRequest("a URL of 20,000 bytes", 414, "uri_too_long", write.get("/v1/models?" + "x" * 20_000))
+    yield HostileRequest(
         "headers of 100,000 bytes", 431, "headers_too_large", write.get("/v1/models", *(f"X-{n}: {'x' * 1000}" for n in range(100)))
     )
     for header in (
@@ -264,20 +264,20 @@ def _http(write: Writer, serving: ServingConfig) -> Iterator[Hostile]:
         "X-Session-Id: x",
         "X-Serve-Router-Replica: x",
     ):
-        yield Hostile(f"the header {header}", 400, "unsupported_header", write.post(CHAT, good, header))
-    yield Hostile("unknown query parameters", 200, None, write.get("/v1/models?__proto__=1&limit=-1"))
+        yield HostileRequest(f"the header {header}", 400, "unsupported_header", write.post(CHAT, good, header))
+    yield HostileRequest("unknown query parameters", 200, None, write.get("/v1/models?__proto__=1&limit=-1"))
     # Without keys a server on loopback accepts only the host names of its machine.
     status, code = (200, None) if write.key else (403, "forbidden")
-    yield Hostile("an invalid Host", status, code, write.get("/v1/models").replace(b"Host: localhost", b"Host: [::"))
+    yield HostileRequest("an invalid Host", status, code, write.get("/v1/models").replace(b"Host: localhost", b"Host: [::"))
     twice = write.post(CHAT, good, "Transfer-Encoding: chunked")
-    yield Hostile("two body lengths (request smuggling)", 400, None, twice)
-    yield Hostile("an unknown method", 400, None, write.get("/v1/models", method="HACK"))
-    yield Hostile("a TLS handshake instead of HTTP", 400, None, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 200)
+    yield HostileRequest("two body lengths (request smuggling)", 400, None, twice)
+    yield HostileRequest("an unknown method", 400, None, write.get("/v1/models", method="HACK"))
+    yield HostileRequest("a TLS handshake instead of HTTP", 400, None, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 200)
     websocket = ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")
-    yield Hostile("a WebSocket", 403, None, write.get(CHAT, *websocket))
+    yield HostileRequest("a WebSocket", 403, None, write.get(CHAT, *websocket))
 
 
-def _keys(write: Writer) -> Iterator[Hostile]:
+def _keys(write: RequestWriter) -> Iterator[HostileRequest]:
     """Yield requests without the key, or with almost the right key."""
     (right,) = write.key
     for name, line, header in (
@@ -291,10 +291,10 @@ def _keys(write: Writer) -> Iterator[Hostile]:
         ("//health, which is not /health", "GET //health", "X: y"),
         ("an unknown path without a key", "GET /no/such/path", "X: y"),
     ):
-        yield Hostile(name, 401, "invalid_api_key", write.bare(line, header))
+        yield HostileRequest(name, 401, "invalid_api_key", write.bare(line, header))
 
 
-def table(rows: Sequence[tuple[Hostile, Answer]]) -> str:
+def table(rows: Sequence[tuple[HostileRequest, Answer]]) -> str:
     """Return requests and answers as Markdown."""
     lines = ["| request | answer | code | seconds |", "| --- | --: | --- | --: |"]
     for hostile, answer in rows:
@@ -311,7 +311,7 @@ def main() -> None:
     if arguments.url is None and arguments.key is not None:
         parser.error("--key is given without a url, and the server started here has no keys; give the url of your server")
     if arguments.url is not None:
-        check(arguments.url, arguments.key)
+        check_server(arguments.url, arguments.key)
         return
     # Imported here because a check of a running server needs no model.
     from benchmarks import servers
@@ -319,14 +319,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cappy-hostile-") as name:
         servers.write_scorer(Path(name) / "scorer", 0)
         with servers.ours(load("demo", [f"workspace={name}"]), Path(name)) as server:
-            check(server.url)
+            check_server(server.url)
 
 
-def check(url: str, key: str | None = None) -> None:
+def check_server(url: str, key: str | None = None) -> None:
     """Send all requests, print the answers, and exit with an error if an answer differs from the documented one."""
-    asked = requests(ServingConfig(), key)
+    asked = hostile_requests(ServingConfig(), key)
     with ThreadPoolExecutor(4) as pool:
-        rows = list(zip(asked, pool.map(lambda each: ask(url, each), asked), strict=True))
+        rows = list(zip(asked, pool.map(lambda each: send(url, each), asked), strict=True))
     print(table(rows))
     wrong = [
         f"{each.name}: {answer.status} {answer.code}" for each, answer in rows if (answer.status, answer.code) != (each.status, each.code)

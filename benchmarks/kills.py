@@ -78,7 +78,7 @@ def content(place: str) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-class Watch:
+class CommitWatcher:
     """Record when each finished unit was first found in the store, and its rows."""
 
     def __init__(self, place: str) -> None:
@@ -112,7 +112,7 @@ def one_run(victim: str, source: str, place: str, folder: Path, moment: float) -
     """Run `cappy generate` to its end with one kill `moment` seconds after the first sample; return the outcome."""
     log = folder / "log"
     log.touch()
-    watch = Watch(place)
+    watch = CommitWatcher(place)
     address, kill_node, tear_down = _nodes() if victim == "node" else (None, None, None)
     driver = launch(source, place, log, address)
     deadline = time.monotonic() + _ALL_S

@@ -46,7 +46,7 @@ def quantiles(values: Sequence[float], *shares: float) -> list[float]:
     return [float(value) for value in np.quantile(values, shares)] if values else [float("nan")] * len(shares)
 
 
-async def closed(url: str, bodies: Sequence[Body], clients: int) -> list[Answer]:
+async def closed_loop(url: str, bodies: Sequence[Body], clients: int) -> list[Answer]:
     """Post the bodies with `clients` clients, which wait for an answer before the next request; return answers in order of arrival."""
     answers: list[Answer] = []
     waiting = iter(bodies)
@@ -61,7 +61,7 @@ async def closed(url: str, bodies: Sequence[Body], clients: int) -> list[Answer]
     return answers
 
 
-async def opened(url: str, bodies: Iterable[Body], moments: Sequence[float]) -> list[Answer]:
+async def open_loop(url: str, bodies: Iterable[Body], moments: Sequence[float]) -> list[Answer]:
     """Post one body at each time of `moments`, without waiting for earlier answers; return the answers in order of `moments`."""
     tasks = []
     async with _session() as session:
@@ -72,7 +72,7 @@ async def opened(url: str, bodies: Iterable[Body], moments: Sequence[float]) -> 
         return list(await asyncio.gather(*tasks))
 
 
-def rate(answers: Sequence[Answer], clients: int) -> float:
+def closed_loop_rate(answers: Sequence[Answer], clients: int) -> float:
     """Return the answers per second of a closed loop, without its first and last `clients` answers.
 
     All clients are busy in between. At the end, one long request alone would lower the rate. Raises `ValueError` if there are fewer
@@ -84,7 +84,7 @@ def rate(answers: Sequence[Answer], clients: int) -> float:
     return (len(ends) - 2 * clients) / (ends[-clients - 1] - ends[clients - 1])
 
 
-def seconds(answers: Sequence[Answer]) -> float:
+def duration_s(answers: Sequence[Answer]) -> float:
     """Return the duration of a load in seconds, from its start to its last answer."""
     return max(answer.due + answer.latency for answer in answers)
 

@@ -13,7 +13,7 @@ MIB = 1 << 20
 _INTERVAL_S = 0.25
 
 
-class Peaks:
+class PeakMemory:
     """Peak private memory (RSS minus shared pages, in bytes) of a process, as `driver`, and of the largest Ray worker of each role.
 
     `roles` maps a part of a Ray worker's title to the name of its role; the first match counts.

@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.memory import MIB, Peaks, report
+from benchmarks.memory import MIB, PeakMemory, report
 from benchmarks.synthetic import WORDS, SyntheticLLM, text
 from cluster import artifacts, ports
 from cluster.config import load
@@ -46,7 +46,7 @@ def write_source(path: Path, rows: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-class RunMonitor(Peaks):
+class RunMonitor(PeakMemory):
     """The peak memory of a run, and its progress by the Prometheus metrics at `port`."""
 
     def __init__(self, pid: int, port: int) -> None:

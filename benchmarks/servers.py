@@ -80,7 +80,7 @@ class Server:
         return sums
 
 
-class MemoryWatch:
+class MemorySampler:
     """Measure a server's memory every `every_s` seconds inside the block: `samples` has (seconds since start, MiB by role)."""
 
     def __init__(self, server: Server, every_s: float = 5.0) -> None:
@@ -88,7 +88,7 @@ class MemoryWatch:
         self._server, self._every, self._over = server, every_s, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> MemoryWatch:
+    def __enter__(self) -> MemorySampler:
         self._start = time.monotonic()
         self._thread.start()
         return self

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import servers
-from benchmarks.load import Answer, Body, arrivals, closed, opened, quantiles, rate, seconds
+from benchmarks.load import Answer, Body, arrivals, closed_loop, closed_loop_rate, duration_s, open_loop, quantiles
 from cluster.config import Config, load
 from cluster.progress import log
 from generation import few_shot
@@ -76,7 +76,7 @@ class Prompts:
         return [self._bodies[place % len(self._bodies)] for place in range(start, self.place)]
 
 
-def wrong(answers: Sequence[Answer], choices: int = 1) -> list[Answer]:
+def failed(answers: Sequence[Answer], choices: int = 1) -> list[Answer]:
     """Return the answers that are errors, or that do not have `choices` choices."""
     return [each for each in answers if each.status != 200 or len(each.tree["choices"]) != choices]
 
@@ -96,26 +96,26 @@ def compare(config: Config, folder: Path, prompts: Prompts, options: argparse.Na
         offered = 0.0
         place = prompts.place
         with servers.vllms(config, folder, settings="own") as server:
-            full = busy(server, prompts.vllms, options)
-        rates["plain"].append(rate(full, options.clients))
-        errors += wrong(full, options.candidates)
+            full = saturate(server, prompts.vllms, options)
+        rates["plain"].append(closed_loop_rate(full, options.clients))
+        errors += failed(full, options.candidates)
         log(f"turn {turn + 1} of {options.turns}, vllm with its defaults: {rates['plain'][-1]:.2f} answers/s")
         for side, start in (("vllm", servers.vllms), ("ours", servers.ours)):
             prompts.place = place  # both sides send the same prompts, to an empty prefix cache
             choices = options.candidates if side == "vllm" else 1
             draw = prompts.vllms if side == "vllm" else prompts.ours
             with start(config, folder) as server:
-                asyncio.run(closed(server.chat, draw(_WARM), options.clients))
+                asyncio.run(closed_loop(server.chat, draw(_WARM), options.clients))
                 before = server.cpu_seconds()
-                full = asyncio.run(closed(server.chat, draw(options.requests), options.clients))
+                full = asyncio.run(closed_loop(server.chat, draw(options.requests), options.clients))
                 cpu[side].update({role: spent - before.get(role, 0.0) for role, spent in server.cpu_seconds().items()})
-                loaded[side] += seconds(full)
-                rates[side].append(rate(full, options.clients))
+                loaded[side] += duration_s(full)
+                rates[side].append(closed_loop_rate(full, options.clients))
                 offered = offered or RATES[options.rate] * rates[side][-1]
                 moments = arrivals(offered, options.seconds, options.seed + turn)
-                part = asyncio.run(opened(server.chat, draw(len(moments)), moments))
+                part = asyncio.run(open_loop(server.chat, draw(len(moments)), moments))
             answers[side] += part
-            errors += wrong([*full, *part], choices)
+            errors += failed([*full, *part], choices)
             middle, late = quantiles(latencies(part), 0.5, 0.99)
             log(
                 f"turn {turn + 1} of {options.turns}, {side}: {rates[side][-1]:.2f} answers/s; "
@@ -160,16 +160,16 @@ def _shares(spent: Counter[str], loaded_s: float) -> dict[str, float]:
 def soak(config: Config, folder: Path, prompts: Prompts, options: argparse.Namespace) -> dict[str, Any]:
     """Run a steady load for `--minutes`; return errors, and the memory of each role in the first and the last quarter."""
     with servers.ours(config, folder) as server:
-        offered = RATES[options.rate] * rate(busy(server, prompts.ours, options), options.clients)
+        offered = RATES[options.rate] * closed_loop_rate(saturate(server, prompts.ours, options), options.clients)
         moments = arrivals(offered, 60 * options.minutes, options.seed)
         log(f"{len(moments)} requests in {options.minutes:g} minutes, {offered:.2f} per second")
-        with servers.MemoryWatch(server) as watch:
-            answers = asyncio.run(opened(server.chat, prompts.ours(len(moments)), moments))
-    quarter = len(watch.samples) // 4
-    roles = watch.samples[-1][1]
-    early, late = watch.samples[: max(1, quarter)], watch.samples[-max(1, quarter) :]
+        with servers.MemorySampler(server) as sampler:
+            answers = asyncio.run(open_loop(server.chat, prompts.ours(len(moments)), moments))
+    quarter = len(sampler.samples) // 4
+    roles = sampler.samples[-1][1]
+    early, late = sampler.samples[: max(1, quarter)], sampler.samples[-max(1, quarter) :]
     memory = {role: [round(statistics.median(sample.get(role, 0.0) for _, sample in some), 1) for some in (early, late)] for role in roles}
-    bad = wrong(answers)
+    bad = failed(answers)
     for role, (first, last) in memory.items():
         print(f"{role:<12} {first:>9.1f} MiB in the first quarter, {last:>9.1f} in the last: {last / first:.3f}")
     return {
@@ -190,10 +190,10 @@ def overload(config: Config, folder: Path, prompts: Prompts, options: argparse.N
     Capacity is the throughput of a closed loop with `serving.max_concurrency` clients. The latency of answered requests is compared with
     the latency in that loop.
     """
-    with servers.ours(config, folder) as server, servers.MemoryWatch(server, 1.0) as watch:
-        asyncio.run(closed(server.chat, prompts.ours(_WARM), options.clients))
-        full = asyncio.run(closed(server.chat, prompts.ours(options.requests), config.serving.max_concurrency))
-        capacity = rate(full, config.serving.max_concurrency)
+    with servers.ours(config, folder) as server, servers.MemorySampler(server, 1.0) as sampler:
+        asyncio.run(closed_loop(server.chat, prompts.ours(_WARM), options.clients))
+        full = asyncio.run(closed_loop(server.chat, prompts.ours(options.requests), config.serving.max_concurrency))
+        capacity = closed_loop_rate(full, config.serving.max_concurrency)
         log(f"capacity: {capacity:.2f} answers/s with {config.serving.max_concurrency} clients")
         parts = {}
         for name, offered, length in (
@@ -202,11 +202,11 @@ def overload(config: Config, folder: Path, prompts: Prompts, options: argparse.N
             ("after", RATES["moderate"] * capacity, _BEFORE_S),
         ):
             moments = arrivals(offered, length, options.seed)
-            began = len(watch.samples)
-            parts[name] = asyncio.run(opened(server.chat, prompts.ours(len(moments)), moments))
-            peak = max(sum(sample.values()) for _, sample in watch.samples[began:])
+            began = len(sampler.samples)
+            parts[name] = asyncio.run(open_loop(server.chat, prompts.ours(len(moments)), moments))
+            peak = max(sum(sample.values()) for _, sample in sampler.samples[began:])
             log(f"{name}: {len(moments)} requests, {dict(Counter(each.status for each in parts[name]))}, {peak:.0f} MiB at most")
-        memory = [round(sum(sample.values())) for _, sample in watch.samples]
+        memory = [round(sum(sample.values())) for _, sample in sampler.samples]
     served = [each for each in parts["over"] if each.status == 200]
     refused = [each for each in parts["over"] if each.status in (429, 503)]
     kept, base = quantiles(latencies(served), 0.5, 0.99), quantiles(latencies(full), 0.5, 0.99)
@@ -215,10 +215,10 @@ def overload(config: Config, folder: Path, prompts: Prompts, options: argparse.N
         **_rounded("refusal_s", quantiles(latencies(refused), 0.5, 0.99), 3),
         "refused": dict(Counter(each.status for each in refused)),
         "answered": len(served),
-        "errors": len(parts["over"]) - len(served) - len(refused) + len(wrong(parts["before"])) + len(wrong(parts["after"])),
+        "errors": len(parts["over"]) - len(served) - len(refused) + len(failed(parts["before"])) + len(failed(parts["after"])),
         **_rounded("recovered_latency_ratio", _ratios(parts["after"], parts["before"]), 2),
         "capacity": round(capacity, 3),
-        "goodput": round(len(served) / seconds(served), 3),
+        "goodput": round(len(served) / duration_s(served), 3),
         "offered": round(len(parts["over"]) / options.seconds, 1),
         **_rounded("latency_at_capacity", base, 2),
         **_rounded("latency", kept, 2),
@@ -231,10 +231,10 @@ def _ratios(one: Sequence[Answer], two: Sequence[Answer]) -> list[float]:
     return [mine / theirs for mine, theirs in pairs]
 
 
-def busy(server: servers.Server, draw: Callable[[int], list[Body]], options: argparse.Namespace) -> list[Answer]:
+def saturate(server: servers.Server, draw: Callable[[int], list[Body]], options: argparse.Namespace) -> list[Answer]:
     """Return the answers to `--requests` bodies in a closed loop of `--clients` clients, after a warm-up."""
-    asyncio.run(closed(server.chat, draw(_WARM), options.clients))
-    return asyncio.run(closed(server.chat, draw(options.requests), options.clients))
+    asyncio.run(closed_loop(server.chat, draw(_WARM), options.clients))
+    return asyncio.run(closed_loop(server.chat, draw(options.requests), options.clients))
 
 
 def _rounded(name: str, values: Sequence[float], digits: int) -> dict[str, float]:

@@ -39,8 +39,7 @@ import ray
 from ray import serve
 
 from benchmarks import servers, serving
-from benchmarks.load import Answer, arrivals, opened
-from benchmarks.load import rate as capacity
+from benchmarks.load import Answer, arrivals, closed_loop_rate, open_loop
 from cluster.config import Config
 from cluster.progress import log
 from serving import app
@@ -54,7 +53,7 @@ _ENGINE_ENDS_S = 15.0
 
 def failures(answers: Sequence[Answer]) -> dict[str, Any]:
     """Return the counts of answers, failures (also by status and code) and fallbacks, with one error message as an example (`told`)."""
-    bad = serving.wrong(answers)
+    bad = serving.failed(answers)
     errors = [each.tree.get("error", {}) for each in bad]
     kinds = Counter(f"{each.status} {error.get('code')}" for each, error in zip(bad, errors, strict=True))
     fallbacks = sum(bool(each.tree.get("cappy", {}).get("fallback")) for each in answers)
@@ -63,7 +62,7 @@ def failures(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 async def scorers_killed(server: servers.Server, bodies: list[Any], moments: list[float]) -> dict[str, Any]:
-    loading = asyncio.create_task(opened(server.chat, bodies, moments))
+    loading = asyncio.create_task(open_loop(server.chat, bodies, moments))
     kills, checks = 0, int(moments[-1] / _KILL_EVERY_S)
     for _ in range(checks):
         await asyncio.sleep(_KILL_EVERY_S)
@@ -78,7 +77,7 @@ async def scorers_killed(server: servers.Server, bodies: list[Any], moments: lis
 
 async def llm_killed(server: servers.Server, bodies: list[Any], moments: list[float]) -> dict[str, Any]:
     start = time.perf_counter()
-    loading = asyncio.create_task(opened(server.chat, bodies, sorted([*moments, *[_LLM_KILL_S - 0.5] * _LLM_HAS])))
+    loading = asyncio.create_task(open_loop(server.chat, bodies, sorted([*moments, *[_LLM_KILL_S - 0.5] * _LLM_HAS])))
     await asyncio.sleep(_LLM_KILL_S)
     (replica,) = server.of("llm")
     engines = replica.children(recursive=True)
@@ -87,7 +86,7 @@ async def llm_killed(server: servers.Server, bodies: list[Any], moments: list[fl
     log(f"killed the LLM's replica after {killed:.1f} s")
     answers = await loading
     later = [each.due + each.latency for each in answers if each.due > killed and each.status == 200]
-    bad = serving.wrong(answers)
+    bad = serving.failed(answers)
     left = psutil.wait_procs(engines, timeout=_ENGINE_ENDS_S)[1]
     return {
         **failures(answers),
@@ -101,7 +100,7 @@ async def llm_killed(server: servers.Server, bodies: list[Any], moments: list[fl
 async def updated(server: servers.Server, bodies: list[Any], moments: list[float], config: Config) -> dict[str, Any]:
     start = time.perf_counter()
     before = set(server.family())
-    loading = asyncio.create_task(opened(server.chat, bodies, [0.0] * _AT_ONCE + moments))
+    loading = asyncio.create_task(open_loop(server.chat, bodies, [0.0] * _AT_ONCE + moments))
     await asyncio.sleep(1)
     await asyncio.to_thread(serve.run, app.build_application(config), name=app.APPLICATION, route_prefix="/")
     took = time.perf_counter() - start - 1
@@ -164,7 +163,7 @@ def run_victims(config: Config, folder: Path, prompts: serving.Prompts, options:
             # /health needs one replica. Serve stops a deployment whose replicas fail before all have run once.
             while running("Scorer") < count:
                 time.sleep(0.5)
-            rate = serving.RATES[options.rate] * capacity(serving.busy(server, prompts.ours, options), options.clients)
+            rate = serving.RATES[options.rate] * closed_loop_rate(serving.saturate(server, prompts.ours, options), options.clients)
             log(f"{rate:.2f} requests per second")
             for name in wanted:
                 moments = arrivals(rate, options.seconds, options.seed)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import serving
-from benchmarks.load import Answer, rate
+from benchmarks.load import Answer, closed_loop_rate
 from cluster.config import Config, VLLMConfig
 from cluster.progress import log
 from generation.engines.vllm import VLLMEngine
@@ -30,7 +30,7 @@ from generation.engines.vllm import VLLMEngine
 _WARM = 24
 
 
-async def pools(config: Config, bodies: Sequence[dict[str, Any]], clients: int, candidates: int) -> float:
+async def pools_per_second(config: Config, bodies: Sequence[dict[str, Any]], clients: int, candidates: int) -> float:
     """Start an engine and return the pools per second that it samples for the bodies, after a warm-up."""
     assert isinstance(config.sampler.engine, VLLMConfig)
     engine = VLLMEngine(config.sampler.model, config.sampler.engine)
@@ -51,7 +51,7 @@ async def pools(config: Config, bodies: Sequence[dict[str, Any]], clients: int, 
             answers.clear()
             waiting = iter(enumerate(some))
             await asyncio.gather(*(client(waiting) for _ in range(clients)))
-        return rate(answers, clients)
+        return closed_loop_rate(answers, clients)
     finally:
         engine.close()
 
@@ -69,7 +69,7 @@ def main() -> int:
         for side, shared in (("each", False), ("once", True)):
             engine = config.sampler.engine.model_copy(update={"share_prefill": shared})
             shared_config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"engine": engine})})
-            rates[side].append(asyncio.run(pools(shared_config, bodies, options.clients, options.candidates)))
+            rates[side].append(asyncio.run(pools_per_second(shared_config, bodies, options.clients, options.candidates)))
             log(f"turn {turn + 1} of {options.turns}, prefilled {side}: {rates[side][-1]:.2f} pools/s")
     result = {
         "speedup": round(statistics.median(once / each for once, each in zip(rates["once"], rates["each"], strict=True)), 3),

@@ -66,7 +66,7 @@ def launch(config: Config, folder: Path, nodes: Nodes | None = None) -> subproce
         return subprocess.Popen(command, env=environment, start_new_session=True, stderr=told)
 
 
-def taken(folder: Path) -> list[tuple[int, float, int]]:
+def logged_steps(folder: Path) -> list[tuple[int, float, int]]:
     """Return the workers' log: step, time and process id of each finished step."""
     log = folder / "steps.log"
     lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
@@ -105,7 +105,7 @@ class Nodes:
         self._cluster.shutdown()
 
 
-def broken(config: Config, folder: Path, moments: list[int], victims: list[str]) -> list[dict[str, Any]]:
+def run_with_kills(config: Config, folder: Path, moments: list[int], victims: list[str]) -> list[dict[str, Any]]:
     """Run to the end with one kill at each step of `moments`, alternating between `victims`; return the cost of each kill."""
     costs: list[dict[str, Any]] = []
     nodes = Nodes() if "node" in victims else None
@@ -119,20 +119,20 @@ def broken(config: Config, folder: Path, moments: list[int], victims: list[str])
             while not before or before[-1][0] < moment:
                 assert driver.poll() is None and time.monotonic() < deadline, (folder / "stderr").read_text()[-2000:]
                 time.sleep(_STEP_S / 2)
-                before = taken(folder)
+                before = logged_steps(folder)
             if victim == "worker":
                 psutil.Process(before[-1][2]).kill()
             elif victim == "driver":
                 kill(driver)
             elif nodes:
                 nodes.kill(before[-1][2])
-            killed, before = time.time(), taken(folder)
+            killed, before = time.time(), logged_steps(folder)
             if victim == "driver":
                 driver = launch(config, folder, nodes)
-            while len(taken(folder)) == len(before):
+            while len(logged_steps(folder)) == len(before):
                 assert driver.poll() is None and time.monotonic() < deadline, (folder / "stderr").read_text()[-2000:]
                 time.sleep(0.05)
-            first = taken(folder)[len(before)]
+            first = logged_steps(folder)[len(before)]
             redone = before[-1][0] + 1 - first[0]
             costs.append({"victim": victim, "at_step": before[-1][0], "redone": redone, "seconds": first[1] - killed})
             bar.advance(note=f"{victim} at step {before[-1][0]}: {redone} steps repeated")
@@ -175,12 +175,12 @@ def main() -> int:
             (folder / run).mkdir()
             configs[run] = Config.model_validate({**tree, "workspace": str(folder / run)})
         assert launch(configs["whole"], folder / "whole").wait(_ALL_S) == 0, (folder / "whole/stderr").read_text()[-2000:]
-        steps = len(taken(folder / "whole"))
+        steps = len(logged_steps(folder / "whole"))
         log_line(f"unbroken: {steps} steps")
         moments = sorted(random.Random(options.seed).sample(range(1, steps - 1), options.kills))
-        costs = broken(configs["killed"], folder / "killed", moments, options.victims)
+        costs = run_with_kills(configs["killed"], folder / "killed", moments, options.victims)
         whole, killed = outcome(configs["whole"]), outcome(configs["killed"])
-        log = [step for step, _, _ in taken(folder / "killed")]
+        log = [step for step, _, _ in logged_steps(folder / "killed")]
     redone = len(log) - len(set(log))
     result = {
         "kills": len(costs),

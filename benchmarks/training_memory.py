@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import synthetic
-from benchmarks.memory import MIB, Peaks, report
+from benchmarks.memory import MIB, PeakMemory, report
 from cluster import artifacts
 from cluster.config import Config, load
 from cluster.progress import log
@@ -42,7 +42,7 @@ def measure_run(pairs: int, folder: Path) -> dict[str, Any]:
     )
     (workspace / "run.yaml").write_text(config.to_yaml())
     driver = subprocess.Popen([sys.executable, "-m", "benchmarks.training_memory", "--drive", str(workspace / "run.yaml")])
-    peaks = Peaks(driver.pid, {"RayTrainWorker": "worker"})
+    peaks = PeakMemory(driver.pid, {"RayTrainWorker": "worker"})
     code = driver.wait()
     peaks.end()
     if code:

@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from benchmarks.load import Answer, arrivals, closed, opened, quantiles, rate, seconds
+from benchmarks.load import Answer, arrivals, closed_loop, closed_loop_rate, duration_s, open_loop, quantiles
 
 
 def test_arrivals_have_their_rate_and_repeat_with_their_seed():
@@ -45,22 +45,22 @@ async def server():
 
 
 async def test_latency_counts_from_when_a_request_was_due(server):
-    answers = await opened(server, [{"busy": 0.2}, {"busy": 0.2}, {"status": 503}], [0.0, 0.01, 0.02])
+    answers = await open_loop(server, [{"busy": 0.2}, {"busy": 0.2}, {"status": 503}], [0.0, 0.01, 0.02])
     assert [each.due for each in answers] == [0.0, 0.01, 0.02]
     assert [each.status for each in answers] == [200, 200, 503]
     # The second request is sent late, because the first blocks the event loop. Its latency counts from its due time.
     assert max(each.latency for each in answers[:2]) > 0.38
-    assert seconds(answers) >= 0.4
+    assert duration_s(answers) >= 0.4
 
 
 async def test_clients_without_a_pause_send_every_body_once(server):
-    answers = await closed(server, [{"number": number} for number in range(20)], clients=3)
+    answers = await closed_loop(server, [{"number": number} for number in range(20)], clients=3)
     assert sorted(each.tree["number"] for each in answers) == list(range(20))
     assert 1 <= max(each.tree["most"] for each in answers) <= 3
 
 
 async def test_a_broken_connection_counts_as_an_answer_with_status_0():
-    (answer,) = await opened("http://127.0.0.1:9/", [{}], [0.0])
+    (answer,) = await open_loop("http://127.0.0.1:9/", [{}], [0.0])
     assert answer.status == 0 and "Connect" in answer.tree["error"]["message"]
 
 
@@ -68,6 +68,6 @@ def test_a_rate_counts_only_while_all_clients_are_busy():
     """Two clients get one answer per second each; the last answer takes a minute."""
     answers = [Answer(float(turn), 1.0, 200) for turn in range(6) for _ in range(2)]
     answers[-1] = replace(answers[-1], latency=60.0)
-    assert rate(answers, 2) == pytest.approx(2.0)
+    assert closed_loop_rate(answers, 2) == pytest.approx(2.0)
     with pytest.raises(ValueError, match="12 answers to 5 clients are too few for a rate; send at least 15 requests"):
-        rate(answers, 5)
+        closed_loop_rate(answers, 5)

@@ -417,11 +417,11 @@ def test_hostile_requests_are_turned_away_before_the_engine_and_the_server_answe
         families = text_string_to_metric_families(httpx.get(f"{server[0]}/metrics").text)
         return sum(each.value for family in families for each in family.samples if each.name == "cappy_serving_candidates_total")
 
-    def ask(rows: list[hostile.Hostile]) -> list[tuple[hostile.Hostile, hostile.Answer]]:
+    def ask(rows: list[hostile.HostileRequest]) -> list[tuple[hostile.HostileRequest, hostile.Answer]]:
         with ThreadPoolExecutor(8) as pool:
-            return list(zip(rows, pool.map(lambda each: hostile.ask(server[0], each), rows), strict=True))
+            return list(zip(rows, pool.map(lambda each: hostile.send(server[0], each), rows), strict=True))
 
-    every = hostile.requests(ServingConfig())
+    every = hostile.hostile_requests(ServingConfig())
     before = drawn()
     refused = ask([each for each in every if each.status != 200])
     assert drawn() == before

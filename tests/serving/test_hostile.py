@@ -6,7 +6,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.hostile import HI, Hostile, ask, requests
+from benchmarks.hostile import HI, HostileRequest, hostile_requests, send
 from cluster.config import Config, ServingConfig
 from serving.api_keys import create_key
 from serving.gateway import build_api
@@ -38,11 +38,11 @@ def server() -> Iterator[tuple[str, Counting]]:
         yield url, backend
 
 
-@pytest.mark.parametrize("hostile", requests(SERVING, KEY), ids=lambda each: each.name.replace("/", "|")[:40])
-def test_a_hostile_request_is_told_what_is_wrong_before_a_model_sees_it(hostile: Hostile, server):
+@pytest.mark.parametrize("hostile", hostile_requests(SERVING, KEY), ids=lambda each: each.name.replace("/", "|")[:40])
+def test_a_hostile_request_is_told_what_is_wrong_before_a_model_sees_it(hostile: HostileRequest, server):
     url, backend = server
     before = backend.calls
-    answer = ask(url, hostile)
+    answer = send(url, hostile)
     assert (answer.status, answer.code) == (hostile.status, hostile.code), answer.body
     assert answer.status == 200 or backend.calls == before
     # Nothing large of the client's own comes back, and nothing of ours.

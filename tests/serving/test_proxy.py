@@ -16,8 +16,8 @@ from cluster import ports
 from cluster.config import Config, ServingConfig
 from serving import app, middleware
 
-STEERING = [each for each in hostile.requests(ServingConfig()) if each.code == "unsupported_header"]
-GOOD = hostile.Writer(None).post(hostile.CHAT, {"model": "cappy", "messages": hostile.HI})
+STEERING = [each for each in hostile.hostile_requests(ServingConfig()) if each.code == "unsupported_header"]
+GOOD = hostile.RequestWriter(None).post(hostile.CHAT, {"model": "cappy", "messages": hostile.HI})
 
 
 class Slow:
@@ -86,13 +86,13 @@ def test_a_request_whose_client_hangs_up_is_given_up(served):
 def test_a_header_that_steers_the_proxy_is_refused_and_nothing_is_begun(steering, served):
     url, folder = served
     before = sorted(folder.iterdir())
-    answer = hostile.ask(url, steering)
+    answer = hostile.send(url, steering)
     print(f"\n{hostile.table([(steering, answer)])}")
     assert (answer.status, answer.code) == (400, "unsupported_header"), answer.body
     assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
     abandon(url, steering.sent)
     # The gateway has read both when it has answered one more.
-    assert hostile.ask(url, hostile.Hostile("", 200, None, hostile.Writer(None).get("/health"))).status == 200
+    assert hostile.send(url, hostile.HostileRequest("", 200, None, hostile.RequestWriter(None).get("/health"))).status == 200
     assert sorted(folder.iterdir()) == before
 
 
