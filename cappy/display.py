@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.columns import Columns
@@ -11,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from generation.dataset import LABEL_BINS
+
+if TYPE_CHECKING:
+    from cappy.doctor import Finding
 
 _MIXTURE_ROWS = 40
 _DEAD_LETTERS = "dead_letters.jsonl"
@@ -331,3 +335,28 @@ def _method_cells(estimates: dict[str, dict[str, float]]) -> list[Text]:
         else Text(f"{each['mean']:.1f} ", style="dim" if method == "oracle" else "")
         for method, each in estimates.items()
     ]
+
+
+def show_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print the checks of `cappy doctor` as a table, with the fix below each failure."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for finding in findings:
+        mark = Text("ok", style="green") if finding.ok else Text("FAIL", style="bold red")
+        table.add_row(mark, finding.check, Text(finding.detail))
+        if finding.remedy:
+            table.add_row("", "", Text(f"-> {finding.remedy}", style="yellow"))
+    console.print(table)
+    bad = sum(not finding.ok for finding in findings)
+    verdict = f"{bad} of {len(findings)} checks failed" if bad else f"all {len(findings)} checks passed"
+    console.print(Text(verdict, style="red" if bad else "green"))
+
+
+def show_copy(result: dict[str, Any], console: Console) -> None:
+    """Print the summary of `cappy push` or `cappy pull`."""
+    state = (
+        f"{result['copied_files']} of {result['files']} files copied, {result['copied_bytes'] / 1e6:,.1f} MB at "
+        f"{result['mb_per_second']:,.0f} MB/s"
+        if result["copied_files"]
+        else f"all {result['files']} files are already there"
+    )
+    console.print(f"{result['kind']} {result['uri']}: {state}")

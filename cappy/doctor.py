@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from cluster import cache, storage
 from cluster import models as model_names
 from cluster.config import Config
@@ -75,20 +71,6 @@ def run_doctor(config: Config, *, models: bool = True) -> list[Finding]:
             status.update(f"checking {title}")
             findings.append(check())
     return findings
-
-
-def show(findings: list[Finding], console: Console) -> None:
-    """Print the findings as a table, remedies below what they mend."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for finding in findings:
-        mark = Text("ok", style="green") if finding.ok else Text("FAIL", style="bold red")
-        table.add_row(mark, finding.check, Text(finding.detail))
-        if finding.remedy:
-            table.add_row("", "", Text(f"-> {finding.remedy}", style="yellow"))
-    console.print(table)
-    bad = sum(not finding.ok for finding in findings)
-    verdict = f"{bad} of {len(findings)} checks failed" if bad else f"all {len(findings)} checks passed"
-    console.print(Text(verdict, style="red" if bad else "green"))
 
 
 def _python() -> Finding:

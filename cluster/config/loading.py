@@ -1,13 +1,14 @@
-"""Load a config: YAML file, then `--set section.key=value`; also fingerprints and differences of configs.
+"""Load a config: a YAML file, then single settings on top of it. Also fingerprints and differences of configs.
 
-Each layer overrides the one before. Every error names the file or the key, its value and the fix."""
+Imports no Ray and no model library. Every error names the file or the key, its value and the fix.
+"""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,14 +24,27 @@ from cluster.errors import UsageError
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "cappy" / "configs"
 
 
-def load(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Return the config of a YAML file (a path, or a name in `cappy/configs/`) with `section.key=value` overrides on top.
+def load(config: str | Path | Config | None = None, settings: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """Return a config with single settings changed.
 
-    Raises `UsageError` naming the file or the key, its value and what would be right.
+    Args:
+        config: The path of a YAML file, the name of a file in `cappy/configs/`, a `Config`, or None for the defaults.
+        settings: Changes by dotted key, either `{"training.epochs": 2}` or `["training.epochs=2"]`. The value in such a text is
+            read as YAML.
+
+    Raises:
+        UsageError: If the file cannot be read or a value is invalid. The message names the file or the key, the value and the fix.
+
+    Example: `load("demo", {"training.epochs": 2})`
     """
-    tree: dict[str, Any] = _read_yaml(source) if source else {}
-    for override in overrides:
-        _set(tree, override)
+    source = None if isinstance(config, Config) else config
+    tree: dict[str, Any] = config.model_dump(mode="json") if isinstance(config, Config) else _read_yaml(source) if source else {}
+    if isinstance(settings, Mapping):
+        for key, value in settings.items():
+            _assign(tree, key, value, f"{key}={value}")
+    else:
+        for override in settings:
+            _assign(tree, *_parse_override(override), f"--set {override}")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -38,13 +52,13 @@ def load(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Con
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that change with any value in `parts` (sections, or anything JSON can hold)."""
+    """Return 16 hex digits that change with any value in `parts` (sections, or any JSON value)."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Each leaf that differs between two plain trees, as `path: old -> new`."""
+    """Return each value that differs between two plain trees, as `path: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         changes = []
         for key in sorted(old.keys() | new.keys()):
@@ -75,44 +89,49 @@ def _read_yaml(source: str | Path) -> dict[str, Any]:
     return tree
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
-    """Put one `a.b=value` into a plain tree; the value is read as YAML (`3`, `true`, `[a, b]`, `null`)."""
-    path, equals, text = override.partition("=")
-    if not equals or not path.strip():
+def _parse_override(override: str) -> tuple[str, Any]:
+    """Return the key and the value of `a.b=value`. The value is read as YAML (`3`, `true`, `[a, b]`, `null`)."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
         raise UsageError(f"--set {override}: write it as section.key=value, e.g. --set training.epochs=2")
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
         value = text
-    *parents, leaf = path.strip().split(".")
+    return key.strip(), value
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any, shown: str) -> None:
+    """Set a dotted key of a plain tree. `shown` is the start of an error message: the change as the user wrote it."""
+    *parents, leaf = key.split(".")
     node: Any = tree
     for parent in parents:
-        node = _child(node, parent, override)
+        node = _child(node, parent, shown)
     if isinstance(node, list):
-        node[_index(node, leaf, override)] = value
+        node[_index(node, leaf, shown)] = value
     elif isinstance(node, dict):
         node[leaf] = value
     else:
-        raise UsageError(f"--set {override}: {'.'.join(parents)} holds a plain value, so it has no key {leaf!r}")
+        raise UsageError(f"{shown}: {'.'.join(parents)} holds a plain value, so it has no key {leaf!r}")
 
 
-def _child(node: Any, key: str, override: str) -> Any:
+def _child(node: Any, key: str, shown: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, key, override)]
+        return node[_index(node, key, shown)]
     if not isinstance(node, dict):
-        raise UsageError(f"--set {override}: the part before {key!r} holds a plain value, so it has no key {key!r}")
+        raise UsageError(f"{shown}: the part before {key!r} holds a plain value, so it has no key {key!r}")
     if node.get(key) is None:
         node[key] = {}
     return node[key]
 
 
-def _index(node: list[Any], key: str, override: str) -> int:
+def _index(node: list[Any], key: str, shown: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
-        raise UsageError(f"--set {override}: {key!r} is not a position in a list of {len(node)} (counted from 0)")
+        raise UsageError(f"{shown}: {key!r} is not a position in a list of {len(node)} (counted from 0)")
     return int(key)
 
 
-# Where a key holds one of several sections, pydantic puts the chosen kind into an error's path, after the key.
+# For a key with one of several sections, pydantic puts the chosen kind after the key in the location of an error.
 _KINDS: dict[Any, dict[Any, type[Section]]] = {
     "source": {"bigbench": BigBenchSource, "files": FilesSource, "hub": HubSource, "mixture": MixtureSource},
     "engine": {"vllm": VLLMConfig, "transformers": Seq2SeqConfig, "endpoint": EndpointConfig},
@@ -120,7 +139,7 @@ _KINDS: dict[Any, dict[Any, type[Section]]] = {
 
 
 def _explain(error: ValidationError, source: str | Path | None) -> str:
-    """Turn pydantic's first error into one line: file, key path, value, and what would be right."""
+    """Return pydantic's first error as one line: the file, the key, the value and the fix."""
     errors = [each for each in error.errors(include_url=False) if each["type"] != "default_factory_not_called"]
     first = errors[0]
     location = _without_kinds(first["loc"])
@@ -130,7 +149,7 @@ def _explain(error: ValidationError, source: str | Path | None) -> str:
     if first["type"] == "extra_forbidden":
         known = _known_keys(tuple(first["loc"]))
         close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        hint = f"did you mean {close[0]!r}?" if close else f"valid keys: {', '.join(known)}"
         return f"{where}unknown key {path}; {hint}{more}"
     message = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], dict | list) or not path:
@@ -139,12 +158,12 @@ def _explain(error: ValidationError, source: str | Path | None) -> str:
 
 
 def _without_kinds(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """The location as the file writes it."""
+    """Return the location as it is in the file."""
     return tuple(part for before, part in zip((None, *location), location, strict=False) if part not in _KINDS.get(before, ()))
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """The keys the section at `location` (whose last part is the unknown key) does know."""
+    """Return the valid keys of the section at `location`, whose last part is the unknown key."""
     model: Any = Config
     for before, part in zip((None, *location), location[:-1], strict=False):
         if isinstance(part, int):

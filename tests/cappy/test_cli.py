@@ -1,26 +1,30 @@
+"""The command line: exit codes, error lines, and what standard output contains."""
+
 import json
+import os
 import re
 import socket
+import subprocess
 
 import pytest
 from typer.testing import CliRunner
 
 from cappy.cli import app
 from cluster import artifacts
-from tests.conftest import cappy
+from tests.conftest import CAPPY, cappy
 
 ROW = json.dumps({"instruction": "say a", "references": ["a"]}) + "\n"
 
 
 def error_line(result, code):
-    """The one line of an error, after checking exit code, absence of a traceback and that it really is one line."""
+    """Return the error line, after checks of the exit code, for no traceback and for one line only."""
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     return line
 
 
-def test_help_teaches_the_road_and_lists_only_verbs_that_work():
+def test_help_lists_all_verbs_and_each_has_a_help_page():
     text = re.sub(r"\x1b\[[0-9;]*m", "", cappy("--help", COLUMNS="120").stdout)
     verbs = set(re.findall(r"^│ (\w+) ", text, re.M)) - {"─"}
     assert {"plan", "generate", "annotate", "train", "adapt", "evaluate", "serve", "inspect", "push", "pull", "doctor", "config"} == verbs
@@ -58,7 +62,7 @@ def test_help_teaches_the_road_and_lists_only_verbs_that_work():
         (["generate", "--address", "http://127.0.0.1:9"], 1, "--address=http://127.0.0.1:9: no Ray cluster answers there"),
     ],
 )
-def test_bad_input_is_one_line_with_the_setting_its_value_and_the_way_out(arguments, code, message, tmp_path):
+def test_invalid_input_is_one_line_with_the_setting_its_value_and_the_fix(arguments, code, message, tmp_path):
     if not any("workspace" in each for each in arguments) and arguments[0] == "generate":
         arguments = [*arguments, "--set", f"workspace={tmp_path}"]
     assert message in error_line(cappy(*arguments), code)
@@ -74,7 +78,15 @@ def test_json_puts_an_error_on_the_last_line_of_stdout_too():
     assert json.loads(result.stdout.splitlines()[-1])["exit_code"] == 1
 
 
-def test_a_port_in_use_is_told_before_anything_loads(tmp_path):
+def test_standard_output_is_utf_8_when_an_argument_is_not():
+    command = [*CAPPY, "inspect", b"/none/\xff", "--json"]
+    result = subprocess.run(command, capture_output=True, env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"})
+    message = json.loads(result.stdout.decode("utf-8").splitlines()[-1])["error"]
+    assert result.returncode == 1 and message.startswith("URI=/none/\udcff has no readable")
+    assert "/none/\\udcff" in result.stderr.decode("utf-8")
+
+
+def test_a_port_in_use_is_an_error_before_a_model_is_loaded(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -83,7 +95,7 @@ def test_a_port_in_use_is_told_before_anything_loads(tmp_path):
     assert f"serving.port={port}" in line and "in use" in line
 
 
-def test_an_unreachable_bucket_is_named_and_no_secret_shows(s3_server):
+def test_an_error_names_the_unreachable_bucket_and_prints_no_secret(s3_server):
     result = cappy("generate", "--set", "workspace=s3://not-a-bucket/run", **s3_server)
     assert "dataset=s3://not-a-bucket/run/dataset: bucket 'not-a-bucket' does not exist" in error_line(result, 1)
     assert s3_server["AWS_SECRET_ACCESS_KEY"] not in result.stdout + result.stderr
@@ -96,11 +108,11 @@ def test_a_finished_destination_is_not_touched(tmp_path):
     assert f"dataset={tmp_path}/dataset already holds a finished run; choose another dataset" in error_line(result, 2)
 
 
-def test_doctor_finds_this_machine_fit_and_a_bad_store_unfit(tmp_path):
+def test_doctor_passes_on_this_machine_and_fails_for_an_unusable_store(tmp_path):
     good = cappy("doctor", "--json", "--set", f"workspace={tmp_path}/not/yet")
     report = json.loads(good.stdout.splitlines()[-1])
     assert good.returncode == 0 and report["ok"], report
     assert {"engine", "storage", "import vllm", "model minilm-l6"} <= {check["check"] for check in report["checks"]}
     bad = cappy("doctor", "--no-models", "--set", "workspace=/proc/no/such", COLUMNS="150")
     assert bad.returncode == 1 and "FAIL" in bad.stdout and "->" in bad.stdout
-    assert list(tmp_path.iterdir()) == []  # nor is an empty workspace left behind
+    assert list(tmp_path.iterdir()) == []  # an empty workspace is removed as well

@@ -36,7 +36,7 @@ def test_an_override_reaches_into_a_list_of_the_file(tmp_path):
         (["training"], "write it as section.key=value"),
         (["seed=3", "seed.x=1"], "--set seed.x=1: seed holds a plain value"),
         (["sampler.engine={kind: vlm}"], "does not match any of the expected tags: 'vllm', 'transformers', 'endpoint'"),
-        (["sampler.engine={kind: transformers, max_model_len: 9}"], "unknown key sampler.engine.max_model_len; known here: batch_tokens"),
+        (["sampler.engine={kind: transformers, max_model_len: 9}"], "unknown key sampler.engine.max_model_len; valid keys: batch_tokens"),
         (["sampler.decodings=[{name: b, temperature: 0, beams: 4}]"], "'b' has beams=4, which engine.kind=vllm cannot do; use beams=1"),
         (["sampler.decodings=[{name: b, beams: 4}]"], "beams=4 needs temperature=0 and at most n=4; it has 1 and n=1"),
         (["sampler.engine={kind: endpoint, base_url: 'localhost:80'}"], "base_url is no http:// or https:// address"),

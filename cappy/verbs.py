@@ -1,0 +1,165 @@
+"""The verbs as Python functions, e.g. `cappy.train("demo")`. Imports Ray, torch and vLLM only when a verb needs them.
+
+`config` is a `Config`, the path of a YAML file, the name of a file in `cappy/configs/`, or None for the defaults. `settings` change
+single values on top of it, by dotted key: `{"training.epochs": 2}`.
+
+All verbs raise `cluster.errors.UsageError` for invalid input and `cluster.errors.CappyError` for a failure. Both messages name the
+setting, its value and the fix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config, load
+from cluster.errors import UsageError
+
+ConfigLike = Config | str | Path | None
+
+
+def plan(config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Estimate the size and the cost of `generate`: rows, pairs, tokens, bytes, GPU-hours and dollars.
+
+    Reads and counts the instructions. Loads no LLM and writes nothing. `assumptions` in the result lists each assumed value
+    with its origin.
+
+    Example: `cappy.plan("t0", settings={"plan.gpus": [8, 64]})["dollars"]`
+    """
+    from generation.plan import run_plan
+
+    return run_plan(load(config, settings or {}))
+
+
+def generate(
+    config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, overwrite: bool = False, address: str | None = None
+) -> dict[str, Any]:
+    """Sample responses from the LLM, label them, publish the regression set at `config.dataset_uri`, and return its summary.
+
+    Call it again to resume an interrupted run. `overwrite` replaces a published set. `address` is the dashboard of a Ray cluster,
+    e.g. `http://127.0.0.1:8265`: the verb then runs there as a Ray job.
+
+    Example: `cappy.generate("demo", settings={"workspace": "s3://bucket/demo"})["pairs"]`
+    """
+    return _run("generate", config, settings, overwrite, address)
+
+
+def annotate(
+    source: str,
+    destination: str,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Label the published set `source` by another metric, publish it at `destination`, and return its summary.
+
+    Samples nothing. The settings are `generate.label.metric` (`rouge_l`, `token_f1`, `chrf` or `exact_match`) and
+    `generate.label.mode`. References, answer choices and mismatched references keep their labels.
+
+    Example: `cappy.annotate("runs/demo/dataset", "runs/demo/chrf", settings={"generate.label.metric": "chrf"})`
+    """
+    return _run("annotate", None, settings, overwrite, address, src=source, dst=destination)
+
+
+def train(
+    config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, overwrite: bool = False, address: str | None = None
+) -> dict[str, Any]:
+    """Train the scorer on the regression set, publish it at `config.scorer_uri`, and return its summary.
+
+    Call it again to resume an interrupted run from its last checkpoint. `overwrite` and `address` are as for `generate`.
+
+    Example: `cappy.train("demo", settings={"training.epochs": 2})["validation"]`
+    """
+    return _run("train", config, settings, overwrite, address)
+
+
+def adapt(
+    config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, overwrite: bool = False, address: str | None = None
+) -> dict[str, Any]:
+    """Fine-tune a published scorer for each task and publish each result that is better on the task's validation rows.
+
+    Samples the regression set first if none is published. Returns a summary with one outcome for each task in `tasks`; `failed`
+    is the number of failed tasks. `overwrite` and `address` are as for `generate`.
+
+    Example: `cappy.adapt("adapt", settings={"adapt.method": "lora"})["published"]`
+    """
+    return _run("adapt", config, settings, overwrite, address)
+
+
+def evaluate(
+    config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, overwrite: bool = False, address: str | None = None
+) -> dict[str, Any]:
+    """Compare the scorer's choice with greedy decoding, sampling, self-scores and the oracle, and return the summary.
+
+    Writes `results.json`, `rows.parquet` and `report.html` to `config.evaluation_uri`. `overwrite` and `address` are as for
+    `generate`.
+
+    Example: `cappy.evaluate("demo")["gain"]`
+    """
+    return _run("evaluate", config, settings, overwrite, address)
+
+
+def serve(config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:
+    """Serve the best of several answers behind an OpenAI-compatible endpoint; return after SIGTERM or an interrupt.
+
+    With `address` the server runs on the head node of that cluster until `ray job stop`.
+
+    Example: `cappy.serve("demo", settings={"serving.port": 9000})`
+    """
+    return _run("serve", config, settings, False, address)
+
+
+def inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str, Any]:
+    """Return the kind, summary, size and first rows of a published folder, and the problems with its files.
+
+    With `verify` each file is checked against its SHA-256; `problems` is empty if all files are intact. `samples` is the number of
+    rows of a regression set.
+
+    Example: `cappy.inspect("s3://bucket/demo/dataset")["problems"]`
+    """
+    from cappy.inspection import run_inspect
+
+    return run_inspect(uri, samples=samples, verify=verify)
+
+
+def push(source: str, destination: str, *, pairs: bool = False) -> dict[str, Any]:
+    """Copy a published folder to an empty folder or s3:// prefix, each file checked against its SHA-256; return a summary.
+
+    Call it again to resume an interrupted copy. With `pairs` the pairs of a regression set are published as a plain table, one row
+    for each pair.
+
+    Example: `cappy.push("runs/demo/scorer", "s3://bucket/demo/scorer")`
+    """
+    if pairs:
+        from generation.export_pairs import export_pairs
+
+        return export_pairs(source, destination)
+    from cluster.copying import copy_folder
+
+    return copy_folder(source, destination)
+
+
+def pull(source: str, destination: str | None = None) -> dict[str, Any]:
+    """Copy a published folder to this machine, checked as by `push`; return a summary.
+
+    Without `destination` the folder gets the last part of `source` as its name, in the working directory.
+
+    Example: `cappy.pull("s3://bucket/demo/scorer")["uri"]`
+    """
+    from cluster.copying import copy_folder
+    from cluster.storage import is_s3
+
+    target = destination or source.rstrip("/").rsplit("/", 1)[-1]
+    if is_s3(target):
+        raise UsageError(f"DST={target} is not on this machine; copy between stores with `cappy push {source} {target}`")
+    return copy_folder(source, target)
+
+
+def _run(
+    verb: str, config: ConfigLike, settings: Mapping[str, Any] | None, overwrite: bool, address: str | None, **places: str
+) -> dict[str, Any]:
+    from cappy.jobs import run_verb
+
+    return run_verb(verb, load(config, settings or {}), overwrite=overwrite, address=address, **places)

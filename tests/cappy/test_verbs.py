@@ -1,0 +1,53 @@
+"""The verbs as functions: they run the verbs of the command line, with settings as a mapping."""
+
+from __future__ import annotations
+
+import pytest
+
+import cappy
+from cluster.errors import CappyError, UsageError
+from tests.generation.made_set import publish
+
+
+def test_plan_counts_the_rows_and_takes_settings(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "say a", "references": ["a"]}\n')
+    settings = {"source": {"kind": "files", "path": f"{tmp_path}/rows.jsonl"}, "plan.gpus": [3]}
+    result = cappy.plan(settings=settings)
+    assert result["totals"]["instructions"] == 1 and list(result["compute"]["wall_hours"]) == ["3"]
+
+
+def test_a_set_is_pushed_exported_pulled_and_inspected(tmp_path, monkeypatch):
+    manifest = publish(f"{tmp_path}/set")
+    assert cappy.push(f"{tmp_path}/set", f"{tmp_path}/copy")["files"] == len(manifest["files"])
+    assert cappy.push(f"{tmp_path}/set", f"{tmp_path}/pairs", pairs=True)["kind"] == "pairs"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cappy.pull(f"{tmp_path}/copy")["uri"] == f"{tmp_path}/here/copy"
+    found = cappy.inspect(f"{tmp_path}/here/copy", samples=1)
+    assert found["problems"] == [] and len(found["samples"]) == 1
+    (tmp_path / "here/copy/config.yaml").write_text("changed")
+    assert cappy.inspect("copy")["problems"][0].startswith("config.yaml")
+
+
+def test_annotate_names_its_source_and_checks_the_settings(tmp_path):
+    with pytest.raises(CappyError, match=f"{tmp_path}/set is not there"):
+        cappy.annotate(f"{tmp_path}/set", f"{tmp_path}/new", settings={"generate.label.metric": "chrf"})
+    with pytest.raises(UsageError, match=r"generate\.label\.metric='bleu'"):
+        cappy.annotate(f"{tmp_path}/set", f"{tmp_path}/new", settings={"generate.label.metric": "bleu"})
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "serve"])
+def test_a_verb_without_its_input_is_an_error_that_names_it(verb, tmp_path):
+    with pytest.raises(CappyError, match=f"{tmp_path}/(dataset|scorer)"):
+        getattr(cappy, verb)(settings={"workspace": str(tmp_path)})
+
+
+@pytest.mark.parametrize("verb", ["generate", "train", "adapt", "evaluate", "serve"])
+def test_an_address_without_a_scheme_is_refused(verb):
+    with pytest.raises(UsageError, match="--address=here: give the cluster's dashboard"):
+        getattr(cappy, verb)(address="here")
+
+
+def test_pull_to_another_store_is_refused():
+    with pytest.raises(UsageError, match="DST=s3://b/x is not on this machine"):
+        cappy.pull("s3://a/x", "s3://b/x")
