@@ -17,7 +17,7 @@ from cluster import ports
 from cluster.config import load
 
 # Low-rank adapters (LoRA) for each task, with the settings of section `adapt` in the file.
-adapted = jobs.submit("adapt", load("examples/tiny.yaml"))
+adapted = jobs.run_verb("adapt", load("examples/tiny.yaml"))
 for task in adapted["tasks"]:
     print(f"adapted  {task['task']}: {task['state']}")
 

@@ -39,7 +39,7 @@ def main() -> None:
     with nullcontext(sys.argv[1]) if len(sys.argv) > 1 else one_node() as address:
         # The same as `cappy generate examples/tiny.yaml --set workspace=... --address ...`.
         config = load("examples/tiny.yaml", [f"workspace={WORKSPACE}", "source.limit=16"])
-        made = jobs.submit("generate", config, address=address)
+        made = jobs.run_verb("generate", config, address=address)
         print(f"set      {made['uri']}: {made['sources']['sampled']} sampled responses")
 
         # Any program can be a job: here this file, with the argument `score`. `env_vars` reach the job's process.

@@ -72,9 +72,9 @@ with nullcontext(address) if address else local_server() as base_url:
             "sampler.engine.max_cost=1",
         ],
     )
-    made = jobs.submit("generate", config)
+    made = jobs.run_verb("generate", config)
     print(f"set      {made['uri']}: {made['sources']['sampled']} sampled responses for ${made['cost']['dollars']:.4f}")
-    jobs.submit("train", config)
+    jobs.run_verb("train", config)
 
     # Best-of-4: sample from the service, choose with the scorer.
     question = "What is the capital of Belgium?"

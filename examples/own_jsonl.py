@@ -12,15 +12,15 @@ from cluster.config import load
 config = load("examples/tiny.yaml")
 
 # Sample 5 responses for each instruction, label each with Rouge-L against the references, publish the regression set.
-made = jobs.submit("generate", config)
+made = jobs.run_verb("generate", config)
 print(f"set      {made['uri']}: {made['instructions']} instructions, {made['sources']['sampled']} sampled responses")
 
 # Fit the scorer to the labels.
-trained = jobs.submit("train", config)
+trained = jobs.run_verb("train", config)
 print(f"scorer   {trained['uri']}")
 
 # Compare the scorer's choice with greedy decoding, one sample, the LLM's own likelihood and the best possible choice (oracle).
-report = jobs.submit("evaluate", config)
+report = jobs.run_verb("evaluate", config)
 for method, figures in report["averages"].items():
     print(f"{method:10} Rouge-L {figures['mean']:5.1f}")
 print(f"report   {report['report']}")
