@@ -1,1 +1,1 @@
-"""What the scorer is worth: its picks against greedy, sampling, self-scores and the oracle."""
+"""Evaluation of a scorer: its picks compared with greedy decoding, sampling, self-scores and the oracle."""

@@ -1,7 +1,8 @@
-"""Compare ways to pick among an instruction's candidates: from scored rows to results. Pure: no Ray, no files.
+"""Compare methods of picking one of an instruction's candidates: from scored rows to results. Pure: no Ray, no files.
 
-A row is a row of the regression set whose `candidates` are the sampled ones only; a scored row's candidates have a `score`
-too. Letters in names of arrays as in `metrics`: R rows, C candidates (padded), M methods, T tasks, B resamples, K pool sizes.
+A row is a row of the regression set, with only the sampled candidates in `candidates`. In a scored row every candidate also has a
+`score`. Letters in names of arrays are those of `statistics`: R rows, C candidates (padded), M methods, T tasks, B resamples, K pool
+sizes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from training.blend import blend_scores
 from training.validation import rank_agreement
 
 BASELINES = ("greedy", "sample", "self_sum", "self_mean")
-"""Ways to answer without a scorer: the greedy candidate, one sample, the likeliest by sum or by mean log-probability."""
+"""Methods without a scorer: the greedy candidate, one sample, the highest sum or mean of log-probabilities."""
 METHODS = (*BASELINES, "scorer", "blend", "oracle")
-"""All that are compared, in the order shown; `blend` is the scorer with the LLM's log-probability (`training.blend`)."""
+"""All methods in display order; `blend` adds the LLM's log-probability to the scorer's score (`training.blend`)."""
 _CURVE_POINTS = 32
 _CALIBRATION_BINS = 10
 
@@ -32,31 +33,35 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared: `results` for reading (JSON-able, in points), `picks` as candidate positions, [R] by method."""
+    """The outcome of a comparison."""
 
     results: dict[str, Any]
+    """JSON values; Rouge-L in points, 0 to 100. See `compare_methods`."""
     picks: dict[str, Integers]
+    """Index of the picked candidate, [R], by method."""
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """Baselines that can be compared on `rows`, and what had to be left out for that."""
+    """The picks of the baselines on the rows that all of them can use."""
 
     rows: list[Row]
     picks: dict[str, Integers]
-    """Candidate position by baseline, [R]."""
+    """Index of the picked candidate, [R], by baseline."""
     left_out: dict[str, str]
-    """The reason, by baseline."""
+    """Baselines that no row allows, with the reason."""
     incomplete: int
-    """Rows left out because one of the baselines in `picks` has no candidate there."""
+    """Number of rows left out because a baseline of `picks` has no candidate there."""
 
 
 def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) -> Baselines:
-    """Pick by every baseline the rows allow. `decodings` are those of the set's sampler: `name` and `temperature`.
+    """Pick a candidate of every row by each baseline. `decodings` are those of the set's sampler, with `name` and `temperature`.
 
-    Greedy is the decoding with temperature 0, the sample the first one of the first decoding above 0. A baseline no row
-    allows (no such decoding, no log-probabilities) is left out; a row without one of the others is, so that all methods are
-    compared on the same rows. Raises `CappyError` when no baseline or no row is left.
+    The greedy baseline takes the decoding with temperature 0. The sample baseline takes the first candidate of the first decoding
+    above 0. A baseline is left out if no row allows it (no such decoding, no log-probabilities). A row is left out if one of the
+    remaining baselines has no candidate there, so that all methods are compared on the same rows.
+
+    Raises `CappyError` if no baseline or no row is left.
     """
     greedy = next((each["name"] for each in decodings if each["temperature"] == 0), None)
     sampling = next((each["name"] for each in decodings if each["temperature"] > 0), None)
@@ -88,13 +93,13 @@ def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) 
 
 
 def _first_of(rows: Sequence[Row], decoding: str | None) -> Integers:
-    """The position of each row's first candidate of a decoding, [R]; -1 where it has none."""
-    positions = [next((at for at, each in enumerate(row["candidates"]) if each["decoding"] == decoding), -1) for row in rows]
-    return np.asarray(positions if decoding else [-1] * len(rows), np.int64)
+    """Return the index of each row's first candidate of a decoding, [R]; -1 if it has none."""
+    indices = [next((index for index, each in enumerate(row["candidates"]) if each["decoding"] == decoding), -1) for row in rows]
+    return np.asarray(indices if decoding else [-1] * len(rows), np.int64)
 
 
 def pad_field(rows: Sequence[Row], field: str) -> tuple[Floats, Booleans]:
-    """Return a number of every candidate, [R, C], NaN where unknown or padding; and which places hold a candidate, [R, C]."""
+    """Return a numeric field of every candidate, [R, C], NaN if unknown or padding, and a mask of the real candidates, [R, C]."""
     sizes_R = np.asarray([len(row["candidates"]) for row in rows])
     present_RC = np.arange(sizes_R.max()) < sizes_R[:, None]
     values_RC = np.full(present_RC.shape, np.nan)
@@ -106,14 +111,20 @@ def pad_field(rows: Sequence[Row], field: str) -> tuple[Floats, Booleans]:
 def compare_methods(
     rows: Sequence[Row], baseline_picks: Mapping[str, Integers], settings: EvaluationConfig, seed: int, logprob_weight: float | None = None
 ) -> Comparison:
-    """Compare the picks by `score` with the baselines' and the oracle's on scored rows.
+    """Compare the picks by `score` with those of the baselines and the oracle on scored rows.
 
     With `logprob_weight`, and log-probabilities and token counts for all candidates, `blend` is compared too.
 
-    `results` has, in points of Rouge-L (0 to 100) with bootstrap intervals: `averages` over tasks by method; `per_task`;
-    `best_baseline`, the one with the highest average; `gain`, scorer minus that baseline, paired; `gap_closed`, the share of
-    the oracle's lead over that baseline the scorer gains (null without a lead); `outcomes` per instruction; `curves` against
-    the number of candidates; `quality` and `calibration` of the scores themselves.
+    Keys of `results`, all Rouge-L in points (0 to 100) with bootstrap intervals:
+
+    - `averages`: mean over tasks, by method.
+    - `per_task`: the same for each task.
+    - `best_baseline`: the baseline with the highest average.
+    - `gain`: scorer minus that baseline, paired by row.
+    - `gap_closed`: the share of the oracle's lead over that baseline that the scorer gains; null without a lead.
+    - `outcomes`: rows that the scorer wins, ties and loses against that baseline.
+    - `curves`: average against the number of candidates.
+    - `quality` and `calibration`: agreement of the scores with Rouge-L.
     """
     labels_RC, present_RC = pad_field(rows, "label")
     scores_RC, _ = pad_field(rows, "score")
@@ -132,11 +143,11 @@ def compare_methods(
     points_BTM = 100 * statistics.bootstrap(values_RM, tasks_R, settings.resamples, seed)
     points_M, points_BM = points_TM.mean(axis=0), points_BTM.mean(axis=1)
 
-    at = {method: column for column, method in enumerate(methods)}
-    best = max(baseline_picks, key=lambda method: points_M[at[method]])
-    share = statistics.gap_closed(*(points_M[at[method]] for method in ("scorer", best, "oracle")))
-    shares_B = statistics.gap_closed(*(points_BM[:, at[method]] for method in ("scorer", best, "oracle")))
-    difference_R = values_RM[:, at["scorer"]] - values_RM[:, at[best]]
+    column_of = {method: column for column, method in enumerate(methods)}
+    best = max(baseline_picks, key=lambda method: points_M[column_of[method]])
+    share = statistics.gap_closed(*(points_M[column_of[method]] for method in ("scorer", best, "oracle")))
+    shares_B = statistics.gap_closed(*(points_BM[:, column_of[method]] for method in ("scorer", best, "oracle")))
+    difference_R = values_RM[:, column_of["scorer"]] - values_RM[:, column_of[best]]
     quality_R = np.asarray([_quality(row) for row in rows])
     unique = [each for row in rows for each in _distinct(row)]
     results = {
@@ -161,7 +172,9 @@ def compare_methods(
         },
         "best_baseline": best,
         "gain": _estimate(
-            points_M[at["scorer"]] - points_M[at[best]], points_BM[:, at["scorer"]] - points_BM[:, at[best]], settings.confidence
+            points_M[column_of["scorer"]] - points_M[column_of[best]],
+            points_BM[:, column_of["scorer"]] - points_BM[:, column_of[best]],
+            settings.confidence,
         ),
         "gap_closed": None if np.isnan(share) else _estimate(share, shares_B, settings.confidence),
         "outcomes": {
@@ -189,12 +202,15 @@ def _estimate(mean: Floats | float, samples_B: Floats, confidence: float) -> dic
 
 
 def _distinct(row: Row) -> list[dict[str, Any]]:
-    """The candidates of a row, repeats of a response left out."""
+    """Return the candidates of a row without repeated responses."""
     return list({each["response"]: each for each in reversed(row["candidates"])}.values())[::-1]
 
 
 def _quality(row: Row) -> tuple[float, float, float]:
-    """Spearman, pairwise accuracy and mean squared error of the scores of a row's distinct candidates; NaN where nothing is to rank."""
+    """Return Spearman's correlation, pairwise accuracy and mean squared error of the scores of a row's distinct candidates.
+
+    The first two are NaN if no two candidates differ in Rouge-L.
+    """
     distinct = _distinct(row)
     scores = np.asarray([each["score"] for each in distinct], np.float64)
     labels = np.asarray([each["label"] for each in distinct], np.float64)
@@ -204,7 +220,7 @@ def _quality(row: Row) -> tuple[float, float, float]:
 
 
 def _means(quality_R: Floats) -> Floats:
-    """Means of the columns of `_quality` over rows; rows with nothing to rank are left out, NaN where none is left."""
+    """Return the means of the columns of `_quality` over rows, without NaN values; NaN if a column has no other values."""
     known = ~np.isnan(quality_R)
     means = np.full(quality_R.shape[1], np.nan)
     np.divide(np.where(known, quality_R, 0).sum(axis=0), known.sum(axis=0), out=means, where=known.any(axis=0))
@@ -217,13 +233,16 @@ def _average_quality(quality_R: Floats) -> dict[str, float | None]:
 
 
 def _curves(rows: Sequence[Row], tasks_R: Integers, settings: EvaluationConfig, seed: int) -> dict[str, Any]:
-    """Average points against the number k of candidates drawn at random from the pool; the scorer's with its interval."""
+    """Return the average points of picks from k random candidates of the pool, for several k; for the scorer with its interval."""
     labels_RC, present_RC = pad_field(rows, "label")
     scores_RC, _ = pad_field(rows, "score")
     logprobs_RC, _ = pad_field(rows, "logprob")
     tokens_RC, _ = pad_field(rows, "tokens")
-    most = labels_RC.shape[1]
-    sizes = sorted({round(size) for size in np.geomspace(1, most, _CURVE_POINTS)}) if most > _CURVE_POINTS else list(range(1, most + 1))
+    largest = labels_RC.shape[1]
+    if largest > _CURVE_POINTS:
+        sizes = sorted({round(size) for size in np.geomspace(1, largest, _CURVE_POINTS)})
+    else:
+        sizes = list(range(1, largest + 1))
     rankings = {
         "oracle": labels_RC,
         "scorer": scores_RC,
@@ -233,7 +252,7 @@ def _curves(rows: Sequence[Row], tasks_R: Integers, settings: EvaluationConfig, 
     curves: dict[str, Any] = {"k": sizes}
     for name, ranking_RC in rankings.items():
         if np.isnan(ranking_RC[present_RC]).any():
-            continue  # no log-probabilities: `left_out` of the baselines says so
+            continue  # no log-probabilities; `Baselines.left_out` has the reason
         expected_RK = statistics.expected_best_of_k(ranking_RC, labels_RC, present_RC, sizes)
         curves[name] = {"mean": (100 * statistics.macro_average(expected_RK, tasks_R)).tolist()}
         if name == "scorer":

@@ -1,7 +1,6 @@
-"""`cappy evaluate`: score the sampled candidates of a published set, compare the picks, publish numbers and report.
+"""`cappy evaluate`: score the sampled candidates of a published set, compare the picks, publish numbers and a report.
 
-Nothing is sampled and no Ray is needed: a published set holds the candidates, and validation rows are few. Scoring is a
-function of its own (`score_rows`), so that it can move to Ray Data actors where they are many.
+Imports no Ray: a published set already holds the candidates, and validation sets are small. Imports torch only when a scorer is loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from training.adapted_index import read_published
 VERSION = 1
 _COLUMNS = ("id", "dataset", "instruction", "references", "candidates")
 _PAIRS_AT_ONCE = 512
-_MARK = "_staging/run.json"
+_RUN_MARKER = "_staging/run.json"
 _OWNED = artifacts.OwnedFiles(
     "evaluation", "evaluate", (r"_staging/run\.json",), r"_staging/run\.json", (r"results\.json|rows\.parquet|report\.html|config\.yaml",)
 )
@@ -49,15 +48,15 @@ _CANDIDATE = pa.struct(
 
 
 class PairScorer(Protocol):
-    """Anything that scores pairs: our scorer, or a rival in its place. A `logprob_weight` it has makes the blend a method too."""
+    """A scorer of pairs: `training.scorer.Scorer` or another. With an attribute `logprob_weight` the blend is compared too."""
 
     def score(self, instructions: list[str], responses: list[str]) -> NDArray[np.floating[Any]]:
-        """Return one number a pair, higher is better."""
+        """Return one number per pair; a higher number is better."""
         ...
 
 
 def load_scorer(config: Config) -> PairScorer:
-    """Load the published scorer, in float32: an evaluation must not depend on the hardware's fast arithmetic."""
+    """Load the published scorer in float32, so that the result does not depend on the hardware's lower precisions."""
     from training.scorer import Scorer
 
     return Scorer.load(config.scorer_uri, dtype="float32", setting="scorer_path")
@@ -66,8 +65,15 @@ def load_scorer(config: Config) -> PairScorer:
 def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Config], PairScorer] = load_scorer) -> dict[str, Any]:
     """Evaluate the scorer on `config.evaluation.split` and publish to `config.evaluation_uri`; return the summary.
 
-    Writes `results.json`, `rows.parquet`, `report.html` and `config.yaml`, then the manifest. What is there is replaced only
-    with `overwrite`, and only once the new result exists.
+    Writes `results.json`, `rows.parquet`, `report.html` and `config.yaml`, then the manifest.
+
+    Args:
+        config: the whole config.
+        overwrite: replace a published evaluation, once the new results are computed.
+        load: loads the scorer of a config.
+
+    Raises `UsageError` if the folder holds other files, or a published evaluation and `overwrite` is false. Raises `CappyError` if the
+    set or the scorer cannot be used.
     """
     uri = storage.check_uri(config.evaluation_uri, "evaluation_path")
     if not overwrite:
@@ -81,7 +87,7 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
     adapted: dict[str | None, str] = {}
     if config.evaluation.adapted:
         adapted = {scorer.dataset: scorer.uri for scorer in read_published(config.adapted_uri, "evaluation.adapted")}
-        scored, weight = score_rows_by_task(base.rows, adapted, config, load), None  # each scorer would have a weight of its own
+        scored, weight = score_rows_by_task(base.rows, adapted, config, load), None  # the scorers have different weights
     else:
         scorer = load(config)
         scored, weight = score_rows(scorer, base.rows), getattr(scorer, "logprob_weight", None)
@@ -99,8 +105,8 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
     if overwrite:
         artifacts.withdraw(uri, "evaluation_path", _OWNED)
     artifacts.finish_withdrawal(uri, "evaluation_path", _OWNED)
-    # Until the manifest is there, it tells the next run that the other files are an evaluation's.
-    storage.write_json(storage.join(uri, _MARK), {"scorer": config.scorer_uri, "dataset": config.dataset_uri})
+    # If this run stops before the manifest exists, this file shows the next run that the other files belong to an evaluation.
+    storage.write_json(storage.join(uri, _RUN_MARKER), {"scorer": config.scorer_uri, "dataset": config.dataset_uri})
     folder = folder_writer.FolderWriter(uri)
     files = {
         "results.json": folder.write_json("results.json", results),
@@ -123,9 +129,9 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
 
 
 def _provenance(config: Config, dataset: RegressionSet, uri: str) -> dict[str, Any]:
-    """What the result was made from, and the command that makes it again."""
+    """Return the inputs of the evaluation and the command that repeats it."""
     sampler = dataset.manifest["config"]["sampler"]
-    scorer = config.scorer_uri  # a folder, or the name of a model on a hub
+    scorer = config.scorer_uri  # a folder, or the name of a model on the hub
     return {
         "dataset": dataset.uri,
         "scorer": storage.absolute(scorer) if storage.exists(scorer) else scorer,
@@ -139,36 +145,36 @@ def _provenance(config: Config, dataset: RegressionSet, uri: str) -> dict[str, A
 
 
 def _encoder(scorer: str) -> str | None:
-    """The encoder a published scorer was built on; None for a model that is not ours."""
+    """Return the encoder of a scorer from `cappy train`; None for a model without a manifest."""
     manifest = storage.join(scorer, artifacts.MANIFEST)
     return str(storage.read_json(manifest)["config"]["scorer"]["encoder"]) if storage.exists(manifest) else None
 
 
 def read_rows(dataset: RegressionSet, split: str) -> tuple[list[Row], int]:
-    """Return the split's rows with their sampled candidates only, and how many rows had none (classification rows).
+    """Return the split's rows with only their sampled candidates, and the number of rows without any (classification rows).
 
-    Raises `CappyError` when no row has any.
+    Raises `CappyError` if no row has sampled candidates.
     """
     rows: list[Row] = []
-    seen = 0
+    total = 0
     for table in dataset.batches(split, columns=_COLUMNS):
-        seen += table.num_rows
+        total += table.num_rows
         for row in table.to_pylist():
             row["candidates"] = [each for each in row["candidates"] if each["source"] == "sampled"]
             if row["candidates"]:
                 rows.append(row)
     if not rows:
         raise CappyError(
-            f"dataset={dataset.uri} has no sampled candidates in its {seen} {split} rows, so there is nothing to pick from; "
-            f"generate one with generation tasks, or set evaluation.split to another split"
+            f"dataset={dataset.uri} has no sampled candidates in its {total} {split} rows; "
+            f"generate a set with generation tasks, or set evaluation.split to another split"
         )
-    return rows, seen - len(rows)
+    return rows, total - len(rows)
 
 
 def score_rows(scorer: PairScorer, rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with a `score` on every candidate; a response repeated within an instruction is scored once.
+    """Return the rows with a `score` on every candidate. A response that repeats within an instruction is scored once.
 
-    Raises `CappyError` when a score is not a finite number.
+    Raises `CappyError` if a score is not a finite number.
     """
     pairs = list(dict.fromkeys((row["instruction"], each["response"]) for row in rows for each in row["candidates"]))
     scores: dict[tuple[str, str], float] = {}
@@ -177,9 +183,11 @@ def score_rows(scorer: PairScorer, rows: Sequence[Row]) -> list[Row]:
             chunk = pairs[start : start + _PAIRS_AT_ONCE]
             values = np.asarray(scorer.score([text for text, _ in chunk], [text for _, text in chunk]), np.float64)
             if values.shape != (len(chunk),) or not np.isfinite(values).all():
-                broken = f"{int((~np.isfinite(values)).sum())} scores that are no finite numbers"
-                wrong = broken if values.shape == (len(chunk),) else f"an array of shape {values.shape}"
-                raise CappyError(f"the scorer gave {wrong} for {len(chunk)} candidates; train it again or choose another scorer_path")
+                not_finite = f"{int((~np.isfinite(values)).sum())} scores that are not finite numbers"
+                problem = not_finite if values.shape == (len(chunk),) else f"an array of shape {values.shape}"
+                raise CappyError(
+                    f"the scorer returned {problem} for {len(chunk)} candidates; train the scorer again or set another scorer_path"
+                )
             scores.update(zip(chunk, values.tolist(), strict=True))
             bar.advance(len(chunk))
     return [
@@ -191,20 +199,23 @@ def score_rows(scorer: PairScorer, rows: Sequence[Row]) -> list[Row]:
 def score_rows_by_task(
     rows: Sequence[Row], adapted: Mapping[str | None, str], config: Config, load: Callable[[Config], PairScorer] = load_scorer
 ) -> list[Row]:
-    """Return what `score_rows` does, each task's rows scored by its own scorer (`adapted`: URIs), the others by the common one."""
+    """Return the rows with a `score` on every candidate, each task scored by its adapted scorer, the other tasks by the main scorer.
+
+    `adapted` maps tasks to the URIs of their scorers.
+    """
     uris = [adapted.get(row["dataset"], adapted.get(None, config.scorer_uri)) for row in rows]
     scored: dict[int, Row] = {}
     for uri in dict.fromkeys(uris):
-        places = [place for place, mine in enumerate(uris) if mine == uri]
+        indices = [index for index, row_uri in enumerate(uris) if row_uri == uri]
         scorer = load(config.model_copy(update={"scorer_path": uri}))
-        scored |= zip(places, score_rows(scorer, [rows[place] for place in places]), strict=True)
-    return [scored[place] for place in range(len(rows))]
+        scored |= zip(indices, score_rows(scorer, [rows[index] for index in indices]), strict=True)
+    return [scored[index] for index in range(len(rows))]
 
 
 def to_table(rows: Sequence[Row], compared: Comparison) -> pa.Table:
-    """Return what happened to each instruction: `rouge_l_{method}` (in [0, 1]) and `pick_{method}` (text), its candidates.
+    """Return one row per instruction: `rouge_l_{method}` in [0, 1] and `pick_{method}` (the response) for each method, and candidates.
 
-    A candidate's `picked_by` lists the methods that chose it.
+    A candidate's `picked_by` lists the methods that picked it.
     """
     columns: dict[str, Any] = {
         "id": pa.array([row["id"] for row in rows], pa.string()),
@@ -212,8 +223,8 @@ def to_table(rows: Sequence[Row], compared: Comparison) -> pa.Table:
         "instruction": pa.array([row["instruction"] for row in rows], pa.string()),
         "references": pa.array([row["references"] for row in rows], pa.list_(pa.string())),
     }
-    for method, positions in compared.picks.items():
-        picked = [row["candidates"][at] for row, at in zip(rows, positions, strict=True)]
+    for method, indices in compared.picks.items():
+        picked = [row["candidates"][index] for row, index in zip(rows, indices, strict=True)]
         columns[f"rouge_l_{method}"] = pa.array([each["label"] for each in picked], pa.float64())
         columns[f"pick_{method}"] = pa.array([each["response"] for each in picked], pa.string())
     columns["candidates"] = pa.array(_marked(rows, compared.picks), pa.list_(_CANDIDATE))
@@ -238,6 +249,6 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def summarise(uri: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the verb prints: the results without curves and plots' data, and where the report is."""
+    """Return the summary of the verb: the results without the data of curves and plots, and the location of the report."""
     left_out = ("curves", "calibration", "methods", "made")
     return {"uri": uri, "report": storage.join(uri, "report.html"), **{key: value for key, value in results.items() if key not in left_out}}

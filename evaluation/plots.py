@@ -1,7 +1,7 @@
-"""The report's plots, as SVG text to put inline into a page. Pure: numbers in, text out; no files, no pyplot state.
+"""The report's plots, as SVG text for an HTML page. Pure: numbers in, text out; no files, no pyplot state.
 
-Text stays text and takes the page's font. Colours that must follow light and dark mode are written as `currentColor` and CSS
-variables (`--plot-...`), which the page defines; matplotlib itself draws with the stand-ins below.
+Labels stay text and use the font of the page. Colours that follow light and dark mode become `currentColor` and CSS variables
+(`--plot-...`), which the page defines. matplotlib draws with the placeholder colours below.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ NAMES = {
     "oracle": "Oracle",
     "random": "Random pick",
 }
-# Stand-ins, replaced by what the comment says once the SVG is text.
+# Placeholder colours; `_svg` replaces each with the CSS value in its comment.
 _INK = "#010203"  # currentColor
 _COLOURS = {name: f"#0a0b{index:02x}" for index, name in enumerate(NAMES)}  # var(--plot-{name})
-_TASKS_A_PANEL = 9
+_TASKS_PER_PANEL = 9
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.size": 11,
@@ -51,17 +51,17 @@ _STYLE: dict[str, Any] = {
 
 
 def plot_bars(results: dict[str, Any]) -> str:
-    """Return every method's points on each task and on average, with intervals, in panels of a few tasks each."""
+    """Return a bar chart of every method's points, on average and on each task, with intervals, in panels of a few tasks."""
     groups = [("average", results["averages"])] + [(task, entry["methods"]) for task, entry in results["per_task"].items()]
-    panels = -(-len(groups) // _TASKS_A_PANEL)
+    panels = -(-len(groups) // _TASKS_PER_PANEL)
     per_panel = -(-len(groups) // panels)
     methods = results["methods"]
     top = min(100.0, 1.05 * max(each["high"] for _, estimates in groups for each in estimates.values()) or 1.0)
     width = 0.82 / len(methods)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 0.6 + 3.4 * panels), layout="constrained")
-        panes = figure.subplots(panels, 1, squeeze=False)[:, 0]
-        for panel, axes in enumerate(panes):
+        all_axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
+        for panel, axes in enumerate(all_axes):
             shown = groups[panel * per_panel : (panel + 1) * per_panel]
             for column, method in enumerate(methods):
                 x = np.arange(len(shown)) + (column - (len(methods) - 1) / 2) * width
@@ -69,7 +69,7 @@ def plot_bars(results: dict[str, Any]) -> str:
                 hollow = {"facecolor": "none", "linewidth": 1.2} if method == "oracle" else {"facecolor": _COLOURS[method], "linewidth": 0}
                 axes.bar(x, mean, width * 0.9, edgecolor=_COLOURS[method], label=NAMES[method], **hollow)
                 axes.vlines(x, low, high, color=_INK, linewidth=0.9, alpha=0.65)
-            axes.set_xticks(np.arange(len(shown)), [_wrapped(name) for name, _ in shown])
+            axes.set_xticks(np.arange(len(shown)), [_wrap_name(name) for name, _ in shown])
             axes.set_xlim(-0.6, per_panel - 0.4)
             axes.set_ylim(0, top)
             axes.set_ylabel("Rouge-L, points")
@@ -77,13 +77,13 @@ def plot_bars(results: dict[str, Any]) -> str:
             _grid(axes)
             if panel == 0:
                 axes.axvline(0.5, color=_INK, linewidth=0.8, alpha=0.25)
-        handles, labels = panes[0].get_legend_handles_labels()
+        handles, labels = all_axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=len(methods), handlelength=1.0, columnspacing=1.4)
         return _svg(figure, "bars", "Rouge-L of each method on each task, with intervals")
 
 
 def plot_curves(results: dict[str, Any]) -> str:
-    """Return average points against the number of candidates the pick is made from."""
+    """Return a line chart of the average points against the number of candidates to pick from."""
     series = results["curves"]
     sizes = series["k"]
     styles = {"oracle": "--", "scorer": "-", "self_mean": "-", "self_sum": "-", "random": ":"}
@@ -104,32 +104,32 @@ def plot_curves(results: dict[str, Any]) -> str:
             axes.axhline(ends["greedy"], color=_COLOURS["greedy"], linewidth=1.4, linestyle=(0, (6, 2, 1, 2)))
         axes.set_xlim(sizes[0], max(sizes[-1], sizes[0] + 1))
         low, high = axes.get_ylim()
-        low, apart = max(0.0, low - 0.05 * (high - low)), 0.06 * (high - low)
-        for name, y in zip(ends, _spread(list(ends.values()), apart), strict=True):
-            place: dict[str, Any] = {"xy": (1.01, y), "xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
-            axes.annotate(NAMES[name], color=_COLOURS[name], **place)
+        low, distance = max(0.0, low - 0.05 * (high - low)), 0.06 * (high - low)
+        for name, y in zip(ends, _spread_heights(list(ends.values()), distance), strict=True):
+            position: dict[str, Any] = {"xy": (1.01, y), "xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
+            axes.annotate(NAMES[name], color=_COLOURS[name], **position)
         axes.set_ylim(low, high)
         axes.set_xlabel("candidates to pick from")
         axes.set_ylabel("Rouge-L, points, average over tasks")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _grid(axes)
-        return _svg(figure, "curves", "Rouge-L against the number of candidates, by way of picking")
+        return _svg(figure, "curves", "Rouge-L against the number of candidates, by method")
 
 
 def plot_scores(score: Floats, label: Floats, calibration: Sequence[dict[str, float]]) -> str:
-    """Return the density of candidates by score and true Rouge-L, with the mean of equal-sized groups over it."""
+    """Return a density plot of candidates by score and true Rouge-L, with the mean Rouge-L of equal-sized groups by score."""
     shades = matplotlib.colors.LinearSegmentedColormap.from_list("ink", [(*_rgb("self_sum"), 0.14), (*_rgb("self_sum"), 1.0)])
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
-        edge = [min(0.0, float(score.min())), max(1.0, float(score.max()))]
-        extent = (edge[0], edge[1], 0.0, 1.0)
+        left, right = min(0.0, float(score.min())), max(1.0, float(score.max()))
+        extent = (left, right, 0.0, 1.0)
         cells = axes.hexbin(score, label, gridsize=(34, 16), extent=extent, mincnt=1, bins="log", cmap=shades, linewidths=0.1)
         cells.set_edgecolor("none")
         axes.plot([0, 1], [0, 1], color=_INK, linewidth=1, alpha=0.5, linestyle="--", label="score = Rouge-L")
         x, y = ([group[key] for group in calibration] for key in ("score", "value"))
         axes.plot(x, y, color=_COLOURS["scorer"], marker="o", linewidth=2, markersize=5, label="mean of each tenth by score")
-        axes.set_xlim(edge[0] - 0.03, edge[1] + 0.03)
+        axes.set_xlim(left - 0.03, right + 0.03)
         axes.set_ylim(-0.04, 1.06)
         axes.set_xlabel("score")
         axes.set_ylabel("true Rouge-L")
@@ -138,13 +138,13 @@ def plot_scores(score: Floats, label: Floats, calibration: Sequence[dict[str, fl
         return _svg(figure, "scores", "Score against true Rouge-L of every distinct candidate")
 
 
-def plot_labels(every: Floats, picked: dict[str, Floats]) -> str:
-    """Return how Rouge-L is distributed over all candidates and over the picks of some methods, as shares of each."""
+def plot_labels(candidates: Floats, picked: dict[str, Floats]) -> str:
+    """Return a histogram of Rouge-L over all candidates and over the picks of some methods, in percent of each."""
     edges = np.linspace(0, 1, 11)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
-        series = {"random": every, **picked}
+        series = {"random": candidates, **picked}
         width = 0.084 / len(series)
         for column, (name, values) in enumerate(series.items()):
             share = np.histogram(values, edges)[0] / max(len(values), 1) * 100
@@ -168,8 +168,8 @@ def _rgb(name: str) -> tuple[float, float, float]:
     return tuple(int(_COLOURS[name][at : at + 2], 16) / 255 for at in (1, 3, 5))  # type: ignore[return-value]
 
 
-def _wrapped(name: str) -> str:
-    """A task name over several lines, broken after underscores, so that neighbours do not touch."""
+def _wrap_name(name: str) -> str:
+    """Return a task name in up to three lines, broken after underscores, so that adjacent names do not overlap."""
     lines = [""]
     for part in re.findall(r"[^_\-. ]+[_\-. ]?", name) or [name]:
         if len(lines[-1]) + len(part) > 12 and lines[-1]:
@@ -178,25 +178,25 @@ def _wrapped(name: str) -> str:
     return "\n".join(line if len(line) <= 16 else f"{line[:15]}…" for line in lines[:3])
 
 
-def _spread(heights: Sequence[float], apart: float) -> list[float]:
-    """Move heights as little as a single pass can until neighbours are `apart`, keeping their order."""
+def _spread_heights(heights: Sequence[float], distance: float) -> list[float]:
+    """Return the heights, moved apart in small steps until adjacent ones differ by `distance`; the order stays."""
     order = np.argsort(heights, kind="stable")
     placed = np.asarray(heights, np.float64)[order]
     for _ in range(50):
-        for at in range(1, len(placed)):
-            lack = apart - (placed[at] - placed[at - 1])
-            if lack > 1e-9:
-                placed[at - 1] -= lack / 2
-                placed[at] += lack / 2
+        for index in range(1, len(placed)):
+            missing = distance - (placed[index] - placed[index - 1])
+            if missing > 1e-9:
+                placed[index - 1] -= missing / 2
+                placed[index] += missing / 2
     result = np.empty(len(placed))
     result[order] = placed
     return result.tolist()
 
 
 def _svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an `<svg>` element without a size of its own: the same bytes for the same numbers.
+    """Return the figure as an `<svg>` element without width and height; equal numbers give equal bytes.
 
-    Ids get `name` in front, so that they cannot meet those of another plot on the page.
+    The ids get the prefix `name`, so that they differ from those of the other plots on the page.
     """
     sink = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):

@@ -1,7 +1,6 @@
-"""The evaluation as one self-contained HTML page: numbers, plots, worked examples, how it was made. No files, no network.
+"""The evaluation as one self-contained HTML page: numbers, plots, examples, provenance. Uses no files and no network.
 
-The page is a function of what `evaluate` publishes, `results.json` and `rows.parquet`. Everything a model or a data set wrote
-is escaped.
+The page is a function of the published `results.json` and `rows.parquet`. All text from a model or a data set is escaped.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from evaluation.report_template import PAGE
 from generation.logprobs import mean_logprob
 
 OUTCOMES = ("win", "loss", "tie")
-_LONG_TEXT = 4000  # characters of an instruction or response shown
+_MAX_TEXT = 4000  # characters of an instruction or response on the page
 
 
 def render_report(results: dict[str, Any], rows: pa.Table, examples: int) -> str:
-    """Return the page. `results` and `rows` are those of `evaluation.run`; `examples` rows are shown with their candidates."""
+    """Return the page for the `results` and `rows` of `evaluation.evaluate`, with up to `examples` rows and their candidates."""
     candidates = pa.concat_arrays(rows["candidates"].chunks).flatten()
     label = candidates.field("label").to_numpy(zero_copy_only=False).astype(np.float64)
     score = candidates.field("score").to_numpy(zero_copy_only=False).astype(np.float64)
@@ -39,7 +38,7 @@ def render_report(results: dict[str, Any], rows: pa.Table, examples: int) -> str
     environment.filters["signed"] = lambda value, digits=1: f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
     environment.filters["fixed"] = lambda value, digits=1: f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
     environment.filters["count"] = lambda value: f"{value:,}"
-    environment.filters["clip"] = lambda text: text if len(text) <= _LONG_TEXT else f"{text[:_LONG_TEXT]} … ({len(text):,} characters)"
+    environment.filters["clip"] = lambda text: text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} … ({len(text):,} characters)"
     return environment.from_string(PAGE).render(
         results=results,
         figures={name: Markup(svg) for name, svg in figures.items()},
@@ -51,35 +50,36 @@ def render_report(results: dict[str, Any], rows: pa.Table, examples: int) -> str
 
 
 def choose_examples(rows: pa.Table, baseline: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Return up to `count` rows for showing: wins, losses and ties against `baseline` in turn, each drawn by seed and id.
+    """Return up to `count` example rows: wins, losses and ties against `baseline` in turn, in an order drawn from seed and row id.
 
-    So the mix is even, not typical; where one kind runs out the others fill in. Each is a row's columns with `outcome`, the
-    Rouge-L of `scorer`, `baseline` and `oracle`, and `candidates` with repeats of a response merged, best score first.
+    The mix is even, not representative. If one outcome runs out, the others fill its share. An example has the row's columns,
+    `outcome`, the Rouge-L of `scorer`, `baseline` and `oracle` in points, and `candidates` with repeated responses merged, best score
+    first.
     """
     scorer, other = rows["rouge_l_scorer"].to_numpy(), rows[f"rouge_l_{baseline}"].to_numpy()
-    drawn = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in rows["id"].to_pylist()]
-    order = sorted(range(rows.num_rows), key=lambda at: drawn[at])
-    waiting = {
-        "win": [at for at in order if scorer[at] > other[at]],
-        "loss": [at for at in order if scorer[at] < other[at]],
-        "tie": [at for at in order if scorer[at] == other[at]],
+    sort_keys = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in rows["id"].to_pylist()]
+    order = sorted(range(rows.num_rows), key=lambda index: sort_keys[index])
+    remaining = {
+        "win": [index for index in order if scorer[index] > other[index]],
+        "loss": [index for index in order if scorer[index] < other[index]],
+        "tie": [index for index in order if scorer[index] == other[index]],
     }
     chosen: list[tuple[str, int]] = []
-    while len(chosen) < count and any(waiting.values()):
+    while len(chosen) < count and any(remaining.values()):
         for outcome in OUTCOMES:
-            if waiting[outcome] and len(chosen) < count:
-                chosen.append((outcome, waiting[outcome].pop(0)))
-    return [_example(rows.slice(at, 1).to_pylist()[0], outcome, baseline) for outcome, at in chosen]
+            if remaining[outcome] and len(chosen) < count:
+                chosen.append((outcome, remaining[outcome].pop(0)))
+    return [_example(rows.slice(index, 1).to_pylist()[0], outcome, baseline) for outcome, index in chosen]
 
 
 def _example(row: dict[str, Any], outcome: str, baseline: str) -> dict[str, Any]:
     merged: dict[str, dict[str, Any]] = {}
     for each in row["candidates"]:
-        seen = merged.setdefault(each["response"], {**each, "times": 0, "decodings": [], "picks": []})
-        seen["times"] += 1
-        seen["picks"] += [method for method in each["picked_by"] if method not in seen["picks"]]
-        if each["decoding"] not in seen["decodings"]:
-            seen["decodings"].append(each["decoding"])
+        entry = merged.setdefault(each["response"], {**each, "times": 0, "decodings": [], "picks": []})
+        entry["times"] += 1
+        entry["picks"] += [method for method in each["picked_by"] if method not in entry["picks"]]
+        if each["decoding"] not in entry["decodings"]:
+            entry["decodings"].append(each["decoding"])
     for each in merged.values():
         each["picks"].sort(key=METHODS.index)
         each["mean_logprob"] = mean_logprob(each["logprob"], each["tokens"])

@@ -1,6 +1,7 @@
-"""The page of `report`: Jinja2 text with its style sheet. Python text rather than a data file, so that it is always packed.
+"""The Jinja2 template of the report's page, with its style sheet. It is a Python string, so every package build contains it.
 
-Filters beside Jinja2's: `fixed(digits)`, `signed(digits)`, `count` (thousands), `clip` (long text); see `report.render`.
+Filters beside Jinja2's: `fixed(digits)`, `signed(digits)`, `count` (thousands separators), `clip` (long text); see
+`report.render_report`.
 """
 
 PAGE = """\
@@ -62,6 +63,8 @@ th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--li
 th { font-size: .8125rem; font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 tbody tr:last-child td { border-bottom: 0; }
+.methods th, .methods td { padding: 7px 5px; }
+.methods td:first-child { min-width: 7.5em; overflow-wrap: anywhere; }
 tr.average td { border-top: 2px solid var(--line); font-weight: 600; border-bottom: 0; }
 td .range { display: block; font-size: .75rem; font-weight: 400; color: var(--soft); white-space: nowrap; }
 td.best { color: var(--accent); font-weight: 700; }
@@ -146,19 +149,19 @@ button {
     <div class="value">{{ (100 * results.gap_closed.mean)|fixed(0) }}<small> %</small></div>
     <div class="soft small">{{ (100 * results.gap_closed.low)|signed(0) }} to {{ (100 * results.gap_closed.high)|signed(0) }} %</div>
     {% else %}
-    <div class="value">–</div><div class="soft small">the oracle leads no baseline</div>
+    <div class="value">–</div><div class="soft small">the oracle is not above the best baseline</div>
     {% endif %}
   </div>
 </div>
 
 <h2>Every method on every task</h2>
-<p class="soft">All methods choose among the same candidates; the oracle knows the references. Lines are {{ interval }} intervals.</p>
+<p class="soft">All methods pick from the same candidates; the oracle picks by the references. Lines are {{ interval }} intervals.</p>
 <div class="panel wide">{{ figures.bars }}</div>
 <div class="panel">
-<table>
+<table class="methods">
 <thead><tr><th>Task</th><th>Rows</th>{% for method in results.methods %}<th>{{ names[method] }}</th>{% endfor %}
-<th title="Within an instruction, between score and Rouge-L; mean over instructions">Spearman</th>
-<th title="Share of pairs of candidates of an instruction with different Rouge-L that the score puts in the right order">Pairs right</th>
+<th title="Spearman correlation of score and Rouge-L within an instruction, averaged over instructions">Spearman</th>
+<th title="Share of candidate pairs with different Rouge-L within an instruction that the score orders correctly">Pairs right</th>
 <th title="Mean squared error of the score">MSE</th></tr></thead>
 <tbody>
 {% macro cells(estimates, quality) %}
@@ -181,16 +184,16 @@ button {
 {% for method, reason in results.left_out.items() %} {{ names[method] }} is left out: {{ reason }}.{% endfor %}</p>
 
 <h2>Gain against number of candidates</h2>
-<p class="soft">Expected Rouge-L of the pick from k candidates drawn at random from the pool, exact.
-The scorer's band is its {{ interval }} interval.</p>
+<p class="soft">Exact expected Rouge-L of the pick from k random candidates of the pool.
+The band of the scorer is its {{ interval }} interval.</p>
 <div class="panel wide">{{ figures.curves }}</div>
 
 <div class="pair">
-<section><h2>What was there to pick, and what was picked</h2>
+<section><h2>Rouge-L of candidates and picks</h2>
 <p class="soft small">Share of candidates, and of picks, by their Rouge-L with the references.</p>
 <div class="panel">{{ figures.labels }}</div></section>
 <section><h2>Score against true Rouge-L</h2>
-<p class="soft small">Each cell holds candidates; a stronger colour is more, on a logarithmic scale.
+<p class="soft small">A stronger colour means more candidates, on a logarithmic scale.
 The score is the raw output of the regression.</p>
 <div class="panel">{{ figures.scores }}</div></section>
 </div>
@@ -198,7 +201,7 @@ The score is the raw output of the regression.</p>
 {% if examples %}
 <h2>Examples <span class="buttons"><button type="button" data-open="1">Open all</button>
 <button type="button" data-open="">Close all</button></span></h2>
-<p class="soft">Wins, losses and ties of the scorer against {{ rival }} in turn, drawn by seed: an even mix, not a typical one.</p>
+<p class="soft">Wins, losses and ties of the scorer against {{ rival }} in turn, drawn by seed. The mix is even, not representative.</p>
 {% for each in examples %}
 <details{% if loop.index <= 2 %} open{% endif %}>
 <summary><span class="badge {{ each.outcome }}">{{ each.outcome }}</span><span class="task">{{ each.dataset }}</span>
@@ -228,8 +231,8 @@ oracle {{ each.oracle|fixed(0) }}</span></summary>
 {% endfor %}
 {% endif %}
 
-<h2>How it was made</h2>
-<p class="soft">The resolved configuration lies beside this page as config.yaml, the numbers as results.json and rows.parquet.</p>
+<h2>Provenance</h2>
+<p class="soft">The folder of this page has the resolved configuration (config.yaml) and the numbers (results.json, rows.parquet).</p>
 <div class="panel small"><dl>
 <dt>Language model</dt><dd>{{ made.sampler.model }}</dd>
 <dt>Prompt</dt><dd>{{ made.sampler.prompt.form }}

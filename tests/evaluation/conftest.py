@@ -1,3 +1,5 @@
+"""Rows, scorers and published sets for the tests of evaluations."""
+
 from __future__ import annotations
 
 import random
@@ -22,7 +24,7 @@ def candidate(response, label, decoding, logprob, tokens=4, source="sampled"):
 
 
 def make_rows(per_task=12, tasks=TASKS, seed=0):
-    """Rows with a reference and, in random quality, a greedy and eight sampled candidates each; `noise` is their hidden part."""
+    """Return rows with a reference, a greedy candidate and eight sampled candidates of random quality each."""
     draw = random.Random(seed)
     rows = []
     for task in tasks:
@@ -48,8 +50,8 @@ def make_rows(per_task=12, tasks=TASKS, seed=0):
     return rows
 
 
-class Peeking:
-    """A scorer that sees the labels through noise, so that it is good but not perfect."""
+class NoisyScorer:
+    """A scorer whose scores are the labels plus noise, so that it is good but not perfect."""
 
     def __init__(self, rows, noise=0.2):
         draw = np.random.default_rng(1)
@@ -66,7 +68,7 @@ class Peeking:
 
 
 def publish_set(folder: Path, rows, config: Config) -> str:
-    """Publish rows as the validation split of a regression set."""
+    """Publish rows as the validation split of a regression set; return its URI."""
     uri = str(folder)
     shard = "data/validation/part-00000.parquet"
     (folder / shard).parent.mkdir(parents=True)

@@ -1,3 +1,5 @@
+"""Picks of the baselines and comparisons of methods, with values computed by hand."""
+
 from __future__ import annotations
 
 import pytest
@@ -15,7 +17,7 @@ def row(*candidates, dataset="task"):
 
 
 def scored(*numbers, dataset="task"):
-    """A row whose first candidate is greedy; each number pair is (Rouge-L, score)."""
+    """Return a row whose first candidate is greedy; each pair of numbers is (Rouge-L, score)."""
     return row(
         *(
             {**candidate(f"{at}", label, "greedy" if at == 0 else "hot", -1.0 - at), "score": score}
@@ -25,7 +27,7 @@ def scored(*numbers, dataset="task"):
     )
 
 
-def test_baselines_know_greedy_and_the_first_sample_by_the_temperatures_of_the_sampler():
+def test_greedy_and_the_first_sample_are_identified_by_the_temperatures_of_the_sampler():
     rows = [
         row(
             candidate("a", 0.1, "cool", -1), candidate("b", 0.2, "hot", -9), candidate("c", 0.3, "greedy", -2), candidate("d", 0, "hot", -1)
@@ -46,14 +48,14 @@ def test_an_empty_response_of_no_tokens_does_not_divide_by_zero():
     assert pick_baselines(rows, DECODINGS).picks["self_mean"].tolist() == [1]
 
 
-def test_a_baseline_no_row_allows_is_left_out_and_said():
+def test_a_baseline_that_no_row_allows_is_left_out_with_the_reason():
     found = pick_baselines([row(candidate("a", 0, "hot", None))], [{"name": "hot", "temperature": 1.0}])
     assert list(found.picks) == ["sample"]
     assert "temperature 0" in found.left_out["greedy"]
     assert "log-probabilities" in found.left_out["self_sum"]
 
 
-def test_a_row_without_one_of_the_baselines_is_left_out_of_all():
+def test_a_row_that_lacks_a_baseline_is_left_out_for_all_methods():
     complete = row(candidate("a", 0, "greedy", -1), candidate("b", 0, "hot", -1))
     found = pick_baselines(
         [complete, row(candidate("c", 0, "hot", -1)), row(candidate("d", 0, "greedy", -1), candidate("e", 0, "hot", None))], DECODINGS
@@ -62,7 +64,7 @@ def test_a_row_without_one_of_the_baselines_is_left_out_of_all():
     assert found.incomplete == 2
 
 
-def test_no_baseline_at_all_is_an_error_with_a_way_out():
+def test_a_set_without_any_baseline_is_an_error_with_the_fix():
     with pytest.raises(CappyError, match="generate the set"):
         pick_baselines([row(candidate("a", 0, "unknown", None))], DECODINGS)
 
@@ -74,7 +76,7 @@ def compared(rows, resamples=200):
 def test_results_of_two_tasks_by_hand():
     rows = [
         scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)),  # greedy 20, sample and scorer 60, oracle 100
-        scored((0.4, 0.9), (0.0, 0.9), (0.8, 0.2)),  # a tie of scores: the first, which is greedy's
+        scored((0.4, 0.9), (0.0, 0.9), (0.8, 0.2)),  # equal scores: the first candidate, which is the greedy one
         scored((0.5, 0.0), (0.1, 1.0), dataset="other"),  # a loss
     ]
     results = compared(rows).results
@@ -108,11 +110,11 @@ def test_curves_end_at_the_averages_and_start_at_the_random_pick():
         assert curves[method]["mean"][-1] == pytest.approx(results["averages"][method]["mean"])
 
 
-def test_where_no_candidate_beats_the_baseline_there_is_no_gap_to_close():
+def test_the_gap_is_undefined_if_no_candidate_beats_the_baseline():
     assert compared([scored((1.0, 0.5), (0.0, 0.1))]).results["gap_closed"] is None
 
 
-def test_quality_looks_at_distinct_responses_and_is_null_where_nothing_can_be_ranked():
+def test_quality_uses_distinct_responses_and_is_null_if_all_labels_are_equal():
     repeated = scored((1.0, 1.0), (0.0, 0.5), (0.0, 0.5))
     repeated["candidates"][2]["response"] = repeated["candidates"][1]["response"]
     assert compared([repeated]).results["quality"] == pytest.approx({"spearman": 1.0, "pairwise_accuracy": 1.0, "mse": 0.125})

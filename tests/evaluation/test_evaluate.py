@@ -1,3 +1,5 @@
+"""`cappy evaluate` on published sets, with scorers of a few lines."""
+
 from __future__ import annotations
 
 import io
@@ -15,7 +17,7 @@ from cluster import artifacts, storage
 from cluster import config as configs
 from cluster.errors import CappyError, UsageError
 from evaluation.evaluate import run_evaluate, score_rows
-from tests.evaluation.conftest import TASKS, Peeking, candidate, make_rows, publish_set
+from tests.evaluation.conftest import TASKS, NoisyScorer, candidate, make_rows, publish_set
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def published(config, rows):
 
 
 def test_evaluate_publishes_numbers_rows_report_and_config(published, rows):
-    summary = run_evaluate(published, load=lambda _: Peeking(rows))
+    summary = run_evaluate(published, load=lambda _: NoisyScorer(rows))
     manifest = artifacts.read_manifest(published.evaluation_uri, "evaluation", "evaluate")
     assert set(manifest["files"]) == {"results.json", "rows.parquet", "report.html", "config.yaml"}
     assert artifacts.verify(published.evaluation_uri, manifest) == []
@@ -41,7 +43,7 @@ def test_evaluate_publishes_numbers_rows_report_and_config(published, rows):
 
 
 def test_summary_has_every_method_and_task_with_ordered_intervals(published, rows):
-    summary = run_evaluate(published, load=lambda _: Peeking(rows))
+    summary = run_evaluate(published, load=lambda _: NoisyScorer(rows))
     assert list(summary["averages"]) == ["greedy", "sample", "self_sum", "self_mean", "scorer", "oracle"]
     assert set(summary["per_task"]) == set(TASKS)
     assert summary["instructions"] == len(rows)
@@ -51,19 +53,19 @@ def test_summary_has_every_method_and_task_with_ordered_intervals(published, row
 
 
 def test_a_perfect_scorer_closes_the_whole_gap_and_the_reverse_closes_none(published, rows):
-    perfect = run_evaluate(published, load=lambda _: Peeking(rows, noise=0))
+    perfect = run_evaluate(published, load=lambda _: NoisyScorer(rows, noise=0))
     assert perfect["gap_closed"] == pytest.approx({"mean": 1, "low": 1, "high": 1})
     assert perfect["quality"]["pairwise_accuracy"] == pytest.approx(1)
 
-    class Reverse(Peeking):
+    class Reversed(NoisyScorer):
         def score(self, instructions, responses):
             return -super().score(instructions, responses)
 
-    assert run_evaluate(published, overwrite=True, load=lambda _: Reverse(rows, noise=0))["gap_closed"]["high"] < 0
+    assert run_evaluate(published, overwrite=True, load=lambda _: Reversed(rows, noise=0))["gap_closed"]["high"] < 0
 
 
 def test_rows_parquet_holds_the_picks_and_every_candidate_with_its_score(published, rows):
-    run_evaluate(published, load=lambda _: Peeking(rows))
+    run_evaluate(published, load=lambda _: NoisyScorer(rows))
     for row in pq.read_table(Path(published.evaluation_uri) / "rows.parquet").to_pylist():
         assert all(each["label"] <= row["rouge_l_oracle"] for each in row["candidates"])
         chosen = [each for each in row["candidates"] if "scorer" in each["picked_by"]]
@@ -74,8 +76,8 @@ def test_rows_parquet_holds_the_picks_and_every_candidate_with_its_score(publish
 
 
 def test_two_runs_give_the_same_numbers(published, rows):
-    first = run_evaluate(published, load=lambda _: Peeking(rows))
-    assert run_evaluate(published, overwrite=True, load=lambda _: Peeking(rows)) == first
+    first = run_evaluate(published, load=lambda _: NoisyScorer(rows))
+    assert run_evaluate(published, overwrite=True, load=lambda _: NoisyScorer(rows)) == first
 
 
 def test_a_repeated_response_is_scored_once():
@@ -83,18 +85,18 @@ def test_a_repeated_response_is_scored_once():
         "instruction": "?",
         "candidates": [candidate("a", 1, "greedy", -1), candidate("a", 1, "hot", -1), candidate("b", 0, "hot", -1)],
     }
-    scorer = Peeking([twice])
+    scorer = NoisyScorer([twice])
     scored = score_rows(scorer, [twice])
     assert scorer.calls == [[("?", "a"), ("?", "b")]]
     assert scored[0]["candidates"][0]["score"] == scored[0]["candidates"][1]["score"]
 
 
-def test_a_score_that_is_no_number_stops_the_run_before_anything_is_written(published, rows):
+def test_a_score_that_is_not_a_number_stops_the_run_before_it_writes_a_file(published, rows):
     class Broken:
         def score(self, instructions, responses):
             return np.full(len(responses), math.nan)
 
-    with pytest.raises(CappyError, match="no finite numbers"):
+    with pytest.raises(CappyError, match="scores that are not finite numbers"):
         run_evaluate(published, load=lambda _: Broken())
     assert not storage.exists(published.evaluation_uri)
 
@@ -102,21 +104,21 @@ def test_a_score_that_is_no_number_stops_the_run_before_anything_is_written(publ
 def test_rows_without_samples_are_skipped_and_counted(config, rows):
     classification = {**rows[0], "id": "c", "candidates": [candidate("yes", 1.0, None, None, source="reference")]}
     publish_set(Path(config.dataset_uri), [*rows, classification], config)
-    summary = run_evaluate(config, load=lambda _: Peeking(rows))
+    summary = run_evaluate(config, load=lambda _: NoisyScorer(rows))
     assert summary["skipped"] == {"without_samples": 1, "incomplete": 0}
     assert summary["instructions"] == len(rows)
 
 
-def test_a_set_without_any_samples_is_refused_with_a_way_out(config, rows):
+def test_a_set_without_sampled_candidates_is_refused_with_the_fix(config, rows):
     publish_set(Path(config.dataset_uri), [{**row, "candidates": row["candidates"][:1]} for row in rows], config)
     with pytest.raises(CappyError, match="no sampled candidates in its 36 validation rows"):
-        run_evaluate(config, load=lambda _: Peeking(rows))
+        run_evaluate(config, load=lambda _: NoisyScorer(rows))
 
 
-def test_a_finished_evaluation_is_refused_and_kept_until_its_successor_exists(published, rows):
-    run_evaluate(published, load=lambda _: Peeking(rows))
+def test_a_finished_evaluation_is_refused_and_replaced_only_when_the_new_one_is_complete(published, rows):
+    run_evaluate(published, load=lambda _: NoisyScorer(rows))
     with pytest.raises(UsageError, match="--overwrite"):
-        run_evaluate(published, load=lambda _: Peeking(rows))
+        run_evaluate(published, load=lambda _: NoisyScorer(rows))
 
     def fail(_):
         raise CappyError("no scorer")
@@ -127,31 +129,31 @@ def test_a_finished_evaluation_is_refused_and_kept_until_its_successor_exists(pu
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_a_folder_with_anothers_files_is_not_overwritten(published, rows, finished):
+def test_a_folder_with_other_files_is_not_overwritten(published, rows, finished):
     if finished:
-        run_evaluate(published, load=lambda _: Peeking(rows))
+        run_evaluate(published, load=lambda _: NoisyScorer(rows))
     name = "thesis.txt" if finished else "config.yaml"
-    storage.write_bytes(f"{published.evaluation_uri}/{name}", b"theirs")
+    storage.write_bytes(f"{published.evaluation_uri}/{name}", b"other data")
     before = storage.list_files(published.evaluation_uri)
     for overwrite in (True,) if finished else (False, True):
         with pytest.raises(UsageError, match=rf"evaluation_path=.* holds files that no `cappy evaluate` wrote, e\.g\. {name}"):
-            run_evaluate(published, overwrite=overwrite, load=lambda _: Peeking(rows))
+            run_evaluate(published, overwrite=overwrite, load=lambda _: NoisyScorer(rows))
     assert storage.list_files(published.evaluation_uri) == before
 
 
-def test_an_evaluation_that_broke_off_is_written_again(published, rows, monkeypatch):
+def test_an_interrupted_evaluation_is_completed_by_the_next_run(published, rows, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(artifacts, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            run_evaluate(published, load=lambda _: Peeking(rows))
+            run_evaluate(published, load=lambda _: NoisyScorer(rows))
     assert storage.exists(f"{published.evaluation_uri}/results.json")
-    run_evaluate(published, load=lambda _: Peeking(rows))
+    run_evaluate(published, load=lambda _: NoisyScorer(rows))
     assert not storage.exists(f"{published.evaluation_uri}/_staging")
 
 
 def test_a_dataset_that_is_not_finished_is_refused(config):
     with pytest.raises(CappyError, match="cappy generate"):
-        run_evaluate(config, load=lambda _: Peeking([]))
+        run_evaluate(config, load=lambda _: NoisyScorer([]))
 
 
 def test_a_set_without_greedy_decoding_is_compared_without_it(config, rows):
@@ -159,7 +161,7 @@ def test_a_set_without_greedy_decoding_is_compared_without_it(config, rows):
     sampled = config.model_copy(update={"sampler": config.sampler.model_copy(update={"decodings": tuple(decodings)})})
     only = [{**row, "candidates": [each for each in row["candidates"] if each["decoding"] != "greedy"]} for row in rows]
     publish_set(Path(config.dataset_uri), only, sampled)
-    summary = run_evaluate(config, load=lambda _: Peeking(rows))
+    summary = run_evaluate(config, load=lambda _: NoisyScorer(rows))
     assert list(summary["averages"]) == ["sample", "self_sum", "self_mean", "scorer", "oracle"]
     assert "greedy" in printed(summary).split("left out:")[1]
 
@@ -171,7 +173,7 @@ def printed(summary, width=80):
 
 
 def test_the_table_fits_80_columns_and_marks_the_best_method_without_colour(published, rows):
-    summary = run_evaluate(published, load=lambda _: Peeking(rows))
+    summary = run_evaluate(published, load=lambda _: NoisyScorer(rows))
     text = printed(summary)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text

@@ -1,3 +1,5 @@
+"""The HTML report: escaping, completeness, examples, and its layout in a browser."""
+
 from __future__ import annotations
 
 import re
@@ -10,14 +12,15 @@ import pytest
 from cluster import storage
 from evaluation import report
 from evaluation.evaluate import run_evaluate
-from tests.evaluation.conftest import TASKS, Peeking, make_rows, publish_set
+from tests.evaluation.conftest import TASKS, NoisyScorer, make_rows, publish_set
+from tests.serving import browser
 
 HOSTILE = "</td><script>alert('out')</script><img src=x onerror=alert(1)> & \"quotes\""
 
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory):
-    """Results and rows of an evaluation in which data and model both write HTML, and the page."""
+    """Return results, rows and page of an evaluation in which the data and the model both contain HTML."""
     from cluster.config import Config
 
     config = Config.model_validate({"workspace": str(tmp_path_factory.mktemp("run")), "evaluation": {"resamples": 100, "examples": 100}})
@@ -26,7 +29,7 @@ def evaluation(tmp_path_factory):
     rows[1] |= {"instruction": f"What is {HOSTILE}?", "references": [HOSTILE]}
     rows = [{**row, "dataset": "<i>tense</i>" if row["dataset"] == "tense" else row["dataset"]} for row in rows]
     publish_set(Path(config.dataset_uri), rows, config)
-    run_evaluate(config, load=lambda _: Peeking(rows))
+    run_evaluate(config, load=lambda _: NoisyScorer(rows))
     folder = Path(config.evaluation_uri)
     return storage.read_json(str(folder / "results.json")), pq.read_table(folder / "rows.parquet"), (folder / "report.html").read_text()
 
@@ -41,7 +44,7 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attributes)))
 
 
-def test_the_page_asks_for_nothing_outside_itself(evaluation):
+def test_the_page_loads_nothing_from_outside(evaluation):
     page = evaluation[2]
     for tag, attributes in Tags(page).found:
         assert tag not in ("link", "iframe", "object", "embed", "base")
@@ -50,7 +53,7 @@ def test_the_page_asks_for_nothing_outside_itself(evaluation):
     assert not re.search(r"url\((?!#)|@import", page)
 
 
-def test_what_a_model_or_a_data_set_wrote_is_text_on_the_page_not_markup(evaluation):
+def test_text_of_a_model_or_a_data_set_is_not_markup_on_the_page(evaluation):
     page = evaluation[2]
     tags = Tags(page).found
     assert sum(tag == "script" for tag, _ in tags) == 1
@@ -59,7 +62,7 @@ def test_what_a_model_or_a_data_set_wrote_is_text_on_the_page_not_markup(evaluat
     assert "&lt;script&gt;alert(" in page
 
 
-def test_the_page_names_every_task_method_and_where_its_data_came_from(evaluation):
+def test_the_page_names_every_task_every_method_and_its_inputs(evaluation):
     results, _, page = evaluation
     text = re.sub(r"<[^>]+>", " ", page)
     for name in (*TASKS[1:], "&lt;i&gt;tense&lt;/i&gt;", "Greedy", "One sample", "Self-score, sum", "Self-score, mean", "Scorer", "Oracle"):
@@ -92,19 +95,19 @@ def test_examples_mix_wins_losses_and_ties_and_are_drawn_by_seed(evaluation):
     assert report.choose_examples(rows, results["best_baseline"], 6, seed=2) != chosen
 
 
-def test_asking_for_more_examples_than_rows_shows_each_row_once(evaluation):
+def test_more_examples_than_rows_show_each_row_once(evaluation):
     results, rows, _ = evaluation
     chosen = report.choose_examples(rows, results["best_baseline"], 1000, seed=1)
     assert len(chosen) == rows.num_rows
     assert len({each["instruction"] for each in chosen}) == rows.num_rows
 
 
-def test_no_examples_leaves_the_section_out(evaluation):
+def test_without_examples_the_section_is_left_out(evaluation):
     results, rows, _ = evaluation
     assert "<details" not in report.render_report(results, rows, 0)
 
 
-def test_an_example_shows_repeats_of_a_response_once_with_all_that_picked_it(evaluation):
+def test_an_example_shows_a_repeated_response_once_with_every_method_that_picked_it(evaluation):
     results, rows, _ = evaluation
     for each in report.choose_examples(rows, results["best_baseline"], 1000, seed=1):
         texts = [candidate["response"] for candidate in each["candidates"]]
@@ -112,3 +115,26 @@ def test_an_example_shows_repeats_of_a_response_once_with_all_that_picked_it(eva
         assert sum(candidate["times"] for candidate in each["candidates"]) == 9
         picks = sorted(pick for candidate in each["candidates"] for pick in candidate["picks"])
         assert picks == sorted(results["methods"])
+
+
+class BlendedScorer(NoisyScorer):
+    logprob_weight = 0.5
+
+
+@pytest.mark.skipif(not browser.INSTALLED, reason="needs chromium and chromedriver")
+def test_every_table_and_plot_fits_its_card_at_1200_pixels(tmp_path):
+    from cluster.config import Config
+
+    config = Config.model_validate({"workspace": str(tmp_path), "evaluation": {"resamples": 100, "examples": 3}})
+    rows = make_rows(4, tasks=(*TASKS, "a_task_with_a_name_that_is_longer_than_most_names"))
+    publish_set(Path(config.dataset_uri), rows, config)
+    summary = run_evaluate(config, load=lambda _: BlendedScorer(rows))
+    assert len(summary["averages"]) == 7
+    with browser.chromium() as driver:
+        driver.set_window_size(1200, 900)
+        driver.get(Path(summary["report"]).as_uri())
+        widths = driver.execute_script(
+            "return [...document.querySelectorAll('.panel, .inside')].map(each => [each.scrollWidth, each.clientWidth])"
+        )
+    assert len(widths) >= 8
+    assert all(content <= card for content, card in widths), widths

@@ -1,3 +1,5 @@
+"""The statistics, compared with brute force, with scipy and with simulations."""
+
 from __future__ import annotations
 
 from itertools import combinations
@@ -10,12 +12,12 @@ from hypothesis import strategies as st
 
 from evaluation import statistics
 
-# Few distinct numbers, so that ties are common.
+# Few distinct numbers, so that equal scores are common.
 COARSE = st.integers(0, 3).map(lambda value: value / 3)
 
 
 def rows(*lists):
-    """Ragged lists as a padded array and the places that are real."""
+    """Return lists of different lengths as a padded array and the mask of its real elements."""
     longest = max(map(len, lists))
     padded = np.array([[*each, *[np.nan] * (longest - len(each))] for each in lists], float)
     return padded, np.array([[at < len(each) for at in range(longest)] for each in lists])
@@ -31,7 +33,7 @@ def test_padding_is_never_picked_even_below_the_worst_score():
     assert statistics.pick_best(scores, present).tolist() == [0, 0]
 
 
-def test_every_task_counts_the_same_whatever_its_rows():
+def test_every_task_has_the_same_weight_with_any_number_of_rows():
     values, tasks = np.array([[1.0], [1.0], [1.0], [0.0]]), np.array([0, 0, 0, 1])
     assert statistics.task_averages(values, tasks).tolist() == [[1.0], [0.0]]
     assert statistics.macro_average(values, tasks).tolist() == [0.5]
@@ -50,14 +52,14 @@ def test_expected_best_of_k_equals_the_mean_over_all_subsets(pairs):
     assert statistics.expected_best_of_k(scores[None], values[None], present, sizes)[0] == pytest.approx(brute)
 
 
-def test_expected_best_of_k_takes_all_of_a_row_that_has_fewer():
+def test_expected_best_of_k_uses_all_candidates_of_a_row_with_fewer():
     scores, present = rows([0.2, 0.9], [0.1, 0.2, 0.3])
     values, _ = rows([0.0, 1.0], [0.5, 0.6, 0.7])
     expected = statistics.expected_best_of_k(scores, values, present, [1, 3])
     assert expected == pytest.approx(np.array([[0.5, 1.0], [0.6, 0.7]]))
 
 
-def test_best_of_one_is_the_mean_and_best_of_all_the_pick_at_the_largest_pools():
+def test_in_large_pools_best_of_one_is_the_mean_and_best_of_all_is_the_pick():
     rng = np.random.default_rng(0)
     scores, values = rng.random((2, 3, 4096))
     present = np.ones_like(scores, bool)
@@ -69,7 +71,7 @@ def test_best_of_one_is_the_mean_and_best_of_all_the_pick_at_the_largest_pools()
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(COARSE, min_size=2, max_size=12))
-def test_the_oracle_never_falls_with_more_candidates(values):
+def test_the_oracle_never_decreases_with_more_candidates(values):
     table = np.array([values])
     curve = statistics.expected_best_of_k(table, table, np.ones_like(table, bool), range(1, len(values) + 1))[0]
     assert (np.diff(curve) >= -1e-12).all()
@@ -84,7 +86,7 @@ def test_bootstrap_interval_matches_scipys_percentile_bootstrap():
     assert ours == pytest.approx(tuple(theirs), abs=0.008)
 
 
-def test_a_95_percent_interval_covers_the_truth_about_95_times_in_100():
+def test_a_95_percent_interval_covers_the_true_mean_in_about_95_of_100_cases():
     rng = np.random.default_rng(5)
     covered = 0
     for trial in range(300):
@@ -106,7 +108,7 @@ def test_columns_share_the_drawn_rows_so_differences_are_paired():
     assert samples[:, 0, 1] - samples[:, 0, 0] == pytest.approx(np.full(100, 0.1))
 
 
-def test_the_bootstrap_is_a_function_of_the_seed_and_of_no_batch_size(monkeypatch):
+def test_the_bootstrap_depends_on_the_seed_and_not_on_the_batch_size(monkeypatch):
     values, tasks = np.random.default_rng(0).random((40, 2)), np.repeat([0, 1], 20)
     first, again, other = (statistics.bootstrap(values, tasks, 100, seed) for seed in (7, 7, 8))
     assert (first == again).all()
@@ -115,7 +117,7 @@ def test_the_bootstrap_is_a_function_of_the_seed_and_of_no_batch_size(monkeypatc
     assert statistics.bootstrap(values, tasks, 100, 7).mean(axis=0) == pytest.approx(first.mean(axis=0), abs=0.05)
 
 
-def test_the_share_of_the_gap_closed_is_undefined_without_a_gap():
+def test_the_closed_share_of_the_gap_is_undefined_without_a_gap():
     share = statistics.gap_closed(np.array([25.0, 20.0, 18.0, 20.0]), np.full(4, 20.0), np.array([40.0, 40.0, 40.0, 20.0]))
     assert share[:3].tolist() == [0.25, 0.0, -0.1]
     assert np.isnan(share[3])

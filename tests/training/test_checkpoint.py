@@ -132,8 +132,3 @@ def test_large_states_are_cut_into_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(torch.equal(read.weights[name], value) for name, value in whole.weights.items())
 
 
-def test_one_worker_stops_when_it_is_asked():
-    agreement = loop.StopConsensus(1)
-    assert not agreement.reached()
-    agreement.ask()
-    assert agreement.reached() and np.isscalar(agreement.reached())

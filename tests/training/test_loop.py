@@ -133,56 +133,6 @@ def test_a_steps_loss_and_gradient_are_those_of_its_pairs_one_at_a_time_in_each_
         assert (moved - ended[name]).abs().max() < 1e-5
 
 
-def test_a_window_is_cut_into_steps_of_like_lengths_each_row_once():
-    lengths = np.random.default_rng(0).integers(5, 200, 1000)
-    config = TrainingConfig(batch_size=32)
-    steps = batch_plan.cut_pairs(lengths, config, 1, 0, 0)
-    assert sorted(np.concatenate(steps).tolist()) == list(range(1000))
-    assert sorted(map(len, steps)) == [8] + [32] * 31
-    padded = sum(len(step) * lengths[step].max() for step in steps)
-    assert padded < 1.08 * lengths.sum()
-    assert [step.tolist() for step in batch_plan.cut_pairs(lengths, config, 1, 0, 0)] == [step.tolist() for step in steps]
-    assert [step.tolist() for step in batch_plan.cut_pairs(lengths, config, 1, 1, 0)] != [step.tolist() for step in steps]
-
-
-@pytest.mark.parametrize(("pairs", "batch_size"), [(1000, 32), (1000, 1), (33, 32), (5, 32)])
-def test_cut_by_tokens_as_many_steps_have_about_as_many_tokens(pairs: int, batch_size: int):
-    lengths = np.random.default_rng(0).integers(5, 500, pairs)
-    config = TrainingConfig(batch_size=batch_size, batch_by="tokens")
-    steps = batch_plan.cut_pairs(lengths, config, 1, 0, 0)
-    assert len(steps) == len(batch_plan.cut_pairs(lengths, TrainingConfig(batch_size=batch_size), 1, 0, 0))
-    assert sorted(np.concatenate(steps).tolist()) == list(range(pairs))
-    if batch_size < pairs and batch_size > 1:
-        assert max(lengths[step].sum() for step in steps) - min(lengths[step].sum() for step in steps) <= 3 * lengths.max()
-
-
-@pytest.mark.parametrize("batch_by", ["pairs", "tokens"])
-def test_every_pair_weighs_the_same_and_workers_get_as_many_tokens(batch_by: str, encoder: Path):
-    draw = np.random.default_rng(0)
-    texts = [" ".join(["red"] * words) for words in draw.integers(1, 29, 512)]
-    encoded = encode_pairs(load_tokenizer(encoder, "x", "s"), texts, ["a"] * 512, 32)
-    config = TrainingConfig(batch_size=64, window=512, batch_by=batch_by)
-    window = batch_plan.Window(0, 0, encoded, np.zeros(512, np.float32), np.arange(512))
-    plans = [list(batch_plan.plan_steps([window], config, 1, rank, 2, 0, Size(512, 512))) for rank in (0, 1)]
-    weights = np.array([step.weight / step.size.pairs for step in plans[0]])
-    assert np.allclose(weights, 1 / 64)
-    for pair in zip(*plans, strict=True):
-        rows = [np.concatenate(step.micro_batches) for step in pair]
-        assert set(rows[0]).isdisjoint(rows[1]) and len(rows[0]) + len(rows[1]) == pair[0].size.pairs
-        left, right = (encoded.lengths[mine].sum() for mine in rows)
-        assert abs(left - right) <= encoded.lengths.max()
-
-
-@pytest.mark.parametrize("pairs", [1, 64, 65, 200, 640])
-def test_positions_count_through_windows_and_epochs(pairs: int):
-    walked = []
-    for epoch in range(2):
-        for window, size in enumerate([64] * (pairs // 64) + ([pairs % 64] if pairs % 64 else [])):
-            walked += [(epoch, window, step) for step in range(len(batch_plan.cut_pairs(np.ones(size, int), CONFIG, 1, epoch, window)))]
-    assert [batch_plan.position(step, Size(pairs, pairs), CONFIG) for step in range(len(walked))] == walked
-    assert batch_plan.steps_in_epoch(Size(pairs, pairs), CONFIG) * 2 == len(walked)
-
-
 def test_the_learning_rate_rises_and_falls_in_optimizer_steps():
     rates = [loop.learning_rate(step, 100, CONFIG) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4) and rates[9] == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
@@ -235,20 +185,6 @@ def train_up_to(stop: int, config: TrainingConfig, rank: int, world: int, encode
         checkpoint.write(f"{folder}/{stop:08d}-x", taken)
 
 
-@pytest.mark.parametrize("pairs", [3, 64, 65, 210, 642])
-def test_positions_count_through_windows_of_whole_instructions(pairs: int):
-    config = CONFIG.model_copy(update={"objective": COMPARING})
-    size = Size(pairs, pairs // 3)
-    window = batch_plan.window_size(size, config)
-    walked = []
-    for epoch in range(2):
-        for number, begin in enumerate(range(0, size.instructions, window)):
-            held = min(window, size.instructions - begin)
-            walked += [(epoch, number, step) for step in range(batch_plan.count_steps(held, 15, 3))]
-    assert [batch_plan.position(step, size, config) for step in range(len(walked))] == walked
-    assert batch_plan.steps_in_epoch(size, config) * 2 == len(walked)
-
-
 @pytest.mark.slow
 def test_workers_and_ways_to_share_the_model_may_change_and_nothing_else_does(encoder: Path, dataset: str, tmp_path: Path):
     torch.multiprocessing.spawn(work, (ports.free_port(), encoder, dataset, tmp_path), nprocs=2)
@@ -259,3 +195,10 @@ def test_workers_and_ways_to_share_the_model_may_change_and_nothing_else_does(en
         assert np.abs(np.subtract(one.books["losses"], run.books["losses"])).max() < 1e-5
         assert one.weights.keys() == run.weights.keys() and one.moments.keys() == run.moments.keys()
         assert max((value - run.weights[name]).abs().max() for name, value in one.weights.items()) < 1e-4
+
+
+def test_one_worker_stops_when_it_is_asked():
+    agreement = loop.StopConsensus(1)
+    assert not agreement.reached()
+    agreement.ask()
+    assert agreement.reached() and np.isscalar(agreement.reached())

@@ -74,43 +74,6 @@ def test_label_transforms():
     assert rank.dtype == power.dtype == np.float32
 
 
-def window(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    draw = np.random.default_rng(seed)
-    sizes = draw.integers(1, 20, 60)
-    groups = np.repeat(draw.permutation(1000)[:60], sizes)
-    return np.repeat(draw.integers(5, 200, 60), sizes) + draw.integers(0, 10, len(groups)), groups
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_instructions_stay_whole_and_each_pair_comes_once(world: int):
-    lengths, groups = window(world)
-    count = batch_plan.count_steps(60, 32, len(groups) / 60)
-    steps = batch_plan.cut_instructions(lengths, groups, count, np.random.default_rng(1))
-    assert len(steps) == count and max(map(len, steps)) < 32 + 20
-    seen: list[int] = []
-    for rows in steps:
-        for rank in range(world):
-            mine = batch_plan.deal_instructions(rows, groups, rank, world)
-            for batch in batch_plan.batch_instructions(mine, lengths, groups, 2000):
-                alone = len(set(groups[batch])) == 1
-                assert alone or len(batch) * lengths[batch].max() <= 2000
-                assert all((groups == group).sum() == (groups[batch] == group).sum() for group in set(groups[batch]))
-                seen += batch.tolist()
-    assert sorted(seen) == list(range(len(groups)))
-    padded = sum(len(rows) * lengths[rows].max() for rows in steps)
-    assert padded < 1.25 * lengths.sum()
-
-
-def test_a_worker_without_an_instruction_gets_no_rows_and_a_step_is_never_empty():
-    lengths, groups = np.array([5, 6]), np.array([1, 1])
-    assert [
-        each.tolist() for each in batch_plan.cut_instructions(lengths, groups, batch_plan.count_steps(1, 1, 2), np.random.default_rng(0))
-    ] == [[0, 1]]
-    assert batch_plan.batch_instructions(batch_plan.deal_instructions(np.array([0, 1]), groups, 1, 2), lengths, groups, 100) == []
-    skewed = np.repeat([0, 1, 2], [50, 1, 1])
-    assert all(len(step) for step in batch_plan.cut_instructions(np.ones(52, int), skewed, 3, np.random.default_rng(0)))
-
-
 def test_an_objective_without_a_term_is_refused():
     with pytest.raises(UsageError, match="mse, pairwise and listwise are all 0"):
         load(None, ["training.objective.mse=0"])

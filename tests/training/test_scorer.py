@@ -57,38 +57,6 @@ def test_scores_do_not_depend_on_the_company(scorer: Scorer):
     assert np.abs(together - alone).max() < 1e-5
 
 
-def test_a_pair_that_fits_has_the_tokenizers_own_ids(encoder: Path):
-    tokenizer = load_tokenizer(encoder, "x", "s")
-    encoded = encode_pairs(tokenizer, INSTRUCTIONS, RESPONSES, 64)
-    plain = tokenizer(INSTRUCTIONS, RESPONSES)
-    assert [row.tolist() for row in np.split(encoded.tokens, encoded.starts[1:-1])] == plain["input_ids"]
-    assert encoded.types is not None
-    assert [row.tolist() for row in np.split(encoded.types, encoded.starts[1:-1])] == plain["token_type_ids"]
-    assert (encoded.cut_pairs, encoded.cut_responses) == (0, 0)
-
-
-@pytest.mark.parametrize(
-    ("instruction", "response", "left", "cut", "cut_responses"),
-    [
-        ("red fox cat", "dog hen", "[CLS] red fox cat [SEP] dog hen [SEP]", 0, 0),
-        ("red fox cat owl", "dog hen", "[CLS] red fox owl [SEP] dog hen [SEP]", 1, 0),
-        ("red fox cat", "dog hen cow bee ant", "[CLS] [SEP] dog hen cow bee ant [SEP]", 1, 0),
-        ("red fox", "dog hen cow bee ant owl cat", "[CLS] [SEP] dog hen cow bee ant [SEP]", 1, 1),
-        ("", "dog hen cow bee ant owl cat", "[CLS] [SEP] dog hen cow bee ant [SEP]", 1, 1),
-        ("red fox cat owl dog hen cow", "", "[CLS] red fox cat hen cow [SEP] [SEP]", 1, 0),
-    ],
-)
-def test_the_instruction_is_cut_before_the_response_ever_is(
-    encoder: Path, instruction: str, response: str, left: str, cut: int, cut_responses: int
-):
-    tokenizer = load_tokenizer(encoder, "x", "s")
-    encoded = encode_pairs(tokenizer, [instruction], [response], max_length=8)
-    assert tokenizer.decode(encoded.tokens.tolist()) == left
-    assert (encoded.cut_pairs, encoded.cut_responses) == (cut, cut_responses)
-    assert encoded.types is not None
-    assert encoded.types.sum() == len(left.split("[SEP]")[1].split()) + 1
-
-
 def test_best_is_the_highest_score_and_the_first_of_equals(scorer: Scorer):
     candidates = ["a red fox", "dog", "the owl", "a red fox"]
     choice = scorer.best("say after me red fox", candidates)
@@ -104,15 +72,6 @@ def test_what_cannot_be_scored_is_a_value_error(scorer: Scorer):
     with pytest.raises(ValueError, match="2 instructions and 1 responses"):
         scorer.score(["a", "b"], ["c"])
     assert scorer.score([], []).shape == (0,)
-
-
-def test_token_batches_hold_each_pair_once_within_the_budget():
-    lengths = np.random.default_rng(0).integers(1, 300, 500)
-    batches = batch_by_tokens(lengths, 1024)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
-    assert all(len(batch) * lengths[batch].max() <= 1024 for batch in batches)
-    assert sum(len(batch) * lengths[batch].max() for batch in batches) < 1.1 * lengths.sum()
-    assert [batch.tolist() for batch in batch_by_tokens(np.array([5000, 3]), 1024)] == [[1], [0]]
 
 
 def test_the_same_seed_draws_the_same_head(encoder: Path):
