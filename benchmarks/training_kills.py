@@ -31,12 +31,13 @@ from cluster.config import Config, load
 from cluster.progress import Bar
 from cluster.progress import log as log_line
 from training import train
+from training.records import Job
 
 _ALL_S = 300.0
 _STEP_S = 0.02  # slow steps, so that a kill hits the drawn step and not a later one
 
 
-def logged_work(job: dict[str, Any], log: str) -> None:
+def logged_work(job: Job, log: str) -> None:
     """Run a worker that logs each finished step with its time and process id."""
     from training import loop, run_channel
 

@@ -204,13 +204,15 @@ class Scorer:
     Raises `CappyError` if the main scorer cannot be loaded.
     """
 
-    def __init__(self, serving: ServingConfig, main_uri: str, additional: Mapping[str, str]) -> None:
+    def __init__(self, serving: ServingConfig, main_uri: str, additional: Mapping[str, str], cpu_kernels: bool = True) -> None:
         import torch
 
         capacity, dtype = serving.scorers_loaded, serving.scorer_dtype
         threads = 1 if torch.cuda.is_available() else min(serving.scorer_threads, len(os.sched_getaffinity(0)))
         self._batcher = ScoreBatcher(score_pairs, threads)
-        self.cache = ScorerCache(serving.scorer_name, main_uri, additional, capacity=capacity, reload_s=serving.reload_s, dtype=dtype)
+        self.cache = ScorerCache(
+            serving.scorer_name, main_uri, additional, capacity=capacity, reload_s=serving.reload_s, dtype=dtype, cpu_kernels=cpu_kernels
+        )
 
         async def return_name(name: str) -> str:
             return name

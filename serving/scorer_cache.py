@@ -71,6 +71,7 @@ class ScorerCache:
         capacity: maximum number of additional scorers in memory; the least recently used one is evicted.
         reload_s: interval between checks for a new version of a scorer in use, in seconds; also the interval between load attempts.
         dtype: see `Scorer.load`.
+        cpu_kernels: see `Scorer.load`.
         clock: returns the time in seconds.
 
     Raises `CappyError` if the main scorer cannot be loaded.
@@ -85,11 +86,13 @@ class ScorerCache:
         capacity: int,
         reload_s: float,
         dtype: Dtype,
+        cpu_kernels: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.main, self._capacity, self._reload_s, self._dtype, self._clock = main, capacity, reload_s, dtype, clock
+        self.main, self._capacity, self._reload_s, self._clock = main, capacity, reload_s, clock
+        self._dtype, self._cpu_kernels = dtype, cpu_kernels
         self._entries = {name: _Entry(uri, f"scorer {name!r}: path") for name, uri in additional.items()}
-        self._entries[main] = _Entry(main_uri, "scorer_path", load_if_changed(main_uri, "scorer_path", None, dtype), clock())
+        self._entries[main] = _Entry(main_uri, "scorer_path", load_if_changed(main_uri, "scorer_path", None, dtype, cpu_kernels), clock())
         self._recently_used: OrderedDict[str, None] = OrderedDict()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="scorers")
 
@@ -126,7 +129,7 @@ class ScorerCache:
         before = entry.loaded
         try:
             loaded = await asyncio.get_running_loop().run_in_executor(
-                self._threads, load_if_changed, entry.uri, entry.setting, before, self._dtype
+                self._threads, load_if_changed, entry.uri, entry.setting, before, self._dtype, self._cpu_kernels
             )
         except Exception as error:  # a fault of one scorer, of any kind, must not stop the server
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, CappyError) else str(error)
@@ -153,7 +156,7 @@ class ScorerCache:
             evicted.loaded, evicted.checked_at = None, float("-inf")
 
 
-def load_if_changed(uri: str, setting: str, loaded: LoadedScorer | None, dtype: Dtype) -> LoadedScorer:
+def load_if_changed(uri: str, setting: str, loaded: LoadedScorer | None, dtype: Dtype, cpu_kernels: bool = True) -> LoadedScorer:
     """Return `loaded` if it is the version published at `uri`, else load the published version.
 
     Raises `CappyError`, with `setting` in the message, if `uri` holds no scorer, is no longer published, or changes during the load.
@@ -168,7 +171,7 @@ def load_if_changed(uri: str, setting: str, loaded: LoadedScorer | None, dtype: 
     if version is not None:
         _verify_weights(uri, setting)
     with _load_lock:
-        model = Scorer.load(uri, dtype, setting=setting)
+        model = Scorer.load(uri, dtype, setting=setting, cpu_kernels=cpu_kernels)
     if read_version(uri) != version:
         raise CappyError(f"{setting}={uri} changed while it was loaded: a new version was published, or it was withdrawn")
     return LoadedScorer(model, version, model.logprob_weight)

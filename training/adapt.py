@@ -1,9 +1,9 @@
-"""`cappy adapt`: many tasks at once, each a Ray task, from one regression set to a scorer for every task that gains by it.
+"""`cappy adapt`: adapt a scorer to many tasks of one regression set, each task as a Ray task.
 
-Below `{workspace}/adapted` each task has its folder: a published scorer where the gate let it pass, else `results.json` alone,
-which says so; `results.json` beside them has all tasks. A task that came to an end is not done again; one whose process was
-lost begins afresh, and one that fails leaves the others alone. On SIGTERM the run ends at once: what it was at begins afresh, as
-a task may take longer than anyone waits. `_lease` keeps a second run away.
+Each task has a folder below `{workspace}/adapted`. It has the published scorer, or only a `results.json` when the gate rejected the
+scorer. `results.json` beside the folders has all tasks. Finished tasks are not repeated. A task whose process was lost starts
+again. A failed task does not stop the others. On SIGTERM the run cancels the unfinished tasks. They start again with the
+same command. The lease `_lease` excludes a second run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
@@ -32,29 +32,52 @@ from generation.dataset import RegressionSet
 from generation.sampler import LoadLLM
 from training import adapt_one, lora, scorer, train
 from training.adapt_one import RESULTS, Base, Task
+from training.records import Outcome
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
 
 _LEASE = "_lease"
 _OWNED = artifacts.OwnedFiles("scorer", "adapt", (f"{CHECKPOINTS}/adapting",), f"{CHECKPOINTS}/adapting", scorer.SCORER_FILES)
-# A task whose gate let no scorer pass has this file alone.
+# The only file of a task whose scorer was rejected by the gate is `results.json`.
 _REJECTED = artifacts.OwnedFiles("scorer", "adapt", (*_OWNED.working, r"results\.json"), r"results\.json", ())
-_LISTEN_S = 1.0  # after which a SIGTERM is noticed while all tasks are at work
-_GONE_S = 30.0
-# What may change when a run goes on.
+_WAIT_S = 1.0  # interval of checks for SIGTERM and for the lease while tasks run, in seconds
+_CANCEL_TIMEOUT_S = 30.0
+# Settings that may change when a run resumes.
 _OPERATIONAL = ("tasks", "concurrency", "cpus_per_task", "gpus_per_task", "max_retries")
 
 
-def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> dict[str, Any]:
-    """Adapt to the tasks of the set (generated first where it is not there yet, by `load`'s LLM) and return the table of all outcomes.
+class AdaptSummary(TypedDict):
+    """The result of `cappy adapt`, as `results.json` stores it."""
 
-    A task that fails is in the table with its `error`. Raises `UsageError` where a task was adapted with other settings and
-    `overwrite` is not given, `CappyError` where base or set cannot be used, or another run is at work there, `Stopped` on SIGTERM.
+    uri: str
+    dataset: str
+    base: str
+    method: str
+    tasks: list[Outcome]
+    """Without their `identity`."""
+    published: int
+    rejected: int
+    failed: int
+    averages: dict[str, float]
+    """Means over the measured tasks, in points; `after the gate` uses the base for rejected tasks."""
+    seconds: float
+
+
+def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> AdaptSummary:
+    """Adapt the base to the tasks of the set and return the outcomes. A missing set is generated first, with the LLM of `load`.
+
+    A failed task is in the result with its `error`.
+
+    Raises:
+        UsageError: a task was adapted with other settings and `overwrite` is False, or a folder has foreign files.
+        CappyError: the base or the set cannot be used, or another run holds the lease.
+        Stopped: SIGTERM ended the run.
     """
     start = time.monotonic()
-    if config.training.objective.grouped:
+    objective = config.training.objective
+    if objective.grouped:
         raise UsageError(
-            "training.objective compares an instruction's candidates, and a task's pairs are repeated and cut one by one; "
-            "adapt with pairwise=0, listwise=0 and other labels than rank"
+            f"training.objective: pairwise={objective.pairwise:g}, listwise={objective.listwise:g}, labels={objective.labels} compares an "
+            f"instruction's candidates, but `cappy adapt` trains on single pairs; set pairwise=0, listwise=0 and labels=plain or power"
         )
     config = paths.absolute(config)
     config = config.model_copy(update={"dataset": storage.check_uri(config.dataset_uri, "dataset"), "adapted_path": config.adapted_uri})
@@ -64,42 +87,47 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
         if not storage.exists(storage.join(config.dataset_uri, artifacts.MANIFEST)):
             generate.run_generate(config, load=load)
         dataset = RegressionSet(config.dataset_uri)
-        _say_where_it_differs(config, dataset)
+        _log_differences(config, dataset)
         _refuse_foreign_table(uri)
         tasks = _tasks(config, dataset, base, uri)
         outcomes = {} if overwrite else _finished(tasks)
         if outcomes:
-            log(f"{len(outcomes)} of {len(tasks)} tasks are done already; going on")
+            log(f"{len(outcomes)} of {len(tasks)} tasks are finished; resuming with the others")
         pending = [task for task in tasks if task.name not in outcomes]
         _clear(pending, held.check)
         for task in tasks:
-            if task.name in outcomes:  # it may have been stopped between publishing and tidying
+            if task.name in outcomes:  # its run may have stopped after publishing and before the cleanup
                 artifacts.cleanup(storage.join(task.uri, CHECKPOINTS), held.check)
-        closing = on_sigterm("leaving the tasks at work, which begin afresh when the same command goes on", lambda: None)
-        with closing as told, Bar("adapting", len(tasks), "tasks", done=len(outcomes)) as bar:
-            for task, outcome in _adapt(config, base, pending, told, held):
+        handler = on_sigterm("cancelling the running tasks; run the same command again to start them again", lambda: None)
+        with handler as stop_requested, Bar("adapting", len(tasks), "tasks", done=len(outcomes)) as bar:
+            for task, outcome in _run_tasks(config, base, pending, stop_requested, held):
                 outcomes[task.name] = outcome
                 bar.advance()
-                log(describe(outcome))
+                log(describe_outcome(outcome))
             if len(outcomes) < len(tasks):
-                raise Stopped(f"stopped on SIGTERM; {len(outcomes)} of {len(tasks)} tasks came to an end, the same command does the rest")
+                raise Stopped(
+                    f"stopped on SIGTERM; {len(outcomes)} of {len(tasks)} tasks are finished; run the same command again to resume"
+                )
         result = _summarise(uri, config, base, [outcomes[task.name] for task in tasks], time.monotonic() - start)
         folder_writer.FolderWriter(uri, held.check).write_json(RESULTS, result)
         held.finish()
     return result
 
 
-def describe(outcome: dict[str, Any]) -> str:
-    """Return what became of a task in one line."""
+def describe_outcome(outcome: Outcome) -> str:
+    """Return the outcome of a task in one line."""
     name, gate = outcome["task"], outcome.get("gate")
     if outcome["state"] == "failed":
         return f"{name}: {outcome['error']}"
-    gain = "not measured" if gate is None or gate["gain"] is None else f"{gate['before']:.1f} -> {gate['after']:.1f} on the gate's rows"
+    if gate is None or gate["before"] is None or gate["after"] is None:
+        gain = "not measured"
+    else:
+        gain = f"{gate['before']:.1f} -> {gate['after']:.1f} points on the gate's rows"
     return f"{name}: {gain}, {outcome['state']}"
 
 
 def folder_name(task: str) -> str:
-    """Return a task's name as a folder's: what a path cannot hold is `_`, with a hash so that no two tasks share one."""
+    """Return the folder name of a task. Other characters than letters, digits, `.`, `_` and `-` become `_`, and a hash is added."""
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", task)[:100]
     if plain == task and not plain.startswith((".", "_")) and plain != RESULTS:
         return plain
@@ -107,7 +135,7 @@ def folder_name(task: str) -> str:
 
 
 def _base(config: Config) -> Base:
-    """Load what all tasks start from once, so that what cannot work fails before anything is spent."""
+    """Load the base once, so that an error is raised before any task starts."""
     name = config.adapt.base
     if name is None:
         folder = models.resolve(config.scorer.encoder, "scorer.encoder")
@@ -123,20 +151,20 @@ def _base(config: Config) -> Base:
     return base
 
 
-def _say_where_it_differs(config: Config, dataset: RegressionSet) -> None:
-    """Tell the operator where a set that was there already is not what this config would generate."""
+def _log_differences(config: Config, dataset: RegressionSet) -> None:
+    """Log the settings in which an existing set differs from the set of this config."""
     made = dataset.manifest.get("lineage")
     changes = [change.split(":")[0] for change in differences(made, generate.result_settings(config))] if made else []
     if changes:
-        log(f"dataset={dataset.uri} is used as it is; it was generated with another {', '.join(changes)} than this config has")
+        log(f"dataset={dataset.uri} exists and is used; it was generated with other values of {', '.join(changes)} than this config has")
 
 
 def _tasks(config: Config, dataset: RegressionSet, base: Base, uri: str) -> list[Task]:
-    """Return the tasks of the set that are wanted, in the order of their names."""
+    """Return the tasks of the set that `adapt.tasks` selects, sorted by name."""
     if config.adapt.by == "all":
         names: dict[str, str | None] = {"all": None}
         if config.adapt.tasks:
-            raise UsageError(f"adapt.tasks={list(config.adapt.tasks)} with adapt.by=all: all rows are one task; leave adapt.tasks out")
+            raise UsageError(f"adapt.tasks={list(config.adapt.tasks)} with adapt.by=all: all rows are one task; set adapt.tasks=null")
     else:
         names = {name: name for name in sorted(_datasets(dataset))}
         for wanted in config.adapt.tasks or ():
@@ -152,7 +180,7 @@ def _tasks(config: Config, dataset: RegressionSet, base: Base, uri: str) -> list
 
 
 def _datasets(dataset: RegressionSet) -> Counter[str]:
-    """The instructions of each dataset of a set."""
+    """Return the number of instructions of each dataset of a set."""
     counts: Counter[str] = Counter()
     for split in dataset.manifest["counts"]:
         for table in dataset.batches(split, rows=65536, columns=["dataset"]):
@@ -160,12 +188,12 @@ def _datasets(dataset: RegressionSet) -> Counter[str]:
     return counts
 
 
-def _finished(tasks: list[Task]) -> dict[str, dict[str, Any]]:
-    """Return the outcomes of the tasks that came to an end with the same settings.
+def _finished(tasks: list[Task]) -> dict[str, Outcome]:
+    """Return the outcomes, by task name, of the tasks that were finished with the same settings.
 
-    One that was rejected with others is done again; one that was published with others is a `UsageError`.
+    A task that was rejected with other settings is not included. Raises `UsageError` for a task that was published with other settings.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Outcome] = {}
     for task in tasks:
         outcome = adapt_one.read_outcome(task)
         if outcome is None:
@@ -175,14 +203,14 @@ def _finished(tasks: list[Task]) -> dict[str, dict[str, Any]]:
         elif outcome["state"] == "published":
             changes = "; ".join(differences(outcome["identity"], task.identity))
             raise UsageError(
-                f"adapted_path: {task.uri} was adapted with other settings ({changes}); set them back to go on, "
-                f"choose another adapted_path, or start afresh with --overwrite"
+                f"adapted_path: {task.uri} was adapted with other settings ({changes}); restore them to resume, "
+                f"choose another adapted_path, or use --overwrite"
             )
     return found
 
 
 def _clear(tasks: list[Task], check: Callable[[], None] = lambda: None) -> None:
-    """Empty the places of tasks, but only of what `cappy adapt` wrote, and none of them where one holds anything else."""
+    """Delete the files of `cappy adapt` in the folders of tasks. Raises `UsageError`, and deletes nothing, when one has foreign files."""
     owned = [(task.uri, _owned(task)) for task in tasks]
     for uri, own in owned:
         artifacts.refuse_foreign(uri, "adapted_path", own, overwrite=True)
@@ -191,16 +219,15 @@ def _clear(tasks: list[Task], check: Callable[[], None] = lambda: None) -> None:
 
 
 def _owned(task: Task) -> artifacts.OwnedFiles:
-    """What `cappy adapt` may delete of a task's place: an earlier outcome, or what a lost run left."""
+    """Return the files of a task's folder that `cappy adapt` may delete: an earlier outcome, or the remains of a lost run."""
     published = storage.exists(storage.join(task.uri, artifacts.MANIFEST))
     return _OWNED if adapt_one.read_outcome(task) is None or published else _REJECTED
 
 
 def _refuse_foreign_table(uri: str) -> None:
-    """Refuse to write the table of all outcomes over a file of its name that is no such table."""
-    place = storage.join(uri, RESULTS)
+    """Raise `UsageError` when the `results.json` at `uri` was not written by `cappy adapt`."""
     try:
-        found = storage.read_json(place)
+        found = storage.read_json(storage.join(uri, RESULTS))
     except FileNotFoundError:
         return
     except ValueError:
@@ -212,10 +239,12 @@ def _refuse_foreign_table(uri: str) -> None:
         )
 
 
-def _adapt(config: Config, base: Base, tasks: list[Task], told: threading.Event, held: Lease) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Run tasks over the cluster and yield the outcome of each as it ends; one that fails has state `failed` and its `error`.
+def _run_tasks(
+    config: Config, base: Base, tasks: list[Task], stop_requested: threading.Event, held: Lease
+) -> Iterator[tuple[Task, Outcome]]:
+    """Run tasks on the cluster and yield the outcome of each when it ends. A failed task has state `failed` and its `error`.
 
-    Ends early, its tasks cancelled, once `told` is set. Raises `LeaseLost` once another run took over.
+    Cancels the tasks and returns once `stop_requested` is set. Raises `LeaseLost` when another run took over.
     """
     import ray
 
@@ -224,58 +253,58 @@ def _adapt(config: Config, base: Base, tasks: list[Task], told: threading.Event,
     if gpus is None:
         gpus = float(ray.cluster_resources().get("GPU", 0) > 0)
     remote = ray.remote(num_cpus=settings.cpus_per_task, num_gpus=gpus, max_retries=settings.max_retries)(adapt_one.adapt_task)
-    at_once = settings.concurrency or _room(settings.cpus_per_task, len(tasks))
-    waiting = list(reversed(tasks))
+    concurrency = settings.concurrency or _default_concurrency(settings.cpus_per_task, len(tasks))
+    pending = list(reversed(tasks))
     running: dict[Any, Task] = {}
-    while (waiting or running) and not told.is_set():
-        while waiting and len(running) < at_once:
-            task = waiting.pop()
+    while (pending or running) and not stop_requested.is_set():
+        while pending and len(running) < concurrency:
+            task = pending.pop()
             reference = remote.remote(config, task, base, threads=settings.cpus_per_task, gpu=gpus > 0, check=held.claim.check)
             running[reference] = task
-        ready, _ = ray.wait(list(running), timeout=_LISTEN_S)
+        ready, _ = ray.wait(list(running), timeout=_WAIT_S)
         held.check(look=False)
         for reference in ready:
             task = running.pop(reference)
             try:
                 yield task, ray.get(reference)
-            except Exception as error:  # whatever it was, the others go on
+            except Exception as error:  # no error of a task may stop the other tasks
                 clean = find_cappy_error(error)
                 reason = str(clean) if clean else f"{type(error).__name__}: {_last_line(error)}"
                 yield task, {"task": task.name, "state": "failed", "error": reason, "uri": None, "use": base.name if base.scorer else None}
     for reference in running:
         ray.cancel(reference, force=True)
-    if running:  # who goes on clears their places: they must be gone by then
-        ray.wait(list(running), num_returns=len(running), timeout=_GONE_S)
+    if running:  # the next run deletes their files, so they must have ended by then
+        ray.wait(list(running), num_returns=len(running), timeout=_CANCEL_TIMEOUT_S)
 
 
-def _room(cpus: int, tasks: int) -> int:
-    """How many tasks to hand out at once: on this machine as many as it has cores for, on a cluster all, as it may grow."""
+def _default_concurrency(cpus: int, tasks: int) -> int:
+    """Return how many tasks run concurrently: all on a cluster, which may scale up, else as many as the cores allow."""
     if os.environ.get("RAY_ADDRESS"):
         return max(tasks, 1)
-    return max((os.cpu_count() or 1) // cpus, 1)  # an embedded Ray counts more CPUs than there are
+    return max((os.cpu_count() or 1) // cpus, 1)  # the embedded Ray is given more CPUs than the machine has
 
 
 def _last_line(error: BaseException) -> str:
     return next(reversed(str(error).strip().splitlines()), "")[:300]
 
 
-def _summarise(uri: str, config: Config, base: Base, outcomes: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """Return the table of a run: the outcome of each task, and averages of the figures over the tasks that have some."""
+def _summarise(uri: str, config: Config, base: Base, outcomes: list[Outcome], seconds: float) -> AdaptSummary:
+    """Return the outcomes of a run and the averages over the measured tasks."""
     states = Counter(outcome["state"] for outcome in outcomes)
-    measured = [outcome["figures"] for outcome in outcomes if outcome.get("figures")]
-    means = {
-        name: sum(each[name] for each in measured) / len(measured)
-        for name in ("before", "after", "random", "self", "oracle")
-        if measured and all(each[name] is not None for each in measured)
-    }
-    used = [outcome["figures"]["after" if outcome["state"] == "published" else "before"] for outcome in outcomes if outcome.get("figures")]
-    used = [points for points in used if points is not None]
+    measured = [(outcome["state"], points) for outcome in outcomes if (points := outcome.get("figures"))]
+    means = {}
+    for name in ("before", "after", "random", "self", "oracle"):
+        values = [points[name] for _, points in measured]
+        known = [value for value in values if value is not None]
+        if values and len(known) == len(values):
+            means[name] = sum(known) / len(known)
+    used = [value for state, points in measured if (value := points["after" if state == "published" else "before"]) is not None]
     return {
         "uri": uri,
         "dataset": config.dataset_uri,
         "base": base.name,
         "method": config.adapt.method,
-        "tasks": [{key: value for key, value in outcome.items() if key != "identity"} for outcome in outcomes],
+        "tasks": [cast("Outcome", {key: value for key, value in outcome.items() if key != "identity"}) for outcome in outcomes],
         "published": states["published"],
         "rejected": states["rejected"],
         "failed": states["failed"],

@@ -1,8 +1,8 @@
-"""Adapting a scorer to one task: its pairs, its fine-tuning, what it gains on the task's validation rows, the gate. No Ray.
+"""Adapt a scorer to one task: collect its pairs, fine-tune, measure the gain, decide the gate, publish. No Ray.
 
-The task's set follows the paper's recipe: correct responses at 1, as many of other instructions of the task at 0, the LLM's
-samples at their Rouge-L, all of which `cappy generate` has labelled already; repeats are left out, then the pairs repeated or
-cut to `adapt.pairs`. Which rows are taken is a function of (seed, row) alone.
+The pairs follow the recipe of the Cappy paper. Correct responses have label 1. As many correct responses of other instructions of
+the task have label 0. The LLM's samples have their Rouge-L. `cappy generate` has labelled them all. Repeats are removed, then the
+pairs are repeated or cut to `adapt.pairs`. The selection of rows is a function of (seed, row).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,28 +30,28 @@ from generation.schema import DATASET
 from training import batch_plan, loop, lora, model_card, validation
 from training.batch_plan import Size
 from training.encoding import encode_pairs
+from training.records import GateDecision, Metrics, MetricsLine, Outcome, TaskPoints
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
 
 RESULTS = "results.json"
 _COLUMNS = ("id", "dataset", "instruction", "candidates")
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
 T = TypeVar("T")
-Metrics = dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class Base:
-    """What every task starts from."""
+    """The model that every task starts from."""
 
     name: str
-    """A scorer, or where `scorer` is False a plain encoder, on which a new head is drawn."""
+    """A scorer or, when `scorer` is False, a plain encoder that gets a new head."""
     scorer: bool
     sha256: str
-    """Of its weights."""
+    """SHA-256 of its weights."""
     writer: str | None
-    """Who published it, from its manifest; null for what is not ours."""
+    """The `writer` of its manifest; None without a manifest."""
     max_length: int
-    """Tokens of instruction plus response."""
+    """Limit of instruction plus response, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -60,47 +60,67 @@ class Task:
 
     name: str
     dataset: str | None
-    """The rows it has, by their `dataset`; null is all rows."""
+    """The `dataset` of its rows; None for all rows."""
     uri: str
-    """Where its scorer and `results.json` go."""
+    """Folder of its scorer and its `results.json`."""
     identity: dict[str, Any]
-    """What decides the outcome, as a plain tree."""
+    """The settings and data that decide the outcome, as a plain tree."""
+
+
+class FitResult(TypedDict):
+    """The measurements of a task's fine-tuning."""
+
+    steps: int
+    pairs: int
+    """Pairs trained on, over all epochs, repeats counted."""
+    cut_pairs: int
+    """Pairs cut to the length limit in the first epoch."""
+    learning_rate: float
+    train_mse: float
+    """Of the last epoch, during training."""
+    trained_parameters: int
+    pairs_per_second: float
 
 
 def adapt_task(
     config: Config, task: Task, base: Base, *, threads: int = 1, gpu: bool = False, check: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Adapt to one task, publish the scorer if the gate lets it pass, and return the outcome, which `results.json` keeps.
+) -> Outcome:
+    """Adapt the base to one task, publish the scorer if it passes the gate, write `results.json` and return the outcome.
 
-    The outcome's `state` is `published` or `rejected`. `check` is called before each write and raises where the run has lost its
-    lease. Raises `CappyError` where the task has no train rows, nothing for the
-    gate to compare, or a loss that is no number.
+    The outcome's `state` is `published` or `rejected`. `check` is called before each write; it raises when the run has lost its
+    lease. `threads` is the number of torch threads.
+
+    Raises `CappyError` when the task has no train rows, when the gate has no validation rows, or when the loss is not finite.
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
-    done = read_outcome(task)
-    if done and done["identity"] == task.identity:  # Ray runs a task again when its node is lost as it ends
-        return done
+    earlier = read_outcome(task)
+    if earlier and earlier["identity"] == task.identity:  # Ray repeats a task whose node was lost at its end
+        return earlier
     dataset = RegressionSet(config.dataset_uri)
     pairs, train_rows = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed)
     if not len(pairs):
-        raise CappyError(f"no train rows of {task.name} in dataset={dataset.uri}; generate some, or leave it out of adapt.tasks")
+        raise CappyError(f"no train rows of {task.name} in dataset={dataset.uri}; generate some, or remove the task from adapt.tasks")
     rows = validation_rows(dataset, task.dataset, config.adapt.validation_rows, config.seed)
     if config.adapt.gate and not len(rows):
         raise CappyError(
-            f"no validation rows of {task.name} with candidates to pick from in dataset={dataset.uri}, so the gate cannot compare; "
-            f"generate some, or publish without by adapt.gate=false"
+            f"no validation rows of {task.name} with candidates in dataset={dataset.uri}, so adapt.gate=true cannot compare; "
+            f"generate some, or set adapt.gate=false to publish without a gate"
         )
     tables: tuple[pa.Table, ...] = split_validation_rows(rows, config.adapt.gate_fraction) if len(rows) else ()
     training = config.adapt.training(config.training)
     scorer, wrapped = load_trainable(config, training, base, torch.device("cuda" if gpu else "cpu"))
     before = _measure(scorer, tables, dataset.greedy())
-    trained, lines = _fit(scorer, pairs, training, config)
+    fit_result, lines = _fit(scorer, pairs, training, config)
     after = _measure(scorer, tables, dataset.greedy())
-    judged = decide_gate(before[0], after[0], config.adapt) if tables else None
-    passed = judged is not None and judged["passed"]
-    state = "published" if passed or not config.adapt.gate else "rejected"
-    result = {
+    decision: GateDecision | None = None
+    points: TaskPoints | None = None
+    if tables:
+        decision = {**decide_gate(before[0], after[0], config.adapt), "rows": len(tables[0])}
+        points = {**summarise_points(before[1], after[1]), "rows": len(tables[1]), "apart": tables[1] is not rows}
+    passed = decision is not None and decision["passed"]
+    state: Literal["published", "rejected"] = "published" if passed or not config.adapt.gate else "rejected"
+    result: Outcome = {
         "task": task.name,
         "dataset": task.dataset,
         "state": state,
@@ -110,9 +130,15 @@ def adapt_task(
         "method": config.adapt.method,
         "train_rows": train_rows,
         "distinct_pairs": len(pairs),
-        **trained,
-        "gate": judged and {**judged, "rows": len(tables[0])},
-        "figures": summarise_points(before[1], after[1]) | {"rows": len(tables[1]), "apart": tables[1] is not rows} if tables else None,
+        "steps": fit_result["steps"],
+        "pairs": fit_result["pairs"],
+        "cut_pairs": fit_result["cut_pairs"],
+        "learning_rate": fit_result["learning_rate"],
+        "train_mse": fit_result["train_mse"],
+        "trained_parameters": fit_result["trained_parameters"],
+        "pairs_per_second": fit_result["pairs_per_second"],
+        "gate": decision,
+        "figures": points,
         "label": dataset.manifest.get("metric", {}).get("name", "rouge_l"),
         "seconds": round(time.monotonic() - start, 1),
         "identity": task.identity,
@@ -123,25 +149,26 @@ def adapt_task(
     return result
 
 
-def read_outcome(task: Task) -> dict[str, Any] | None:
-    """Return what an earlier run found for a task, whatever its settings; None where none came to an end."""
+def read_outcome(task: Task) -> Outcome | None:
+    """Return the outcome of an earlier run for a task, with any settings; None when no run finished the task."""
     if storage.exists(storage.join(task.uri, artifacts.MANIFEST)):
         manifest = artifacts.read_manifest(task.uri, "scorer", "adapt")
         if "identity" not in manifest:
             raise CappyError(f"{task.uri} holds a scorer that `cappy adapt` did not write; choose another adapted_path")
-        return {**manifest["summary"], "identity": manifest["identity"]}
+        return cast("Outcome", {**manifest["summary"], "identity": manifest["identity"]})
     try:
         found = storage.read_json(storage.join(task.uri, RESULTS))
     except (FileNotFoundError, ValueError):
         return None
     rejected = isinstance(found, dict) and found.get("state") == "rejected" and "identity" in found
-    return dict(found) if rejected else None  # else it was lost before its manifest was written, or is not ours
+    # Any other file belongs to a run that was lost before it wrote the manifest, or was not written by `cappy adapt`.
+    return cast("Outcome", dict(found)) if rejected else None
 
 
 def collect_pairs(dataset: RegressionSet, only: str | None, size: int, seed: int) -> tuple[Pairs, int]:
-    """Return a task's distinct train pairs, at most `size` of them, chosen and ordered by hash; and the task's train rows.
+    """Return at most `size` distinct train pairs of a task, chosen and ordered by hash, and the number of its train rows.
 
-    Pairs of the same texts in several rows are one, with the best of its labels. Holds twice `size` pairs in memory.
+    A pair that is in several rows gets its highest label. Holds at most twice `size` pairs, plus one batch, in memory.
     """
     found: dict[bytes, tuple[str, str, float]] = {}
     seen = 0
@@ -162,9 +189,9 @@ def collect_pairs(dataset: RegressionSet, only: str | None, size: int, seed: int
 
 
 def validation_rows(dataset: RegressionSet, only: str | None, size: int, seed: int) -> pa.Table:
-    """Return a task's validation rows that have candidates to pick from, at most `size` of them, chosen and ordered by hash.
+    """Return at most `size` validation rows of a task, chosen and ordered by hash.
 
-    These are the LLM's samples, or the answer choices where a row has them.
+    Only rows with candidates to choose from count: samples of the LLM or answer choices.
     """
     found: dict[bytes, dict[str, Any]] = {}
     for table in dataset.batches("validation", columns=_COLUMNS, only=only):
@@ -185,24 +212,25 @@ def _first(found: dict[bytes, T], size: int) -> dict[bytes, T]:
 
 
 def epoch_order(distinct: int, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of an epoch, int64 (count,): positions of the distinct pairs, all of them shuffled, again and again."""
+    """Return the order of an epoch, int64 (count,): shuffled positions of the distinct pairs, repeated until there are `count`."""
     draw = np.random.default_rng([seed, epoch, 4])
     return np.concatenate([draw.permutation(distinct) for _ in range(-(-count // distinct))])[:count]
 
 
 def split_validation_rows(rows: pa.Table, fraction: float) -> tuple[pa.Table, pa.Table]:
-    """Return the rows the gate decides on, the first `fraction` (they stand in the order of a hash), and those the figures are of.
+    """Split validation rows into the rows of the gate, the first `fraction`, and the rows of the reported results.
 
-    The figures are of the same rows where the gate has taken all.
+    The rows are already in the order of a hash. When the gate takes all rows, both parts are all rows.
     """
     deciding = math.ceil(fraction * len(rows))
     return rows[:deciding], rows[deciding:] if deciding < len(rows) else rows
 
 
-def decide_gate(before: Metrics, after: Metrics, settings: AdaptConfig) -> dict[str, Any]:
-    """Return what the gate decides on these metrics of its rows: `before`, `after` and `gain` in points (0 to 100), and `passed`.
+def decide_gate(before: Metrics, after: Metrics, settings: AdaptConfig) -> GateDecision:
+    """Compare the metrics of the base and of the adapted scorer on the gate's rows.
 
-    Null, and not passed, where the rows have nothing that tells candidates apart.
+    A gain must be positive and at least `settings.min_gain` points to pass. It is None, and does not pass, when the rows have no
+    candidates with different labels.
     """
     old, new = _points(before, settings.metric), _points(after, settings.metric)
     gain = None if old is None or new is None else new - old
@@ -210,19 +238,20 @@ def decide_gate(before: Metrics, after: Metrics, settings: AdaptConfig) -> dict[
     return {"metric": settings.metric, "before": old, "after": new, "gain": gain, "passed": passed}
 
 
-def summarise_points(before: Metrics, after: Metrics) -> dict[str, Any]:
-    """Return the figures of a table's line, in points: the picks of the base, of the adapted scorer and of those without one."""
-    others = {"random": "random", "self": "self_mean", "oracle": "oracle"}
+def summarise_points(before: Metrics, after: Metrics) -> TaskPoints:
+    """Return the reported results from the metrics of the base and of the adapted scorer."""
     return {
         "before": _points(before, "selection"),
         "after": _points(after, "selection"),
-        **{name: _points(after, metric) for name, metric in others.items()},
+        "random": _points(after, "random"),
+        "self": _points(after, "self_mean"),
+        "oracle": _points(after, "oracle"),
         "pairwise_accuracy": {"before": _points(before, "pairwise_accuracy"), "after": _points(after, "pairwise_accuracy")},
     }
 
 
 def _points(metrics: Metrics, name: str) -> float | None:
-    """A metric in points; of a task with answer choices alone the accuracy stands for the selection."""
+    """Return a metric in points (0 to 100). For a task with answer choices only, `selection` is the accuracy."""
     value = metrics["accuracy"] if name == "selection" and metrics["selection"] is None else metrics[name]
     return None if value is None else 100 * value
 
@@ -232,36 +261,47 @@ def _measure(scorer: Scorer, tables: Sequence[pa.Table], greedy: str | None) -> 
 
 
 def load_trainable(config: Config, training: TrainingConfig, base: Base, device: torch.device) -> tuple[Scorer, Any]:
-    """Return the base ready to be trained, as a scorer, and with adapters peft's model around it (else None)."""
+    """Return the base as a trainable scorer and, for `adapt.method: lora`, peft's model around it (else None)."""
     setting = "adapt.base" if base.scorer else "scorer.encoder"
     folder = models.resolve(base.name, setting)
-    shape = config.scorer.model_copy(update={"encoder": base.name, "max_length": base.max_length})
-    model = new_model(folder, shape, training, config.seed)
+    settings = config.scorer.model_copy(update={"encoder": base.name, "max_length": base.max_length})
+    model = new_model(folder, settings, training, config.seed)
     wrapped = lora.add_adapters(model, config.adapt.lora, config.seed) if config.adapt.method == "lora" else None
     return Scorer(model, load_tokenizer(folder, base.name, setting), base.max_length, config.scorer.dtype, device), wrapped
 
 
-def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Train the scorer's model; return what was done, and a line for metrics.jsonl every `_LOG_EVERY` steps."""
+def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config) -> tuple[FitResult, list[MetricsLine]]:
+    """Train the scorer's model. Return the measurements, and a line of metrics.jsonl for every `_LOG_EVERY` steps."""
     size = Size(config.adapt.pairs, len(set(pairs.instructions)))
     windows = _windows(scorer, pairs, size.pairs, training, config.seed)
     steps = batch_plan.plan_steps(windows, training, config.seed, rank=0, world=1, first=0, size=size)
     total = batch_plan.steps_in_epoch(size, training) * training.epochs
     pad_id = scorer.tokenizer.pad_token_id
-    lines: list[dict[str, Any]] = []
+    lines: list[MetricsLine] = []
     losses: list[tuple[float, int]] = []
+    norms: list[float] = []
     cut = 0
     start = time.monotonic()
     optimizer = loop.new_optimizer(scorer.model, training)
-    for done in loop.fit(scorer.model, steps, optimizer, training, total=total, seed=config.seed, pad_id=pad_id, dtype=scorer.dtype):
-        losses.append((float(done.squared_error), done.size))
-        cut += done.cut if done.epoch == 0 else 0
+    for result in loop.fit(scorer.model, steps, optimizer, training, total=total, seed=config.seed, pad_id=pad_id, dtype=scorer.dtype):
+        losses.append((float(result.squared_error), result.size))
+        norms.append(float(result.gradient_norm))
+        cut += result.cut if result.epoch == 0 else 0
         if not math.isfinite(losses[-1][0]):
             raise CappyError(
-                f"the loss is {losses[-1][0]} at step {done.index}; lower adapt.learning_rate (now {training.learning_rate:g})"
+                f"the loss is {losses[-1][0]} at step {result.index}; lower adapt.learning_rate (now {training.learning_rate:g})"
             )
-        if (done.index + 1) % _LOG_EVERY == 0 or done.index + 1 == total:
-            lines.append({"step": done.index + 1, "epoch": done.epoch, "loss": _mean(losses[len(lines) * _LOG_EVERY :])})
+        if (result.index + 1) % _LOG_EVERY == 0 or result.index + 1 == total:
+            first = len(lines) * _LOG_EVERY
+            norm = sum(norms[first:]) / len(norms[first:])
+            lines.append(
+                {
+                    "step": result.index + 1,
+                    "epoch": result.epoch,
+                    "loss": _mean(losses[first:]),
+                    "gradient_norm": norm if math.isfinite(norm) else None,  # JSON has no infinity
+                }
+            )
     scorer.model.eval()
     seconds = time.monotonic() - start
     return {
@@ -276,11 +316,12 @@ def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config)
 
 
 def _mean(losses: Sequence[tuple[float, int]]) -> float:
+    """Return the mean over pairs of (mean loss of a step, pairs of the step)."""
     return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
 
 
 def _windows(scorer: Scorer, pairs: Pairs, count: int, training: TrainingConfig, seed: int) -> Iterator[batch_plan.Window]:
-    """Tokenised windows of `count` pairs, epoch after epoch."""
+    """Yield tokenised windows of all epochs; an epoch has `count` pairs."""
     for epoch in range(training.epochs):
         order = epoch_order(len(pairs), count, seed, epoch)
         for number, start in enumerate(range(0, count, training.window)):
@@ -297,12 +338,12 @@ def _publish(
     base: Base,
     scorer: Scorer,
     wrapped: Any,
-    result: dict[str, Any],
-    lines: list[dict[str, Any]],
+    result: Outcome,
+    lines: list[MetricsLine],
     dataset: RegressionSet,
     check: Callable[[], None],
-) -> dict[str, Any]:
-    """Write the scorer or its adapters, card, metrics, config and outcome, then the manifest; return the outcome."""
+) -> Outcome:
+    """Write the scorer or its adapters, card, metrics, config and outcome, then the manifest. Return the outcome."""
     target = storage.new_temporary_folder("adapted")
     unfinished = storage.join(task.uri, CHECKPOINTS, "adapting")
     try:
@@ -316,7 +357,7 @@ def _publish(
         (target / "README.md").write_text(model_card.render_adapted_card(config, result), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (target / RESULTS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        # Until the manifest is there nobody takes the files for a scorer.
+        # Readers refuse a folder with this marker and without a manifest.
         check()
         storage.write_bytes(unfinished, b"")
         files = folder_writer.FolderWriter(task.uri, check).upload_folder(target)

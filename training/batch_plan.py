@@ -173,7 +173,7 @@ def deal_instructions(rows: np.ndarray, groups: np.ndarray, rank: int, world: in
 def batch_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """Sort pairs by length and cut them into batches of at most `budget` padded tokens (pairs x longest pair).
 
-    A longer pair is a batch of its own. Returns positions in `lengths`; each pair is in exactly one batch.
+    A longer pair is its own batch. Returns positions in `lengths`; each pair is in exactly one batch.
     """
     order = np.argsort(lengths, kind="stable")
     batches: list[np.ndarray] = []
@@ -188,7 +188,7 @@ def batch_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
 def batch_instructions(rows: np.ndarray, lengths: np.ndarray, groups: np.ndarray, budget: int) -> list[np.ndarray]:
     """Cut a worker's rows of a step into batches of whole instructions, of at most `budget` padded tokens each.
 
-    A larger instruction is a batch of its own, so memory must hold all its candidates at once.
+    A larger instruction is its own batch, so memory must hold all its candidates together.
     """
     members = rows_by_group(groups[rows])
     if not members:

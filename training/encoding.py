@@ -1,4 +1,7 @@
-"""Tokenise pairs, cut them to the length limit and pad batches of them. numpy and torch only: no files, no Ray."""
+"""Tokenise pairs, cut them to the length limit and pad batches of them. numpy and torch only: no files, no Ray.
+
+Shapes: B pairs of a batch, T tokens of the longest pair.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +14,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Pairs a tokenizer is given at once: what it returns for a window of 4,096 short ones took some 30 MiB.
+# Pairs per call of the tokenizer. Its result holds Python lists, many times larger than the arrays of `Encoded`.
 _TOKENISED_PAIRS = 256
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised pairs with their special tokens, not padded: all tokens end to end, three arrays however many pairs."""
+    """Tokenised pairs with their special tokens, without padding: the tokens of all pairs end to end."""
 
     tokens: np.ndarray
     """int32 (tokens of all pairs,)."""
     types: np.ndarray | None
-    """int8, as long: 0 over the instruction, 1 over the response; None for models that do not read them."""
+    """int8, same shape as `tokens`: 0 for the instruction, 1 for the response. None for models without token types."""
     starts: np.ndarray
     """int64 (pairs + 1,): pair `row` is `tokens[starts[row] : starts[row + 1]]`."""
     cut_pairs: int
-    """Pairs that were too long and lost the middle of their instruction."""
+    """Pairs above the length limit."""
     cut_responses: int
-    """Those of them whose response alone was too long: the instruction is gone and the response lost its tail."""
+    """Pairs whose response alone was above the limit: the instruction is removed and the end of the response is cut."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 (pairs,): tokens of each pair."""
+        """Tokens of each pair, int64 (pairs,)."""
         return np.diff(self.starts)
 
 
 def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequence[str], max_length: int) -> Encoded:
-    """Tokenise pairs; one longer than `max_length` tokens loses the middle of its instruction, its response only when that is gone.
+    """Tokenise pairs and cut each to `max_length` tokens.
 
-    Tasks say what they want at the start or the end of an instruction (a question after its context), so both stay. A pair
-    that fits gives the ids of plain `tokenizer(instruction, response)`. Raises `ValueError` when the lists differ in length.
+    A longer pair loses the middle of its instruction. Its response is cut at the end, and only when no instruction is left. The
+    start and the end of the instruction stay, because they hold the task (such as a question after its context). A pair within
+    the limit has the ids of `tokenizer(instruction, response)`.
+
+    Raises `ValueError` when the lists differ in length.
     """
     if len(instructions) != len(responses):
         raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
     typed = "token_type_ids" in tokenizer.model_input_names
-    pieces = [_end_to_end([], [] if typed else None, 0, 0)]
+    pieces = [_concatenate([], [] if typed else None, 0, 0)]
     for start in range(0, len(instructions), _TOKENISED_PAIRS):
-        some = slice(start, start + _TOKENISED_PAIRS)
-        pieces.append(_encode_piece(tokenizer, list(instructions[some]), list(responses[some]), max_length, typed))
+        piece = slice(start, start + _TOKENISED_PAIRS)
+        pieces.append(_encode_piece(tokenizer, list(instructions[piece]), list(responses[piece]), max_length, typed))
     return Encoded(
         np.concatenate([piece.tokens for piece in pieces]),
         np.concatenate([piece.types for piece in pieces]) if typed else None,
@@ -61,8 +67,24 @@ def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequenc
     )
 
 
+def pad(encoded: Encoded, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the model's inputs for some pairs: `input_ids`, `attention_mask` and, with types, `token_type_ids`, each int64 (B, T)."""
+    chosen = np.asarray(rows, np.int64)
+    starts_B1 = encoded.starts[chosen, None]
+    lengths_B1 = encoded.starts[chosen + 1, None] - starts_B1
+    columns_T = np.arange(lengths_B1.max())
+    mask_BT = columns_T < lengths_B1
+    positions = (starts_B1 + columns_T)[mask_BT]
+    inputs = {"input_ids": np.full(mask_BT.shape, pad_id, np.int64), "attention_mask": mask_BT.astype(np.int64)}
+    inputs["input_ids"][mask_BT] = encoded.tokens[positions]
+    if encoded.types is not None:
+        inputs["token_type_ids"] = np.zeros(mask_BT.shape, np.int64)
+        inputs["token_type_ids"][mask_BT] = encoded.types[positions]
+    return {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in inputs.items()}
+
+
 def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str], max_length: int, typed: bool) -> Encoded:
-    """Tokenise pairs at once; `typed` is whether the model reads token types."""
+    """Tokenise pairs in one call of the tokenizer; `typed` is True if the model reads token types."""
     batch = tokenizer(instructions, responses, return_token_type_ids=typed, return_attention_mask=False, truncation=False, verbose=False)
     ids: list[list[int]] = batch["input_ids"]
     types: list[list[int]] | None = batch["token_type_ids"] if typed else None
@@ -75,35 +97,20 @@ def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str],
         instruction, response = np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)
         cut_pairs += 1
         cut_responses += excess > len(instruction)
-        gone = min(excess, len(instruction))
-        start = (len(instruction) - gone + 1) // 2
-        dropped = np.concatenate([instruction[start : start + gone], response[max(len(response) - max(excess - len(instruction), 0), 0) :]])
+        removed = min(excess, len(instruction))
+        start = (len(instruction) - removed + 1) // 2
+        response_end = max(len(response) - max(excess - len(instruction), 0), 0)
+        dropped = np.concatenate([instruction[start : start + removed], response[response_end:]])
         kept = np.delete(np.arange(len(tokens)), dropped)
-        ids[row] = [tokens[place] for place in kept]
+        ids[row] = [tokens[position] for position in kept]
         if types:
-            types[row] = [types[row][place] for place in kept]
-    return _end_to_end(ids, types, cut_pairs, cut_responses)
+            types[row] = [types[row][position] for position in kept]
+    return _concatenate(ids, types, cut_pairs, cut_responses)
 
 
-def _end_to_end(ids: list[list[int]], types: list[list[int]] | None, cut_pairs: int, cut_responses: int) -> Encoded:
+def _concatenate(ids: list[list[int]], types: list[list[int]] | None, cut_pairs: int, cut_responses: int) -> Encoded:
     starts = np.zeros(len(ids) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)), out=starts[1:])
     tokens = np.fromiter(chain.from_iterable(ids), np.int32, starts[-1])
     sides = None if types is None else np.fromiter(chain.from_iterable(types), np.int8, starts[-1])
     return Encoded(tokens, sides, starts, cut_pairs, cut_responses)
-
-
-def pad(encoded: Encoded, rows: Sequence[int] | np.ndarray, pad_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Return the model's inputs for some of the pairs: `input_ids`, `attention_mask` and, if read, `token_type_ids`, each int64 (B, T)."""
-    chosen = np.asarray(rows, np.int64)
-    starts_B1 = encoded.starts[chosen, None]
-    lengths_B1 = encoded.starts[chosen + 1, None] - starts_B1
-    columns_T = np.arange(lengths_B1.max())
-    mask_BT = columns_T < lengths_B1
-    places = (starts_B1 + columns_T)[mask_BT]
-    inputs = {"input_ids": np.full(mask_BT.shape, pad_id, np.int64), "attention_mask": mask_BT.astype(np.int64)}
-    inputs["input_ids"][mask_BT] = encoded.tokens[places]
-    if encoded.types is not None:
-        inputs["token_type_ids"] = np.zeros(mask_BT.shape, np.int64)
-        inputs["token_type_ids"][mask_BT] = encoded.types[places]
-    return {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in inputs.items()}

@@ -1,4 +1,4 @@
-"""How well the hardware is used: floating-point operations of training, and the peaks of GPUs. Torch alone."""
+"""Count the floating-point operations of training, and give the peak of a GPU. Torch only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from training import encoder_kernels
 
-# Dense bfloat16 FLOP/s by the makers' data sheets, in what `torch.cuda.get_device_name` says; the first that matches counts.
+# Dense bfloat16 FLOP/s of the makers' data sheets by a part of `torch.cuda.get_device_name`. The first match counts.
 _PEAKS = {
     "B200": 2250e12,
     "H100 PCIe": 756e12,
@@ -28,19 +28,20 @@ _PEAKS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bfloat16 FLOP/s of a GPU, or None where they are not known."""
+    """Return the dense bfloat16 FLOP/s of a GPU by its name; None for an unknown GPU."""
     return next((flops for name, flops in _PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """Return `peak` of a device; None for anything but a GPU."""
+    """Return the dense bfloat16 FLOP/s of a device; None for a CPU or an unknown GPU."""
     return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 class FlopCounter:
-    """The floating-point operations of a forward and backward pass of an encoder.
+    """Count the floating-point operations of a forward and backward pass of an encoder.
 
-    Left out are padding, and what reads one token of each pair: pooler, head, and most of a last layer made `lean`.
+    Padding is not counted. Layers that read one token of each pair are not counted either: the pooler, the head, and most of a last
+    layer with `encoder_kernels.compute_first_token_only`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -57,6 +58,9 @@ class FlopCounter:
         self._matrices = sum(matrices.values())
         self._attention = layers * int(getattr(model.config, "hidden_size", 0))
 
-    def __call__(self, tokens: float, attended: float) -> float:
-        """`tokens` of all pairs, and the sum of the squares of their lengths: what attention looks at."""
-        return float(6.0 * self._matrices * tokens + 12.0 * self._attention * attended)
+    def __call__(self, tokens: float, squared_lengths: float) -> float:
+        """Return the operations for pairs with `tokens` tokens in all; `squared_lengths` sums the squares of the pairs' lengths.
+
+        6 per weight of a matrix and token, and 12 per layer and unit of the hidden size for each pair of tokens in attention.
+        """
+        return float(6.0 * self._matrices * tokens + 12.0 * self._attention * squared_lengths)

@@ -1,8 +1,9 @@
-"""The training loop, in torch alone: no Ray, no files.
+"""The training loop in torch. No Ray, no files.
 
-Order, batches and dropout are functions of (seed, epoch, window, step, worker), never of what ran before, so a run that
-stops at any step and goes on from its saved state ends with the weights of an unbroken one. Shapes: B pairs in a
-micro-batch, W workers, N pairs in a step over all workers.
+Order, batches and dropout are functions of (seed, epoch, window, step, worker) and of no earlier state. A run that stops at any
+step and resumes from its saved state ends with the weights of an unbroken run.
+
+Shapes: B pairs of a micro-batch.
 """
 
 from __future__ import annotations
@@ -26,38 +27,42 @@ from training.batch_plan import Step
 from training.encoding import pad
 from training.scorer import autocast
 
-if TYPE_CHECKING:  # it needs pydantic, and `benchmarks/training_step.py` runs where there is none
+if TYPE_CHECKING:  # the config needs pydantic, and `benchmarks/training_step.py` runs without it
     from cluster.config import TrainingConfig
 
-# Up to this length the backward pass of plain attention beats the fused kernel's on CPU (x1.4 at 40 tokens, x1.1 at 160,
-# x0.7 at 320; MiniLM, bfloat16); scoring has no backward pass and stays with the fused one.
+# On CPU, plain attention with its backward pass is faster than the fused kernel up to about this length (docs/results.md).
+# Scoring has no backward pass and uses the fused kernel.
 _PLAIN_ATTENTION_TOKENS = 192
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One finished optimizer step."""
+    """The measurements of one finished optimizer step."""
 
     index: int
+    """Position in the whole run, from 0."""
     epoch: int
     loss: Tensor
-    """float32 (): this worker's part of the step's loss; the sum over workers is the step's."""
+    """float32 (): this worker's part of the step's loss. The sum over workers is the loss of the step."""
     squared_error: Tensor
-    """float32 (): as `loss`, of the plain mean squared error between logits and labels, whatever is trained towards."""
+    """float32 (): this worker's part of the mean squared error between logits and labels, with any objective."""
+    gradient_norm: Tensor
+    """float32 (): global norm of the step's gradient before clipping, equal on all workers."""
     size: int
+    """Pairs of the step, over all workers."""
     learning_rate: float
     tokens: int
-    """Tokens of this worker's pairs."""
+    """Tokens of this worker's pairs, without padding."""
     padded_tokens: int
-    """Tokens the model was given on this worker, padding and all."""
+    """Tokens of this worker's model inputs, with padding."""
     squared_lengths: int
-    """Sum of the squares of the lengths of this worker's pairs: what attention looks at."""
+    """Sum over this worker's pairs of the square of their length; the cost of attention is proportional to it."""
     cut: int
-    """Pairs cut to the length limit in the window this step ends; 0 elsewhere."""
+    """Pairs cut to the length limit in a window, on the last step of the window; 0 on the others."""
 
 
 def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
-    """Return the rate of optimizer step `step` of `total`: a linear rise over the warmup, then a fall to 0 along `schedule`."""
+    """Return the learning rate of optimizer step `step` of `total`: a linear rise over the warmup, then a fall to 0 by `schedule`."""
     warmup = int(total * config.warmup)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -66,8 +71,8 @@ def learning_rate(step: int, total: int, config: TrainingConfig) -> float:
 
 
 def shard_model(model: nn.Module) -> None:
-    """Share weights, gradients and moments over the workers (FSDP2), layer by layer; comes before `new_optimizer`."""
-    from torch.distributed.fsdp import fully_shard  # here: its import takes a second
+    """Shard weights, gradients and optimizer moments over the workers (FSDP2), layer by layer. Call it before `new_optimizer`."""
+    from torch.distributed.fsdp import fully_shard  # its import takes a second
 
     for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for block in blocks:
@@ -76,7 +81,7 @@ def shard_model(model: nn.Module) -> None:
 
 
 def new_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW in its fused kernel; biases and norms are not decayed."""
+    """Return AdamW with its fused kernel. Weight decay applies to matrices, not to biases and norms."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [each for each in parameters if each.ndim >= 2], "weight_decay": config.weight_decay},
@@ -98,10 +103,10 @@ def fit(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[StepResult]:
-    """Take the optimizer steps and yield after each; `total` is the length of the whole run, for the schedule.
+    """Run the optimizer steps and yield the result of each. `total` is the number of steps of the whole run, for the schedule.
 
-    The loss is that of `config.objective` over a step's N pairs of all workers, so the gradient does not depend on how many
-    workers share it. With several, the process group must be up; the caller's `model` holds the weights throughout.
+    The loss is `config.objective` over the pairs of all workers, so the gradient does not depend on the number of workers. With
+    several workers the process group must be initialised. The weights are updated in `model`.
     """
     device = next(model.parameters()).device
     sharded = hasattr(model, "set_requires_gradient_sync")
@@ -116,12 +121,12 @@ def fit(
         model.train()
         torch.manual_seed(int(np.random.SeedSequence([seed, 3, step.index, rank]).generate_state(1, np.uint64)[0] >> 1))
         batches = [(rows, 1.0) for rows in step.micro_batches]
-        # A worker with too few pairs still meets the others in what they do together: with any pair of the window, at no weight.
+        # A worker without pairs still joins the collective operations of the others: it passes one pair with weight 0.
         batches += [(np.zeros(1, np.int64), 0.0)] * (step.passes - len(batches))
         loss, squared_error = torch.zeros((), device=device), torch.zeros((), device=device)
         padded_tokens = 0
-        for place, (rows, weight) in enumerate(batches):
-            last = place == len(batches) - 1
+        for number, (rows, weight) in enumerate(batches):
+            last = number == len(batches) - 1
             if sharded:
                 model.set_requires_gradient_sync(last)
             with parallel.no_sync() if parallel is not None and not last else nullcontext():
@@ -133,12 +138,14 @@ def fit(
                     logits_B1 = forward(**inputs).logits
                 logits_B = logits_B1[:, 0].float()
                 part = weight * objectives.compute_loss(logits_B, targets_B, groups_B, step.size, config.objective)
-                # The gradients of the W workers are averaged; their sum is meant.
+                # DDP and FSDP average the gradients of the workers; multiplying by their number gives the sum.
                 (part * step.weight * world).backward()
             loss += part.detach()
             labels_B = torch.from_numpy(step.window.labels[rows]).to(device)
             squared_error += weight * (logits_B.detach() - labels_B).square().sum() / step.size.pairs
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if sharded:  # the norm of sharded gradients is a DTensor
+            norm = norm.full_tensor()
         rate = learning_rate(step.index, total, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -151,6 +158,7 @@ def fit(
             epoch=step.window.epoch,
             loss=loss,
             squared_error=squared_error,
+            gradient_norm=norm,
             size=step.size.pairs,
             learning_rate=rate,
             tokens=int(lengths.sum()),
@@ -161,32 +169,34 @@ def fit(
 
 
 def _attention(length: int, device: torch.device) -> AbstractContextManager[Any]:
-    """The faster of torch's attention kernels for training on inputs of `length` tokens."""
+    """Select the faster of torch's attention kernels for training on inputs of `length` tokens."""
     plain = device.type == "cpu" and length <= _PLAIN_ATTENTION_TOKENS
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
 
 class StopConsensus:
-    """Whether any worker was asked something, known to all of them at the same step. Made and read by all alike."""
+    """An agreement of all workers to stop after the same step. Every worker creates one and calls `reached` after each step."""
 
     def __init__(self, world: int) -> None:
-        self._asked = threading.Event()
-        # Over the CPU, whatever carries the gradients: waiting for a GPU each step would cost.
+        self._requested = threading.Event()
+        # On the CPU, also when gradients are on a GPU: synchronising with the GPU at each step costs time.
         self._group = torch.distributed.new_group(backend="gloo") if world > 1 else None
 
-    def ask(self) -> None:
-        self._asked.set()
+    def request(self) -> None:
+        """Request to stop. May be called on any worker and from any thread."""
+        self._requested.set()
 
     def reached(self) -> bool:
+        """Return whether a worker has requested to stop; the same value on all workers. A collective operation."""
         if self._group is None:
-            return self._asked.is_set()
-        asked = torch.tensor([float(self._asked.is_set())])
-        torch.distributed.all_reduce(asked, group=self._group)
-        return bool(asked.item())
+            return self._requested.is_set()
+        requested = torch.tensor([float(self._requested.is_set())])
+        torch.distributed.all_reduce(requested, group=self._group)
+        return bool(requested.item())
 
 
 def sum_over_workers(values: Sequence[float] | np.ndarray, world: int, device: torch.device) -> np.ndarray:
-    """Return the element-wise sum of every worker's `values`, float64; with one worker just those."""
+    """Return the element-wise sum of `values` over all workers, in float64. A collective operation."""
     sums = torch.tensor(np.asarray(values, np.float64), device=device)
     if world > 1:
         torch.distributed.all_reduce(sums)

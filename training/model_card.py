@@ -1,4 +1,4 @@
-"""What stands beside a trained model: its card (README.md) and the plot of its loss."""
+"""Render the model card (README.md) of a scorer and the plots beside it. No torch, no Ray, no files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.config import Config, ObjectiveConfig
+from training.records import CalibrationGroup, MetricsLine, Outcome, TrainSummary
 
 
-def plot_loss(metrics: Sequence[dict[str, Any]]) -> bytes:
-    """Return an SVG of the training loss, smoothed and raw, and the validation MSE, over optimizer steps.
+def plot_loss(metrics: Sequence[MetricsLine]) -> bytes:
+    """Return an SVG with the training loss, raw and smoothed, and the validation MSE over the optimizer steps.
 
     `metrics` are the lines of metrics.jsonl.
     """
@@ -29,10 +30,8 @@ def plot_loss(metrics: Sequence[dict[str, Any]]) -> bytes:
         smooth.append(average)
     axes.plot(steps, losses, color="#b9c6d8", linewidth=0.8, label="train")
     axes.plot(steps, smooth, color="#1f5fa8", label="train, smoothed")
-    validated = [line for line in metrics if line.get("validation", {}).get("mse") is not None]
-    axes.plot(
-        [line["step"] for line in validated], [line["validation"]["mse"] for line in validated], "o", color="#c8552d", label="validation"
-    )
+    validated = [(line["step"], error) for line in metrics if (error := line.get("validation", {}).get("mse")) is not None]
+    axes.plot([step for step, _ in validated], [error for _, error in validated], "o", color="#c8552d", label="validation")
     axes.set(xlabel="optimizer step", ylabel="loss; validation: mean squared error")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
@@ -42,8 +41,8 @@ def plot_loss(metrics: Sequence[dict[str, Any]]) -> bytes:
     return sink.getvalue()
 
 
-def plot_calibration(groups: Sequence[dict[str, float]]) -> bytes:
-    """Return an SVG of mean label against mean score of groups of validation pairs, with counts; `groups` are `Fit.calibration`'s."""
+def plot_calibration(groups: Sequence[CalibrationGroup]) -> bytes:
+    """Return an SVG with the mean label over the mean score of groups of validation pairs, and the number of pairs of each."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -66,33 +65,33 @@ def plot_calibration(groups: Sequence[dict[str, float]]) -> bytes:
     return sink.getvalue()
 
 
-_FIGURES = (
+_METRICS = (
     ("mse", "MSE, validation"),
     ("spearman", "Spearman within instruction, validation"),
     ("pairwise_accuracy", "Pairwise accuracy within instruction, validation"),
     ("selection", "Mean label of the best-scored sampled candidate"),
-    ("random", "... of a random one"),
-    ("greedy", "... of the greedy one"),
-    ("self_sum", "... of the likeliest by sum of log-probabilities"),
-    ("self_mean", "... of the likeliest by mean log-probability"),
-    ("oracle", "... of the best one"),
+    ("random", "Mean label of a random sampled candidate"),
+    ("greedy", "Mean label of the greedy candidate"),
+    ("self_sum", "Mean label of the candidate with the highest sum of log-probabilities"),
+    ("self_mean", "Mean label of the candidate with the highest mean log-probability"),
+    ("oracle", "Mean label of the best candidate (oracle)"),
     ("accuracy", "Accuracy of the best-scored choice"),
 )
 
 
-def render_card(config: Config, summary: dict[str, Any], dataset: dict[str, Any]) -> str:
-    """Return the model card as Markdown; `dataset` is the manifest of the set it was trained on."""
+def render_card(config: Config, summary: TrainSummary, dataset: dict[str, Any]) -> str:
+    """Return the model card as Markdown. `dataset` is the manifest of the training set."""
     validation = summary["validation"]
     rows = [
         ("MSE, train (last epoch)", summary["train_mse"]),
-        *((title, validation.get(name)) for name, title in _FIGURES),
+        *((title, validation.get(name)) for name, title in _METRICS),
     ]
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in rows if value is not None)
     training = config.training
     best, blend, loss = summary["best"], summary["blend"], describe_objective(training.objective)
-    chosen = f"the best of the validated states by {best['metric']}, step {best['step']:,}" if best["metric"] else "the last state"
+    chosen = f"step {best['step']:,}, the best validation by {best['metric']}" if best["metric"] else "the last step"
     calibration = (
-        """Validation pairs in groups by score: an answer with a score on the grey line is as good as its score says.
+        """Validation pairs grouped by score. On the grey line the mean label equals the mean score.
 
 ![calibration](calibration.svg)
 
@@ -101,9 +100,9 @@ def render_card(config: Config, summary: dict[str, Any], dataset: dict[str, Any]
         else ""
     )
     blended = (
-        f"""Where the LLM gives log-probabilities, candidates can be chosen by score + {blend["logprob_weight"]:g} x mean log-probability
-per token. The weight was fitted on {blend["rows"]:,} train rows: mean label {blend["selection_train"]:.4f} by the score alone,
-{blend["selection_train_blend"]:.4f} so.
+        f"""With log-probabilities of the LLM, candidates can be chosen by score + {blend["logprob_weight"]:g} x mean log-probability
+per token. The weight was fitted on {blend["rows"]:,} train rows. There the mean label of the picks is {blend["selection_train"]:.4f} by
+score alone, and {blend["selection_train_blend"]:.4f} with the log-probability.
 
 """
         if blend
@@ -118,8 +117,8 @@ tags: [cappy-ray, scorer, regression]
 
 # A Cappy scorer on {config.scorer.encoder}
 
-Reads an instruction and a response and gives one number, about 0 for a wrong and 1 for a right response: the raw logit,
-without a sigmoid. Among several responses of an LLM the one with the highest score is taken.
+The scorer reads an instruction and a response and returns one number, about 0 for a wrong and about 1 for a right response. The
+number is the raw logit, without a sigmoid. Among several responses of an LLM, take the one with the highest score.
 
 ```python
 from training.scorer import Scorer
@@ -127,8 +126,8 @@ scorer = Scorer.load("{summary["uri"]}")
 scorer.best("Translate to French: cat", ["chien", "chat"]).response
 ```
 
-It is also a plain `AutoModelForSequenceClassification` with one label; its tokenizer takes the pair (instruction, response).
-Where a pair has more than {config.scorer.max_length} tokens the instruction is cut, not the response.
+It is also a plain `AutoModelForSequenceClassification` with one label. Its tokenizer takes the pair (instruction, response).
+In a pair of more than {config.scorer.max_length} tokens the instruction is cut, not the response.
 
 | Measure | Value |
 | --- | --: |
@@ -140,28 +139,30 @@ Where a pair has more than {config.scorer.max_length} tokens the instruction is 
 {summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.scorer.max_length} tokens) of `{config.dataset_uri}`
 (written by {dataset.get("code_version", "unknown code")}): {summary["epochs"]} epochs, {summary["steps"]:,} steps of
 {training.batch_size} pairs, AdamW at {training.learning_rate:g} with a {training.schedule} schedule. Loss: {loss}.
-Published is {chosen}.
-`config.yaml` holds every setting, `metrics.jsonl` every logged step.
+The published weights are those of {chosen}.
+`config.yaml` has all settings, `metrics.jsonl` all logged steps.
 """
 
 
-def render_adapted_card(config: Config, result: dict[str, Any]) -> str:
-    """Return the model card of a scorer adapted to one task; `result` is its outcome, see `adapt.adapt`."""
+def render_adapted_card(config: Config, result: Outcome) -> str:
+    """Return the model card, as Markdown, of a scorer adapted to one task."""
     figures, base = result["figures"], result["base"]
     shown = ("before", "after", "random", "self", "oracle")
-    table = "\n".join(f"| {name} | {figures[name]:.1f} |" for name in shown if figures and figures[name] is not None)
-    seen = "none of them decided whether it is published" if figures and figures["apart"] else "the same rows decided that it is published"
+    values: dict[str, Any] = dict(figures or {})
+    table = "\n".join(f"| {name} | {values[name]:.1f} |" for name in shown if values.get(name) is not None)
+    used = "The gate did not use these rows" if figures and figures["apart"] else "The gate used the same rows"
     measured = (
-        "It had no validation rows, so nothing is known of what it gains."
+        "The task had no validation rows, so the gain was not measured."
         if figures is None
-        else f"""Mean {result["label"]} of the picks (accuracy, where there are answer choices), in points, on
-{figures["rows"]} validation rows; {seen}:
+        else f"""Mean {result["label"]} of the picks (accuracy for answer choices), in points, on
+{figures["rows"]} validation rows. {used}.
 
 | picked by | points |
 | --- | --: |
 {table}
 
-`before` is the base's pick, `self` the likeliest answer by mean log-probability, `oracle` the best there is."""
+`before` is the pick of the base, `after` that of this scorer. `self` is the candidate with the highest mean log-probability, `oracle` the
+best candidate."""
     )
     trained = (
         f"{result['trained_parameters']:,} parameters in low-rank adapters of rank {config.adapt.lora.rank} and the head"
@@ -177,8 +178,8 @@ tags: [cappy-ray, scorer, regression]
 
 # A Cappy scorer adapted to {result["task"]}
 
-Reads an instruction and a response and gives one number, about 0 for a wrong and 1 for a right response. Adapted from
-`{base["name"]}` on the task's own instructions.
+The scorer reads an instruction and a response and returns one number, about 0 for a wrong and about 1 for a right response. It was
+adapted from `{base["name"]}` on instructions of this task.
 
 ```python
 from training.scorer import Scorer
@@ -189,14 +190,14 @@ scorer = Scorer.load("{result["uri"]}")
 
 ![loss](loss.svg)
 
-Trained {trained} on {result["pairs"]:,} pairs ({result["distinct_pairs"]:,} distinct ones, of {result["train_rows"]:,} train rows):
-{result["steps"]:,} steps of {config.adapt.batch_size} pairs, AdamW at {result["learning_rate"]:g}. `config.yaml` holds every setting,
-`results.json` the figures.
+Trained {trained} on {result["pairs"]:,} pairs ({result["distinct_pairs"]:,} distinct, of {result["train_rows"]:,} train rows):
+{result["steps"]:,} steps of {config.adapt.batch_size} pairs, AdamW at {result["learning_rate"]:g}. `config.yaml` has all settings,
+`results.json` the measurements.
 """
 
 
 def describe_objective(config: ObjectiveConfig) -> str:
-    """The objective in words."""
+    """Return the objective in words, for the model card."""
     terms = (("mean squared error on the raw logit", config.mse), ("pairwise", config.pairwise), ("listwise", config.listwise))
     weighted = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in terms if weight]
     towards = {"plain": "labels", "power": f"labels to the power of {config.power:g}", "rank": "ranks of labels within the instruction"}

@@ -1,64 +1,66 @@
-"""What Ray ships to other processes of a training run: the board, and a worker's entry.
+"""The messages between the driver and the workers of a training run, and the entry point of a worker.
 
-Ray Train's controller and the board's actor import this module, and need neither torch nor transformers, which take six seconds.
+Ray Train's controller and the actor's process import this module. It imports neither torch nor transformers, which take seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from cluster.errors import CappyError
+from training.records import Event, Job
 
 
 class RunChannel:
-    """What the driver and its workers tell each other: progress, the error that ended the run, the order to stop. A Ray actor."""
+    """A Ray actor that carries the events of the workers, the error that ended the run, and the request to stop."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
         self._failure: CappyError | None = None
         self._stop = asyncio.Event()
 
-    async def post(self, event: dict[str, Any]) -> None:
+    async def post(self, event: Event) -> None:
+        """Add an event."""
         self._events.append(event)
 
-    async def take(self) -> list[dict[str, Any]]:
+    async def take_events(self) -> list[Event]:
         """Return the events since the last call."""
         events, self._events = self._events, []
         return events
 
-    async def fail(self, error: CappyError) -> None:
+    async def report_failure(self, error: CappyError) -> None:
+        """Record the error that ended the run. The first error counts."""
         self._failure = self._failure or error
 
     async def failure(self) -> CappyError | None:
+        """Return the recorded error, or None."""
         return self._failure
 
-    async def stop(self) -> None:
-        """Tell the workers to end after the step they are at."""
+    async def request_stop(self) -> None:
+        """Request the workers to stop after their current step."""
         self._stop.set()
 
-    async def stopped(self) -> None:
-        """Return once they are told to."""
+    async def wait_for_stop(self) -> None:
+        """Return once `request_stop` was called."""
         await self._stop.wait()
 
 
-def run_worker(job: dict[str, Any]) -> None:
-    """Train on one worker.
+def run_worker(job: Job) -> None:
+    """Train on one worker of Ray Train.
 
-    `job`: `config` as a plain tree, `size` of the train split (`training.batch_plan.Size`), `checkpoints` (the run's folder), `claim` (the
-    driver's `cluster.lease.Claim`), `board` (the actor), `threads` of torch (null is a fair share). What the operator must mend is
-    left on the board, not raised: Ray Train would start again.
+    An error that the operator must correct is recorded in the channel and not raised: Ray Train would start the workers again. With
+    several workers it is raised too, so that Ray Train stops the others. The restarted workers then return immediately.
     """
     import ray
     import ray.train
 
-    if ray.get(job["board"].failure.remote()):
+    if ray.get(job["channel"].failure.remote()):
         return
     from training.worker import train
 
     try:
         train(job)
     except CappyError as error:
-        ray.get(job["board"].fail.remote(error))
+        ray.get(job["channel"].report_failure.remote(error))
         if ray.train.get_context().get_world_size() > 1:
-            raise  # or the others would wait for this one; started again, they all return above
+            raise

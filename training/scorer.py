@@ -1,8 +1,9 @@
-"""The scorer: a small encoder that reads (instruction, response) and gives one raw logit, trained towards a label in [0, 1].
+"""The scorer: an encoder that reads (instruction, response) and returns one raw logit, trained towards a label in [0, 1].
 
-Torch and transformers only, no Ray; pydantic, Arrow and the store are imported where they are used, if ever. What is saved
-here loads with plain `AutoModelForSequenceClassification`, and what plain transformers saved loads here. Shapes: B pairs in a
-batch, T tokens of the longest of them.
+Imports torch and transformers; pydantic, Arrow and storage only in functions that need them; no Ray. A saved scorer loads with
+plain `AutoModelForSequenceClassification`, and a one-label model saved by plain transformers loads here.
+
+Shapes: B pairs of a batch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError, UsageError, first_line
 from training import encoder_kernels
 from training.batch_plan import batch_by_tokens
 from training.encoding import Encoded, encode_pairs, pad
@@ -30,24 +31,24 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "bfloat16", "float32"]
 
 CHECKPOINTS = "_checkpoints"
+"""Folder beside the model files during training. A folder that has it and no manifest is an unfinished scorer."""
 SCORER_FILES = (
     r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
     r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|vocab\.(txt|json)|merges\.txt|(spiece|sentencepiece\.bpe)\.model",
     r"README\.md|config\.yaml|metrics\.jsonl|loss\.svg|calibration\.svg|results\.json",
 )
-"""The files of a scorer or its adapters beside the manifest, as `artifacts.OwnedFiles` takes them."""
-"""Folder beside the model files while it is being trained; a folder that has it and no manifest is not finished."""
+"""Patterns of the files of a scorer or of its adapters beside the manifest, for `artifacts.OwnedFiles`."""
 
-# Padded tokens in one forward pass; more only costs memory once the cores are busy.
+# Padded tokens of one forward pass. More tokens need more memory and are not faster.
 _SCORING_TOKENS = {"cpu": 4096, "cuda": 65536}
-# Pairs tokenised and sorted together when scoring, so that memory stays flat however many there are.
+# Pairs tokenised and sorted together for scoring. It bounds the memory for any number of pairs.
 _SCORING_PAIRS = 8192
-# The names under which encoder families keep the dropout on attention probabilities.
+# Names of the dropout on attention probabilities in the configs of encoder families.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> Literal["bfloat16", "float32"]:
-    """Return `dtype` with `auto` decided: bfloat16 where the hardware multiplies it natively, else float32."""
+    """Return `dtype`, and for `auto` bfloat16 where the hardware multiplies it natively, else float32."""
     if dtype != "auto":
         return dtype
     if device.type == "cuda":
@@ -58,49 +59,54 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> Literal["bfloat16", "float
 
 
 def autocast(dtype: Literal["bfloat16", "float32"], device: torch.device) -> AbstractContextManager[Any]:
-    """The arithmetic of a forward pass: bfloat16 products over float32 weights, or plain float32."""
+    """Return the context of a forward pass: bfloat16 products of float32 weights, or plain float32."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 def longest_input(model: nn.Module) -> int:
-    """Return how many tokens a model can read: the rows of its position table, or what its config says where it has none."""
+    """Return the maximum input length of a model in tokens, from its position embeddings or else from its config."""
     table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if isinstance(table, nn.Embedding):
-        # RoBERTa's positions start behind its padding id.
+        # RoBERTa's first position is its padding id + 1.
         return int(table.num_embeddings) - (0 if table.padding_idx is None else int(table.padding_idx) + 1)
     if getattr(model.config, "position_biased_input", True) is False:
-        return 1 << 30  # DeBERTa's relative positions have no end
+        return 1 << 30  # relative positions, as in DeBERTa, have no limit
     return int(getattr(model.config, "max_position_embeddings", 0)) or 1 << 30
 
 
 def load_tokenizer(folder: Path, name: str, setting: str) -> Any:
-    """Return the tokenizer in a model folder. Raises `CappyError` when there is none that knows which token came from which text."""
+    """Return the tokenizer of a model folder.
+
+    Raises `CappyError` when it does not load or has no fast version. Only a fast tokenizer reports the text of each token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CappyError(
-            f"{setting}={name}: no tokenizer can be loaded ({_first_line(error)}); save one there with save_pretrained"
+            f"{setting}={name}: no tokenizer can be loaded ({_first_line(error)}); save one in this folder with save_pretrained"
         ) from None
     if not tokenizer.is_fast:
-        raise CappyError(f"{setting}={name}: the tokenizer has no fast version; save one with a tokenizer.json there")
+        raise CappyError(f"{setting}={name}: the tokenizer has no fast version; save one with a tokenizer.json in this folder")
     return tokenizer
 
 
 def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConfig, seed: int) -> Any:
-    """Return a one-logit regression model on the encoder in a folder, in float32, a missing head drawn from `seed`.
+    """Return a one-logit regression model on the encoder of a folder, in float32. A missing head is drawn from `seed`.
 
-    Raises `CappyError` when the folder holds no encoder transformers can put a head on, or when it cannot read
-    `scorer.max_length` tokens; `UsageError` when its attention dropout cannot be set.
+    Raises `CappyError` when transformers cannot put a head on the encoder. Raises `UsageError` when the encoder cannot read
+    `scorer.max_length` tokens, or has no attention dropout that can be set.
     """
     try:
         config = AutoConfig.from_pretrained(encoder_folder, num_labels=1, problem_type="regression")
     except (OSError, ValueError, KeyError) as error:
-        raise CappyError(f"scorer.encoder={scorer.encoder}: not a model transformers knows ({_first_line(error)})") from None
+        raise CappyError(
+            f"scorer.encoder={scorer.encoder}: not a model that transformers can load ({_first_line(error)}); give an encoder"
+        ) from None
     names = [name for name in _ATTENTION_DROPOUT if hasattr(config, name)]
     if not names:
         raise UsageError(
-            f"training.attention_dropout={training.attention_dropout}: scorer.encoder={scorer.encoder} ({config.model_type}) has none "
-            f"to set; choose a BERT, RoBERTa, DeBERTa or ModernBERT encoder"
+            f"training.attention_dropout={training.attention_dropout}: scorer.encoder={scorer.encoder} ({config.model_type}) has no such "
+            f"setting; choose a BERT, RoBERTa, DeBERTa or ModernBERT encoder"
         )
     for name in names:
         setattr(config, name, training.attention_dropout)
@@ -117,45 +123,58 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
             ) from None
     if scorer.max_length > longest_input(model):
         raise UsageError(
-            f"scorer.max_length={scorer.max_length} is above the {longest_input(model)} tokens {scorer.encoder} can read; lower it"
+            f"scorer.max_length={scorer.max_length} is above the {longest_input(model)} tokens of scorer.encoder={scorer.encoder}; lower it"
         )
-    model.config.cappy = None  # a blend's weight was fitted with the weights that are about to change
-    # sentence-transformers and vLLM put a sigmoid on a single label unless the config says otherwise.
+    model.config.cappy = None  # training changes the weights that a blend's weight was fitted with
+    # By default sentence-transformers and vLLM apply a sigmoid to a single label.
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
-    encoder_kernels.compute_first_token_only(model)
+    if scorer.cpu_kernels:
+        encoder_kernels.compute_first_token_only(model)
     return model
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The best of an instruction's candidates."""
+    """The best-scored candidate of an instruction."""
 
     index: int
-    """Its place among the candidates; the first of equals."""
+    """Its position among the candidates; the first of equal scores."""
     response: str
     score: float
     scores: np.ndarray
-    """float32 (candidates,): the raw logit of each."""
+    """float32 (candidates,): the raw logit of each candidate."""
 
 
 class Scorer:
-    """A trained scorer, ready to score pairs. Build one with `Scorer.load`."""
+    """A trained scorer. Create one with `Scorer.load`."""
 
     def __init__(self, model: Any, tokenizer: Any, max_length: int, dtype: Dtype = "float32", device: torch.device | None = None) -> None:
         self.device = device or next(model.parameters()).device
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
         self.max_length = max_length
-        """Tokens of instruction plus response the model reads."""
+        """Limit of instruction plus response, in tokens."""
         self.dtype = pick_dtype(dtype, self.device)
 
     @classmethod
-    def load(cls, name: str, dtype: Dtype = "float32", device: str | torch.device | None = None, setting: str = "scorer_path") -> Scorer:
-        """Load a scorer `cappy train` or `cappy adapt` published, or any one-label Hugging Face model: a folder, hub name or s3:// folder.
+    def load(
+        cls,
+        name: str,
+        dtype: Dtype = "float32",
+        device: str | torch.device | None = None,
+        setting: str = "scorer_path",
+        cpu_kernels: bool = True,
+    ) -> Scorer:
+        """Load a scorer of `cappy train` or `cappy adapt`, or any one-label Hugging Face model. Adapters are merged into their base.
 
-        Where it holds adapters their base is loaded and they are added into its weights.
-        `dtype` float32 keeps close candidates apart; bfloat16 is faster and right to about 0.01. `device` null is the GPU
-        where there is one. Raises `CappyError` naming `setting` when it is not a finished one-label model.
+        Args:
+            name: a folder, a hub name or an s3:// folder.
+            dtype: float32 is exact; bfloat16 is faster, with errors of about 0.01 in the score.
+            device: None uses the GPU if there is one.
+            setting: the setting that error messages name.
+            cpu_kernels: False uses the plain modules of transformers, as `scorer.cpu_kernels`.
+
+        Raises `CappyError` when `name` is not a finished one-label model.
         """
         from cluster import models
 
@@ -164,48 +183,47 @@ class Scorer:
         plain = (folder / "config.json").exists()
         model, tokenizer = _load_whole(folder, name, setting) if plain else _load_adapted(folder, name, setting)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if cpu_kernels:
+            encoder_kernels.compute_first_token_only(model)
         scorer = cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device)
         if scorer.dtype == "bfloat16":
-            # What is not trained needs no finer weights, and casting them for each product takes time.
+            # Without training, float32 weights are not needed; casting them at each product takes time.
             scorer.model.to(torch.bfloat16)
-        if scorer.device.type == "cpu":
+        if scorer.device.type == "cpu" and cpu_kernels:
             encoder_kernels.pack_for_cpu(scorer.model)
         return scorer
 
     @property
     def logprob_weight(self) -> float | None:
-        """The blend's weight of the LLM's mean log-probability, in score per nat (`training.blend`); None where none was fitted.
+        """The blend's weight of the LLM's mean log-probability, in score per nat (see `training.blend`); None when none was fitted.
 
-        Raises `CappyError` where the config has something else in its place.
+        Raises `CappyError` when the model's config has an invalid value.
         """
         ours = getattr(self.model.config, "cappy", None) or {}
         try:
             weight = (ours.get("blend") or {}).get("logprob_weight")
             return None if weight is None else float(weight)
         except (AttributeError, TypeError, ValueError):
-            raise CappyError(f"config.json has cappy={ours!r}, which no `cappy train` wrote; mend it or take `cappy` out") from None
+            raise CappyError(f"config.json has cappy={ours!r}, which `cappy train` did not write; correct it or remove `cappy`") from None
 
     def score(self, instructions: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        """Return the raw logit of each pair, float32 (pairs,), in the order given.
-
-        Raises `ValueError` when the lists differ in length.
-        """
+        """Return the raw logit of each pair in the given order, float32 (pairs,). Raises `ValueError` when the lists differ in length."""
         return self.score_and_count(instructions, responses)[0]
 
     def score_and_count(self, instructions: Sequence[str], responses: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the scores as `score` does, and the tokens read of each pair, int64 (pairs,)."""
+        """Return the scores, as `score` does, and the tokens of each pair after cutting, int64 (pairs,)."""
         if len(instructions) != len(responses):
             raise ValueError(f"{len(instructions)} instructions and {len(responses)} responses; give one response for each instruction")
         scores, lengths = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
         for start in range(0, len(instructions), _SCORING_PAIRS):
-            some = slice(start, start + _SCORING_PAIRS)
-            encoded = encode_pairs(self.tokenizer, instructions[some], responses[some], self.max_length)
+            chunk = slice(start, start + _SCORING_PAIRS)
+            encoded = encode_pairs(self.tokenizer, instructions[chunk], responses[chunk], self.max_length)
             scores.append(self.score_encoded(encoded))
             lengths.append(encoded.lengths)
         return np.concatenate(scores), np.concatenate(lengths)
 
     def score_encoded(self, encoded: Encoded) -> np.ndarray:
-        """Return the raw logit of each tokenised pair, float32 (pairs,), in the order given."""
+        """Return the raw logit of each tokenised pair in the given order, float32 (pairs,)."""
         scores = np.zeros(len(encoded), np.float32)
         budget = _SCORING_TOKENS[self.device.type]
         arithmetic = nullcontext() if self.model.dtype == torch.bfloat16 else autocast(self.dtype, self.device)
@@ -217,7 +235,7 @@ class Scorer:
         return scores
 
     def best(self, instruction: str, candidates: Sequence[str]) -> Choice:
-        """Return the candidate with the highest score. Raises `ValueError` when there are none."""
+        """Return the candidate with the highest score. Raises `ValueError` for an empty list."""
         if not candidates:
             raise ValueError("there are no candidates to choose from; give at least one")
         # Each different one once: in a batch, equal rows may differ by roundings.
@@ -227,7 +245,7 @@ class Scorer:
         return Choice(index, candidates[index], float(scores[index]), scores)
 
     def save(self, folder: str | Path) -> None:
-        """Write what plain `AutoModelForSequenceClassification.from_pretrained` and `AutoTokenizer.from_pretrained` load."""
+        """Write model and tokenizer into a folder, for `from_pretrained` of `AutoModelForSequenceClassification` and `AutoTokenizer`."""
         self.tokenizer.model_max_length = self.max_length
         with _quiet():
             self.model.save_pretrained(folder)
@@ -235,7 +253,7 @@ class Scorer:
 
 
 def _load_whole(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
-    """Return the float32 model and the tokenizer of a folder that holds both."""
+    """Return the model, in float32, and the tokenizer of a folder that has both."""
     tokenizer = load_tokenizer(folder, name, setting)
     with _quiet():
         try:
@@ -243,34 +261,41 @@ def _load_whole(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise CappyError(f"{setting}={name}: not a model that can score ({_first_line(error)})") from None
+            raise CappyError(
+                f"{setting}={name}: not a model that can score ({_first_line(error)}); give a scorer of `cappy train`"
+            ) from None
     if model.config.num_labels != 1:
         labels = model.config.num_labels
-        raise CappyError(f"{setting}={name}: the model has {labels} labels, a scorer has one; point it at what `cappy train` wrote")
+        raise CappyError(f"{setting}={name}: the model has {labels} labels, a scorer has one; give a scorer of `cappy train`")
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise CappyError(f"{setting}={name}: the weights lack {missing}, so no head was trained; run `cappy train` on it first")
-    encoder_kernels.compute_first_token_only(model)
+        raise CappyError(f"{setting}={name}: the weights lack {missing}, so it has no trained head; run `cappy train` on it first")
     return model, tokenizer
 
 
 def _load_adapted(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
-    """Return the base that adapters name, checked against the weights they were trained on, with them merged, and its tokenizer."""
+    """Return the base of some adapters with the adapters merged, and its tokenizer.
+
+    Raises `CappyError` when the base has other weights than the adapters were trained on.
+    """
     from cluster import models
     from training import lora
 
-    said = lora.read_base(folder)
-    base = models.resolve(said["uri"], f"base of {setting}={name}")
-    if said.get("sha256", "") not in ("", lora.weights_sha256(base)):
-        raise CappyError(f"{setting}={name}: its base {said['uri']} has other weights than it was adapted from; adapt it again")
-    refuse_unfinished(said["uri"])
-    model, tokenizer = _load_whole(base, said["uri"], f"base of {setting}={name}")
-    model.config.cappy = None  # the blend's weight was fitted with the base alone
+    recorded = lora.read_base(folder)
+    base = models.resolve(recorded["uri"], f"base of {setting}={name}")
+    if recorded.get("sha256", "") not in ("", lora.weights_sha256(base)):
+        raise CappyError(f"{setting}={name}: the weights of its base {recorded['uri']} have changed since; run `cappy adapt` again")
+    refuse_unfinished(recorded["uri"])
+    model, tokenizer = _load_whole(base, recorded["uri"], f"base of {setting}={name}")
+    model.config.cappy = None  # the blend's weight was fitted with the base, without the adapters
     return lora.merge_adapters(model, folder, f"{setting}={name}"), tokenizer
 
 
 def refuse_unfinished(name: str) -> None:
-    """Raise `CappyError` when `name` is a folder of ours without a finished scorer; plain model folders and hub names pass."""
+    """Raise `CappyError` when `name` is a folder of `cappy train` or `cappy adapt` without a finished scorer.
+
+    Other model folders and hub names pass.
+    """
     from cluster import artifacts, storage
 
     if not storage.is_s3(name) and not Path(name).expanduser().is_dir():
@@ -281,7 +306,7 @@ def refuse_unfinished(name: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' loading bars and reports off the operator's terminal."""
+    """Hide the progress bars and reports that transformers prints when it loads a model."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -294,4 +319,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)[:200]

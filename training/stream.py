@@ -1,9 +1,12 @@
-"""A published set as windows of training pairs: mixed, in bounded memory, the same for every reader. No Ray, no torch.
+"""Read a published set as shuffled windows of training pairs, in bounded memory. No Ray, no torch.
 
-The published rows stand task after task, so neighbours are alike. An epoch therefore draws the row groups of all shards by
-seed, reads `_LANES` of them side by side, and shuffles blocks of `_BLOCK_ROWS` rows before they are exploded to pairs: a set
-up to a block is shuffled as a whole. All of it is a function of (seed, epoch), so a reader that skips to a window gets
-exactly the pairs an earlier reader got there.
+The rows of a published set are in the order of their tasks, so neighbours are similar. An epoch therefore
+
+1. shuffles the row groups of all shards,
+2. reads `_LANES` row groups side by side,
+3. shuffles blocks of `_BLOCK_ROWS` rows and explodes them to pairs. A set of at most one block is shuffled as a whole.
+
+All three are functions of (seed, epoch). A reader that skips to a window gets the same pairs as a reader from the start.
 """
 
 from __future__ import annotations
@@ -18,61 +21,61 @@ import pyarrow as pa
 from generation.dataset import Pairs, RegressionSet, concat_tables, explode, open_shard
 from training.batch_plan import Size
 
-_LANES = 8
-_PIECE_ROWS = 256
-_BLOCK_ROWS = 8192
+_LANES = 8  # row groups read at the same time
+_PIECE_ROWS = 256  # rows read from a row group at a time
+_BLOCK_ROWS = 8192  # rows shuffled together
 _COLUMNS = ["instruction", "candidates"]
 
 Item = TypeVar("Item")
 
 
 def count_pairs(dataset: RegressionSet, split: str) -> Size:
-    """Return the size of a split once exact repeats are left out, by reading it once. Raises `CappyError` when a shard is damaged."""
+    """Read a split and return its number of pairs and instructions, without exact repeats. Raises `CappyError` for a damaged shard."""
     pairs = instructions = 0
-    for read in dataset.pairs(split):
-        pairs += len(read)
-        instructions += len(np.unique(read.groups))
+    for batch in dataset.pairs(split):
+        pairs += len(batch)
+        instructions += len(np.unique(batch.groups))
     return Size(pairs, instructions)
 
 
 def read_windows(
     dataset: RegressionSet, split: str, size: int, seed: int, epoch: int, skip: int = 0, whole: bool = False
 ) -> Iterator[Pairs]:
-    """Yield one epoch of a split as windows of `size` pairs (the last may be smaller), without the first `skip` of them.
+    """Yield one epoch of a split as windows of `size` pairs, without the first `skip` windows. The last window may be smaller.
 
-    With `whole` they are windows of `size` instructions, each with all its pairs. Holds a block of rows and a window of pairs in
-    memory. Raises `CappyError` when a shard is damaged or rows are missing.
+    With `whole` a window has `size` instructions with all their pairs. Holds a block of rows and a window of pairs in memory.
+    Raises `CappyError` when a shard is damaged or rows are missing.
     """
-    waiting: list[Pairs] = []
-    held = 0
+    buffered: list[Pairs] = []
+    held = 0  # pairs or, with `whole`, instructions in `buffered`
     number = 0
-    for pairs in _shuffled(dataset, split, seed, epoch):
-        waiting.append(pairs)
+    for pairs in _read_shuffled(dataset, split, seed, epoch):
+        buffered.append(pairs)
         held += len(np.unique(pairs.groups)) if whole else len(pairs)
         while held >= size:
-            joined = _join(waiting)
-            end = int(_starts(joined)[size]) if whole else size
+            joined = _join(buffered)
+            end = int(_instruction_starts(joined)[size]) if whole else size
             window, rest = _slice(joined, 0, end), _slice(joined, end, len(joined))
-            waiting, held = [rest], held - size
+            buffered, held = [rest], held - size
             if number >= skip:
                 yield window
             number += 1
     if held and number >= skip:
-        yield _join(waiting)
+        yield _join(buffered)
 
 
 def prefetch(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield the items, each made in a thread while what came before it is worked on; an error comes where its item would have."""
+    """Yield the items, and compute each in a thread while the caller uses the one before. An error is raised in its item's place."""
     end = object()
-    with ThreadPoolExecutor(1, "cappy-ahead") as pool:
+    with ThreadPoolExecutor(1, "cappy-prefetch") as pool:
         following = pool.submit(next, items, end)
         while (item := following.result()) is not end:
             following = pool.submit(next, items, end)
             yield item  # type: ignore[misc]
 
 
-def _shuffled(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[Pairs]:
-    """Yield the pairs of an epoch in its order, some rows at a time; `groups` are positions in that order."""
+def _read_shuffled(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[Pairs]:
+    """Yield the pairs of an epoch in shuffled order, a few rows at a time. `groups` are positions of rows in that order."""
     seen = 0
     for number, block in enumerate(_blocks(_pieces(dataset, split, seed, epoch))):
         order = np.random.default_rng([seed, epoch, 1, number]).permutation(len(block))
@@ -83,14 +86,15 @@ def _shuffled(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iter
 
 
 def _blocks(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Join small tables to blocks of at least `_BLOCK_ROWS` rows. The last block may be smaller."""
     return (block.combine_chunks() for block in concat_tables(pieces, _BLOCK_ROWS))
 
 
 def _pieces(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[pa.Table]:
-    """Yield a split's rows in small tables, taken in turn from several row groups at once."""
+    """Yield a split's rows as small tables, round-robin from `_LANES` row groups."""
     groups = [(uri, group) for uri in dataset.shards(split) for group in range(_row_groups(uri))]
     order = np.random.default_rng([seed, epoch, 0]).permutation(len(groups))
-    pending = iter([groups[place] for place in order])
+    pending = iter([groups[number] for number in order])
     lanes: list[Iterator[pa.Table]] = []
     seen = 0
     while True:
@@ -119,8 +123,8 @@ def _read_group(uri: str, group: int) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-def _starts(pairs: Pairs) -> np.ndarray:
-    """Where each instruction's pairs begin, and where the last one's end."""
+def _instruction_starts(pairs: Pairs) -> np.ndarray:
+    """Return the position of each instruction's first pair, then the number of pairs; int64 (instructions + 1,)."""
     return np.concatenate([[0], np.flatnonzero(np.diff(pairs.groups)) + 1, [len(pairs)]])
 
 

@@ -1,8 +1,8 @@
-"""`cappy train`: the Ray Train edge. From a published set to a published scorer, going on after any interruption.
+"""`cappy train`: train a scorer on a published set with Ray Train, and publish it.
 
-Below `{scorer}/_checkpoints/{fingerprint}` the workers keep the last checkpoints; the fingerprint covers all that decides the
-weights. Started again with the same settings, the run goes on from the newest sound one. The model files and the manifest,
-last, are written at the end; the checkpoints go only then. `_checkpoints/_lease` keeps a second run away.
+The workers write checkpoints below `{scorer}/_checkpoints/{fingerprint}`. The fingerprint covers all settings that decide the
+weights. The same command resumes from the newest valid checkpoint. After the last step the model files are written, then the
+manifest, and the checkpoints are deleted. The lease `_checkpoints/_lease` excludes a second run.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from cluster.runtime import code_version, find_cappy_error, on_sigterm, ray_sess
 from generation.dataset import RegressionSet
 from training import batch_plan, checkpoint, model_card, stream
 from training.batch_plan import Size
+from training.records import Event, Job, TrainSummary
 from training.run_channel import RunChannel, run_worker
 from training.scorer import CHECKPOINTS, SCORER_FILES, Scorer, load_tokenizer, new_model
 from training.trackers import Trackers
 
-Work = Callable[[dict[str, Any]], None]
+Work = Callable[[Job], None]
+"""The function that each worker runs."""
 
 _LEASE = "_lease"
 _FINISHED = CHECKPOINTS + r"/[0-9a-f]{16}/\d{8}-[0-9a-f]{8}/_MANIFEST\.json"
@@ -50,19 +52,21 @@ _OWNED = artifacts.OwnedFiles(
     _FINISHED,
     SCORER_FILES,
 )
-# Settings that decide how a scorer is trained and not what comes out, but for rounding.
-_HOW = (
+# Settings that change how a scorer is trained but not its weights, up to rounding. They may change when a run resumes.
+_OPERATIONAL = (
     *("workers", "min_workers", "parallel", "gpus_per_worker", "checkpoint_every", "checkpoints_kept", "max_failures"),
     *("tensorboard", "mlflow"),
 )
 
 
-def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worker) -> dict[str, Any]:
-    """Train a scorer on the published set and publish it; return its summary. `work` is what each worker runs.
+def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worker) -> TrainSummary:
+    """Train a scorer on the published set, publish it and return its summary. Each worker runs `work`.
 
-    Raises `UsageError` when the destination holds a finished scorer and `overwrite` is not given, `CappyError` when the set is not
-    finished or has no train pairs, the encoder does not load, the loss is no longer a number, or another run is at work there,
-    `Stopped` on SIGTERM.
+    Raises:
+        UsageError: the destination has a finished scorer and `overwrite` is False, or it has foreign files.
+        CappyError: the set is unfinished or has no train pairs, the encoder does not load, the loss is not finite, or another run
+            holds the lease.
+        Stopped: SIGTERM ended the run; its state is saved.
     """
     start = time.monotonic()
     config = paths.absolute(config)
@@ -72,70 +76,74 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worke
         artifacts.refuse_published(uri, "scorer_path", "train")
     artifacts.refuse_foreign(uri, "scorer_path", _OWNED, overwrite=overwrite)
     dataset = RegressionSet(config.dataset_uri)
-    _refuse_unmeasured(config, dataset)
+    _require_validation_rows(config, dataset)
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
     new_model(folder, config.scorer, config.training, config.seed)
-    name = fingerprint(identity(config, dataset.manifest))
-    watchers = Trackers(config.training, name)
+    run_name = fingerprint(identity(config, dataset.manifest))
+    trackers = Trackers(config.training, run_name)
     checkpoints = storage.join(uri, CHECKPOINTS)
     with lease.hold(storage.join(checkpoints, _LEASE), f"scorer_path={uri}") as held:
-        kept = f"{CHECKPOINTS}/{_LEASE}"
+        lease_folder = f"{CHECKPOINTS}/{_LEASE}"
         if overwrite:
-            artifacts.withdraw(uri, "scorer_path", _OWNED, keep=kept, check=held.check)
-        artifacts.finish_withdrawal(uri, "scorer_path", _OWNED, keep=kept, check=held.check)
+            artifacts.withdraw(uri, "scorer_path", _OWNED, keep=lease_folder, check=held.check)
+        artifacts.finish_withdrawal(uri, "scorer_path", _OWNED, keep=lease_folder, check=held.check)
         artifacts.refuse_published(uri, "scorer_path", "train")
-        mine = storage.join(checkpoints, name)
-        size = _count(dataset, storage.join(mine, "size.json"))
+        run_folder = storage.join(checkpoints, run_name)
+        size = _count_pairs(dataset, storage.join(run_folder, "size.json"))
         total = config.training.epochs * batch_plan.steps_in_epoch(size, config.training)
-        if checkpoint.last_step(mine) < total:
+        if checkpoint.last_step(run_folder) < total:
             with ray_session():
-                _train(config, mine, held.claim, size, total, work, watchers)
-        state = checkpoint.read_newest(mine, log)
+                _run_workers(config, run_folder, held.claim, size, total, work, trackers)
+        state = checkpoint.read_newest(run_folder, log)
         if state is None or state.step < total:
-            raise CappyError(f"{mine} was damaged while the run ended; the same command trains what is missing")
+            raise CappyError(f"the last checkpoint in {run_folder} is damaged; run the same command again to train the lost steps")
         summary = _publish(config, dataset, uri, state, start, held)
-        for name in {name.split("/")[0] for name in storage.list_files(checkpoints)} - {_LEASE}:
-            artifacts.cleanup(storage.join(checkpoints, name), held.check)
+        for folder_name in {name.split("/")[0] for name in storage.list_files(checkpoints)} - {_LEASE}:
+            artifacts.cleanup(storage.join(checkpoints, folder_name), held.check)
         held.finish()
     storage.remove_empty_folder(checkpoints)
     return summary
 
 
-def _refuse_unmeasured(config: Config, dataset: RegressionSet) -> None:
-    """Refuse to choose a state by validation rows where there are none."""
+def _require_validation_rows(config: Config, dataset: RegressionSet) -> None:
+    """Raise `UsageError` when `training.best_by` needs validation rows and the set has none."""
     if config.training.best_by != "last" and not dataset.rows("validation"):
         raise UsageError(
-            f"training.best_by={config.training.best_by} needs validation rows, and dataset={dataset.uri} has none; leave it out"
+            f"training.best_by={config.training.best_by} needs validation rows, and dataset={dataset.uri} has none; use best_by=last"
         )
 
 
-def identity(config: Config, dataset: dict[str, Any]) -> dict[str, Any]:
-    """What decides the weights, as a plain tree; the settings of `_HOW` may change on resume. `dataset` is its manifest."""
+def identity(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings and files that decide the weights, as a plain tree. `manifest` is that of the dataset.
+
+    Operational settings are left out: they may change when a run resumes.
+    """
     training = config.training.model_dump(mode="json")
-    for key in _HOW:
+    for key in _OPERATIONAL:
         del training[key]
     scorer = config.scorer.model_dump(mode="json")
-    return {"seed": config.seed, "scorer": scorer, "training": training, "dataset": dataset.get("writer"), "files": dataset["files"]}
+    scorer.pop("cpu_kernels", None)  # operational too
+    return {"seed": config.seed, "scorer": scorer, "training": training, "dataset": manifest.get("writer"), "files": manifest["files"]}
 
 
-def _count(dataset: RegressionSet, place: str) -> Size:
-    """Return the size of the train split, counted by reading it once a run: it is noted at `place` for the run's restarts."""
+def _count_pairs(dataset: RegressionSet, uri: str) -> Size:
+    """Return the size of the train split. It is counted once in a run and stored in the file `uri` for a resumed run."""
     try:
-        return Size(**storage.read_json(place))
+        return Size(**storage.read_json(uri))
     except (FileNotFoundError, ValueError, TypeError):
         size = stream.count_pairs(dataset, "train")
     if not size.pairs:
-        raise CappyError(f"dataset={dataset.uri} has no train pairs; generate it with train rows")
-    storage.write_json(place, size._asdict())
+        raise CappyError(f"dataset={dataset.uri} has no train pairs; generate a set with train rows")
+    storage.write_json(uri, size._asdict())
     return size
 
 
-def _train(config: Config, checkpoints: str, claim: Claim, size: Size, total: int, work: Work, watchers: Trackers) -> None:
-    """Run the workers to the end; what they made is their last checkpoint. Raises `Stopped` where SIGTERM came before that."""
-    # Ray Train's controller looks at its workers this often, and a finished run waits for it.
+def _run_workers(config: Config, checkpoints: str, claim: Claim, size: Size, total: int, work: Work, trackers: Trackers) -> None:
+    """Run the workers until the last step. Their result is the last checkpoint. Raises `Stopped` when SIGTERM came earlier."""
+    # The interval of health checks by Ray Train's controller. It detects the end of a run at such a check.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    if config.training.min_workers:  # it waits this long for the workers of a lost node before it tries with fewer
+    if config.training.min_workers:  # the timeout after a lost node, before Ray Train starts with fewer workers
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -147,22 +155,23 @@ def _train(config: Config, checkpoints: str, claim: Claim, size: Size, total: in
     gpus = training.gpus_per_worker
     if gpus is None:
         gpus = int(ray.cluster_resources().get("GPU", 0) >= (training.min_workers or training.workers))
-    # Beside the driver: on a worker node it would be lost with it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(RunChannel).remote()
-    # Ray Train wants a folder for checkpoints reported to it; ours are written without it, so this one stays empty.
+    # On the driver's node: the loss of a worker node must not lose the channel.
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    channel = ray.remote(num_cpus=0, scheduling_strategy=driver_node)(RunChannel).remote()
+    # Ray Train requires a folder for checkpoints. The workers write checkpoints directly, so this folder stays empty.
     unused = storage.new_temporary_folder("ray-train")
+    job: Job = {
+        "config": config.model_dump(mode="json"),
+        "size": size,
+        "checkpoints": checkpoints,
+        "claim": claim,
+        "channel": channel,
+        # Ray sets OMP_NUM_THREADS=1 in its workers, so the job carries the driver's value.
+        "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
+    }
     trainer = TorchTrainer(
         work,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "size": size,
-            "checkpoints": checkpoints,
-            "claim": claim,
-            "board": board,
-            # Ray sets it to 1 in its workers, so what the operator set is carried there.
-            "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or None,
-        },
+        train_loop_config=dict(job),
         scaling_config=ScalingConfig(
             num_workers=training.workers if training.min_workers is None else (training.min_workers, training.workers),
             use_gpu=gpus > 0,
@@ -173,65 +182,66 @@ def _train(config: Config, checkpoints: str, claim: Claim, size: Size, total: in
             storage_path=str(unused),
             failure_config=FailureConfig(max_failures=training.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
-            # Threads that spin at every barrier bring training to a halt on a machine with other work (10 times slower at load 5).
+            # OpenMP threads that spin at barriers make training many times slower on a machine with other load.
             worker_runtime_env={"env_vars": openmp_environment()},
         ),
     )
     log(f"starting {training.workers} worker(s) on {'GPU' if gpus else 'CPU'}: {size.pairs:,} pairs, {training.epochs} epochs")
-    closing = on_sigterm("finishing the step and writing a checkpoint; the same command goes on afterwards", board.stop.remote)
+    handler = on_sigterm("finishing the step and writing a checkpoint; run the same command again to resume", channel.request_stop.remote)
     error: Exception | None = None
     try:
-        with closing as told, _following(board, total, watchers), _signals_kept():
+        with handler as stop_requested, _show_events(channel, total, trackers), _sigint_handler_kept():
             trainer.fit()
     except Exception as raised:
         error = raised
     finally:
         shutil.rmtree(unused, ignore_errors=True)
-    failure = ray.get(board.failure.remote()) or (find_cappy_error(error) if error else None)
+    failure = ray.get(channel.failure.remote()) or (find_cappy_error(error) if error else None)
     if failure:
         raise failure from None
     if error:
         raise error
     reached = checkpoint.last_step(checkpoints)
-    if told.is_set() and reached < total:
-        raise Stopped(f"stopped on SIGTERM after step {reached} of {total}, which is saved; the same command goes on")
+    if stop_requested.is_set() and reached < total:
+        raise Stopped(f"stopped on SIGTERM after step {reached} of {total}, which is saved; run the same command again to resume")
 
 
 @contextmanager
-def _following(board: Any, total: int, watchers: Trackers) -> Iterator[None]:
-    """Show what the board says while the block runs."""
+def _show_events(channel: Any, total: int, trackers: Trackers) -> Iterator[None]:
+    """Show the channel's events in the terminal, and send its lines to the trackers, while the block runs."""
     import ray
 
     ended = threading.Event()
 
-    def follow() -> None:
+    def show() -> None:
         bar: Bar | None = None
         while True:
             last = ended.wait(1.0)
             try:
-                events = ray.get(board.take.remote(), timeout=10)
-            except ray.exceptions.GetTimeoutError:  # a busy machine starts the board late; its events wait
+                events: list[Event] = ray.get(channel.take_events.remote(), timeout=10)
+            except ray.exceptions.GetTimeoutError:  # the actor starts late on a busy machine; its events are kept
                 if last:
                     break
                 continue
-            except Exception:  # the session is ending; what failed is raised in the main thread
+            except Exception:  # the session is ending; the main thread raises the cause
                 break
             for event in events:
-                if "say" in event:
-                    log(event["say"])
+                if "log" in event:
+                    log(event["log"])
                 elif "line" in event:
-                    watchers.write(event["line"])
-                elif bar is None:  # the first says where the run begins
+                    trackers.write(event["line"])
+                elif bar is None:  # the first step event has the step where the run begins
                     bar = Bar("training", total, "steps", done=event["step"]).__enter__()
                 else:
-                    # Fewer steps than before: the workers were started again from a checkpoint.
-                    bar.advance(event.pop("step") - bar.done, **event)
+                    # The step decreases when the workers were restarted from a checkpoint.
+                    counts = {name: event[name] for name in ("pairs", "tokens") if name in event}
+                    bar.advance(event["step"] - bar.done, event.get("note", ""), **counts)
             if last:
                 break
         if bar:
             bar.__exit__(None, None, None)
 
-    thread = threading.Thread(target=follow, name="cappy-progress", daemon=True)
+    thread = threading.Thread(target=show, name="cappy-progress", daemon=True)
     thread.start()
     try:
         yield
@@ -241,8 +251,8 @@ def _following(board: Any, total: int, watchers: Trackers) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Put the SIGINT handler back that Ray Train replaces."""
+def _sigint_handler_kept() -> Iterator[None]:
+    """Restore the SIGINT handler after the block, because Ray Train replaces it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -253,17 +263,18 @@ def _signals_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint.Checkpoint, start: float, held: Lease) -> dict[str, Any]:
-    """Write model, card, metrics and config, then the manifest."""
+def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint.Checkpoint, start: float, held: Lease) -> TrainSummary:
+    """Write model, card, metrics and config, then the manifest. `start` is the monotonic time at the start of the run."""
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     model = new_model(folder, config.scorer, config.training, config.seed)
     checkpoint.restore(state, model)
     tokenizer = load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
-    progress = state.books["progress"]
+    progress = state.trainer_state["progress"]
+    best = progress["best"]
     target = storage.new_temporary_folder("scorer")
     try:
         (target / "metrics.jsonl").write_text("".join(f"{line}\n" for line in state.lines), encoding="utf-8")
-        summary = {
+        summary: TrainSummary = {
             "uri": uri,
             "steps": progress["step"],
             "pairs": progress["pairs"],
@@ -273,7 +284,7 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint
             "train_mse": progress["train_mse"],
             "validation": progress["validation"],
             "calibration": progress["calibration"],
-            "best": {key: progress["best"][key] for key in ("metric", "value", "step")},
+            "best": {"metric": best["metric"], "value": best["value"], "step": best["step"]},
             "blend": progress["blend"],
             "cut_pairs": progress["cut_pairs"],
         }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cluster.config.base import Section
 
@@ -18,6 +18,15 @@ class ScorerConfig(Section):
     """Tokens of instruction plus response; the middle of the instruction is cut before the response ever is."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Arithmetic of training and batch scoring; auto is bfloat16 where the hardware has it, else float32."""
+    cpu_kernels: bool = True
+    """Run BERT and RoBERTa scorers with faster kernels: only the first token in the last layer, and oneDNN on the CPU. False uses the
+    plain modules of transformers. Scores are equal up to rounding."""
+
+    @model_serializer(mode="wrap")
+    def _without_default_kernels(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `cpu_kernels` out when it is True: runs of earlier versions keep their fingerprint."""
+        tree: dict[str, Any] = write(self)
+        return {name: value for name, value in tree.items() if name != "cpu_kernels" or not value}
 
 
 class ObjectiveConfig(Section):

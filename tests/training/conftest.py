@@ -1,4 +1,4 @@
-"""A tiny random encoder and a tiny published set, both real files, small enough to train in seconds."""
+"""A tiny random encoder and a tiny published set, as real files, small enough to train in seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cluster import artifacts, storage
 from cluster.config import Config
 from generation.schema import DATASET
 
-# Two threads on a busy machine wait for each other most of the time; these models are too small to need them.
+# These models are too small for two threads, which wait for each other on a busy machine.
 torch.set_num_threads(1)
 
 COLORS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
@@ -29,14 +29,14 @@ WORDS = [*COLORS, *ANIMALS, "say", "after", "me", "a", "the", "please", "now", "
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Runs told to have one thread a worker, here and in processes started from here, so that they are equal to the bit."""
+    """Give each worker one thread, also in child processes, so that runs are bit equal."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 
 def write_tokenizer(folder: Path, pad_id: Literal[0, 1] = 0, typed: bool = True) -> None:
-    """A word-level tokenizer with BERT's pair template, and `token_type_ids` where it is `typed`."""
+    """Write a word-level tokenizer with BERT's pair template; with `typed` it returns `token_type_ids`."""
     specials = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     specials.insert(pad_id, "[PAD]")
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*specials, *WORDS])}, unk_token="[UNK]"))
@@ -76,7 +76,7 @@ def write_family(kind: str, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random two-layer BERT of 32 units and its tokenizer."""
+    """Return a folder with a random two-layer BERT of hidden size 32 and its tokenizer."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     BertModel(
@@ -94,7 +94,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
-    """Instructions with a right (1.0), a half right (0.5) and a wrong (0.0) response."""
+    """Return rows with a right (1.0), a half right (0.5) and a wrong (0.0) response each."""
     draw = random.Random(seed)
     made = []
     for number in range(count):
@@ -128,7 +128,7 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def publish(uri: str, train: int, validation: int, row_group: int = 64) -> str:
-    """Write and publish a set at `uri`, as `cappy generate` does; return `uri`."""
+    """Publish a set at `uri`, in the layout of `cappy generate`; return `uri`."""
     counts, names = {}, []
     for split, count, seed in (("train", train, 1), ("validation", validation, 2)):
         name = f"data/{split}/part-00000.parquet"
@@ -142,7 +142,7 @@ def publish(uri: str, train: int, validation: int, row_group: int = 64) -> str:
 
 
 def settings(workspace: str, encoder: Path, **training: Any) -> Config:
-    """A config of a small, quick run below `workspace`."""
+    """Return the config of a small run below `workspace`."""
     chosen = {"epochs": 2, "batch_size": 16, "window": 64, "learning_rate": 1e-3, "checkpoint_every": 5, "max_failures": 1} | training
     return Config.model_validate(
         {"workspace": workspace, "scorer": {"encoder": str(encoder), "max_length": 32, "dtype": "float32"}, "training": chosen}

@@ -22,7 +22,7 @@ from training.scorer import Scorer, load_tokenizer, new_model
 
 
 def task_rows(name: str, count: int, seed: int, choices: bool = False) -> list[dict[str, Any]]:
-    """Rows of one task; of a classification task the candidates are its answer choices instead of samples."""
+    """Return rows of one task. With `choices` the candidates are answer choices instead of samples."""
     made = [{**row, "dataset": name} for row in rows(count, seed)]
     for row in made if choices else []:
         row["answer_choices"] = [each["response"] for each in row["candidates"]]
@@ -32,7 +32,7 @@ def task_rows(name: str, count: int, seed: int, choices: bool = False) -> list[d
 
 
 def publish_tasks(uri: str, train: list[dict[str, Any]], validation: list[dict[str, Any]], row_group: int = 16) -> str:
-    """Publish a set of these rows as `cappy generate` does; return `uri`."""
+    """Publish a set of these rows, in the layout of `cappy generate`; return `uri`."""
     counts, names = {}, []
     for split, made in (("train", train), ("validation", validation)):
         name = f"data/{split}/part-00000.parquet"
@@ -80,15 +80,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return publish_tasks(str(tmp_path_factory.mktemp("adapt") / "set"), train, validation)
 
 
-def test_a_datasets_rows_are_read_without_the_row_groups_of_others(dataset: str):
+def test_the_rows_of_a_dataset_are_read_without_the_row_groups_of_others(dataset: str):
     opened = RegressionSet(dataset)
-    for name, count in (("colors", 40), ("lonely", 5), ("sides", 30), ("nobody", 0)):
+    for name, count in (("colors", 40), ("lonely", 5), ("sides", 30), ("absent", 0)):
         tables = list(opened.batches("train", rows=7, columns=["dataset", "instruction"], only=name))
         assert sum(table.num_rows for table in tables) == count
         assert {value for table in tables for value in table["dataset"].to_pylist()} == ({name} if count else set())
 
 
-def test_a_tasks_pairs_are_distinct_and_cut_by_hash_whatever_the_order_of_rows(dataset: str, tmp_path: Path):
+def test_the_pairs_of_a_task_are_distinct_and_chosen_by_hash_for_any_order_of_rows(dataset: str, tmp_path: Path):
     pairs, seen = adapt_one.collect_pairs(RegressionSet(dataset), "colors", 1000, seed=1)
     texts = list(zip(pairs.instructions, pairs.responses, strict=True))
     assert seen == 40 and len(texts) == len(set(texts)) > 90
@@ -103,7 +103,7 @@ def test_a_tasks_pairs_are_distinct_and_cut_by_hash_whatever_the_order_of_rows(d
     assert len(everything) > len(pairs)
 
 
-def test_an_epoch_takes_all_pairs_equally_often_and_is_cut_to_its_size():
+def test_an_epoch_repeats_all_pairs_equally_and_is_cut_to_its_size():
     order = adapt_one.epoch_order(7, 24, seed=1, epoch=0)
     assert len(order) == 24
     assert all(sorted(order[start : start + 7].tolist()) == list(range(7)) for start in (0, 7, 14))
@@ -113,7 +113,7 @@ def test_an_epoch_takes_all_pairs_equally_often_and_is_cut_to_its_size():
     )
 
 
-def test_a_task_is_trained_by_one_worker_with_the_settings_of_adapt_over_those_of_train():
+def test_a_task_is_trained_by_one_worker_and_adapt_settings_override_training_settings():
     shared = TrainingConfig(workers=4, min_workers=2, parallel="fsdp", batch_size=16, window=64, weight_decay=0.05, epochs=9)
     mine = AdaptConfig(batch_size=128, warmup=0.2).training(shared)
     assert (mine.workers, mine.min_workers, mine.parallel, mine.epochs, mine.batch_size) == (1, None, "ddp", 1, 128)
@@ -122,7 +122,7 @@ def test_a_task_is_trained_by_one_worker_with_the_settings_of_adapt_over_those_o
     assert AdaptConfig(base="x", method="lora", learning_rate=1e-3).training(shared).learning_rate == 1e-3
 
 
-def test_rows_to_pick_from_are_taken_by_hash_and_shared_out_between_gate_and_figures(dataset: str):
+def test_validation_rows_are_chosen_by_hash_and_split_between_gate_and_results(dataset: str):
     opened = RegressionSet(dataset)
     sampled = adapt_one.validation_rows(opened, "colors", 1000, seed=1)
     assert len(sampled) == 30
@@ -132,29 +132,29 @@ def test_rows_to_pick_from_are_taken_by_hash_and_shared_out_between_gate_and_fig
     assert (len(gate), len(figures)) == (3, 2) and pa.concat_tables([gate, figures]).equals(few)
     gate, figures = adapt_one.split_validation_rows(few, 1.0)
     assert gate.equals(few) and figures is few
-    assert len(adapt_one.validation_rows(opened, "nobody", 5, seed=1)) == 0
+    assert len(adapt_one.validation_rows(opened, "absent", 5, seed=1)) == 0
 
 
 def metrics(selection: float | None, pairwise: float | None = None, accuracy: float | None = None) -> dict[str, float | None]:
     return {"selection": selection, "pairwise_accuracy": pairwise, "accuracy": accuracy, "random": 0.2, "self_mean": None, "oracle": 0.9}
 
 
-def test_the_gate_wants_a_gain_and_as_much_as_asked_for():
-    def judged(before: dict[str, Any], after: dict[str, Any], **chosen: Any) -> dict[str, Any]:
+def test_the_gate_requires_a_gain_of_at_least_min_gain():
+    def decide(before: dict[str, Any], after: dict[str, Any], **chosen: Any) -> dict[str, Any]:
         return adapt_one.decide_gate(before, after, AdaptConfig.model_validate(chosen))
 
-    won = judged(metrics(0.25), metrics(0.5))
+    won = decide(metrics(0.25), metrics(0.5))
     assert won == {"metric": "selection", "before": 25.0, "after": 50.0, "gain": 25.0, "passed": True}
-    assert not judged(metrics(0.5), metrics(0.25))["passed"] and not judged(metrics(0.5), metrics(0.5))["passed"]
-    assert judged(metrics(0.25), metrics(0.5), min_gain=25)["passed"]
-    assert not judged(metrics(0.25), metrics(0.5), min_gain=25.1)["passed"]
-    assert judged(metrics(0.5, 0.25), metrics(0.4, 0.5), metric="pairwise_accuracy")["passed"]
-    level = judged(metrics(0.3), metrics(0.3), metric="pairwise_accuracy")
+    assert not decide(metrics(0.5), metrics(0.25))["passed"] and not decide(metrics(0.5), metrics(0.5))["passed"]
+    assert decide(metrics(0.25), metrics(0.5), min_gain=25)["passed"]
+    assert not decide(metrics(0.25), metrics(0.5), min_gain=25.1)["passed"]
+    assert decide(metrics(0.5, 0.25), metrics(0.4, 0.5), metric="pairwise_accuracy")["passed"]
+    level = decide(metrics(0.3), metrics(0.3), metric="pairwise_accuracy")
     assert level["gain"] is None and not level["passed"]
-    assert judged(metrics(None, accuracy=0.5), metrics(None, accuracy=0.75))["gain"] == 25
+    assert decide(metrics(None, accuracy=0.5), metrics(None, accuracy=0.75))["gain"] == 25
 
 
-def test_figures_are_in_points_and_accuracy_stands_in_for_selection():
+def test_results_are_in_points_and_accuracy_replaces_selection_for_choices():
     figures = adapt_one.summarise_points(metrics(0.25, 0.5), metrics(0.5, 0.75))
     assert figures == {
         "before": 25,
@@ -173,7 +173,7 @@ def base(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def after(task: Task, config: Config) -> float:
-    """The picks of a published scorer on the rows of the figures, in points, from the rows' own candidates."""
+    """Return the mean label, in points, of the picks of a published scorer on the rows that the gate did not use."""
     scorer = Scorer.load(task.uri)
     rows = adapt_one.split_validation_rows(
         adapt_one.validation_rows(RegressionSet(config.dataset_uri), task.dataset, 1000, config.seed), 0.5
@@ -185,7 +185,7 @@ def answers(row: dict[str, Any]) -> list[str]:
     return [each["response"] for each in row["candidates"]]
 
 
-def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str, base: str, encoder: Path, tmp_path: Path):
+def test_full_adaptation_publishes_a_plain_scorer_with_better_picks(dataset: str, base: str, encoder: Path, tmp_path: Path):
     config = settings(tmp_path, encoder, base=base).model_copy(update={"dataset": dataset})
     task = task_of(config, "colors")
     result = adapt_one.adapt_task(config, task, base_of(base))
@@ -204,11 +204,13 @@ def test_full_adaptation_publishes_a_plain_scorer_that_picks_better(dataset: str
     assert AutoModelForSequenceClassification.from_pretrained(task.uri).config.num_labels == 1
     assert after(task, config) == pytest.approx(result["figures"]["after"])
     assert "Scorer.load" in Path(task.uri, "README.md").read_text()
-    assert adapt_one.adapt_task(config, task, base_of(base)) == storage.read_json(f"{task.uri}/results.json")  # at once: it is done
+    assert adapt_one.adapt_task(config, task, base_of(base)) == storage.read_json(
+        f"{task.uri}/results.json"
+    )  # a finished task is not repeated
 
 
-def test_lora_publishes_adapters_alone_and_they_load_as_a_scorer(dataset: str, base: str, encoder: Path, tmp_path: Path):
-    # Whether so small a base gains from adapters is chance, so no gate; what is asked is what is published and how it loads.
+def test_lora_publishes_adapters_only_and_they_load_as_a_scorer(dataset: str, base: str, encoder: Path, tmp_path: Path):
+    # No gate: whether a base this small gains from adapters is chance.
     config = settings(tmp_path, encoder, base=base, method="lora", learning_rate=1e-2, gate=False).model_copy(update={"dataset": dataset})
     task = task_of(config, "sides")
     result = adapt_one.adapt_task(config, task, base_of(base))
@@ -231,11 +233,11 @@ def test_a_scorer_that_does_not_gain_is_not_published(dataset: str, base: str, e
     assert adapt_one.adapt_task(free, task_of(free, "free", "colors"), base_of(base))["state"] == "published"
 
 
-def test_a_task_that_cannot_be_adapted_says_why(dataset: str, base: str, encoder: Path, tmp_path: Path):
+def test_a_task_that_cannot_be_adapted_raises_the_reason(dataset: str, base: str, encoder: Path, tmp_path: Path):
     config = settings(tmp_path, encoder, base=base, pairs=32).model_copy(update={"dataset": dataset})
     with pytest.raises(CappyError, match="no train rows of untrained"):
         adapt_one.adapt_task(config, task_of(config, "untrained"), base_of(base))
-    with pytest.raises(CappyError, match=r"no validation rows of lonely .* publish without by adapt\.gate=false"):
+    with pytest.raises(CappyError, match=r"no validation rows of lonely .* set adapt\.gate=false to publish without a gate"):
         adapt_one.adapt_task(config, task_of(config, "lonely"), base_of(base))
     free = config.model_copy(update={"adapt": config.adapt.model_copy(update={"gate": False})})
     result = adapt_one.adapt_task(free, task_of(config, "lonely"), base_of(base))
@@ -246,7 +248,7 @@ def test_a_task_that_cannot_be_adapted_says_why(dataset: str, base: str, encoder
         adapt_one.adapt_task(hot, task_of(hot, "hot", "colors"), base_of(base))
 
 
-def test_what_a_lost_run_left_is_no_scorer_and_no_outcome(dataset: str, base: str, encoder: Path, tmp_path: Path):
+def test_the_files_of_a_lost_run_are_neither_a_scorer_nor_an_outcome(dataset: str, base: str, encoder: Path, tmp_path: Path):
     config = settings(tmp_path, encoder, base=base).model_copy(update={"dataset": dataset})
     task = task_of(config, "colors")
     published_scorer(encoder, task.uri)

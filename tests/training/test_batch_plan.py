@@ -16,13 +16,14 @@ from training.scorer import load_tokenizer
 CONFIG = TrainingConfig(epochs=2, batch_size=15, window=64, learning_rate=1e-3)
 COMPARING = ObjectiveConfig(pairwise=0.5, listwise=0.5, labels="rank")
 
+
 def test_the_module_imports_neither_torch_nor_ray():
     script = "import sys; import training.batch_plan; print(sorted({'torch', 'ray', 'pydantic', 'transformers'} & sys.modules.keys()))"
     shown = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
 
 
-def test_a_window_is_cut_into_steps_of_like_lengths_each_row_once():
+def test_a_window_is_cut_into_steps_of_similar_lengths_with_each_row_once():
     lengths = np.random.default_rng(0).integers(5, 200, 1000)
     config = TrainingConfig(batch_size=32)
     steps = batch_plan.cut_pairs(lengths, config, 1, 0, 0)
@@ -35,7 +36,7 @@ def test_a_window_is_cut_into_steps_of_like_lengths_each_row_once():
 
 
 @pytest.mark.parametrize(("pairs", "batch_size"), [(1000, 32), (1000, 1), (33, 32), (5, 32)])
-def test_cut_by_tokens_as_many_steps_have_about_as_many_tokens(pairs: int, batch_size: int):
+def test_steps_cut_by_tokens_have_about_equal_tokens(pairs: int, batch_size: int):
     lengths = np.random.default_rng(0).integers(5, 500, pairs)
     config = TrainingConfig(batch_size=batch_size, batch_by="tokens")
     steps = batch_plan.cut_pairs(lengths, config, 1, 0, 0)
@@ -46,7 +47,7 @@ def test_cut_by_tokens_as_many_steps_have_about_as_many_tokens(pairs: int, batch
 
 
 @pytest.mark.parametrize("batch_by", ["pairs", "tokens"])
-def test_every_pair_weighs_the_same_and_workers_get_as_many_tokens(batch_by: str, encoder: Path):
+def test_all_pairs_have_the_same_weight_and_all_workers_about_equal_tokens(batch_by: str, encoder: Path):
     draw = np.random.default_rng(0)
     texts = [" ".join(["red"] * words) for words in draw.integers(1, 29, 512)]
     encoded = encode_pairs(load_tokenizer(encoder, "x", "s"), texts, ["a"] * 512, 32)
@@ -63,7 +64,7 @@ def test_every_pair_weighs_the_same_and_workers_get_as_many_tokens(batch_by: str
 
 
 @pytest.mark.parametrize("pairs", [1, 64, 65, 200, 640])
-def test_positions_count_through_windows_and_epochs(pairs: int):
+def test_position_counts_windows_and_epochs(pairs: int):
     walked = []
     for epoch in range(2):
         for window, size in enumerate([64] * (pairs // 64) + ([pairs % 64] if pairs % 64 else [])):
@@ -73,7 +74,7 @@ def test_positions_count_through_windows_and_epochs(pairs: int):
 
 
 @pytest.mark.parametrize("pairs", [3, 64, 65, 210, 642])
-def test_positions_count_through_windows_of_whole_instructions(pairs: int):
+def test_position_counts_windows_of_whole_instructions(pairs: int):
     config = CONFIG.model_copy(update={"objective": COMPARING})
     size = Size(pairs, pairs // 3)
     window = batch_plan.window_size(size, config)
@@ -94,7 +95,7 @@ def window(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_instructions_stay_whole_and_each_pair_comes_once(world: int):
+def test_instructions_stay_whole_and_each_pair_is_used_once(world: int):
     lengths, groups = window(world)
     count = batch_plan.count_steps(60, 32, len(groups) / 60)
     steps = batch_plan.cut_instructions(lengths, groups, count, np.random.default_rng(1))
@@ -113,7 +114,7 @@ def test_instructions_stay_whole_and_each_pair_comes_once(world: int):
     assert padded < 1.25 * lengths.sum()
 
 
-def test_a_worker_without_an_instruction_gets_no_rows_and_a_step_is_never_empty():
+def test_a_worker_may_get_no_instruction_and_no_step_is_empty():
     lengths, groups = np.array([5, 6]), np.array([1, 1])
     assert [
         each.tolist() for each in batch_plan.cut_instructions(lengths, groups, batch_plan.count_steps(1, 1, 2), np.random.default_rng(0))
@@ -123,7 +124,7 @@ def test_a_worker_without_an_instruction_gets_no_rows_and_a_step_is_never_empty(
     assert all(len(step) for step in batch_plan.cut_instructions(np.ones(52, int), skewed, 3, np.random.default_rng(0)))
 
 
-def test_token_batches_hold_each_pair_once_within_the_budget():
+def test_token_batches_have_each_pair_once_within_the_budget():
     lengths = np.random.default_rng(0).integers(1, 300, 500)
     batches = batch_by_tokens(lengths, 1024)
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))

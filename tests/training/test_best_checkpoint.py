@@ -20,40 +20,40 @@ def best(folder: Path, **training: object) -> BestWeights:
     return BestWeights(str(folder), TrainingConfig.model_validate(training), writes=True)
 
 
-def test_the_best_weights_are_those_of_the_books_a_run_goes_on_from(tmp_path: Path):
+def test_a_resumed_run_has_the_best_weights_as_of_its_checkpoint(tmp_path: Path):
     run = best(tmp_path, best_by="selection", patience=2)
     for step, selection in ((10, 0.3), (20, 0.5), (30, 0.4)):
-        run.enter({"selection": selection, "mse": 0.1}, step, weights(step))
+        run.add({"selection": selection, "mse": 0.1}, step, weights(step))
         if step == 10:
-            early = run.books
-    assert run.books["step"] == 20 and run.books["stale"] == 1 and not run.out_of_patience()
+            early = run.record
+    assert run.record["step"] == 20 and run.record["stale"] == 1 and not run.patience_is_exhausted()
     assert run.weights()["w"].tolist() == [20, 20]
-    run.enter({"selection": 0.5, "mse": 0.0}, 40, weights(40))
-    assert run.out_of_patience() and run.books["step"] == 20  # an equal is no better
+    run.add({"selection": 0.5, "mse": 0.0}, 40, weights(40))
+    assert run.patience_is_exhausted() and run.record["step"] == 20  # an equal value is not better
     resumed = best(tmp_path, best_by="selection")
-    resumed.books = early
+    resumed.record = early
     assert resumed.weights()["w"].tolist() == [10, 10]
 
 
-def test_only_the_files_that_kept_checkpoints_may_point_to_are_kept(tmp_path: Path):
+def test_files_that_no_kept_checkpoint_refers_to_are_deleted(tmp_path: Path):
     run = best(tmp_path, checkpoints_kept=1, best_by="mse")
     for step in range(1, 6):
-        run.enter({"selection": None, "mse": 1 / step}, step, weights(step))
+        run.add({"selection": None, "mse": 1 / step}, step, weights(step))
     assert sorted(storage.list_files(run.folder)) == ["00000004.safetensors", "00000005.safetensors"]
 
 
-def test_a_damaged_file_is_refused_and_the_last_weights_need_none(tmp_path: Path):
+def test_a_damaged_file_is_refused_and_best_by_last_needs_no_file(tmp_path: Path):
     run = best(tmp_path, best_by="mse")
-    run.enter({"selection": None, "mse": 0.1}, 7, weights(7))
+    run.add({"selection": None, "mse": 0.1}, 7, weights(7))
     storage.write_bytes(storage.join(run.folder, "00000007.safetensors"), b"else")
     with pytest.raises(CappyError, match=r"00000007.safetensors, the best weights of the run, is lost or damaged"):
         run.weights()
     last = best(tmp_path / "last", best_by="last")
-    assert not last.enter({"mse": 0.1}, 1, weights(1)) and last.weights() is None and not last.out_of_patience()
+    assert not last.add({"mse": 0.1}, 1, weights(1)) and last.weights() is None and not last.patience_is_exhausted()
 
 
-def test_a_figure_that_the_rows_do_not_give_is_refused(tmp_path: Path):
+def test_a_metric_that_the_rows_do_not_give_is_refused(tmp_path: Path):
     with pytest.raises(CappyError, match=r"training\.best_by=accuracy: .* choose last or one of mse"):
-        best(tmp_path, best_by="accuracy").enter({"pairs": 3, "mse": 0.1, "accuracy": None}, 1, weights(1))
+        best(tmp_path, best_by="accuracy").add({"pairs": 3, "mse": 0.1, "accuracy": None}, 1, weights(1))
     with pytest.raises(UsageError, match="patience=2 needs a figure"):
         load(None, ["training.patience=2", "training.best_by=last"])

@@ -6,8 +6,8 @@ from tests.training.test_validation import CLASSIFICATION, GENERATION, by_text, 
 from training import blend
 
 
-def test_the_blend_takes_the_weight_whose_picks_are_best_on_the_rows_it_is_fitted_on():
-    # At a weight of 0.5 and more the second wins: 0.2 - w against 0.9 - 2 w.
+def test_the_fitted_weight_has_the_best_picks_on_the_rows_of_the_fit():
+    # Above a weight of 0.7 the second candidate wins: 0.2 - w against 0.9 - 2 w.
     tally = blend.tally_picks(table(GENERATION[1:3]), by_text)
     assert tally[0] == 1 and blend.mean_label(tally, 0.0) == pytest.approx(0.4)
     weight = blend.fit_weight(tally)
@@ -16,7 +16,7 @@ def test_the_blend_takes_the_weight_whose_picks_are_best_on_the_rows_it_is_fitte
     assert both == pytest.approx(2 * tally)
 
 
-def test_the_blend_is_the_scorer_where_the_llm_adds_nothing_or_says_nothing():
+def test_the_weight_is_0_without_a_gain_and_none_without_log_probabilities():
     same = [candidate("a0.9", 0.8, logprob=-4.0, tokens=4), candidate("b0.2", 0.4, logprob=-2.0, tokens=2)]
     assert blend.fit_weight(blend.tally_picks(table(same), by_text)) == 0.0
     silent = [candidate("a0.9", 0.8), candidate("b0.2", 0.4)]

@@ -18,16 +18,16 @@ EPOCHS, STEPS = 8, 53
 
 
 def workers(node: Any) -> int:
-    """How many workers of Ray Train run on a node of a `Cluster`."""
+    """Return the number of workers of Ray Train on a node of a `Cluster`."""
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     return sum("RayTrainWorker" in " ".join(each.cmdline()) for each in raylet.children(recursive=True))
 
 
-def test_sharded_workers_of_which_one_is_lost_with_its_node_end_with_the_weights_of_one_alone(encoder: Path, tmp_path: Path, no_ray: None):
+def test_sharded_workers_that_lose_a_node_end_with_the_weights_of_one_worker(encoder: Path, tmp_path: Path, no_ray: None):
     from ray.cluster_utils import Cluster
 
     publish(str(tmp_path / "dataset"), 70, 20)
-    # Each worker draws its own dropout, so that the weights can be the same without it alone.
+    # Dropout depends on the worker, so the weights can be equal only without dropout.
     still = shutil.copytree(encoder, tmp_path / "encoder")
     config = json.loads((still / "config.json").read_text())
     (still / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.0}))
@@ -46,7 +46,7 @@ def test_sharded_workers_of_which_one_is_lost_with_its_node_end_with_the_weights
         assert [workers(node) for node in nodes] == [1, 1]
         assert last_step(shared) < EPOCHS * STEPS
         cluster.remove_node(nodes[0], allow_graceful=False)
-        wait_for(process, shared, lambda: "going on from step" in log.read_text())
+        wait_for(process, shared, lambda: "resuming from step" in log.read_text())
         assert workers(nodes[1]) == 1
         assert process.wait(300) == 0, log.read_text()
     finally:

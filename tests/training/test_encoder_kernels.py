@@ -1,4 +1,4 @@
-"""What is left out of a forward pass changes no score, no gradient, no name of a weight and nothing that is saved."""
+"""The kernels change no score beyond rounding, no gradient, no weight and no saved file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def inputs(padded: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_last_layer_of_one_token_gives_the_plain_scores_and_gradients(kind: Any, padded: bool):
+def test_a_last_layer_of_one_token_gives_the_scores_and_gradients_of_the_plain_model(kind: Any, padded: bool):
     plain = model_of(kind)
     short = copy.deepcopy(plain)
     encoder_kernels.compute_first_token_only(short)
@@ -62,10 +62,10 @@ def test_a_last_layer_of_one_token_gives_the_plain_scores_and_gradients(kind: An
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_dropout_is_drawn_in_training_alone(kind: Any):
+def test_dropout_is_active_in_training_only(kind: Any):
     model = AutoModelForSequenceClassification.from_config(kind(**SMALL, attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0))
     encoder_kernels.compute_first_token_only(model)
-    for module in model.modules():  # heads of some families have their own
+    for module in model.modules():  # the heads of some families have more dropout
         if isinstance(module, torch.nn.Dropout) and module.p != 0.5:
             module.p = 0.0
     model.train()
@@ -75,7 +75,7 @@ def test_dropout_is_drawn_in_training_alone(kind: Any):
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_families_stay_as_they_are(kind: Any):
+def test_other_families_are_left_unchanged(kind: Any):
     model = model_of(kind).eval()
     before = model(**inputs(True)).logits
     encoder_kernels.compute_first_token_only(model)
@@ -84,7 +84,7 @@ def test_other_families_stay_as_they_are(kind: Any):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [*FAMILIES, *OTHERS])
-def test_packed_layers_give_the_plain_scores(kind: Any, dtype: torch.dtype):
+def test_packed_layers_give_the_scores_of_the_plain_model(kind: Any, dtype: torch.dtype):
     plain = model_of(kind).eval().to(dtype)
     packed = copy.deepcopy(plain)
     encoder_kernels.pack_for_cpu(packed)
@@ -94,19 +94,19 @@ def test_packed_layers_give_the_plain_scores(kind: Any, dtype: torch.dtype):
     assert torch.allclose(*scores, atol=1e-6 if dtype == torch.float32 else 2e-2)
 
 
-def test_what_is_saved_is_what_was_loaded(tmp_path: Path):
+def test_saved_weights_equal_the_loaded_weights(tmp_path: Path):
     plain = model_of(RobertaConfig).eval()
-    lean_one = copy.deepcopy(plain)
-    encoder_kernels.compute_first_token_only(lean_one)
-    encoder_kernels.pack_for_cpu(lean_one)
-    lean_one.save_pretrained(tmp_path)
+    fast = copy.deepcopy(plain)
+    encoder_kernels.compute_first_token_only(fast)
+    encoder_kernels.pack_for_cpu(fast)
+    fast.save_pretrained(tmp_path)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert saved.state_dict().keys() == plain.state_dict().keys()
     assert all(torch.equal(saved.state_dict()[name], weight) for name, weight in plain.state_dict().items())
 
 
 def attention_of(kind: Any, scale: float, tokens: int = 12) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """A packed bfloat16 model's first self-attention with queries `scale` times as large, what it reads, and a mask of padding."""
+    """Return the first self-attention of a packed bfloat16 model with queries times `scale`, its inputs, and a padding mask."""
     model = model_of(kind).eval()
     own = model.base_model.encoder.layer[0].attention.self
     with torch.no_grad():
@@ -118,7 +118,7 @@ def attention_of(kind: Any, scale: float, tokens: int = 12) -> tuple[Any, torch.
 
 
 def exact(own: Any, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Softmax attention in float64 from the weights of `own`."""
+    """Return softmax attention in float64 with the weights of `own`."""
     query, key, value = (
         (hidden.double() @ layer.weight.double().T + layer.bias.double()).unflatten(-1, (4, 8)).transpose(1, 2)
         for layer in (own.query, own.key, own.value)
@@ -129,7 +129,7 @@ def exact(own: Any, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e5])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_attention_on_cpu_is_exact_attention_whatever_the_size_of_its_exponents(kind: Any, scale: float):
+def test_attention_on_cpu_is_exact_for_exponents_of_any_size(kind: Any, scale: float):
     own, hidden, mask = attention_of(kind, scale)
     with torch.inference_mode():
         read, _ = own(hidden, mask)
@@ -143,29 +143,29 @@ def test_attention_on_cpu_is_exact_attention_whatever_the_size_of_its_exponents(
     assert (read - truth).abs().mean() < 2 * theirs + 1e-3
 
 
-def test_attention_on_cpu_takes_masks_that_are_added_as_torch_does():
+def test_attention_on_cpu_accepts_additive_masks():
     own, hidden, mask = attention_of(BertConfig, 1.0)
     added = torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
     with torch.inference_mode():
         assert torch.allclose(own(hidden, added)[0], own(hidden, mask)[0], atol=1e-2)
 
 
-def test_attention_on_cpu_in_blocks_is_attention_at_once(monkeypatch: pytest.MonkeyPatch):
+def test_attention_in_blocks_equals_attention_in_one_block(monkeypatch: pytest.MonkeyPatch):
     own, hidden, mask = attention_of(BertConfig, 1.0)
     with torch.inference_mode():
         whole, _ = own(hidden, mask)
-        monkeypatch.setattr(encoder_kernels, "_BLOCK", 2 * 12 * 12 * 3)
+        monkeypatch.setattr(encoder_kernels, "_BLOCK_BYTES", 2 * 12 * 12 * 3)
         blocks, _ = own(hidden, mask)
     assert torch.equal(whole, blocks)
 
 
-def test_attention_on_cpu_falls_back_where_a_query_is_far_below_the_others():
+def test_attention_on_cpu_falls_back_to_torch_when_sums_underflow():
     own, hidden, mask = attention_of(BertConfig, 1.0)
     with torch.no_grad():
         own.query.bias.zero_()
         own.key.bias.zero_()
     hidden = hidden.clone()
-    hidden[0, 0] *= 300  # its exponents reach thousands, those of the same head's other tokens do not
+    hidden[0, 0] *= 300  # the exponents of this token are in the thousands, those of the head's other tokens are small
     with torch.inference_mode():
         read, _ = own(hidden, mask)
         truth = exact(own, hidden, mask)
@@ -190,9 +190,9 @@ for tokens in range(2, 402):
 
 
 @pytest.mark.slow
-def test_batches_of_ever_new_shapes_do_not_fill_the_memory():
-    unset = {name: value for name, value in os.environ.items() if name not in encoder_kernels._CACHES}
-    told = subprocess.run([sys.executable, "-c", _MANY_SHAPES], env=unset, capture_output=True, text=True, check=True)
-    early, late = map(int, told.stdout.split())
-    # With oneDNN's own limits it is some 400 MiB.
+def test_batches_of_many_shapes_do_not_fill_the_memory():
+    unset = {name: value for name, value in os.environ.items() if name not in encoder_kernels._CACHE_SIZES}
+    shown = subprocess.run([sys.executable, "-c", _MANY_SHAPES], env=unset, capture_output=True, text=True, check=True)
+    early, late = map(int, shown.stdout.split())
+    # With the default limits of oneDNN the growth is about 400 MiB.
     assert late - early < 100

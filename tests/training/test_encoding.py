@@ -13,7 +13,7 @@ INSTRUCTIONS = ["say after me red fox", "please say a dog", "now", "say after me
 RESPONSES = ["a red fox", "dog", "the owl again please", "blue", ""] * 7
 
 
-def test_a_pair_that_fits_has_the_tokenizers_own_ids(encoder: Path):
+def test_a_pair_within_the_limit_has_the_ids_of_the_tokenizer(encoder: Path):
     tokenizer = load_tokenizer(encoder, "x", "s")
     encoded = encode_pairs(tokenizer, INSTRUCTIONS, RESPONSES, 64)
     plain = tokenizer(INSTRUCTIONS, RESPONSES)
@@ -34,7 +34,7 @@ def test_a_pair_that_fits_has_the_tokenizers_own_ids(encoder: Path):
         ("red fox cat owl dog hen cow", "", "[CLS] red fox cat hen cow [SEP] [SEP]", 1, 0),
     ],
 )
-def test_the_instruction_is_cut_before_the_response_ever_is(
+def test_the_instruction_is_cut_before_the_response(
     encoder: Path, instruction: str, response: str, left: str, cut: int, cut_responses: int
 ):
     tokenizer = load_tokenizer(encoder, "x", "s")

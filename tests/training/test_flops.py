@@ -24,16 +24,16 @@ from training.scorer import new_model
         ("Tesla T4", None),
     ],
 )
-def test_the_peak_of_a_gpu_is_that_of_its_very_model_or_unknown(name: str, tera: float | None):
+def test_the_peak_of_a_gpu_is_that_of_its_exact_model_or_unknown(name: str, tera: float | None):
     assert flops.peak_flops(name) == (tera and tera * 1e12)
 
 
-def test_there_is_no_peak_on_cpu():
+def test_a_cpu_has_no_peak():
     assert flops.device_peak_flops(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_the_operations_are_those_torch_counts(plain: bool, encoder: Path):
+def test_the_operations_equal_the_count_of_torch(plain: bool, encoder: Path):
     model = new_model(encoder, ScorerConfig(max_length=64), TrainingConfig(), seed=1)
     if plain:
         encoder_kernels.restore_last_layer(model)
@@ -41,5 +41,5 @@ def test_the_operations_are_those_torch_counts(plain: bool, encoder: Path):
     ids = torch.ones((3, 40), dtype=torch.long)
     with FlopCounterMode(display=False) as counted, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(input_ids=ids).logits.sum().backward()
-    # Pooler, head and what a lean layer does to one token of each pair are left out.
+    # The counter leaves out the pooler, the head and the layers that compute one token.
     assert flops.FlopCounter(model)(3 * 40, 3 * 40**2) == pytest.approx(counted.get_total_flops(), rel=0.05)

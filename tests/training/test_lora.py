@@ -25,7 +25,7 @@ RESPONSES = ["a red fox", "the hen", "once again", ""]
 
 
 def published_base(kind: str, encoder: Path, folder: Path) -> str:
-    """A scorer of a family with random weights, with a manifest; returns where."""
+    """Publish a scorer of a family with random weights and return its folder."""
     config = getattr(transformers, f"{kind}Config")(**SMALL, **FAMILIES[kind])
     torch.manual_seed(1)
     getattr(transformers, f"{kind}Model")(config).save_pretrained(folder / "encoder")
@@ -39,7 +39,7 @@ def published_base(kind: str, encoder: Path, folder: Path) -> str:
 
 
 def adapted(base: str, folder: Path) -> np.ndarray:
-    """Save adapters to a base, far from zero, in a folder; return the scores of the model that still has them beside its weights."""
+    """Save adapters with weights far from zero. Return the scores of the model before the adapters are merged."""
     model = new_model(Path(base), ScorerConfig(encoder=base, max_length=48), TrainingConfig(), seed=3)
     wrapped = lora.add_adapters(model, LoraConfig(rank=4), seed=5)
     torch.manual_seed(6)
@@ -52,7 +52,7 @@ def adapted(base: str, folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_folder_of_adapters_loads_as_the_scorer_it_was_trained_to(kind: str, encoder: Path, tmp_path: Path):
+def test_a_folder_of_adapters_loads_as_the_adapted_scorer(kind: str, encoder: Path, tmp_path: Path):
     base = published_base(kind, encoder, tmp_path)
     scores = adapted(base, tmp_path / "adapter")
     before = Scorer.load(base)
@@ -67,7 +67,7 @@ def test_a_folder_of_adapters_loads_as_the_scorer_it_was_trained_to(kind: str, e
     assert size < 0.5 * (Path(base) / "model.safetensors").stat().st_size
 
 
-def test_only_adapters_and_head_are_trained_and_their_draw_is_the_seeds(encoder: Path):
+def test_only_adapters_and_head_are_trainable_and_their_weights_depend_on_the_seed_only(encoder: Path):
     model = new_model(encoder, ScorerConfig(max_length=48), TrainingConfig(), seed=3)
     lora.add_adapters(model, LoraConfig(), seed=5)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -78,16 +78,16 @@ def test_only_adapters_and_head_are_trained_and_their_draw_is_the_seeds(encoder:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_targets_are_the_layers_named_and_an_unknown_one_is_refused(encoder: Path):
+def test_adapters_are_added_to_the_target_layers_and_an_unknown_target_is_refused(encoder: Path):
     model = new_model(encoder, ScorerConfig(max_length=48), TrainingConfig(), seed=3)
     lora.add_adapters(model, LoraConfig(targets=("query", "value")), seed=5)
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_" in name} == {"query", "value"}
     plain = new_model(encoder, ScorerConfig(max_length=48), TrainingConfig(), seed=3)
-    with pytest.raises(UsageError, match=r"adapt\.lora\.targets=\['Wqkv'\]: the base has no such layers; its linear layers are dense, key"):
+    with pytest.raises(UsageError, match=r"adapt\.lora\.targets=\['Wqkv'\]: the base has no such layers; choose among dense, key"):
         lora.add_adapters(plain, LoraConfig(targets=("Wqkv",)), seed=5)
 
 
-def test_adapters_are_refused_without_the_base_they_were_trained_on(encoder: Path, tmp_path: Path):
+def test_adapters_are_refused_with_another_base(encoder: Path, tmp_path: Path):
     base = published_base("Bert", encoder, tmp_path)
     adapted(base, tmp_path / "adapter")
     with pytest.raises(CappyError, match=r"adapt\.base=.* holds adapters to a model, not a model"):
@@ -99,7 +99,7 @@ def test_adapters_are_refused_without_the_base_they_were_trained_on(encoder: Pat
         Scorer.load(str(tmp_path / "pickled"))
     weights = Path(base, "model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\1\1\1")
-    with pytest.raises(CappyError, match="has other weights than it was adapted from"):
+    with pytest.raises(CappyError, match=r"the weights of its base .*/base have changed since; run `cappy adapt` again"):
         Scorer.load(str(tmp_path / "adapter"))
     storage.delete(base)
     with pytest.raises(UsageError, match=r"base of scorer_path=.*/adapter=.*/base: no such folder"):

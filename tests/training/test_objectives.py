@@ -7,7 +7,7 @@ from scipy.stats import rankdata
 
 from cluster.config import ObjectiveConfig, load
 from cluster.errors import UsageError
-from training import batch_plan, objectives
+from training import objectives
 from training.batch_plan import Size
 
 LABELS = np.array([1.0, 0.5, 0.5, 0.0, 0.3, 0.3, 1.0, 0.2], np.float32)
@@ -16,7 +16,7 @@ LOGITS = np.array([0.4, 0.1, -0.2, 0.7, 0.0, 1.0, 0.3, 0.9], np.float32)
 
 
 def parts(rows: list[list[int]], config: ObjectiveConfig) -> tuple[float, np.ndarray]:
-    """The step's loss and gradient when its rows are shared out like this."""
+    """Return the loss and the gradient of the step when it is computed in these parts."""
     logits = torch.tensor(LOGITS, requires_grad=True)
     wanted = torch.from_numpy(objectives.transform_labels(LABELS, GROUPS, config))
     total = torch.zeros(())
@@ -45,7 +45,7 @@ ALL = ObjectiveConfig(mse=0.5, pairwise=0.7, listwise=1.3, temperature=0.3)
 
 
 @pytest.mark.parametrize("config", [ObjectiveConfig(), ALL, ALL.model_copy(update={"labels": "rank"}), ALL.model_copy(update={"mse": 0})])
-def test_the_loss_is_its_formula_however_instructions_are_shared_out(config: ObjectiveConfig):
+def test_the_loss_equals_its_formula_for_any_division_of_the_instructions(config: ObjectiveConfig):
     whole, gradient = parts([[*range(8)]], config)
     assert whole == pytest.approx(by_hand(config), rel=1e-5)
     for sharing in ([[0, 1, 2, 3], [4, 5], [6, 7]], [[6, 7, 3, 2, 1, 0], [5, 4]]):
@@ -53,7 +53,7 @@ def test_the_loss_is_its_formula_however_instructions_are_shared_out(config: Obj
         assert np.abs(parts(sharing, config)[1] - gradient).max() < 1e-6
 
 
-def test_terms_within_an_instruction_do_not_see_others_and_are_least_where_scores_are_labels():
+def test_terms_compare_within_an_instruction_only_and_are_lowest_when_scores_equal_labels():
     config = ObjectiveConfig(mse=0, listwise=1, temperature=0.3)
     logits = torch.tensor(LABELS + 0.4 * GROUPS, dtype=torch.float32, requires_grad=True)
     value = objectives.compute_loss(logits, torch.from_numpy(LABELS), torch.from_numpy(GROUPS), Size(8, 3), config)
@@ -61,8 +61,8 @@ def test_terms_within_an_instruction_do_not_see_others_and_are_least_where_score
     assert abs(value.item()) < 1e-6 and logits.grad is not None and logits.grad.abs().max() < 1e-6
     config = ObjectiveConfig(mse=0, pairwise=1)
     _, gradient = parts([[*range(8)]], config)
-    assert gradient[0] < 0 < gradient[3]  # the best is raised and the worst lowered
-    assert gradient[4] == gradient[5] == 0  # labels are equal: nothing to compare
+    assert gradient[0] < 0 < gradient[3]  # a step raises the best score and lowers the worst
+    assert gradient[4] == gradient[5] == 0  # equal labels are not compared
 
 
 def test_label_transforms():

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from cluster import artifacts, storage
-from cluster.config import ScorerConfig, TrainingConfig
+from cluster.config import Config, ScorerConfig, TrainingConfig
 from cluster.errors import CappyError, UsageError
+from evaluation.evaluate import load_scorer
+from serving.scorer_cache import load_if_changed
 from tests.training.conftest import FAMILIES, write_family
-from training.batch_plan import batch_by_tokens
-from training.encoding import encode_pairs
-from training.scorer import Scorer, load_tokenizer, longest_input, new_model
+from training import encoder_kernels, train
+from training.scorer import Dtype, Scorer, load_tokenizer, longest_input, new_model
 
 INSTRUCTIONS = ["say after me red fox", "please say a dog", "now", "say after me then once again the blue bee", "cow"] * 7
 RESPONSES = ["a red fox", "dog", "the owl again please", "blue", ""] * 7
@@ -28,12 +29,12 @@ def scorer(encoder: Path) -> Scorer:
 def plain_scores(folder: Path, instructions: list[str], responses: list[str]) -> np.ndarray:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        # As lists: given two bare strings of which the second is empty, transformers forgets that it was given a pair.
+        # As lists: transformers drops an empty second string that is not in a list.
         pairs = [tokenizer([one], [two], return_tensors="pt") for one, two in zip(instructions, responses, strict=True)]
         return np.array([model(**pair).logits.item() for pair in pairs])
 
 
-def test_a_saved_scorer_gives_plain_transformers_scores_in_input_order(scorer: Scorer, tmp_path: Path):
+def test_a_saved_scorer_gives_the_scores_of_plain_transformers_in_input_order(scorer: Scorer, tmp_path: Path):
     scorer.save(tmp_path)
     scores = Scorer.load(str(tmp_path)).score(INSTRUCTIONS, RESPONSES)
     assert scores.dtype == np.float32
@@ -42,7 +43,7 @@ def test_a_saved_scorer_gives_plain_transformers_scores_in_input_order(scorer: S
 
 
 @pytest.mark.slow
-def test_the_embedded_encoder_scores_as_plain_transformers_does(tmp_path: Path):
+def test_the_embedded_encoder_gives_the_scores_of_plain_transformers(tmp_path: Path):
     from cluster import models
 
     folder = models.resolve("minilm-l6", "scorer.encoder")
@@ -51,7 +52,7 @@ def test_the_embedded_encoder_scores_as_plain_transformers_does(tmp_path: Path):
     assert np.abs(Scorer.load(str(tmp_path)).score(INSTRUCTIONS, RESPONSES) - plain_scores(tmp_path, INSTRUCTIONS, RESPONSES)).max() < 1e-5
 
 
-def test_scores_do_not_depend_on_the_company(scorer: Scorer):
+def test_a_score_does_not_depend_on_the_other_pairs_of_a_batch(scorer: Scorer):
     together = scorer.score(INSTRUCTIONS, RESPONSES)
     alone = [scorer.score([instruction], [response])[0] for instruction, response in zip(INSTRUCTIONS, RESPONSES, strict=True)]
     assert np.abs(together - alone).max() < 1e-5
@@ -66,7 +67,7 @@ def test_best_is_the_highest_score_and_the_first_of_equals(scorer: Scorer):
     assert scorer.best("now", ["dog", "dog"]).index == 0
 
 
-def test_what_cannot_be_scored_is_a_value_error(scorer: Scorer):
+def test_invalid_arguments_raise_value_errors(scorer: Scorer):
     with pytest.raises(ValueError, match="no candidates"):
         scorer.best("now", [])
     with pytest.raises(ValueError, match="2 instructions and 1 responses"):
@@ -91,13 +92,13 @@ def test_each_encoder_family_becomes_a_one_logit_regression_model(kind: str, lon
     whole.save(tmp_path / "scorer")
     half = Scorer.load(str(tmp_path / "scorer"), "bfloat16")
     assert half.model.dtype == torch.bfloat16 and whole.model.dtype == torch.float32
-    # So many that they are scored in several batches, sorted by length and padded.
+    # Enough pairs for several batches, sorted by length and padded.
     scores = whole.score(INSTRUCTIONS * 15, RESPONSES * 15).reshape(15, -1)
     assert np.abs(scores - plain_scores(tmp_path / "scorer", INSTRUCTIONS, RESPONSES)).max() < 1e-5
     assert scores.std() > 0 and np.abs(half.score(INSTRUCTIONS, RESPONSES) - scores[0]).max() < 0.02
 
 
-def test_a_length_the_encoder_cannot_read_is_refused(encoder: Path):
+def test_a_length_above_the_limit_of_the_encoder_is_refused(encoder: Path):
     with pytest.raises(UsageError, match=r"scorer\.max_length=512 is above the 64 tokens"):
         new_model(encoder, ScorerConfig(max_length=512), TrainingConfig(), seed=3)
 
@@ -114,9 +115,54 @@ def test_only_a_finished_one_label_model_loads_as_scorer(scorer: Scorer, encoder
         Scorer.load(str(tmp_path / "scorer"))
 
 
-def test_the_config_tells_other_libraries_to_leave_the_logit_raw(scorer: Scorer, tmp_path: Path):
+def test_the_saved_config_disables_the_sigmoid_of_other_libraries(scorer: Scorer, tmp_path: Path):
     scorer.save(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.problem_type == "regression"
     assert config.sentence_transformers == {"activation_fn": "torch.nn.modules.linear.Identity"}
     assert AutoTokenizer.from_pretrained(tmp_path).model_max_length == 64
+
+
+def kernels(model: torch.nn.Module) -> tuple[bool, bool]:
+    """Return whether a model uses the kernel of the last layer, and whether it has packed layers."""
+    packed = any(isinstance(module, encoder_kernels.PackedLinear) for module in model.modules())
+    return encoder_kernels.computes_first_token_only(model), packed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_cpu_kernels_a_scorer_has_the_plain_modules_of_transformers_and_the_same_scores(
+    dtype: Dtype, scorer: Scorer, encoder: Path, tmp_path: Path
+):
+    scorer.save(tmp_path)
+    fast, plain = Scorer.load(str(tmp_path), dtype), Scorer.load(str(tmp_path), dtype, cpu_kernels=False)
+    assert kernels(fast.model) == (True, True)
+    assert {type(module) for module in plain.model.modules()} == {
+        type(module) for module in AutoModelForSequenceClassification.from_pretrained(tmp_path).modules()
+    }
+    assert not any("forward" in vars(module) for module in plain.model.modules())
+    scores = [each.score(INSTRUCTIONS, RESPONSES) for each in (fast, plain)]
+    assert np.abs(scores[0] - scores[1]).max() < (1e-5 if dtype == "float32" else 0.02)
+
+
+def test_without_cpu_kernels_a_new_model_has_the_plain_modules_of_transformers(encoder: Path):
+    assert kernels(new_model(encoder, ScorerConfig(max_length=64), TrainingConfig(), seed=3)) == (True, False)
+    plain = new_model(encoder, ScorerConfig(max_length=64, cpu_kernels=False), TrainingConfig(), seed=3)
+    assert not any("forward" in vars(module) for module in plain.modules())
+
+
+def test_the_setting_reaches_evaluation_and_serving(scorer: Scorer, tmp_path: Path):
+    scorer.save(tmp_path)
+    config = Config.model_validate({"scorer_path": str(tmp_path), "scorer": {"cpu_kernels": False}})
+    assert kernels(load_scorer(config).model) == (False, False)
+    assert kernels(load_if_changed(str(tmp_path), "scorer_path", None, "float32", cpu_kernels=False).model.model) == (False, False)
+    assert kernels(load_if_changed(str(tmp_path), "scorer_path", None, "float32").model.model) == (True, True)
+
+
+def test_cpu_kernels_may_change_when_a_run_resumes_and_leaves_older_fingerprints_unchanged():
+    config, manifest = Config(), {"writer": "w", "files": {}}
+    off = Config.model_validate({"scorer": {"cpu_kernels": False}})
+    assert train.identity(off, manifest) == train.identity(config, manifest)
+    assert train.identity(config, manifest)["scorer"].keys() == {"encoder", "max_length", "dtype"}
+    assert config.scorer.model_dump().keys() == {"encoder", "max_length", "dtype"}
+    assert off.scorer.model_dump()["cpu_kernels"] is False
+    assert Config.model_validate(off.model_dump(mode="json")) == off

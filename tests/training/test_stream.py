@@ -17,7 +17,7 @@ def dataset(tmp_path: Path) -> RegressionSet:
     return RegressionSet(publish(str(tmp_path / "set"), 300, 10, row_group=50))
 
 
-def test_an_epoch_holds_every_pair_once(dataset: RegressionSet):
+def test_an_epoch_has_every_pair_once(dataset: RegressionSet):
     plain = sorted((i, r) for pairs in dataset.pairs("train") for i, r in zip(pairs.instructions, pairs.responses, strict=True))
     made = list(stream.read_windows(dataset, "train", 128, seed=5, epoch=0))
     assert sorted((i, r) for pairs in made for i, r in zip(pairs.instructions, pairs.responses, strict=True)) == plain
@@ -35,7 +35,7 @@ def test_windows_of_whole_instructions_have_all_their_pairs(dataset: RegressionS
     assert [window.responses for window in rest] == [window.responses for window in made[6:]]
 
 
-def test_skipping_gives_the_same_windows(dataset: RegressionSet):
+def test_a_reader_that_skips_gets_the_same_windows(dataset: RegressionSet):
     whole = list(stream.read_windows(dataset, "train", 128, seed=5, epoch=1))
     rest = list(stream.read_windows(dataset, "train", 128, seed=5, epoch=1, skip=3))
     assert [window.responses for window in rest] == [window.responses for window in whole[3:]]
@@ -44,22 +44,22 @@ def test_skipping_gives_the_same_windows(dataset: RegressionSet):
 def test_epochs_differ_and_a_window_mixes_the_whole_set(dataset: RegressionSet):
     first, second = (next(stream.read_windows(dataset, "train", 128, seed=5, epoch=epoch)) for epoch in (0, 1))
     assert first.instructions != second.instructions
-    place = {row: index for index, row in enumerate(dict.fromkeys(i for pairs in dataset.pairs("train") for i in pairs.instructions))}
-    places = [place[instruction] for instruction in first.instructions]
-    assert min(places) < 60 and max(places) > 240
+    position = {row: index for index, row in enumerate(dict.fromkeys(i for pairs in dataset.pairs("train") for i in pairs.instructions))}
+    positions = [position[instruction] for instruction in first.instructions]
+    assert min(positions) < 60 and max(positions) > 240
 
 
 def test_a_damaged_shard_is_named(dataset: RegressionSet):
     (uri,) = dataset.shards("train")
     data = bytearray(storage.read_bytes(uri))
-    for place in range(len(data) // 4, len(data) // 2, 64):
-        data[place] ^= 0xFF
+    for byte in range(len(data) // 4, len(data) // 2, 64):
+        data[byte] ^= 0xFF
     storage.write_bytes(uri, bytes(data))
     with pytest.raises(CappyError, match=r"part-00000.parquet is damaged"):
         list(stream.read_windows(dataset, "train", 128, seed=5, epoch=0))
 
 
-def test_the_next_item_is_made_while_one_is_worked_on_and_an_error_comes_in_its_turn():
+def test_the_next_item_is_computed_ahead_and_an_error_is_raised_in_its_place():
     made: list[int] = []
 
     def items():

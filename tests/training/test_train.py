@@ -27,8 +27,8 @@ from training.scorer import CHECKPOINTS, Scorer
 
 pytestmark = pytest.mark.slow
 
-# Steps of 4 pairs: small, so that what happens to a run finds it between checkpoints. Epochs enough that a SIGTERM, which takes up to
-# a second to reach the worker on a busy machine, comes seconds before the end.
+# Small steps of 4 pairs, so that a kill falls between checkpoints. Enough epochs that a SIGTERM arrives before the end: it takes up to
+# a second to reach the worker on a busy machine.
 EPOCHS, STEPS = 18, 53
 RUN = """
 import sys
@@ -42,7 +42,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def trained(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> tuple[Config, dict[str, Any]]:
-    """A finished run that nothing happened to, and its summary."""
+    """Return the config and the summary of a finished run without interruptions."""
     workspace = tmp_path_factory.mktemp("run")
     publish(str(workspace / "dataset"), 70, 20)
     steps = {"batch_size": 4, "checkpoint_every": 20}
@@ -54,7 +54,7 @@ def weights(scorer_uri: str) -> dict[str, np.ndarray]:
     return load_file(Path(scorer_uri, "model.safetensors"))
 
 
-def test_a_run_publishes_a_scorer_that_learned(trained: tuple[Config, dict[str, Any]]):
+def test_a_run_publishes_a_trained_scorer(trained: tuple[Config, dict[str, Any]]):
     config, summary = trained
     manifest = artifacts.read_manifest(config.scorer_uri, "scorer", "train")
     assert manifest["summary"] == summary == json.loads(json.dumps(summary))
@@ -77,7 +77,7 @@ def test_a_run_publishes_a_scorer_that_learned(trained: tuple[Config, dict[str, 
     assert load(Path(config.scorer_uri, "config.yaml")).scorer == config.scorer
 
 
-def test_the_published_scorer_loads_and_its_scores_give_the_validation_mse(trained: tuple[Config, dict[str, Any]]):
+def test_the_published_scorer_loads_and_its_scores_have_the_validation_mse(trained: tuple[Config, dict[str, Any]]):
     config, summary = trained
     plain = AutoModelForSequenceClassification.from_pretrained(config.scorer_uri)
     assert (plain.config.num_labels, plain.config.problem_type) == (1, "regression")
@@ -88,7 +88,7 @@ def test_the_published_scorer_loads_and_its_scores_give_the_validation_mse(train
     assert np.mean((scores - [pair[2] for pair in pairs]) ** 2) == pytest.approx(summary["validation"]["mse"], abs=1e-5)
 
 
-def test_the_best_of_the_validated_states_is_published_with_its_figures(trained: tuple[Config, dict[str, Any]]):
+def test_the_best_validated_weights_are_published_with_their_metrics(trained: tuple[Config, dict[str, Any]]):
     config, summary = trained
     lines = [json.loads(line) for line in Path(config.scorer_uri, "metrics.jsonl").read_text().splitlines()]
     selection = {line["step"]: line["validation"]["selection"] for line in lines if "validation" in line}
@@ -97,12 +97,12 @@ def test_the_best_of_the_validated_states_is_published_with_its_figures(trained:
     assert summary["validation"]["selection"] == summary["best"]["value"] == max(selection.values())
     assert summary["validation"]["random"] < summary["validation"]["selection"] <= summary["validation"]["oracle"]
     assert sum(group["count"] for group in summary["calibration"]) == summary["validation"]["pairs"]
-    # Every candidate of the made set has the same log-probability, so it adds nothing to the score.
+    # All candidates of this set have the same log-probability, so the best weight is 0.
     assert summary["blend"]["logprob_weight"] == Scorer.load(config.scorer_uri).logprob_weight == 0.0
     assert f"step {summary['best']['step']}" in Path(config.scorer_uri, "README.md").read_text()
 
 
-def test_a_run_that_gets_no_better_stops_early(encoder: Path, tmp_path: Path, ray_here: None):
+def test_a_run_without_improvement_stops_early(encoder: Path, tmp_path: Path, ray_here: None):
     publish(str(tmp_path / "dataset"), 70, 20)
     slow = {"learning_rate": 1e-12, "validate_every": 2, "patience": 2, "best_by": "selection", "blend_rows": 0}
     summary = train.run_train(settings(str(tmp_path), encoder, epochs=EPOCHS, **slow))
@@ -110,21 +110,22 @@ def test_a_run_that_gets_no_better_stops_early(encoder: Path, tmp_path: Path, ra
     assert Scorer.load(str(tmp_path / "scorer")).logprob_weight is None
 
 
-def test_what_needs_validation_rows_is_refused_without_them(encoder: Path, tmp_path: Path):
+def test_best_by_is_refused_without_validation_rows(encoder: Path, tmp_path: Path):
     publish(str(tmp_path / "dataset"), 4, 0)
     with pytest.raises(UsageError, match=r"training\.best_by=mse needs validation rows"):
         train.run_train(settings(str(tmp_path), encoder, best_by="mse", patience=2))
 
 
-def test_the_log_holds_every_pair_once(trained: tuple[Config, dict[str, Any]]):
+def test_the_log_has_every_step_once_and_finite_gradient_norms(trained: tuple[Config, dict[str, Any]]):
     config, summary = trained
     lines = [json.loads(line) for line in Path(config.scorer_uri, "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == sorted(set(steps)) and steps[-1] == summary["steps"]
+    assert all(0 < line["gradient_norm"] < 100 for line in lines if "loss" in line)
     assert [line["epoch"] for line in lines if "validation" in line] == list(range(EPOCHS))
 
 
-def test_a_finished_scorer_is_refused_and_replaced_only_when_asked(trained: tuple[Config, dict[str, Any]], tmp_path: Path):
+def test_a_finished_scorer_is_replaced_with_overwrite_only_and_foreign_files_never(trained: tuple[Config, dict[str, Any]], tmp_path: Path):
     config, _ = trained
     with pytest.raises(UsageError, match="already holds a finished run"):
         train.run_train(config)
@@ -149,7 +150,7 @@ def test_a_finished_scorer_is_refused_and_replaced_only_when_asked(trained: tupl
     assert (tmp_path / "thesis.txt").exists() and storage.exists(storage.join(config.dataset_uri, artifacts.MANIFEST))
 
 
-def test_an_unfinished_set_and_an_unknown_encoder_are_refused_at_once(encoder: Path, tmp_path: Path):
+def test_an_unfinished_set_and_an_unknown_encoder_are_refused_before_training(encoder: Path, tmp_path: Path):
     publish(str(tmp_path / "dataset"), 4, 2)
     with pytest.raises(UsageError, match=r"scorer\.encoder=\./nowhere: no such folder"):
         train.run_train(Config.model_validate({"workspace": str(tmp_path), "scorer": {"encoder": "./nowhere"}}))
@@ -158,7 +159,7 @@ def test_an_unfinished_set_and_an_unknown_encoder_are_refused_at_once(encoder: P
         train.run_train(settings(str(tmp_path), encoder))
 
 
-def test_an_error_in_a_worker_reaches_the_operator_as_one_line(encoder: Path, tmp_path: Path, ray_here: None):
+def test_an_error_of_a_worker_is_raised_by_the_driver_in_one_line(encoder: Path, tmp_path: Path, ray_here: None):
     publish(str(tmp_path / "dataset"), 70, 20)
     with pytest.raises(CappyError, match=r"^the loss is (nan|inf) near step \d+; lower training.learning_rate \(now 1e\+30\)$"):
         train.run_train(settings(str(tmp_path), encoder, learning_rate=1e30, clip_norm=1e30))
@@ -178,7 +179,7 @@ def test_two_workers_train_from_and_to_object_storage(encoder: Path, bucket: str
     assert Scorer.load(config.scorer_uri).score(["say after me red fox"], ["a red fox"])[0] > 0.4
 
 
-def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
+def test_a_run_that_lost_worker_driver_and_checkpoint_ends_bit_equal(
     trained: tuple[Config, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     untouched, whole = trained
@@ -186,16 +187,16 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
     process = launch(config, tmp_path)
     wait_for_step(process, config, 20)
     _worker_of(process).kill()
-    wait_for(process, config, lambda: "going on from step" in (tmp_path / "log").read_text())
+    wait_for(process, config, lambda: "resuming from step" in (tmp_path / "log").read_text())
     wait_for_step(process, config, last_step(config) + 20)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for each in reversed(family):  # the driver first: Ray would go on for some seconds without it
+    for each in reversed(family):  # the driver first: its workers run for some seconds longer
         with suppress(psutil.NoSuchProcess):
             each.kill()
     psutil.wait_procs(family, 30)
     newest = max(Path(config.scorer_uri, CHECKPOINTS).glob(f"*/{last_step(config):08d}-*"))
     (newest / "state.json").write_text("{}")
-    assert threading.current_thread() is threading.main_thread()  # where signals are handled
+    assert threading.current_thread() is threading.main_thread()  # Python handles signals there
     at = last_step(config)
     threading.Thread(target=_terminate_me_after, args=(config, at + 20)).start()
     with pytest.raises(Stopped) as stopped:
@@ -209,7 +210,7 @@ def test_a_run_whose_worker_driver_and_checkpoint_were_lost_ends_bit_equal(
 
 
 def launch(config: Config, folder: Path, environment: Mapping[str, str] | None = None, script: str = RUN) -> subprocess.Popen[str]:
-    """Run `train.run` in a process of its own, with its own Ray unless told; standard error goes to `folder/log`."""
+    """Run `cappy train` in a new process, with its own Ray unless `environment` names one. Standard error goes to `folder/log`."""
     (folder / "run.py").write_text(script)
     (folder / "run.yaml").write_text(config.to_yaml())
     return subprocess.Popen(
@@ -250,7 +251,7 @@ def _terminate_me_after(config: Config, step: int) -> None:
 
 
 def _worker_of(process: subprocess.Popen[str]) -> psutil.Process:
-    """The process Ray Train runs a driver's only worker in."""
+    """Return the process of the only worker of a driver."""
     (found,) = [each for each in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())]
     return found
 
@@ -279,20 +280,20 @@ if __name__ == "__main__":
 """
 
 
-def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_scorer_alone(
+def test_a_run_that_lost_its_lease_does_not_touch_the_scorer_of_the_next_run(
     encoder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ):
     publish(str(tmp_path / "dataset"), 20, 5)
     config = settings(str(tmp_path), encoder, epochs=1)
     process = launch(config, tmp_path, script=STOPPED_RUN)
     try:
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # trained, not yet published
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # stopped after training and before publishing
         assert psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, (tmp_path / "log").read_text()
 
-        def wait_one_second(place: str, setting: str, wait: Callable[[str, str], None] = lease._wait_until_ended) -> None:
+        def wait_one_second(uri: str, setting: str, wait: Callable[[str, str], None] = lease._wait_until_ended) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(lease, "TIMEOUT_S", 1.0)
-                wait(place, setting)
+                wait(uri, setting)
 
         monkeypatch.setattr(lease, "_wait_until_ended", wait_one_second)
         train.run_train(config.model_copy(update={"training": config.training.model_copy(update={"checkpoints_kept": 3})}))
@@ -304,5 +305,5 @@ def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_scorer_
     assert artifacts.verify(config.scorer_uri, before) == []
     assert artifacts.read_manifest(config.scorer_uri, "scorer", "train") == before
     assert set(storage.list_files(config.scorer_uri)) == {*before["files"], artifacts.MANIFEST}
-    told = (tmp_path / "log").read_text().splitlines()[-1]
-    assert told.startswith(f"scorer_path={config.scorer_uri}: lease lost: another run took over")
+    logged = (tmp_path / "log").read_text().splitlines()[-1]
+    assert logged.startswith(f"scorer_path={config.scorer_uri}: lease lost: another run took over")

@@ -10,14 +10,14 @@ import numpy as np
 from benchmarks import training_step
 from cluster.config import TrainingConfig
 
-# What a machine with torch and transformers alone may lack.
+# Packages that a machine with only torch and transformers may lack.
 ABSENT = (
     *("accelerate", "boto3", "datasets", "fastapi", "httpx", "matplotlib", "numba", "pandas", "peft", "prometheus_client", "psutil"),
     *("pyarrow", "pydantic", "ray", "rich", "scipy", "sklearn", "tenacity", "urllib3"),
 )
 
 
-def test_its_settings_are_those_that_are_shipped():
+def test_its_settings_equal_the_defaults():
     shipped = TrainingConfig()
     found = {**{name: getattr(shipped, name) for name in training_step.SETTINGS}, "objective": shipped.objective.model_dump()}
     assert {**found, "objective": {**found["objective"], "grouped": shipped.objective.grouped}} == training_step.SETTINGS
@@ -30,7 +30,7 @@ def test_lengths_follow_the_table():
     assert np.abs(quantiles - training_step.LENGTHS).max() <= 2
 
 
-def test_it_runs_where_there_is_nothing_but_torch_and_transformers():
+def test_it_runs_with_only_torch_and_transformers():
     hidden = f"import runpy, sys; sys.modules |= dict.fromkeys({ABSENT!r}); sys.argv[0] = 'training_step'"
     script = f"{hidden}; runpy.run_module('benchmarks.training_step', run_name='__main__')"
     options = ["--device=cpu", "--model=minilm", "--dtype=float32", "--steps=2", "--turns=1", "--batch-size=2", "--json=-"]

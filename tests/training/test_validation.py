@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generation.schema import CANDIDATE
-from training import blend, validation
+from training import validation
 
 # Few values, so that ties are common.
 COARSE = st.integers(0, 3).map(lambda value: value / 3)
@@ -28,7 +28,7 @@ def table(*rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def by_text(instructions: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-    """A scorer that reads the score off the response: `a0.7` scores 0.7."""
+    """Score a response by the number in it: `a0.7` scores 0.7."""
     return np.array([float(response[1:]) for response in responses], np.float32)
 
 
@@ -43,7 +43,7 @@ CLASSIFICATION = [candidate("y0.3", 1.0, "reference"), candidate("n0.8", 0.0, "c
 SECOND = [candidate("y0.9", 1.0, "reference"), candidate("n0.8", 0.0, "choice")]
 
 
-def test_the_figures_of_rows_by_hand():
+def test_metrics_equal_a_computation_by_hand():
     metrics = validation.measure_scores(table(GENERATION, CLASSIFICATION, SECOND), by_text, "greedy").metrics()
     scores = np.array([0.99, 0.9, 0.2, 0.5, 0.3, 0.8, 0.1, 0.9, 0.8])
     labels = np.array([1.0, 0.4, 0.8, 0.0, 1, 0, 0, 1, 0])
@@ -69,7 +69,7 @@ def test_sums_add_up_over_batches():
     assert set(validation.EMPTY_SUMS.metrics().values()) == {0, None} and validation.EMPTY_SUMS.calibration() == []
 
 
-def test_a_baseline_that_one_row_does_not_allow_is_not_given():
+def test_a_baseline_is_none_if_one_row_does_not_allow_it():
     unknown = [candidate("a0.9", 0.4, decoding="warm"), candidate("b0.1", 0.2, decoding="warm")]
     metrics = validation.measure_scores(table(GENERATION, unknown), by_text, "greedy").metrics()
     assert metrics["selection"] == pytest.approx(0.4) and metrics["oracle"] == pytest.approx(0.6)
@@ -78,7 +78,7 @@ def test_a_baseline_that_one_row_does_not_allow_is_not_given():
     assert validation.measure_scores(table(GENERATION), by_text).metrics()["accuracy"] is None
 
 
-def test_calibration_counts_each_pair_once_and_scores_beyond_the_labels_apart():
+def test_calibration_counts_each_pair_once_and_groups_scores_outside_0_to_1():
     outside = [candidate("a-0.5", 0.0), candidate("b0.0", 0.0), candidate("c1.5", 1.0), candidate("d0.95", 0.5), candidate("e0.96", 1.0)]
     groups = validation.measure_scores(table(outside), by_text).calibration()
     assert [group["count"] for group in groups] == [1, 1, 2, 1]
@@ -95,7 +95,7 @@ def test_ranks_are_compared_within_instructions_only():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(COARSE, COARSE), min_size=2, max_size=9))
-def test_rank_agreement_is_scipys_spearman_and_counts_pairs(pairs):
+def test_rank_agreement_equals_the_spearman_of_scipy_and_counts_pairs(pairs):
     scores, values = (np.array(each) for each in zip(*pairs, strict=True))
     spearman, counted, right = validation.rank_agreement(scores, values)
     unequal = [(a, b) for a, b in combinations(range(len(pairs)), 2) if values[a] != values[b]]
@@ -105,9 +105,7 @@ def test_rank_agreement_is_scipys_spearman_and_counts_pairs(pairs):
     assert spearman == pytest.approx(0.0 if constant else scipy.stats.spearmanr(scores, values).statistic)
 
 
-def test_better_knows_which_way_a_metric_goes():
+def test_is_better_follows_the_direction_of_the_metric():
     assert validation.is_better("mse", 0.1, 0.2) and not validation.is_better("mse", 0.2, 0.2)
     assert validation.is_better("selection", 0.3, 0.2) and validation.is_better("selection", 0.3, None)
     assert not validation.is_better("selection", None, 0.2) and not validation.is_better("mse", None, None)
-
-
