@@ -31,7 +31,7 @@ class NgramIndex:
     def __init__(self, files: Iterable[tuple[str, Iterable[Instruction | DeadLetter]]], n: int) -> None:
         """Index the rows of `(file name, rows)` pairs by n-grams of `n` words."""
         self.n = n
-        # Random odd factors, one of each position in an n-gram; a fixed seed makes equal n-grams equal in all indexes of a process.
+        # Random odd factors of a polynomial hash, one for each position in an n-gram; the seed is fixed, so indexes agree.
         self._factors = np.random.default_rng(13).integers(1, 2**63, n, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._files: list[str] = []
         self._rows: list[int] = []
@@ -44,6 +44,7 @@ class NgramIndex:
             self._add_file(name, rows)
 
     def _add_file(self, name: str, rows: Iterable[Instruction | DeadLetter]) -> None:
+        """Add the n-grams of the rows of one file, in chunks of about a million hashes."""
         number = len(self._files)
         count = 0
         buffer: list[_Hashes] = []

@@ -54,7 +54,9 @@ def read_rows(uri: str) -> Iterator[tuple[str, Any]]:
         else:
             yield from _read_json_lines(uri)
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"source: {uri} cannot be read: {first_line(error)}") from None
+        raise UsageError(
+            f"source: {uri} cannot be read: {first_line(error)}; check that the file is complete and in the format of its name"
+        ) from None
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def _read_csv(uri: str) -> Iterator[tuple[str, Any]]:
                 else:
                     yield location, {name: cell or None for name, cell in row.items()}
         except csv.Error as error:
-            raise UsageError(f"source: {uri} cannot be read as CSV at line {reader.line_num}: {error}") from None
+            raise UsageError(f"source: {uri} cannot be read as CSV at line {reader.line_num}: {error}; fix that line") from None
 
 
 def _read_parquet(uri: str) -> Iterator[tuple[str, Any]]:
@@ -136,4 +138,4 @@ def _read_parquet(uri: str) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{uri}:{number}", row
     except ValueError as error:
-        raise UsageError(f"source: {uri} cannot be read as Parquet: {first_line(error)}") from None
+        raise UsageError(f"source: {uri} cannot be read as Parquet: {first_line(error)}; check that the file is complete") from None

@@ -73,7 +73,7 @@ def load_templates(uri: str) -> tuple[str | None, list[Template]]:
     try:
         tree = yaml.load(storage.read_bytes(uri), _Loader)
     except OSError as error:
-        raise UsageError(f"source.templates={uri} cannot be read: {first_line(error)}") from None
+        raise UsageError(f"source.templates={uri} cannot be read: {first_line(error)}; check the path and its permissions") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         position = f" at line {mark.line + 1}" if mark else ""

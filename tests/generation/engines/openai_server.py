@@ -45,7 +45,7 @@ def good(body: dict[str, Any], texts: list[str] | None = None, tokens: int = 3, 
 class OpenAIServer:
     """A server that answers request `number` (from 0) with `reply(body, number)` after `delay_s` and records all requests.
 
-    The first answers wait until `together` requests are in flight, at most 10 s. So concurrency is measured on a slow machine too.
+    The first answers wait until `together` requests are in flight, at most 60 s. So concurrency is measured on a slow machine too.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class OpenAIServer:
         self.max_in_flight = max(self.max_in_flight, self._in_flight)
         try:
             with suppress(TimeoutError):
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     while self.max_in_flight < self.together:
                         await asyncio.sleep(0.01)
             await asyncio.sleep(self.delay_s)

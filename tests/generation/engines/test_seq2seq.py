@@ -153,10 +153,10 @@ def test_top_p_of_a_large_vocabulary_keeps_the_smallest_set_of_tokens(scale):
     probabilities = (scale * torch.randn(3000)).softmax(-1)
     uniform = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     drawn = choose_tokens(probabilities.log().expand(2000, 3000), DecodingConfig(name="x", top_p=0.5), uniform)
-    ordered, places = probabilities.sort(descending=True)
-    kept = places[: int((ordered.cumsum(0) < 0.4999).sum()) + 1]
+    ordered, tokens = probabilities.sort(descending=True)
+    kept = tokens[: int((ordered.cumsum(0) < 0.4999).sum()) + 1]
     # Rounding may add or remove one token.
-    assert set(drawn.tolist()) <= set(kept.tolist()) | {places[len(kept)].item()}
+    assert set(drawn.tolist()) <= set(kept.tolist()) | {tokens[len(kept)].item()}
     assert len(kept) == pytest.approx(1500, abs=1) if scale == 0 else len(kept) < 100
     assert len(set(drawn.tolist())) >= 0.9 * len(kept)
 

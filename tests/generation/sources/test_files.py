@@ -28,7 +28,10 @@ def test_all_file_formats_give_the_same_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "table.parquet")
     found = files.find_data_files(str(tmp_path))
     assert len(found) == 7 and all(contents(uri) == ROWS for uri in found)
-    assert [place for place, _ in files.read_rows(str(tmp_path / "list.json"))] == [f"{tmp_path}/list.json:1", f"{tmp_path}/list.json:2"]
+    assert [location for location, _ in files.read_rows(str(tmp_path / "list.json"))] == [
+        f"{tmp_path}/list.json:1",
+        f"{tmp_path}/list.json:2",
+    ]
 
 
 def test_one_json_object_is_one_row(tmp_path):

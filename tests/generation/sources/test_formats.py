@@ -58,9 +58,9 @@ def test_positive_examples_are_train_rows_and_instances_are_split_by_their_input
 
 
 def test_a_bigbench_task_gives_examples_with_a_target_and_then_classification_rows():
-    (_, target), (place, choice) = formats.convert_row("task.json", BENCH, "auto")
+    (_, target), (location, choice) = formats.convert_row("task.json", BENCH, "auto")
     assert target == {"dataset": "sums", "instruction": "Add.\nQ: 1+1\nA: ", "references": ["2", "two"]}
-    assert place == "task.json#2" and choice["references"] == ["4"] and sorted(choice["answer_choices"]) == ["4", "5", "6"]
+    assert location == "task.json#2" and choice["references"] == ["4"] and sorted(choice["answer_choices"]) == ["4", "5", "6"]
     listed = "".join(f"\n  choice: {text}" for text in choice["answer_choices"])
     assert choice["instruction"] == f"Add.\nQ: 2+2{listed}\nA: "
 
@@ -77,7 +77,7 @@ def test_the_choices_of_one_p3_example_become_one_classification_row():
 
     raws = [scored([0, 0], "yes", True), scored([0, 1], "no", False), scored([1, 0], "yes", False), scored([1, 1], "no", True), {"a": 1}]
     merged = list(formats.merge_choices((f"f:{number}", raw) for number, raw in enumerate(raws)))
-    assert [place for place, _ in merged] == ["f:0", "f:2", "f:4"] and merged[-1][1] == {"a": 1}
+    assert [location for location, _ in merged] == ["f:0", "f:2", "f:4"] and merged[-1][1] == {"a": 1}
     (_, row), *_ = formats.convert_row(*merged[1], "p3")
     assert (row["instruction"], row["references"], row["answer_choices"]) == ("q1", ["no"], ["yes", "no"])
 
@@ -94,8 +94,8 @@ BAD = [
 
 @pytest.mark.parametrize(("raw", "reason"), BAD)
 def test_a_row_that_cannot_be_converted_is_a_dead_letter_with_the_reason(raw, reason):
-    ((place, letter),) = formats.convert_row("f:7", raw, "auto")
-    assert isinstance(letter, DeadLetter) and reason in letter.reason and place == letter.where == "f:7"
+    ((location, letter),) = formats.convert_row("f:7", raw, "auto")
+    assert isinstance(letter, DeadLetter) and reason in letter.reason and location == letter.where == "f:7"
 
 
 def test_a_named_format_is_not_detected():

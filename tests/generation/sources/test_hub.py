@@ -24,8 +24,8 @@ def folder(tmp_path):
 
 def test_a_local_folder_in_hub_layout_is_read_by_subset_and_split(folder):
     assert [row for _, row in hub.read_rows(HubSource(name=str(folder), subset="all"))] == ROWS
-    places, rows = zip(*hub.read_rows(HubSource(name=str(folder), subset="small")), strict=True)
-    assert list(rows) == ROWS[:2] and places == (f"{folder}/train:1", f"{folder}/train:2")
+    locations, rows = zip(*hub.read_rows(HubSource(name=str(folder), subset="small")), strict=True)
+    assert list(rows) == ROWS[:2] and locations == (f"{folder}/train:1", f"{folder}/train:2")
 
 
 def test_data_dir_reads_one_folder_of_the_dataset(folder):

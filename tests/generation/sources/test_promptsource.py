@@ -35,8 +35,8 @@ def templates(tmp_path):
 def test_each_template_gives_one_row_and_a_blank_rendering_gives_none(templates):
     name, loaded = templates
     assert name == "super_glue_copa" and [each.name for each in loaded] == ["choose", "effect only"]
-    ((place, row),) = TemplateRenderer(loaded, seed=1).render_rows("f:1", RAW)
-    assert place == "f:1#choose" and row == {
+    ((location, row),) = TemplateRenderer(loaded, seed=1).render_rows("f:1", RAW)
+    assert location == "f:1#choose" and row == {
         "instruction": "I fell|||down. It hurt. or I flew.?",
         "references": ["It hurt."],
         "answer_choices": ["It hurt.", "I flew."],
