@@ -8,22 +8,23 @@ from serving.backend import ApiError
 
 
 class AdmissionQueue:
-    """Lets `max_running` requests in, keeps `waiting` more at the door and turns the rest away."""
+    """An asynchronous context manager that runs up to `max_running` requests, queues up to `max_waiting` and rejects the rest."""
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
         self._slots = asyncio.Semaphore(max_running)
         self._capacity = max_running + max_waiting
+        # Requests that are running or queued.
         self.active = 0
 
     @property
     def has_capacity(self) -> bool:
-        """Whether one more may come in."""
+        """Whether the queue accepts another request."""
         return self.active < self._capacity
 
     def check_capacity(self) -> None:
-        """Raise `ApiError` (503) where one more may not come in."""
+        """Raise `ApiError` (503) if the queue is full."""
         if not self.has_capacity:
-            raise ApiError(f"the server has {self.active} requests in work or waiting; try again", 503, code="overloaded")
+            raise ApiError(f"the server is full: {self.active} requests are running or queued; retry later", 503, code="overloaded")
 
     async def __aenter__(self) -> None:
         self.check_capacity()

@@ -16,7 +16,10 @@ from generation.prompts import Message
 
 
 class ApiError(CappyError):
-    """An answer that is an error: an HTTP status and OpenAI's error body."""
+    """An error that a client receives: an HTTP status and OpenAI's error body.
+
+    `param` names the request field, `code` is for programs, and `retry_s` is the time until a retry can succeed, in seconds.
+    """
 
     def __init__(
         self, message: str, status: int = 400, param: str | None = None, code: str | None = None, retry_s: float | None = None
@@ -25,60 +28,61 @@ class ApiError(CappyError):
         self.status, self.param, self.code, self.retry_s = status, param, code, retry_s
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default an exception is pickled by its message alone; Ray carries this one out of a replica.
+        # By default pickle keeps the message only. Ray pickles this error when a replica raises it.
         return ApiError, (str(self), self.status, self.param, self.code, self.retry_s)
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of the answer: when to come back, how to say who one is."""
+        """HTTP headers of the response: the time to wait before a retry, how to authenticate, or that the connection closes."""
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         if self.status in (429, 503):
             return {"Retry-After": str(max(1, math.ceil(self.retry_s or 0)))}
-        if self.status in (408, 413):  # the rest of the body is not waited for
+        if self.status in (408, 413):  # the server does not read the rest of the body
             return {"Connection": "close"}
         return {}
 
     @property
     def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 OnFinished = Callable[[Sequence[str]], None]
-"""Is told responses that have ended before the whole pool has."""
+"""Callback that receives finished responses while the rest of the pool is sampled."""
 
 
 class Sampled(TypedDict):
-    """What the LLM gives back for one prompt."""
+    """The result of sampling from one prompt."""
 
     candidates: list[Candidate]
     prompt_tokens: int
     cost: NotRequired[float | None]
-    """Dollars, where an endpoint has prices."""
-
-
-def merge_scored(parts: Sequence[Scored]) -> Scored:
-    """Return what the scorer gave back for some pairs from what it gave back for parts of them, in order; the rest is the last one's."""
-    scores = [score for part in parts for score in part["scores"]]
-    return {**parts[-1], "scores": scores, "tokens": [count for part in parts for count in part["tokens"]]}
+    """US dollars, if the LLM is an endpoint with prices."""
 
 
 class Scored(TypedDict):
-    """What the scorer gives back for some pairs, in their order."""
+    """The result of scoring some pairs, in their order."""
 
     scores: list[float]
     """Raw logits."""
     tokens: list[int]
-    """Tokens the scorer read of each pair."""
+    """Tokens of each pair that the scorer read."""
     version: NotRequired[str]
-    """Of the scorer's weights: changes when it is published anew. Absent for a scorer that no verb of ours published."""
+    """Version of the scorer's weights; it changes with each publication. Absent if no `cappy` command published the scorer."""
     logprob_weight: NotRequired[float]
-    """The blend's weight of the LLM's mean log-probability, absent where none was fitted with the scorer."""
+    """Weight of the LLM's mean log-probability in the blend. Absent if none was fitted with the scorer."""
+
+
+def merge_scored(parts: Sequence[Scored]) -> Scored:
+    """Return one result from the results for consecutive parts of the pairs; all other fields are those of the last part."""
+    scores = [score for part in parts for score in part["scores"]]
+    return {**parts[-1], "scores": scores, "tokens": [count for part in parts for count in part["tokens"]]}
 
 
 class Backend(Protocol):
-    """The models as the gateway sees them; each call raises `ApiError` for what the client should be told."""
+    """The models that the gateway calls. Each method raises `ApiError` for an error that the client should receive."""
 
     def sample(
         self,
@@ -87,14 +91,16 @@ class Backend(Protocol):
         seeds: Sequence[int | None],
         logprobs: bool,
         on_finished: OnFinished | None,
+        /,
     ) -> Awaitable[Sampled]:
-        """Return the candidates of a conversation, or of a text that is continued as it stands; without `logprobs` maybe without them.
+        """Return the candidates for a conversation, or for a text that the LLM continues.
 
-        `on_finished`, if given, may be called with the responses that finished while others are still sampled.
+        Without `logprobs` the candidates may lack their log-probabilities. `on_finished`, if given, may be called with responses
+        that are finished while others are not.
         """
 
-    def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Awaitable[Scored]:
-        """Return the raw logit of each pair by the scorer of that name; the lists are of equal length."""
+    def score(self, scorer: str, instructions: Sequence[str], responses: Sequence[str], /) -> Awaitable[Scored]:
+        """Return the raw logit of each pair from the scorer of that name; both lists have the same length."""
 
     def ready(self) -> Awaitable[dict[str, bool]]:
-        """Return whether each model can answer, by its name."""
+        """Return, by model name, whether the model can answer."""

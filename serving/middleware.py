@@ -1,4 +1,4 @@
-"""ASGI middleware of the gateway: request log, authentication, limits of the address and the headers. Imports no Ray."""
+"""ASGI middleware of the gateway: request log, authentication, limits of the URI and the headers. Imports no Ray."""
 
 from __future__ import annotations
 
@@ -20,17 +20,32 @@ from serving.prometheus import Metrics
 
 logger = logging.getLogger("ray.serve")
 
+MAX_URI_BYTES = 8192
+"""Limit of path and query together."""
+MAX_HEADER_BYTES = 65_536
+"""Limit of all headers together."""
+PROXY_CONTROL_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds", "serve-multiplexed-model-id", "x-session-id")
+"""Headers that control Ray Serve's proxy.
+
+With them a client can keep its request running after a disconnect, change the timeout, or choose the replica. Serve reads `_` as `-`
+in some of them.
+"""
+PROXY_CONTROL_PREFIX = "x-serve-router-"
+"""Prefix of the headers that Serve's load balancer sends to its router."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PUBLIC_PATHS = ("/", "/health")
-"""Paths that want no key: they tell nothing and cost nothing."""
+"""Paths that need no key: they expose no data and use no model."""
 _SERVE_LOG = {"skip_context_filter": True, "log_to_stderr": False}
-"""What Ray Serve reads in a record: leave its fields alone, and write it to the replica's log file only."""
+"""Fields of a log record that Ray Serve reads: keep the record's other fields, and write it to the replica's log file only."""
+_CLIENT_CLOSED = 499
+"""nginx's status for a client that disconnected before the response started."""
 
 
 class RequestLogMiddleware:
-    """Gives each request a number (`X-Request-Id`: the client's own where it is a plain one), counts its answer and logs it.
+    """Gives each request an id, counts the response, and writes one line to the access log.
 
-    `proxied`: in front is Ray Serve's proxy, which gives a request without a number one and puts the number it came with in the answer.
+    The id is the client's `X-Request-Id` if that is a plain name, or else a random one. The response carries it in the same header.
+    `proxied` is true behind Ray Serve's proxy. The proxy adds an id to a request without one, and copies it to the response.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool, proxied: bool) -> None:
@@ -40,33 +55,33 @@ class RequestLogMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        scope["request_id"] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        scope["request_id"] = client_id if _REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
         start, status, size = time.monotonic(), 0, 0
 
-        async def numbered(message: Event) -> None:
+        async def send_with_id(message: Event) -> None:
             nonlocal status, size
             size += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if not (self.proxied and scope["request_id"] == given):
+                if not (self.proxied and scope["request_id"] == client_id):
                     MutableHeaders(scope=message)["X-Request-Id"] = scope["request_id"]
             await send(message)
 
         try:
-            await self.app(scope, receive, numbered)
+            await self.app(scope, receive, send_with_id)
         except Exception as error:
-            if status:  # too late to say anything
+            if status:  # the response has started, so its status cannot change
                 raise
-            told = internal_error(Request(scope), error)
-            await JSONResponse(told.body, told.status)(scope, receive, numbered)
+            failure = internal_error(Request(scope), error)
+            await JSONResponse(failure.body, failure.status)(scope, receive, send_with_id)
         finally:
-            # The pattern, not the path: that is of the client's making. nginx's 499: it went away before an answer began.
-            route, status = getattr(scope.get("route"), "path", "other"), status or 499
+            # The route's pattern: a path is the client's text and would make metrics and logs unbounded.
+            route, status = getattr(scope.get("route"), "path", "other"), status or _CLIENT_CLOSED
             self.metrics.count_request(route, status)
             if self.access_log:
                 caller: Caller | None = scope.get("caller")
-                answered = {
+                fields = {
                     "request_id": scope["request_id"],
                     "method": scope["method"],
                     "route": route,
@@ -75,14 +90,14 @@ class RequestLogMiddleware:
                     "bytes": size,
                     "key": caller and caller.name,
                 }
-                logger.info("%s %s %d", scope["method"], route, status, extra=answered | _SERVE_LOG)
+                logger.info("%s %s %d", scope["method"], route, status, extra=fields | _SERVE_LOG)
 
 
 class AuthMiddleware:
-    """Lets those with a known key in, to every path but /health and the page; the scope's `caller` says who they are.
+    """Rejects requests without a valid key, except for /health and the web page, and sets the scope's `caller`.
 
-    With `own_names` it also wants one of these in the header Host: without keys, a page of another site could otherwise ask through
-    its reader's browser, once it has a name of its own resolve to this machine (DNS rebinding).
+    With `own_names` the Host header must be one of them. A server without keys needs this check against DNS rebinding. In that
+    attack a web site points its own name at this machine and sends requests from its visitor's browser.
     """
 
     def __init__(self, app: ASGIApp, keyring: Keyring, own_names: frozenset[str] | None) -> None:
@@ -94,7 +109,9 @@ class AuthMiddleware:
             try:
                 if self.own_names and _host_name(headers.get("host", "")) not in self.own_names:
                     names = ", ".join(sorted(self.own_names))
-                    raise ApiError(f"without API keys this server answers to {names} alone, by the header Host", 403, code="forbidden")
+                    raise ApiError(
+                        f"the Host header does not name this machine; a server without API keys accepts only {names}", 403, code="forbidden"
+                    )
                 scope["caller"] = self.keyring.authenticate(headers.get("authorization"), headers.get("x-api-key"))
                 scope["caller"].count_request()
             except ApiError as error:
@@ -103,67 +120,59 @@ class AuthMiddleware:
         await self.app(scope, receive, send)
 
 
+class RequestLimitsMiddleware:
+    """Rejects a request with a URI or headers above the limits, or with a header that controls Serve's proxy.
+
+    The proxy has read its headers by then. An immediate rejection leaves no work that the proxy could keep running.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        # The operator can rename Serve's session header.
+        self._control_headers = {*PROXY_CONTROL_HEADERS, _normalize_header(os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", ""))}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            error = _size_error(scope) or self._header_error(scope)
+            if error is not None:
+                await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _header_error(self, scope: Scope) -> ApiError | None:
+        for name in {name.decode("latin-1") for name, _ in scope["headers"]}:
+            normalized = _normalize_header(name)
+            if normalized in self._control_headers or normalized.startswith(PROXY_CONTROL_PREFIX):
+                message = f"the header {name[:80]} is reserved for the server's proxy; send the request without it"
+                return ApiError(message, code="unsupported_header")
+        return None
+
+
+def internal_error(http: Request, error: Exception) -> ApiError:
+    """Log an unexpected error and return the error for the client, which carries the request id and no details."""
+    request_id = http.scope["request_id"]
+    logger.error("%s %s failed, request %s", http.method, http.scope["path"], request_id, exc_info=error)
+    return ApiError(f"internal error; the server's log has the cause under request {request_id}", 500, code="internal_error")
+
+
 def _host_name(host: str) -> str:
     """Return a Host header without its port."""
     name, _, port = host.rpartition(":")
     return (name if name and port.isdigit() else host).strip("[]").lower()
 
 
-def internal_error(http: Request, error: Exception) -> ApiError:
-    """Hide a failure of ours behind the request's number, which finds it in the log."""
-    number = http.scope["request_id"]
-    logger.error("%s %s failed, request %s", http.method, http.scope["path"], number, exc_info=error)
-    return ApiError(f"the server failed; its log has the reason under request {number}", 500, code="internal_error")
-
-
-MAX_URI_BYTES = 8192
-"""Bytes of path and query."""
-MAX_HEADER_BYTES = 65_536
-"""Bytes of all headers together."""
-PROXY_CONTROL_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds", "serve-multiplexed-model-id", "x-session-id")
-"""Headers by which a client changes what Ray Serve's proxy does: it goes on with a request whose client is gone, takes another time limit,
-chooses the replica. Serve takes `_` for `-` in some of them."""
-PROXY_CONTROL_PREFIX = "x-serve-router-"
-"""Serve's own headers between its load balancer and its router begin with this."""
-
-
-class RequestLimitsMiddleware:
-    """Turns away requests whose address or headers are larger than any client of ours sends, or that steer Serve's proxy.
-
-    The proxy has read its headers by then. Refused at once, a request leaves nothing that the proxy could keep running.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        # The operator can give Serve's header for sessions another name.
-        self._steering = {*PROXY_CONTROL_HEADERS, _normalize_header(os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", ""))}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            error = _too_large(scope) or self._steers(scope)
-            if error is not None:
-                await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-    def _steers(self, scope: Scope) -> ApiError | None:
-        for name in {name.decode("latin-1") for name, _ in scope["headers"]}:
-            if _normalize_header(name) in self._steering or _normalize_header(name).startswith(PROXY_CONTROL_PREFIX):
-                return ApiError(f"the header {name[:80]} is not for clients; send the request without it", code="unsupported_header")
-        return None
-
-
 def _normalize_header(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
-def _too_large(scope: Scope) -> ApiError | None:
-    address = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
-    if address > MAX_URI_BYTES:
-        return ApiError(
-            f"the address has {address:,} bytes, more than {MAX_URI_BYTES:,}; all requests go in the body", 414, code="uri_too_long"
-        )
-    headers = sum(len(name) + len(value) for name, value in scope["headers"])
-    if headers > MAX_HEADER_BYTES:
-        return ApiError(f"the headers have {headers:,} bytes, more than {MAX_HEADER_BYTES:,}", 431, code="headers_too_large")
+def _size_error(scope: Scope) -> ApiError | None:
+    """Return the error for a URI or headers above the limits, None if there is none."""
+    uri_bytes = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+    if uri_bytes > MAX_URI_BYTES:
+        message = f"the URI has {uri_bytes:,} bytes, above the limit of {MAX_URI_BYTES:,}; send the request in the body"
+        return ApiError(message, 414, code="uri_too_long")
+    header_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
+    if header_bytes > MAX_HEADER_BYTES:
+        message = f"the headers have {header_bytes:,} bytes, above the limit of {MAX_HEADER_BYTES:,}; send fewer or shorter headers"
+        return ApiError(message, 431, code="headers_too_large")
     return None

@@ -1,6 +1,7 @@
-"""The OpenAPI schema of the gateway: what FastAPI cannot see by itself, because handlers read their bodies by hand.
+"""Completes the OpenAPI schema of the gateway: request bodies, examples, errors and authentication.
 
-A new route takes `takes(Request, Answer)`, its models an example in `EXAMPLES`; everything else follows.
+FastAPI cannot derive these parts, because the handlers read their bodies without it. A new route needs
+`describe_route(Request, Answer)`, and each of its models needs an example in `EXAMPLES`.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from pydantic import BaseModel
 from serving.responses import ErrorAnswer
 
 ERROR_DESCRIPTIONS = {
-    400: "The request is wrong: `param` names the field, the message what would be right",
-    401: "No API key, or one this server does not know",
-    403: "The header Host has no name of this machine, which is all a server without keys answers to",
-    404: "The model, or the path, is not served here",
-    408: "The body was not here in time",
+    400: "The request is invalid: `param` names the field, and the message gives the correction",
+    401: "The API key is missing or not valid for this server",
+    403: "The Host header does not name this machine; a server without keys accepts no other name",
+    404: "The server does not have this model or this path",
+    408: "The body did not arrive in time",
     413: "The body is too large",
-    414: "The address is too long",
-    415: "The body does not say that it is plain JSON",
-    429: "The key's allowance for this minute, or the money the server may spend, is used up; `Retry-After` says when to come back",
+    414: "The URI is too long",
+    415: "The request does not declare plain JSON",
+    429: "The key's limit per minute or the server's cost limit is reached; `Retry-After` is the time to wait before a retry",
     431: "The headers are too large",
-    500: "The server failed; its log has the reason under the request's id",
-    502: "The endpoint this server samples at refuses it",
-    503: "A model is down, or too many requests wait; `Retry-After` says when to come back",
+    500: "Internal error; the server's log has the cause under the request id",
+    502: "The endpoint that this server samples from refused the request",
+    503: "A model is unavailable or the queue is full; `Retry-After` is the time to wait before a retry",
     504: "No answer within the server's time limit",
 }
 _EVERY_ROUTE = (401, 403, 414, 429, 431, 500)
+"""Errors that any route may return."""
 
 _SCORER = {"model": "cappy-scorer"}
 _SCORER_USAGE = {"prompt_tokens": 23, "total_tokens": 23, "completion_tokens": 0}
@@ -125,10 +127,13 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 
 def describe_route(body: type[BaseModel], answer: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
-    """Return what a POST route tells FastAPI: its body, its answer (as events too, where it `streams`) and its errors."""
+    """Return the arguments of a POST route for FastAPI: its body, its answer and its errors.
+
+    With `streams` the answer can also be server-sent events.
+    """
     schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
     responses = error_responses(400, 404, 408, 413, 415, 503, 504, *((502,) if streams else ()))
-    if streams:  # as those that sample do
+    if streams:
         events = 'data: {"object": "chat.completion.chunk", "choices": [...], ...}\n\ndata: [DONE]\n\n'
         responses[200] = {"content": {"text/event-stream": {"schema": {"description": "Server-sent events"}, "example": events}}}
     return {
@@ -139,28 +144,31 @@ def describe_route(body: type[BaseModel], answer: type[BaseModel], *, streams: b
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return a route's answers that are errors, those that any route may give included."""
+    """Return the error responses of a route: the given statuses and the errors of every route."""
     return {status: {"model": ErrorAnswer, "description": ERROR_DESCRIPTIONS[status]} for status in sorted({*statuses, *_EVERY_ROUTE})}
 
 
 def complete_schema(api: FastAPI, *, keys: bool, own_names: bool) -> None:
-    """Add to the schema what stands nowhere else: the models of the bodies, examples, and how to show a key where there are `keys`.
+    """Add models of the request bodies, examples and authentication to the schema of `api`, in place.
 
-    `own_names` is whether a request must name this machine (`middleware.AuthMiddleware`).
+    Args:
+        api: The application, with all its routes.
+        keys: Whether the server has API keys.
+        own_names: Whether a request must name this machine in its Host header (`middleware.AuthMiddleware`).
     """
-    tree = api.openapi()  # which keeps it: what is changed here is what is served
+    tree = api.openapi()  # FastAPI caches this object and serves it
     models = tree["components"]["schemas"]
     for path in tree["paths"].values():
         for operation in path.values():
-            operation["responses"].pop("422", None)  # FastAPI's own; ours is 400
+            operation["responses"].pop("422", None)  # FastAPI's default; this API answers 400
             for status, response in operation["responses"].items():
-                if status != "200":  # JSON where the route's own answer is something else, too
+                if status != "200":  # errors are JSON even if the route returns another type
                     response["content"] = {"application/json": next(iter(response["content"].values()))}
             if not own_names:
                 operation["responses"].pop("403", None)
             if not keys:
                 operation["responses"].pop("401", None)
-                if "502" not in operation["responses"]:  # where sampling may cost money
+                if "502" not in operation["responses"]:  # only a route that samples can reach the cost limit
                     operation["responses"].pop("429", None)
             if "requestBody" in operation:
                 content = operation["requestBody"]["content"]["application/json"]

@@ -1,4 +1,4 @@
-"""Reads the body of a request within the limits of size, time and media type. Imports no Ray."""
+"""Reads the body of a request within the limits of media type, size and time. Imports no Ray."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ from serving.backend import ApiError
 
 
 async def read_body(http: Request, serving: ServingConfig) -> bytes:
-    """Return the body.
+    """Return the body of a request.
 
-    Raises `ApiError`: 415 for what does not say it is plain JSON (a web page elsewhere can send anything else from its visitor's
-    browser, unasked), 413 above `serving.max_body_bytes`, before more of it is held in memory, 408 where it is not here within
-    `serving.body_timeout_s`, 400 where the client breaks off.
+    Raises `ApiError`:
+    - 415 if the request does not declare plain JSON. A browser sends any other media type across origins without a check, so a
+      page of another site could send requests in its visitor's name;
+    - 413 above `serving.max_body_bytes`, before more of the body is in memory;
+    - 408 if the body does not arrive within `serving.body_timeout_s`;
+    - 400 if the client disconnects.
     """
-    kind = http.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
+    media_type = http.headers.get("content-type", "")
+    if media_type.partition(";")[0].strip().lower() != "application/json":
         raise ApiError(
-            f"Content-Type is {kind[:80]!r}; send JSON with the header Content-Type: application/json",
+            f"Content-Type is {media_type[:80]!r}; send JSON with the header Content-Type: application/json",
             415,
             code="unsupported_media_type",
         )
-    coding = http.headers.get("content-encoding", "identity")
-    if coding.lower() != "identity":
-        raise ApiError(f"Content-Encoding {coding[:80]!r} is not supported; send the JSON as it is", 415, code="unsupported_media_type")
+    encoding = http.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ApiError(
+            f"Content-Encoding {encoding[:80]!r} is not supported; send the JSON uncompressed", 415, code="unsupported_media_type"
+        )
     limit = serving.max_body_bytes
-    too_large = ApiError(f"the body is larger than {limit:,} bytes (serving.max_body_bytes); send less", 413, code="body_too_large")
+    too_large = ApiError(
+        f"the body is larger than {limit:,} bytes (serving.max_body_bytes); send a smaller body", 413, code="body_too_large"
+    )
     declared = http.headers.get("content-length", "")
     if declared.isdecimal() and float(declared) > limit:
         raise too_large
@@ -41,8 +48,8 @@ async def read_body(http: Request, serving: ServingConfig) -> bytes:
                 if len(body) > limit:
                     raise too_large
     except TimeoutError:
-        late = f"the body was not here within {serving.body_timeout_s:g} s (serving.body_timeout_s); send it at once"
-        raise ApiError(late, 408, code="body_timeout") from None
+        message = f"the body did not arrive within {serving.body_timeout_s:g} s (serving.body_timeout_s); send it without pauses"
+        raise ApiError(message, 408, code="body_timeout") from None
     except ClientDisconnect:
-        raise ApiError("the client went away before its body was here", code="incomplete_body") from None
+        raise ApiError("the client disconnected before the body was complete; send it again", code="incomplete_body") from None
     return bytes(body)

@@ -1,6 +1,6 @@
 """Response bodies of the OpenAI routes, the selection of the choices, and the chunks of a stream.
 
-Imports neither Ray nor a web framework.
+Imports neither Ray nor a web framework. `drawn` in the API means sampled.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from serving.early_stopping import StopReason
 from training.blend import blend_scores
 
 _WORDS = re.compile(r"\s*\S+|\s+$")
+"""A word with the white space before it, or white space at the end; the matches of a text join to the text."""
 
 
 class ChoiceMessage(ApiModel):
-    """The text of a choice, or why there is none."""
+    """The text of a choice, or a refusal that gives the reason for none."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
@@ -39,13 +40,13 @@ class Choice(ApiModel):
     logprobs: None = None
 
     def deltas(self) -> list[dict[str, Any]]:
-        """Return the choices of a stream's chunks that make this one, word by word."""
-        said = self.message
-        pieces: list[dict[str, Any]] = [{"role": said.role, "content": ""}]
-        pieces += [{"content": piece} for piece in _WORDS.findall(said.content or "")]
-        pieces += [{"refusal": said.refusal}] * (said.refusal is not None)
-        made = [{"index": self.index, "delta": piece, "logprobs": None, "finish_reason": None} for piece in pieces]
-        return [*made, {"index": self.index, "delta": {}, "logprobs": None, "finish_reason": self.finish_reason}]
+        """Return this choice as the `choices` entries of a stream's chunks, one word in each."""
+        message = self.message
+        deltas: list[dict[str, Any]] = [{"role": message.role, "content": ""}]
+        deltas += [{"content": word} for word in _WORDS.findall(message.content or "")]
+        deltas += [{"refusal": message.refusal}] * (message.refusal is not None)
+        entries = [{"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        return [*entries, {"index": self.index, "delta": {}, "logprobs": None, "finish_reason": self.finish_reason}]
 
 
 class TextChoice(ApiModel):
@@ -57,9 +58,9 @@ class TextChoice(ApiModel):
     logprobs: None = None
 
     def deltas(self) -> list[dict[str, Any]]:
-        """Return the choices of a stream's chunks that make this one, word by word."""
-        made = [{"index": self.index, "text": piece, "logprobs": None, "finish_reason": None} for piece in _WORDS.findall(self.text)]
-        return [*made, {"index": self.index, "text": "", "logprobs": None, "finish_reason": self.finish_reason}]
+        """Return this choice as the `choices` entries of a stream's chunks, one word in each."""
+        entries = [{"index": self.index, "text": word, "logprobs": None, "finish_reason": None} for word in _WORDS.findall(self.text)]
+        return [*entries, {"index": self.index, "text": "", "logprobs": None, "finish_reason": self.finish_reason}]
 
 
 class Usage(ApiModel):
@@ -71,48 +72,51 @@ class Usage(ApiModel):
 
 
 class ScoredCandidate(ApiModel):
-    """A candidate as the scorer saw it."""
+    """A candidate with its score."""
 
     response: str
     score: float | None
-    """The scorer's raw logit, an estimate of Rouge-L in [0, 1] that may leave it; null where the scorer gave no number."""
+    """The scorer's raw logit, an estimate of Rouge-L that can be below 0 or above 1; null if there is no score."""
     decoding: str
     tokens: int
     logprob: float | None
     finish_reason: str
     chosen: bool
-    """Whether it is among the choices."""
+    """Whether the candidate is one of the choices."""
 
 
 class Latency(ApiModel):
-    """Where the time went, in seconds, waiting included."""
+    """Time of each stage in seconds, including waiting."""
 
     sampling_s: float
     scoring_s: float
 
 
 class CappyAnswer(ApiModel):
-    """Our extension of the answer, for a request that has it too, where the scorer did not choose or chose none, and where sampling
-    costs money."""
+    """The `cappy` object of an answer, an extension of OpenAI's API.
+
+    An answer has it in any of these cases: the request sets an option in `cappy`, the fallback selected the choices, no candidate
+    reached `min_score`, sampling was in rounds, or the LLM is an endpoint with prices.
+    """
 
     candidates: list[ScoredCandidate]
-    """Every candidate, best first, where asked for."""
+    """Every candidate, best first, if the request has `return_candidates`."""
     fallback: Fallback | None = None
-    """How the choices were chosen, where the scorer was down or late."""
+    """How the choices were selected if the scorer failed or timed out."""
     abstained: bool = False
     """Whether no candidate reached `min_score`."""
     drawn: int
-    """Candidates that were drawn."""
+    """Number of sampled candidates."""
     stopped: StopReason | None = None
-    """Why no more were: the target or the least gain was reached, all were drawn, or the scorer failed; null where there were no rounds."""
+    """The reason for the end of sampling: target or minimum gain reached, all candidates sampled, or scorer failed. Null without rounds."""
     scorer: str | None
-    """Its name; null where the model is the LLM alone."""
+    """Name of the scorer; null if the model is the LLM alone."""
     scorer_version: str | None = None
-    """Changes when the scorer is published anew; null where no verb of ours published it, or it did not answer."""
+    """Version of the scorer; it changes with each publication. Null if no `cappy` command published the scorer or it gave no scores."""
     sampled_tokens: int
     """Tokens of all candidates."""
     cost: float | None = None
-    """Dollars the sampling cost, where the LLM is an endpoint with prices."""
+    """Cost of sampling in US dollars, if the LLM is an endpoint with prices."""
     latency: Latency
 
 
@@ -148,32 +152,32 @@ Completion = ChatCompletion | TextCompletion
 
 
 class ErrorDetail(ApiModel):
-    """What went wrong."""
+    """An error."""
 
     message: str
-    """One line: the field, its value and what would be right."""
+    """One line: the field, its value and the correction."""
     type: Literal["invalid_request_error", "server_error"]
     param: str | None = None
-    """The field it is about."""
+    """Name of the request field that caused the error."""
     code: str | None = None
-    """For programs."""
+    """Machine-readable error code."""
 
 
 class ErrorAnswer(ApiModel):
-    """Every answer that is an error."""
+    """The body of every error."""
 
     error: ErrorDetail
 
 
 class ModelParts(ApiModel):
-    """What stands behind a name."""
+    """The LLM and the scorer of a model name."""
 
     llm: bool
     scorer: str | None
 
 
 class Model(ApiModel):
-    """What `model` may be."""
+    """A valid value of `model`."""
 
     id: str
     object: Literal["model"] = "model"
@@ -191,12 +195,15 @@ class ModelList(ApiModel):
 
 
 def distinct_responses(candidates: Sequence[Candidate]) -> list[str]:
-    """Return the different responses among the candidates, in order: what the scorer has to read."""
+    """Return the different responses of the candidates, in order; the scorer reads each once."""
     return list(dict.fromkeys(candidate["response"] for candidate in candidates))
 
 
 def rank_candidates(candidates: Sequence[Candidate], scores: Sequence[float]) -> list[int]:
-    """Return the candidates' positions, best first; of equal scores the first drawn, and empty or scoreless ones last."""
+    """Return the positions of the candidates, best first.
+
+    Equal scores stay in the order of sampling. Empty responses and candidates without a score (NaN) are last.
+    """
 
     def key(position: int) -> tuple[bool, float]:
         score = scores[position]
@@ -206,9 +213,9 @@ def rank_candidates(candidates: Sequence[Candidate], scores: Sequence[float]) ->
 
 
 def select_choices(candidates: Sequence[Candidate], scores: Sequence[float], n: int) -> list[int]:
-    """Return the positions of the `n` choices, best first (see `rank`).
+    """Return the positions of the `n` choices, best first; see `rank_candidates`.
 
-    Equal responses stand once; they come again, after all others, only where there are fewer than `n` different ones.
+    A response is chosen once. With fewer than `n` different responses, the repeated ones follow at the end.
     """
     first_of: dict[str, int] = {}
     ranked = rank_candidates(candidates, scores)
@@ -219,9 +226,9 @@ def select_choices(candidates: Sequence[Candidate], scores: Sequence[float], n: 
 
 
 def ranking_scores(candidates: Sequence[Candidate], scores: Sequence[float], weight: float | None) -> list[float]:
-    """Return what candidates are ranked by: their scores, or with `weight` the blend with the LLM's mean log-probability.
+    """Return the scores that rank the candidates: `scores`, or with `weight` their blend with the LLM's mean log-probability.
 
-    The scores alone where one of the candidates has no log-probability: its rank would be chance.
+    If any candidate lacks a log-probability, the result is `scores`: a blend could not rank that candidate fairly.
     """
     means = [mean_logprob(each["logprob"], each["tokens"]) for each in candidates]
     known = [mean for mean in means if mean is not None]
@@ -231,9 +238,9 @@ def ranking_scores(candidates: Sequence[Candidate], scores: Sequence[float], wei
 
 
 def fallback_ranking_scores(candidates: Sequence[Candidate], fallback: Fallback) -> list[float]:
-    """Return what candidates are ranked by without a scorer: their mean log-probability, or with `first` the order they were drawn in.
+    """Return the scores that rank the candidates without a scorer.
 
-    The order drawn also where `self_score` lacks a log-probability.
+    `self_score` ranks by the mean log-probability, if every candidate has one. All other cases rank in the order of sampling.
     """
     means = [mean_logprob(each["logprob"], each["tokens"]) for each in candidates]
     known = [mean for mean in means if mean is not None]
@@ -246,35 +253,49 @@ def build_completion(
     request: SampleRequest,
     candidates: Sequence[Candidate],
     scores: Sequence[float],
-    preferences: Sequence[float],
+    ranking: Sequence[float],
     *,
     prompt_tokens: int,
     scorer: str | None,
     latency: Latency,
-    identity: str,
+    completion_id: str,
     created: int,
     version: str | None = None,
     fallback: Fallback | None = None,
     cost: float | None = None,
     stopped: StopReason | None = None,
 ) -> Completion:
-    """Return the answer: the `request.n` most preferred candidates as choices, or a refusal where the best is below `min_score`.
+    """Return the answer with the best `request.n` candidates as choices, or a refusal if the best is below `min_score`.
 
-    A text completion has no refusals: its text is empty then. The answer to a request with anything in `cappy` has it too, with all
-    candidates where asked; `cost` (dollars) stands there wherever it is known; `fallback` says how `preferences` came about without the
-    scorer, `stopped` why no more candidates were drawn.
+    A text completion cannot carry a refusal; its text is then empty. The answer has a `cappy` object in the cases that `CappyAnswer`
+    lists.
+
+    Args:
+        request: The parsed request.
+        candidates: The pool, in the order of sampling.
+        scores: The scorer's raw logit of each candidate, NaN without a score.
+        ranking: The scores that rank the candidates; see `ranking_scores` and `fallback_ranking_scores`.
+        prompt_tokens: Tokens of the prompt.
+        scorer: Name of the scorer, None for the LLM alone.
+        latency: Time of each stage.
+        completion_id: Random part of the answer's id.
+        created: Unix time in seconds.
+        version: Version of the scorer.
+        fallback: The fallback that made `ranking`, None if the scorer did.
+        cost: Cost of sampling in US dollars, if known.
+        stopped: The reason for the end of sampling, None without rounds.
     """
-    chosen = select_choices(candidates, preferences, request.n)
-    least = request.cappy.min_score
-    # Not `<`: a score that is no number is no good either.
-    abstained = least is not None and fallback is None and not scores[chosen[0]] >= least
+    chosen = select_choices(candidates, ranking, request.n)
+    min_score = request.cappy.min_score
+    # Not `<`: NaN must abstain too.
+    abstained = min_score is not None and fallback is None and not scores[chosen[0]] >= min_score
     refusal = None
     if abstained:
-        refusal = f"no candidate scored {least:g} (cappy.min_score); the best of {len(candidates)} scored {scores[chosen[0]]:.3f}"
+        refusal = f"no candidate scored {min_score:g} (cappy.min_score); the best of {len(candidates)} scored {scores[chosen[0]]:.3f}"
         chosen = []
     completion_tokens = sum(candidates[position]["tokens"] for position in chosen)
     usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=prompt_tokens + completion_tokens)
-    common: dict[str, Any] = {"id": f"{request.id_prefix}-{identity}", "created": created, "model": request.model, "usage": usage}
+    common: dict[str, Any] = {"id": f"{request.id_prefix}-{completion_id}", "created": created, "model": request.model, "usage": usage}
     winners = [candidates[position] for position in chosen]
     answer: Completion
     if isinstance(request, TextRequest):
@@ -282,7 +303,7 @@ def build_completion(
     else:
         answer = ChatCompletion(**common, choices=_chat_choices(winners, refusal))
     if request.cappy.model_fields_set or fallback or abstained or stopped or cost is not None:
-        shown = rank_candidates(candidates, preferences) if request.cappy.return_candidates else []
+        shown = rank_candidates(candidates, ranking) if request.cappy.return_candidates else []
         answer.cappy = CappyAnswer(
             candidates=[_scored_candidate(candidates[position], scores[position], position in chosen) for position in shown],
             fallback=fallback,
@@ -319,26 +340,26 @@ def _scored_candidate(candidate: Candidate, score: float, chosen: bool) -> Score
 
 
 def build_progress_chunk(
-    request: SampleRequest, candidates: Sequence[Candidate], scores: Sequence[float], *, identity: str, created: int
+    request: SampleRequest, candidates: Sequence[Candidate], scores: Sequence[float], *, completion_id: str, created: int
 ) -> dict[str, Any]:
-    """Return a chunk without choices that tells of the candidates so far, in the order drawn; none is chosen yet."""
+    """Return a chunk that reports the candidates so far, in the order of sampling. It has no choices."""
     kind = TextCompletion.chunk if isinstance(request, TextRequest) else ChatCompletion.chunk
-    same = {"id": f"{request.id_prefix}-{identity}", "object": kind, "created": created, "model": request.model}
-    same |= {"usage": None} if request.include_usage else {}
-    told = [_scored_candidate(candidate, score, False).model_dump() for candidate, score in zip(candidates, scores, strict=True)]
-    return {**same, "choices": [], "cappy": {"progress": told}}
+    common = {"id": f"{request.id_prefix}-{completion_id}", "object": kind, "created": created, "model": request.model}
+    common |= {"usage": None} if request.include_usage else {}
+    reported = [_scored_candidate(candidate, score, False).model_dump() for candidate, score in zip(candidates, scores, strict=True)]
+    return {**common, "choices": [], "cappy": {"progress": reported}}
 
 
 def build_chunks(answer: Completion, *, usage: bool) -> list[dict[str, Any]]:
-    """Return an answer as OpenAI's chunks: the choices in turn, word by word.
+    """Return an answer as OpenAI's chunks: the choices in order, one word in each chunk.
 
-    With `usage` one without choices follows. `cappy`, where the answer has it, stands in the last.
+    With `usage` one more chunk without choices follows. The last chunk carries `cappy`, if the answer has it.
     """
-    same = {"id": answer.id, "object": answer.chunk, "created": answer.created, "model": answer.model}
-    same |= {"usage": None} if usage else {}
-    made: list[dict[str, Any]] = [{**same, "choices": [delta]} for choice in answer.choices for delta in choice.deltas()]
+    common = {"id": answer.id, "object": answer.chunk, "created": answer.created, "model": answer.model}
+    common |= {"usage": None} if usage else {}
+    chunks: list[dict[str, Any]] = [{**common, "choices": [delta]} for choice in answer.choices for delta in choice.deltas()]
     if usage:
-        made.append({**same, "choices": [], "usage": answer.usage.model_dump()})
+        chunks.append({**common, "choices": [], "usage": answer.usage.model_dump()})
     if answer.cappy is not None:
-        made[-1]["cappy"] = answer.cappy.model_dump()
-    return made
+        chunks[-1]["cappy"] = answer.cappy.model_dump()
+    return chunks

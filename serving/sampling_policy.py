@@ -13,37 +13,47 @@ from serving.completions_api import SampleRequest, json_preview
 
 
 def check_prompt_length(texts: Iterable[str], config: Config, param: str) -> None:
-    """Raise `ApiError` (400) for a prompt no tokenizer should be troubled with; the LLM itself counts tokens."""
+    """Raise `ApiError` (400) for a prompt with more characters than `serving.max_prompt_chars`.
+
+    The limit keeps the tokenizer fast. The LLM itself checks the number of tokens.
+    """
     chars = sum(map(len, texts))
     if chars > config.serving.max_prompt_chars:
         raise ApiError(
             f"{param}: {chars:,} characters are above this server's limit of {config.serving.max_prompt_chars:,} "
-            f"(serving.max_prompt_chars); shorten them",
+            f"(serving.max_prompt_chars); send a shorter prompt",
             param=param,
             code="context_length_exceeded",
         )
 
 
 def choose_pool_size(request: SampleRequest, config: Config, named: Sequence[DecodingConfig], scored: bool) -> int:
-    """Return how many candidates to sample: of a pool that is not `scored` no more than `n`, unless asked; of `named` decodings that
-    are all greedy one each.
+    """Return the number of candidates to sample.
 
-    Raises `ApiError` (400) where `n`, `candidates` and the server's limit do not fit.
+    The request's `cappy.candidates` applies if it is set. Otherwise a pool that is not `scored` has `n` candidates, and `named`
+    decodings that are all greedy give one candidate each. Raises `ApiError` (400) if `n`, `candidates` and the server's limit do not
+    agree.
     """
     limit = config.serving.max_candidates
     asked = request.cappy.candidates
     if asked is not None and asked > limit:
-        raise ApiError(f"cappy.candidates={asked} is above this server's limit of {limit}", param="cappy.candidates", code="invalid_value")
-    if request.n > limit:
-        raise ApiError(f"n={request.n} is above this server's limit of {limit} candidates", param="n", code="invalid_value")
-    if asked is not None and request.n > asked:
         raise ApiError(
-            f"n={request.n} choices cannot come out of cappy.candidates={asked}; ask for more candidates", param="n", code="invalid_value"
+            f"cappy.candidates={asked} is above this server's limit of {limit} (serving.max_candidates); request fewer",
+            param="cappy.candidates",
+            code="invalid_value",
         )
+    if request.n > limit:
+        raise ApiError(
+            f"n={request.n} is above this server's limit of {limit} candidates (serving.max_candidates); request fewer",
+            param="n",
+            code="invalid_value",
+        )
+    if asked is not None and request.n > asked:
+        raise ApiError(f"n={request.n} is above cappy.candidates={asked}; request at least n candidates", param="n", code="invalid_value")
     if request.temperature == 0:
         if max(request.n, asked or 1) > 1:
             raise ApiError(
-                "temperature=0 draws the same candidate every time; with more than one candidate or choice give a higher temperature, "
+                "temperature=0 gives the same candidate every time; for several candidates or choices set a higher temperature, "
                 "or none to use the server's decodings",
                 param="temperature",
                 code="invalid_value",
@@ -52,7 +62,8 @@ def choose_pool_size(request: SampleRequest, config: Config, named: Sequence[Dec
     if named and all(decoding.temperature == 0 for decoding in named):
         if max(request.n, asked or 1) > len(named):
             raise ApiError(
-                f"the {len(named)} of cappy.decodings are greedy and draw one candidate each; name one that samples too, or ask for less",
+                f"cappy.decodings names only greedy decodings ({len(named)}), which give one candidate each; "
+                "add a decoding that samples, or request fewer candidates",
                 param="cappy.decodings",
                 code="invalid_value",
             )
@@ -61,23 +72,23 @@ def choose_pool_size(request: SampleRequest, config: Config, named: Sequence[Dec
 
 
 def find_named_decodings(request: SampleRequest, config: Config) -> list[DecodingConfig]:
-    """Return the decodings the request names, in the server's order; none where it names none.
+    """Return the decodings that the request names, in the server's order; an empty list if it names none.
 
-    Raises `ApiError` (400) for a name the server does not have, or where the request says beside how to sample.
+    Raises `ApiError` (400) for a name that the server does not have, or if the request also sets `temperature` or `top_p`.
     """
     names = request.cappy.decodings or []
     served = [decoding.name for decoding in config.sampler.decodings]
     for name in names:
         if name not in served:
             raise ApiError(
-                f"cappy.decodings: {json_preview(name)} is not one of this server's: {', '.join(served)}",
+                f"cappy.decodings: {json_preview(name)} is not a decoding of this server; use {', '.join(served)}",
                 param="cappy.decodings",
                 code="invalid_value",
             )
     for field in ("temperature", "top_p") if names else ():
         if (value := getattr(request, field)) is not None:
             raise ApiError(
-                f"{field}={value:g} and cappy.decodings both say how to sample; give one of them",
+                f"{field}={value:g} and cappy.decodings both set how to sample; send only one of them",
                 param="cappy.decodings",
                 code="invalid_value",
             )
@@ -85,11 +96,11 @@ def find_named_decodings(request: SampleRequest, config: Config) -> list[Decodin
 
 
 def select_decodings(request: SampleRequest, config: Config, scored: bool = True) -> list[DecodingConfig]:
-    """Return the decodings whose `n` add up to the request's pool of candidates.
+    """Return the decodings for the request's pool of candidates; the sum of their `n` is the size of the pool.
 
-    They are the sampler's own, or those of them the request names: greedy ones first with one candidate each, then the others in turn, one
-    candidate a round, so that the pool is as varied as its size allows. With `temperature` or `top_p` the whole pool is drawn as they say.
-    Raises `ApiError` (400) for a pool, a token limit or the product of both beyond what the server allows, and for such names.
+    The decodings are the sampler's, or the subset that the request names. Greedy ones give one candidate each, and the others share
+    the rest of the pool equally. With `temperature` or `top_p` one decoding with these values fills the pool. Raises `ApiError` (400)
+    for a decoding that the server does not have, and for candidates or tokens above the server's limits.
     """
     named = find_named_decodings(request, config)
     size = choose_pool_size(request, config, named, scored)
@@ -102,7 +113,7 @@ def select_decodings(request: SampleRequest, config: Config, scored: bool = True
         counts = [(plain, size)]
     else:
         greedy = [decoding for decoding in own if decoding.temperature == 0][:size]
-        # A sampler with greedy decodings alone has nothing to fill a pool with: its first one is then drawn at temperature 1.
+        # If all decodings are greedy, none can fill the pool, so the first one is used at temperature 1.
         others = [decoding for decoding in own if decoding.temperature > 0] or [
             own[0].model_copy(update={"name": "sample", "temperature": 1.0, "beams": 1})
         ]
@@ -114,7 +125,7 @@ def select_decodings(request: SampleRequest, config: Config, scored: bool = True
     if tokens > limit:
         raise ApiError(
             f"max_tokens: {size} candidates may have {tokens:,} tokens together, above this server's limit of {limit:,} "
-            f"(serving.max_sampled_tokens); ask for fewer or shorter ones",
+            f"(serving.max_sampled_tokens); request fewer or shorter candidates",
             param=request.token_limit[0],
             code="invalid_value",
         )
@@ -122,7 +133,7 @@ def select_decodings(request: SampleRequest, config: Config, scored: bool = True
 
 
 def select_stopping_rule(request: SampleRequest, config: Config) -> AdaptiveConfig | None:
-    """Return when the request's candidates are enough, None where all are to be drawn."""
+    """Return the settings that stop sampling early for a request, None to sample the whole pool."""
     options, settings = request.cappy, config.serving.adaptive
     if options.min_gain is not None or options.target_score is not None:
         settings = settings.model_copy(update={"min_gain": options.min_gain, "target_score": options.target_score})
@@ -130,30 +141,32 @@ def select_stopping_rule(request: SampleRequest, config: Config) -> AdaptiveConf
 
 
 def select_fallback(request: SampleRequest, config: Config) -> Fallback:
-    """Return what chooses for a request when the scorer cannot."""
+    """Return how the choices are selected if the scorer fails."""
     return request.cappy.fallback or config.serving.fallback
 
 
 def needs_logprobs(request: SampleRequest, config: Config, scored: bool) -> bool:
-    """Return whether anything reads the candidates' log-probabilities, which take the LLM's time.
+    """Return whether any step reads the candidates' log-probabilities, which cost the LLM time to compute.
 
-    They are shown with the candidates, choose in a blend and in a fallback to them, and tell drawing by `min_gain` of repeats.
+    The list of candidates, a blend, the fallback `self_score` and the rule `min_gain` read them.
     """
     options = request.cappy
     if options.return_candidates or options.progress:
         return True
-    chooses = config.serving.selection == "blend" or select_fallback(request, config) == "self_score"
+    selects = config.serving.selection == "blend" or select_fallback(request, config) == "self_score"
     stopping = select_stopping_rule(request, config)
-    return scored and (chooses or bool(stopping and stopping.min_gain))
+    return scored and (selects or bool(stopping and stopping.min_gain))
 
 
 def _apply_request(decoding: DecodingConfig, count: int, request: SampleRequest, config: Config) -> DecodingConfig:
-    """Give a decoding its number of candidates and the request's own length and stop strings."""
+    """Return a decoding with its number of candidates and the token limit and stop strings of the request."""
     name, asked = request.token_limit
     max_tokens = asked or decoding.max_tokens
-    most = config.sampler.engine.most_tokens
-    if most is not None and max_tokens > max(most, decoding.max_tokens):
-        raise ApiError(f"{name}={max_tokens} is above the {most} tokens the model has room for", param=name, code="invalid_value")
+    limit = config.sampler.engine.most_tokens
+    if limit is not None and max_tokens > max(limit, decoding.max_tokens):
+        raise ApiError(
+            f"{name}={max_tokens} is above the {limit} tokens of the model's context; request fewer", param=name, code="invalid_value"
+        )
     return decoding.model_copy(
         update={
             "n": count,

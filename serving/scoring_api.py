@@ -1,7 +1,8 @@
-"""The scorer without the LLM: vLLM's `/score`, Jina's and Cohere's `/rerank`, and `/v1/classify` (paper, section 3.2). Pure.
+"""Requests and answers of the routes that only score: /v1/score, /v1/rerank, /v2/rerank and /v1/classify.
 
-A request becomes pairs of an instruction and a response (`pairs`), and their scores the answer. A score is the scorer's raw
-logit, an estimate of Rouge-L in [0, 1] that may leave it, as vLLM gives for a scorer of ours.
+Imports neither Ray nor a web framework. Each request gives pairs of an instruction and a response (`pairs`), and their scores make
+the answer. A score is the scorer's raw logit: an estimate of Rouge-L that can be below 0 or above 1. The formats are those of vLLM
+(score), Jina and Cohere (rerank); `classify` selects the best of several answers (paper, section 3.2).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from serving import completions_api
 from serving.backend import ApiError, Scored
 from serving.completions_api import ApiModel
 
-# Fields of vLLM's, Jina's and Cohere's requests that would change a score: see `completions_api._UNSUPPORTED`.
+# Fields of vLLM's, Jina's and Cohere's requests that would change a score, each with the values that change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (None,),
     "max_tokens_per_doc": (None,),
@@ -35,39 +36,39 @@ def _as_list(texts: Any) -> Any:
 
 
 def _document_text(documents: Any) -> Any:
-    """Take the text out of Cohere's and Jina's `{"text": ...}` documents; all else is left for the types to judge."""
+    """Replace `{"text": ...}` documents of Cohere and Jina by their text; other values are unchanged, and the field's type checks them."""
     if not isinstance(documents, list):
         return documents
     return [each["text"] if isinstance(each, dict) and isinstance(each.get("text"), str) else each for each in documents]
 
 
 class Document(ApiModel):
-    """A document as Cohere's and Jina's clients may send it, and get it back."""
+    """A document in the format of Cohere's and Jina's clients."""
 
     text: str
 
 
-# Fails fast: each further error would cost more than the text it is about.
+# `fail_fast`: a report of every invalid item would need more time and memory than the request.
 _Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[_Texts, BeforeValidator(_as_list, json_schema_input_type=str | _Texts)]
 Documents = Annotated[_Texts, BeforeValidator(_document_text, json_schema_input_type=Annotated[list[str | Document], Field(min_length=1)])]
 
 
 class ScoreRequest(ApiModel):
-    """The body of POST /v1/score, as vLLM takes it: one text against one or many, or lists of equal length pair by pair."""
+    """The body of POST /v1/score in vLLM's format: one text with one or many others, or two lists of equal length."""
 
     model_config = ConfigDict(strict=True)
     model: str
     text_1: Texts = Field(validation_alias=AliasChoices("text_1", "queries"))
-    """Instructions; `queries` is the same."""
+    """Instructions; `queries` is an alias."""
     text_2: Texts = Field(validation_alias=AliasChoices("text_2", "documents"))
-    """Responses; `documents` is the same."""
+    """Responses; `documents` is an alias."""
 
     @model_validator(mode="after")
-    def _paired(self) -> ScoreRequest:
+    def _check_lengths(self) -> ScoreRequest:
         if len(self.text_1) not in (1, len(self.text_2)):
             raise ValueError(
-                f"text_1 has {len(self.text_1)} texts and text_2 {len(self.text_2)}; give one text_1, or one for each of text_2"
+                f"text_1 has {len(self.text_1)} texts and text_2 has {len(self.text_2)}; send one text_1, or one for each text_2"
             )
         return self
 
@@ -77,16 +78,16 @@ class ScoreRequest(ApiModel):
 
 
 class RerankRequest(ApiModel):
-    """The body of POST /v1/rerank (Jina's, vLLM's) and /v2/rerank (Cohere's): documents ranked as responses to a query."""
+    """The body of POST /v1/rerank (Jina, vLLM) and /v2/rerank (Cohere): documents to rank as responses to a query."""
 
     model_config = ConfigDict(strict=True)
     model: str
     query: str = Field(min_length=1)
     documents: Documents
     top_n: int | None = Field(None, ge=0)
-    """Results returned, best first; all of them when null or 0."""
+    """Number of results, best first; null or 0 means all."""
     return_documents: bool | None = None
-    """Whether a result carries its document; when null /v1/rerank does and /v2/rerank does not."""
+    """Whether each result contains its document; null means yes for /v1/rerank and no for /v2/rerank."""
 
     def pairs(self) -> tuple[list[str], list[str]]:
         """Return the instructions and the responses, of equal length."""
@@ -94,7 +95,7 @@ class RerankRequest(ApiModel):
 
 
 class ClassifyRequest(ApiModel):
-    """The body of POST /v1/classify: which of the choices answers the instruction."""
+    """The body of POST /v1/classify: an instruction and the choices to select from."""
 
     model_config = ConfigDict(strict=True)
     model: str
@@ -102,11 +103,11 @@ class ClassifyRequest(ApiModel):
     choices: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2, fail_fast=True)
 
     @model_validator(mode="after")
-    def _distinct(self) -> ClassifyRequest:
-        # Counted, not compared with each other: the list is a client's, as long as a body may be.
+    def _check_distinct(self) -> ClassifyRequest:
+        # A count takes linear time. A client's list may be as long as a body.
         choice, times = Counter(self.choices).most_common(1)[0]
         if times > 1:
-            raise ValueError(f"choices has {completions_api.json_preview(choice)} {times} times; give each choice once")
+            raise ValueError(f"choices contains {completions_api.json_preview(choice)} {times} times; send each choice once")
         return self
 
     def pairs(self) -> tuple[list[str], list[str]]:
@@ -115,7 +116,7 @@ class ClassifyRequest(ApiModel):
 
 
 class ScoreUsage(ApiModel):
-    """Tokens the scorer read."""
+    """Number of tokens that the scorer read."""
 
     prompt_tokens: int
     total_tokens: int
@@ -144,7 +145,7 @@ class ScoreAnswer(ApiModel):
 
 
 class RankedDocument(ApiModel):
-    """One document, by its place in the request."""
+    """The score of one document; `index` is its position in the request."""
 
     index: int
     relevance_score: float
@@ -157,10 +158,10 @@ class RerankAnswer(ApiModel):
     id: str
     model: str
     results: list[RankedDocument]
-    """Best first; of equal scores the first given."""
+    """Best first; equal scores stay in the order of the request."""
     usage: ScoreUsage
     meta: dict[str, Any]
-    """For Cohere's client: the version of its API and what it bills, one search a request."""
+    """Fields that Cohere's client reads: the API version, and one billed search per request."""
 
 
 class Classification(ApiModel):
@@ -172,10 +173,10 @@ class Classification(ApiModel):
     """Unix time in seconds."""
     model: str
     choice: str
-    """The choice with the highest score; the first of equals."""
+    """The choice with the highest score; the first of equal scores."""
     index: int
     scores: list[float]
-    """One for each choice, in the order given."""
+    """One score per choice, in the order of the request."""
     usage: ScoreUsage
 
 
@@ -183,44 +184,49 @@ RequestT = TypeVar("RequestT", ScoreRequest, RerankRequest, ClassifyRequest)
 
 
 def parse_scoring_request(kind: type[RequestT], body: bytes, serving: ServingConfig) -> RequestT:
-    """Return the request in `body`. Raises `ApiError` (400) naming what is wrong, its pairs above the server's limits included."""
+    """Return the request in `body`. Raises `ApiError` (400) for an invalid body or for pairs above the server's limits."""
     request = completions_api.parse_request(kind, body, _UNSUPPORTED)
     instructions, responses = request.pairs()
     if (count := len(responses)) > (limit := serving.max_pairs):
-        raise ApiError(f"the request has {count} pairs to score, this server's limit is {limit} (serving.max_pairs)", code="invalid_value")
+        raise ApiError(
+            f"the request has {count} pairs to score, this server's limit is {limit} (serving.max_pairs); send fewer", code="invalid_value"
+        )
     if (chars := sum(map(len, instructions)) + sum(map(len, responses))) > (limit := serving.max_pairs_chars):
         raise ApiError(
-            f"the request's {count} pairs have {chars:,} characters, this server's limit is {limit:,} (serving.max_pairs_chars)",
+            f"the request's {count} pairs have {chars:,} characters, this server's limit is {limit:,} (serving.max_pairs_chars); "
+            "send less text",
             code="invalid_value",
         )
     return request
 
 
-def build_score_answer(request: ScoreRequest, scored: Scored, identity: str, created: int) -> ScoreAnswer:
-    """Return vLLM's answer."""
+def build_score_answer(request: ScoreRequest, scored: Scored, answer_id: str, created: int) -> ScoreAnswer:
+    """Return the answer in vLLM's format."""
     data = [PairScore(index=index, score=score) for index, score in enumerate(_finite_scores(scored))]
-    return ScoreAnswer(id=f"score-{identity}", created=created, model=request.model, data=data, usage=_usage(scored))
+    return ScoreAnswer(id=f"score-{answer_id}", created=created, model=request.model, data=data, usage=_usage(scored))
 
 
-def build_rerank_answer(request: RerankRequest, scored: Scored, identity: str, *, version: Literal[1, 2]) -> RerankAnswer:
-    """Return Jina's and vLLM's (`version` 1) or Cohere's (2) answer."""
+def build_rerank_answer(request: RerankRequest, scored: Scored, answer_id: str, *, version: Literal[1, 2]) -> RerankAnswer:
+    """Return the answer in the format of Jina and vLLM (`version` 1) or of Cohere (2)."""
     scores = _finite_scores(scored)
     best_first = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n or None]
-    shown = version == 1 if request.return_documents is None else request.return_documents
+    with_documents = version == 1 if request.return_documents is None else request.return_documents
     results = [
-        RankedDocument(index=index, relevance_score=scores[index], document=Document(text=request.documents[index]) if shown else None)
+        RankedDocument(
+            index=index, relevance_score=scores[index], document=Document(text=request.documents[index]) if with_documents else None
+        )
         for index in best_first
     ]
     meta = {"api_version": {"version": str(version)}, "billed_units": {"search_units": 1}}
-    return RerankAnswer(id=f"rerank-{identity}", model=request.model, results=results, usage=_usage(scored), meta=meta)
+    return RerankAnswer(id=f"rerank-{answer_id}", model=request.model, results=results, usage=_usage(scored), meta=meta)
 
 
-def build_classification(request: ClassifyRequest, scored: Scored, identity: str, created: int) -> Classification:
-    """Return the choice with the highest score, and all scores."""
+def build_classification(request: ClassifyRequest, scored: Scored, answer_id: str, created: int) -> Classification:
+    """Return the answer with the best choice and all scores."""
     scores = _finite_scores(scored)
-    index = max(range(len(scores)), key=lambda place: (scores[place], -place))
+    index = max(range(len(scores)), key=lambda position: (scores[position], -position))
     return Classification(
-        id=f"classify-{identity}",
+        id=f"classify-{answer_id}",
         created=created,
         model=request.model,
         choice=request.choices[index],
@@ -231,11 +237,11 @@ def build_classification(request: ClassifyRequest, scored: Scored, identity: str
 
 
 def _finite_scores(scored: Scored) -> Sequence[float]:
-    """Return the scores; JSON has no NaN, and a rank among them would be chance."""
+    """Return the scores. Raises `ApiError` (500) for one that is not finite, because JSON has no NaN and NaN has no rank."""
     scores = scored["scores"]
     bad = next((index for index, score in enumerate(scores) if not math.isfinite(score)), None)
     if bad is not None:
-        raise ApiError(f"the scorer gave no number for pair {bad}; its weights may be damaged", 500, code="scorer_failed")
+        raise ApiError(f"the scorer's score of pair {bad} is not a finite number; its weights may be damaged", 500, code="scorer_failed")
     return scores
 
 

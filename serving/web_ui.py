@@ -1,6 +1,6 @@
-"""The page people see at `/`: one file, read once, sent with headers that let it run its own script and nothing else. No Ray.
+"""The web page at `/`: one HTML file with headers that allow only its own script and style. Imports no Ray.
 
-What it shows it asks of the API under the key its user types in, so it needs none itself.
+The page needs no key. It sends API requests with the key that its user types in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FILE = Path(__file__).with_name("page.html")
 
 
 def build_page(serving: ServingConfig) -> HTMLResponse:
-    """Return the page with the server's number of candidates, and their limit, on its slider."""
+    """Return the page; its slider has the server's number of candidates and their limit."""
     html = _FILE.read_text(encoding="utf-8")
     for name in ("candidates", "max_candidates"):
         html = html.replace(f"{{{{{name}}}}}", str(getattr(serving, name)))
@@ -36,6 +36,6 @@ def build_page(serving: ServingConfig) -> HTMLResponse:
 
 
 def _csp_hash(tag: str, html: str) -> str:
-    """Return what a Content-Security-Policy calls the text of the page's one `tag`."""
+    """Return the Content-Security-Policy hash of the text in the page's only `tag` element."""
     (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

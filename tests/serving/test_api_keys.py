@@ -29,13 +29,13 @@ def ring(clock=None, **limits):
     return Keyring(entries, clock or Clock()), key, other
 
 
-def test_a_new_key_is_long_different_each_time_and_its_hash_is_sha_256():
+def test_create_key_returns_a_long_random_key_and_its_sha_256():
     keys = [create_key() for _ in range(50)]
     assert len({key for key, _ in keys}) == 50 and all(len(key) >= 43 for key, _ in keys)
     assert all(sha256 == hashlib.sha256(key.encode()).hexdigest() for key, sha256 in keys)
 
 
-def test_a_known_key_says_who_asks_in_either_header():
+def test_a_valid_key_identifies_its_caller_in_either_header():
     keyring, key, other = ring()
     assert (
         keyring.authenticate(f"Bearer {key}").name
@@ -49,7 +49,7 @@ def test_a_known_key_says_who_asks_in_either_header():
 @pytest.mark.parametrize(
     "authorization", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic {key}", "Bearer {key}x", "Bearer é", "{key}"]
 )
-def test_any_other_header_is_refused_and_the_key_is_not_told(authorization):
+def test_an_invalid_key_is_a_401_that_does_not_contain_the_key(authorization):
     keyring, key, _ = ring()
     with pytest.raises(ApiError) as caught:
         keyring.authenticate(authorization and authorization.format(key=key))
@@ -57,46 +57,46 @@ def test_any_other_header_is_refused_and_the_key_is_not_told(authorization):
     assert caught.value.headers == {"WWW-Authenticate": "Bearer"} and key not in str(caught.value.body)
 
 
-def test_without_keys_everyone_may_ask():
+def test_a_server_without_keys_has_no_rate_limit():
     caller = Keyring(()).authenticate(None)
     for _ in range(1000):
         caller.count_request()
         caller.count_candidates(1000)
 
 
-def test_a_minutes_allowance_refills_evenly_and_never_above_its_size():
+def test_a_token_bucket_refills_evenly_up_to_its_limit():
     clock = Clock()
-    allowance = TokenBucket(60, clock)
-    assert [allowance.take(30), allowance.take(30)] == [0, 0]
-    assert allowance.take(2) == pytest.approx(2)
+    bucket = TokenBucket(60, clock)
+    assert [bucket.take(30), bucket.take(30)] == [0, 0]
+    assert bucket.take(2) == pytest.approx(2)
     clock.now += 1
-    assert allowance.take(2) == pytest.approx(1) and allowance.take(1) == 0
+    assert bucket.take(2) == pytest.approx(1) and bucket.take(1) == 0
     clock.now += 3600
-    assert allowance.take(60) == 0 and allowance.take(1) > 0
-    assert allowance.take(61) == float("inf")
+    assert bucket.take(60) == 0 and bucket.take(1) > 0
+    assert bucket.take(61) == float("inf")
 
 
-def test_requests_and_candidates_above_a_keys_limits_are_told_when_to_come_back_and_others_go_on():
+def test_above_a_keys_limit_the_error_gives_the_wait_and_other_keys_are_unaffected():
     clock = Clock()
     keyring, key, other = ring(clock, requests_per_minute=2, candidates_per_minute=10)
     caller = keyring.authenticate(f"Bearer {key}")
     caller.count_request()
     keyring.authenticate(f"Bearer {key}").count_request()
-    with pytest.raises(ApiError, match="this key's requests for the minute are used up") as caught:
+    with pytest.raises(ApiError, match="this key's limit of 2 requests per minute is reached; retry in 30 s") as caught:
         caller.count_request()
     assert (caught.value.status, caught.value.code, caught.value.headers) == (429, "rate_limit_exceeded", {"Retry-After": "30"})
     keyring.authenticate(f"Bearer {other}").count_request()
     caller.count_candidates(8)
-    with pytest.raises(ApiError, match="candidates for the minute") as caught:
+    with pytest.raises(ApiError, match="this key's limit of 10 candidates per minute is reached") as caught:
         caller.count_candidates(8)
     assert caught.value.headers == {"Retry-After": "36"}
-    with pytest.raises(ApiError, match="11 candidates are more than this key may have in a minute; ask for fewer") as caught:
+    with pytest.raises(ApiError, match="11 candidates are above this key's limit of 10 per minute; request fewer") as caught:
         caller.count_candidates(11)
     assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "gpu-box"])
-def test_without_keys_a_server_stays_on_its_machine_unless_told(host):
+def test_a_server_without_keys_refuses_other_machines_unless_allowed(host):
     with pytest.raises(UsageError, match=f"serving.host={host} is reachable from other machines and serving.api_keys is empty"):
         _check_access(ServingConfig(host=host))
     _check_access(ServingConfig(host=host, allow_no_keys=True))
@@ -104,20 +104,20 @@ def test_without_keys_a_server_stays_on_its_machine_unless_told(host):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
-def test_on_its_own_machine_it_needs_none(host):
+def test_a_loopback_server_needs_no_keys(host):
     _check_access(ServingConfig(host=host))
 
 
-def test_the_command_line_makes_a_key_and_its_entry():
-    said = CliRunner().invoke(app, ["serve", "--new-key", "team a"]).stdout
-    key = re.search(r"cappy-\S+", said)[0]
-    serving = yaml.safe_load(said.split("for the config:")[1])["serving"]
+def test_the_command_line_creates_a_key_and_its_config_entry():
+    output = CliRunner().invoke(app, ["serve", "--new-key", "team a"]).stdout
+    key = re.search(r"cappy-\S+", output)[0]
+    serving = yaml.safe_load(output.split("for the config:")[1])["serving"]
     assert Keyring(ServingConfig(**serving).api_keys).authenticate(f"Bearer {key}").name == "team a"
-    told = json.loads(CliRunner().invoke(app, ["serve", "--new-key", "b", "--json"]).stdout)
-    assert told["sha256"] == hash_key(told["key"]) and told["name"] == "b"
+    entry = json.loads(CliRunner().invoke(app, ["serve", "--new-key", "b", "--json"]).stdout)
+    assert entry["sha256"] == hash_key(entry["key"]) and entry["name"] == "b"
 
 
-def test_the_llm_and_the_scorer_have_names_of_their_own():
+def test_the_llm_and_the_scorer_need_different_names():
     with pytest.raises(ValueError, match="model_name and scorer_name are both 'x'"):
         ServingConfig(model_name="x", scorer_name="x")
 
@@ -129,6 +129,6 @@ def test_the_llm_and_the_scorer_have_names_of_their_own():
         ([{"name": "a", "sha256": "0" * 64}, {"name": "a", "sha256": "1" * 64}], "the name 'a' twice"),
     ],
 )
-def test_a_key_in_place_of_its_hash_and_a_name_twice_are_refused(keys, message):
+def test_a_key_instead_of_its_hash_and_a_repeated_name_are_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         ServingConfig(api_keys=keys)

@@ -157,7 +157,7 @@ async def test_a_fitted_weight_blends_in_the_log_probability_where_the_server_is
         ),
         ("GET", "/v1/models/gpt-4", None, 404, "model_not_found", "use one of: cappy"),
         ("GET", "/v2/nothing", None, 404, "not_found", "POST /v1/chat/completions"),
-        ("GET", "/v1/chat/completions", None, 405, "method_not_allowed", "GET is not"),
+        ("GET", "/v1/chat/completions", None, 405, "method_not_allowed", "/v1/chat/completions does not support GET"),
     ],
 )
 async def test_errors_have_openais_shape(method, path, body, status, code, says):
@@ -781,4 +781,6 @@ async def test_the_session_header_may_have_another_name(monkeypatch):
     async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as http:
         answers = [await http.get("/v1/models", headers={name: "1"}) for name in ("x-my-session", "X-MY_SESSION", "x-mine")]
     assert [answer.status_code for answer in answers] == [400, 400, 200]
-    assert answers[0].json()["error"]["message"] == "the header x-my-session is not for clients; send the request without it"
+    assert (
+        answers[0].json()["error"]["message"] == "the header x-my-session is reserved for the server's proxy; send the request without it"
+    )

@@ -28,7 +28,7 @@ def scored(*scores):
         ({"queries": "a", "documents": ["b"]}, (["a"], ["b"])),
     ],
 )
-def test_one_text_goes_with_each_of_the_others_and_lists_pair_by_pair(body, pairs):
+def test_one_text_pairs_with_each_of_the_others_and_equal_lists_pair_by_position(body, pairs):
     assert parse(ScoreRequest, **body).pairs() == pairs
 
 
@@ -37,7 +37,7 @@ def test_cohere_documents_may_be_objects_with_a_text():
     assert request.pairs() == (["q", "q"], ["a", "b"])
 
 
-def test_documents_come_best_first_and_the_first_of_equals_first():
+def test_documents_are_ranked_best_first_and_equal_scores_keep_their_order():
     request = parse(RerankRequest, query="q", documents=["a", "b", "c"])
     answer = scoring_api.build_rerank_answer(request, scored(0.2, 0.9, 0.9), "1", version=1)
     assert [(each.index, each.relevance_score, each.document.text) for each in answer.results] == [
@@ -48,19 +48,21 @@ def test_documents_come_best_first_and_the_first_of_equals_first():
     assert answer.usage.total_tokens == 21
 
 
-@pytest.mark.parametrize(("version", "said", "shown"), [(1, None, True), (2, None, False), (1, False, False), (2, True, True)])
-def test_documents_are_returned_as_each_api_does_unless_told(version, said, shown):
-    request = parse(RerankRequest, query="q", documents=["a", "b"], return_documents=said, top_n=1)
+@pytest.mark.parametrize(
+    ("version", "return_documents", "expected"), [(1, None, True), (2, None, False), (1, False, False), (2, True, True)]
+)
+def test_return_documents_has_the_default_of_each_api(version, return_documents, expected):
+    request = parse(RerankRequest, query="q", documents=["a", "b"], return_documents=return_documents, top_n=1)
     (only,) = scoring_api.build_rerank_answer(request, scored(0, 1), "1", version=version).results
-    assert only.index == 1 and (only.document is not None) is shown
+    assert only.index == 1 and (only.document is not None) is expected
 
 
-def test_top_n_of_0_is_all_as_for_vllm():
+def test_top_n_0_returns_all_documents_as_in_vllm():
     request = parse(RerankRequest, query="q", documents=["a", "b"], top_n=0)
     assert len(scoring_api.build_rerank_answer(request, scored(0, 1), "1", version=1).results) == 2
 
 
-def test_the_choice_with_the_highest_score_is_chosen_and_the_first_of_equals():
+def test_classify_returns_the_first_choice_with_the_highest_score():
     request = parse(ClassifyRequest, instruction="is 3 odd?", choices=["no", "yes", "sure"])
     answer = scoring_api.build_classification(request, scored(0.1, 0.8, 0.8), "1", 5)
     assert (answer.choice, answer.index, answer.scores) == ("yes", 1, [0.1, 0.8, 0.8])
@@ -72,34 +74,38 @@ def test_the_choice_with_the_highest_score_is_chosen_and_the_first_of_equals():
         (
             ScoreRequest,
             {"text_1": ["a", "b"], "text_2": ["c"]},
-            "text_1 has 2 texts and text_2 1; give one text_1, or one for each of text_2",
+            "text_1 has 2 texts and text_2 has 1; send one text_1, or one for each text_2",
         ),
         (ScoreRequest, {"text_1": "a", "text_2": []}, "text_2=[]: List should have at least 1 item"),
         (ScoreRequest, {"text_1": "a"}, "text_2 is missing"),
         (ScoreRequest, {"text_1": "a", "text_2": [1]}, "text_2[0]=1: Input should be a valid string"),
-        (ScoreRequest, {"text_1": "a", "text_2": ["b"] * 11}, "the request has 11 pairs to score, this server's limit is 10"),
+        (
+            ScoreRequest,
+            {"text_1": "a", "text_2": ["b"] * 11},
+            "the request has 11 pairs to score, this server's limit is 10 (serving.max_pairs); send fewer",
+        ),
         (RerankRequest, {"query": "q" * 101, "documents": ["a"] * 10}, "the request's 10 pairs have 1,020 characters"),
         (ScoreRequest, {"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 9}, "truncate_prompt_tokens=9 is not supported yet"),
         (RerankRequest, {"query": "q", "documents": [{"image": "b"}]}, 'documents[0]={"image": "b"}: Input should be a valid string'),
         (RerankRequest, {"query": "q", "documents": "a"}, 'documents="a": Input should be a valid list'),
         (RerankRequest, {"query": "q", "documents": ["a"], "top_n": -1}, "top_n=-1"),
         (ClassifyRequest, {"instruction": "q", "choices": ["a"]}, 'choices=["a"]: List should have at least 2 items'),
-        (ClassifyRequest, {"instruction": "q", "choices": ["a", "b", "a"]}, 'choices has "a" 2 times; give each choice once'),
+        (ClassifyRequest, {"instruction": "q", "choices": ["a", "b", "a"]}, 'choices contains "a" 2 times; send each choice once'),
     ],
 )
-def test_bad_requests_are_named_with_the_way_out(kind, body, message):
+def test_an_invalid_request_gives_the_field_its_value_and_the_correction(kind, body, message):
     with pytest.raises(ApiError) as caught:
         parse(kind, **body)
     assert message in str(caught.value) and caught.value.status == 400
 
 
-def test_what_is_no_object_is_told_what_to_send():
+def test_a_body_that_is_not_an_object_gives_the_required_fields():
     with pytest.raises(ApiError, match="send an object with `model` and `query` and `documents`"):
         scoring_api.parse_scoring_request(RerankRequest, b"[]", ServingConfig())
 
 
-def test_a_scorer_that_gives_no_number_is_a_500_that_says_so():
+def test_a_score_that_is_not_finite_is_a_500_with_the_pair():
     request = parse(ClassifyRequest, instruction="q", choices=["a", "b"])
-    with pytest.raises(ApiError, match="no number for pair 1") as caught:
+    with pytest.raises(ApiError, match="score of pair 1 is not a finite number") as caught:
         scoring_api.build_classification(request, scored(0.1, float("nan")), "1", 5)
     assert caught.value.status == 500

@@ -100,7 +100,7 @@ def test_a_question_shows_the_candidates_best_first_with_their_scores_and_what_t
     assert [round(10 * bar.rect["width"] / bars[0].find_element(By.XPATH, "..").rect["width"]) for bar in bars] == [9, 4, 0, 0]
     assert text(driver, "#pool-shown") == "6, 4 of them different"
     facts = texts(driver, ".candidate > .soft")
-    assert "sampled 2 times" in facts[0] and "cut at the limit" in facts[2]
+    assert "sampled 2 times" in facts[0] and "cut at the token limit" in facts[2]
     assert [each.split()[0] for each in texts(driver, "#times li")] == ["sampling", "scoring", "rest"]
     assert texts(driver, "#tokens li") == ["4 prompt tokens", "12 tokens sampled", "2 tokens of the answer"]
     # What a model wrote is text: no element came of it, no script ran.
@@ -128,8 +128,8 @@ def test_the_sliders_and_the_model_are_what_is_asked_for(driver):
         driver.find_element(By.ID, "own").send_keys(Keys.SPACE)
         driver.find_element(By.ID, "temperature").send_keys(Keys.ARROW_RIGHT * 3)
         assert text(driver, "#temperature-shown") == "1.3"
-        driver.find_element(By.ID, "ask").click()
-        browser.wait(driver, "!document.querySelector('#ask').disabled")
+        driver.find_element(By.ID, "send").click()
+        browser.wait(driver, "!document.querySelector('#send').disabled")
     assert len(asked) > 1 and [name for each in asked for name, _ in each].count("request") == 1
     assert asked[-1] == [("request", 1.3)]
 
@@ -141,9 +141,9 @@ def test_an_error_is_shown_plainly_whether_it_comes_before_or_in_the_stream(driv
         browser.open_page(driver, url)
         browser.ask(driver, "What is the capital of France?")
         shows(driver, "#error", "the LLM <b>went</b> down")
-    assert text(driver, "#error-title") == ("The server gave up" if wait else "The server answered 503")
+    assert text(driver, "#error-title") == ("The server reported an error" if wait else "The server answered 503")
     assert re.fullmatch(r"unavailable · request [0-9a-f-]{32,36}", text(driver, "#error-detail"))
-    assert not driver.find_element(By.ID, "answer").is_displayed() and driver.find_element(By.ID, "ask").is_enabled()
+    assert not driver.find_element(By.ID, "answer").is_displayed() and driver.find_element(By.ID, "send").is_enabled()
 
 
 @in_a_browser
@@ -151,11 +151,11 @@ def test_escape_and_the_button_abort_and_the_sampling_with_it(driver):
     backend = Cities(wait=30)
     with gateway(backend, keep_alive_s=0.05) as url:
         browser.open_page(driver, url)
-        for abort in (lambda: driver.find_element(By.ID, "abort").click(), lambda: driver.switch_to.active_element.send_keys(Keys.ESCAPE)):
+        for abort in (lambda: driver.find_element(By.ID, "cancel").click(), lambda: driver.switch_to.active_element.send_keys(Keys.ESCAPE)):
             browser.ask(driver, "What is the capital of France?")
             shows(driver, "#status", "Sampling and scoring")
             abort()
-            shows(driver, "#status", "Aborted")
+            shows(driver, "#status", "Cancelled")
             assert not driver.find_element(By.ID, "error").is_displayed()
         deadline = time.monotonic() + 30
         while backend.cancelled < len(backend.asked) and time.monotonic() < deadline:
@@ -184,7 +184,7 @@ def test_below_the_floor_and_without_the_scorer_the_page_says_so(driver):
         browser.open_page(driver, url)
         browser.ask(driver, "What is the capital of France?")
         shows(driver, "#status", "Done in")
-    assert text(driver, "#text") == "Rome" and "declared fallback: first" in text(driver, "#note")
+    assert text(driver, "#text") == "Rome" and "fallback selected the answer: first" in text(driver, "#note")
     assert set(texts(driver, ".score")) == {"no score"} and texts(driver, ".winner .response") == ["Rome"]
 
 
@@ -242,10 +242,10 @@ def test_candidates_are_shown_as_they_arrive_where_the_server_tells_and_at_the_e
         if known:
             shows(driver, "#candidates", "Paris")
             assert texts(driver, ".response") == ["Rome", "Paris"] and texts(driver, ".score") == ["0.200", "no score"]
-            assert texts(driver, ".tag") == ["best so far", ""] and driver.find_element(By.ID, "abort").is_enabled()
+            assert texts(driver, ".tag") == ["best so far", ""] and driver.find_element(By.ID, "cancel").is_enabled()
             go.set()
         shows(driver, "#status", "Done in")
         assert texts(driver, ".response") == ["Paris", "Rome"] and texts(driver, ".tag") == ["winner", ""]
-        driver.find_element(By.ID, "ask").click()
-        browser.wait(driver, "!document.querySelector('#ask').disabled")
+        driver.find_element(By.ID, "send").click()
+        browser.wait(driver, "!document.querySelector('#send').disabled")
     assert [each["cappy"].get("progress") for each in bodies] == ([True, True] if known else [True, None, None])
