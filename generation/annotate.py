@@ -1,9 +1,9 @@
-"""`cappy annotate`: a published regression set with other labels, nothing sampled again.
+"""`cappy annotate`: compute the labels of a published regression set again, without sampling.
 
-Each shard is a Ray task: fetched whole, checked against the manifest's SHA-256, and written under the same name with the same
-rows and row groups; only the labels of `sampled` candidates are computed anew. The manifest is written last. A run that was
-interrupted writes every shard again, which costs no more than reading it; `_staging/run.json` keeps a run with another source
-or metric out of the same destination.
+Each shard is a Ray task: it downloads the shard, compares its SHA-256 with the manifest, and writes it under the same name
+with the same rows and row groups. Only the labels of `sampled` candidates change. The manifest is written last. After an
+interruption, the same command writes every shard again. `_staging/run.json` records the source and the metric, so that a run
+with another source or metric is refused. Loads no LLM.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -31,15 +31,26 @@ from generation.dataset import RegressionSet
 from generation.schema import DATASET
 
 _OWNED = artifacts.OwnedFiles("dataset", "annotate", dataset.WORKING_FILES, r"_staging/run\.json", dataset.RESULT_FILES)
-# Rows labelled at once; bounds a task's memory.
+# Rows labelled per call; limits the memory of a task.
 _BATCH_ROWS = 1024
 
 
-def run_annotate(config: Config, *, src: str, dst: str, overwrite: bool = False) -> dict[str, Any]:
-    """Publish the set at `src` again at `dst`, labelled by `config.generate.label`; return its summary.
+class AnnotatedShard(TypedDict):
+    """The result of one task."""
 
-    Raises `UsageError` when `dst` is `src`, lies in it or around it, holds a finished run or one begun otherwise, and
-    `CappyError` when `src` is not published or a shard of it is damaged.
+    name: str
+    """Path of the shard within the set."""
+    entry: dict[str, Any]
+    """Bytes, rows and SHA-256 of the shard, for the manifest."""
+    statistics: dict[str, Any]
+    """The result of `dataset.compute_statistics` for its rows."""
+
+
+def run_annotate(config: Config, *, src: str, dst: str, overwrite: bool = False) -> dict[str, Any]:
+    """Publish the set at `src` at `dst`, with labels by `config.generate.label`; return the summary of the new set.
+
+    Raises `UsageError` if `dst` equals, contains or is inside `src`, or if it has a finished run or a run with another
+    source or metric. Raises `CappyError` if `src` is not published or a file of it is damaged.
     """
     start = time.monotonic()
     source = RegressionSet(src, "SRC")
@@ -59,61 +70,62 @@ def run_annotate(config: Config, *, src: str, dst: str, overwrite: bool = False)
 
 
 def replace_labels(table: pa.Table, config: LabelConfig) -> pa.Table:
-    """Return rows of a set with the labels of their sampled candidates by `config`, all else as it was."""
+    """Return rows of a set with new labels of their sampled candidates, by `config`; all other values are unchanged."""
     table = table.combine_chunks()
     lists = table["candidates"].combine_chunks()
     candidates = lists.flatten()
     sampled = pc.equal(candidates.field("source"), "sampled").to_numpy(zero_copy_only=False)
-    # Of each instruction the sampled responses alone: `before` counts them up to each candidate.
-    before = np.concatenate([np.zeros(1, np.int32), sampled.cumsum(dtype=np.int32)])
-    at = lists.offsets.to_numpy() - lists.offsets[0].as_py()
-    responses = pa.ListArray.from_arrays(pa.array(before[at]), candidates.field("response").filter(pa.array(sampled)))
+    # `sampled_before[i]` is the number of sampled candidates before candidate i, the offset of its list without the others.
+    sampled_before = np.concatenate([np.zeros(1, np.int32), sampled.cumsum(dtype=np.int32)])
+    offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
+    responses = pa.ListArray.from_arrays(pa.array(sampled_before[offsets]), candidates.field("response").filter(pa.array(sampled)))
     new_labels = candidates.field("label").to_numpy().copy()
     new_labels[sampled] = labels.compute_labels(responses, table["references"].combine_chunks(), config)
     fields = {field.name: candidates.field(field.name) for field in candidates.type} | {"label": pa.array(new_labels)}
     struct = pa.StructArray.from_arrays(list(fields.values()), fields=list(candidates.type))
-    lists = pa.ListArray.from_arrays(pa.array(at, pa.int32()), struct, type=DATASET.field("candidates").type)
+    lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct, type=DATASET.field("candidates").type)
     return table.set_column(table.schema.get_field_index("candidates"), DATASET.field("candidates"), lists)
 
 
 def _refuse_nested(source: str, uri: str) -> None:
-    """Raise `UsageError` where writing (or withdrawing) `uri` would touch the source."""
-    one, other = (place if storage.is_s3(place) else str(Path(place).resolve()) for place in (source, uri))
+    """Raise `UsageError` if one folder contains the other, because a write or `--overwrite` would then change the source."""
+    one, other = (folder if storage.is_s3(folder) else str(Path(folder).resolve()) for folder in (source, uri))
     if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
-        raise UsageError(f"DST={uri} and SRC={source} are the same folder or one is in the other; give DST a folder of its own")
+        raise UsageError(f"DST={uri} and SRC={source} are the same folder or one is in the other; choose a separate folder for DST")
 
 
 def _claim_destination(uri: str, work: dict[str, Any]) -> None:
-    """Write down what the destination is being made from, or check that it is the same as before."""
-    place = storage.join(uri, "_staging", "run.json")
-    if storage.create_json(place, work):
+    """Record the source and the metric of the run, or check them against the record of an earlier attempt."""
+    record = storage.join(uri, "_staging", "run.json")
+    if storage.create_json(record, work):
         return
-    begun = {key: value for key, value in storage.read_json(place).items() if key != "writer"}
-    if begun != work:
+    started = {key: value for key, value in storage.read_json(record).items() if key != "writer"}
+    if started != work:
         raise UsageError(
-            f"DST={uri} was begun otherwise ({'; '.join(differences(begun, work))}); give the same source and metric to go on, "
-            f"choose another DST, or start afresh with --overwrite"
+            f"DST={uri} was started with another source or metric ({'; '.join(differences(started, work))}); "
+            f"use the same ones to resume, choose another DST, or start again with --overwrite"
         )
 
 
-def _write_shards(source: RegressionSet, uri: str, config: LabelConfig) -> list[dict[str, Any]]:
-    """Write every shard, each a Ray task; return per shard its name, size, hash and statistics, by name."""
+def _write_shards(source: RegressionSet, uri: str, config: LabelConfig) -> list[AnnotatedShard]:
+    """Write every shard in a separate Ray task; return the results, sorted by name."""
     import ray
 
     entries = {name: entry for name, entry in source.manifest["files"].items() if name.startswith("data/")}
     task = ray.remote(num_cpus=1)(_write_shard)
-    waiting = [task.remote(source.uri, uri, name, entry["sha256"], config) for name, entry in entries.items()]
+    pending = [task.remote(source.uri, uri, name, entry["sha256"], config) for name, entry in entries.items()]
     shards = []
     with Bar("labelling", sum(entry["rows"] for entry in entries.values()), "instructions") as bar:
-        while waiting:
-            (done, *_), waiting = ray.wait(waiting)
-            shard = ray.get(done)
+        while pending:
+            (ready, *_), pending = ray.wait(pending)
+            shard: AnnotatedShard = ray.get(ready)
             shards.append(shard)
             bar.advance(shard["entry"]["rows"], pairs=shard["statistics"]["pairs"])
-    return sorted(shards, key=lambda shard: str(shard["name"]))
+    return sorted(shards, key=lambda shard: shard["name"])
 
 
-def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelConfig) -> dict[str, Any]:
+def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelConfig) -> AnnotatedShard:
+    """Download a shard, verify it, write it with new labels."""
     statistics: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="cappy-relabel-") as folder:
         old, new = Path(folder, "old.parquet"), Path(folder, "new.parquet")
@@ -135,16 +147,17 @@ def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelCon
     return {"name": name, "entry": entry, "statistics": statistics}
 
 
-def _damaged(source: str, name: str, what: str) -> CappyError:
-    return CappyError(f"SRC={source}: {name} {what}; copy or generate the set again")
+def _damaged(source: str, name: str, problem: str) -> CappyError:
+    return CappyError(f"SRC={source}: {name} {problem}; copy or generate the set again")
 
 
 def _publish(
-    uri: str, source: RegressionSet, shards: list[dict[str, Any]], origin: dict[str, Any], label: LabelConfig, seconds: float
+    uri: str, source: RegressionSet, shards: list[AnnotatedShard], origin: dict[str, Any], label: LabelConfig, seconds: float
 ) -> dict[str, Any]:
+    """Write the files beside the shards, then the manifest; return the summary of the set."""
     manifest = source.manifest
     config = {**manifest["config"], "generate": {**manifest["config"]["generate"], "label": label.model_dump(mode="json")}}
-    plain = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    config_yaml = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
     kept = {}
     folder = folder_writer.FolderWriter(uri)
     for name in ("dead_letters.jsonl", "decontamination.json"):
@@ -156,7 +169,7 @@ def _publish(
     for shard in shards:
         total = dataset.add_statistics(total, shard["statistics"])
     summary = {**manifest["summary"], **total, "uri": uri, "seconds": round(seconds, 1)}
-    kept["config.yaml"] = folder.write_bytes("config.yaml", plain)
+    kept["config.yaml"] = folder.write_bytes("config.yaml", config_yaml)
     files = {shard["name"]: shard["entry"] for shard in shards} | kept
     made = {
         **{key: manifest[key] for key in ("kind", "version", "counts", "schema", "lineage")},

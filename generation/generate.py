@@ -1,15 +1,15 @@
-"""`cappy generate`: the Ray Data plan from a source to a published regression set.
+"""`cappy generate`: run the Ray Data plan from a source to a published regression set.
 
-The work is cut into units of `generate.unit_rows` instructions. Below `{dataset}/_staging` stand
+The work is cut into units of `generate.unit_rows` instructions. The folder `{dataset}/_staging` has these files:
 
-- `run.json`: the settings that decide the result; a run with others refuses to go on;
-- `prepared/{split}-{number}.parquet`: a unit before sampling, `prepared.json` once all are there;
-- `units/{split}-{number}.parquet`: a unit done, one object written at once, so that it is there whole or not at all.
+- `run.json`: the settings that determine the result; a run with other settings is refused;
+- `prepared/{split}-{number}.parquet`: a unit before sampling; `prepared.json` is written after the last of them;
+- `units/{split}-{number}.parquet`: a finished unit, written in one operation, so a partial file never exists.
 
-Finished units are never sampled again: started again after any interruption the run goes on where it was. At the end the
-units are merged into shards and the manifest is written, last; before that no reader accepts the folder. `_lease` keeps a
-second run away: a run that lost it stops before it deletes or publishes anything. On SIGTERM the units in flight end, and
-nothing else starts.
+Finished units are never sampled again: after any interruption the same command resumes the run. At the end the units are
+merged into shards, and the manifest is written last. Readers refuse a folder without a manifest. A lease (`_lease`) excludes
+a second run; a run that lost its lease stops before it deletes or publishes anything. After SIGTERM no unit starts, and the
+units in progress are finished.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 
@@ -34,22 +34,38 @@ from generation import dataset, dataset_card, engines, few_shot, labels, prometh
 from generation.prometheus import GenerateMetrics
 from generation.sampler import LoadLLM
 from generation.schema import DATASET, PREPARED, SPLITS
+from generation.shards import MergedShard
 from generation.sources import reader
 from generation.sources.row import DeadLetter
 
-# Rows after which the share of dead letters says something about the whole run.
+# Minimum number of rows before the share of dead letters is checked during sampling; fewer rows are too few to judge a run.
 _ERROR_RATE_ROWS = 200
-# Blocks a plan is cut into at most: Ray Data's books in the driver grow with them, not with the rows.
+# Maximum number of blocks of a plan: the state of Ray Data in the driver grows with the number of blocks.
 _BLOCKS = 1000
 _LEASE = "_lease"
 _OWNED = artifacts.OwnedFiles("dataset", "generate", dataset.WORKING_FILES, r"_staging/(units|letters)/.+", dataset.RESULT_FILES)
 
 
-def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> dict[str, Any]:
-    """Sample, label and publish the regression set; return its summary. `load` makes each sampling actor's LLM.
+class PreparedUnits(TypedDict):
+    """The counts of the prepared units; `_staging/prepared.json` has them as JSON."""
 
-    Raises `UsageError` when the destination holds a finished run or one begun with other settings, `CappyError` when too
-    many rows fail or another run is at work there, `Stopped` on SIGTERM.
+    units: dict[str, int]
+    """Number of units, by split."""
+    counts: dict[str, int]
+    """Number of instructions, by split."""
+    rows: int
+    """Number of instructions of all splits."""
+    dead_letters: int
+    """Number of rows of the source that cannot be used."""
+
+
+def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> dict[str, Any]:
+    """Sample, label and publish a regression set; return its summary.
+
+    `load` loads the LLM of each sampling actor.
+
+    Raises `UsageError` if the destination has a finished run or a run with
+    other settings. Raises `CappyError` if too many rows fail or another run holds the lease. Raises `Stopped` after SIGTERM.
     """
     start = time.monotonic()
     uri = storage.check_uri(config.dataset_uri, "dataset")
@@ -83,7 +99,7 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
 
 
 def result_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide the set's content, as a plain tree; the others (replicas, sizes) may change on resume."""
+    """Return the settings that determine the content of the set; other settings (replicas, sizes) may change on resume."""
     tree = config.model_dump(mode="json")
     sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
     engine = {key: tree["sampler"]["engine"][key] for key in config.sampler.engine.decides}
@@ -94,29 +110,31 @@ def result_settings(config: Config) -> dict[str, Any]:
 
 
 def _claim_destination(staging: str, config: Config) -> None:
-    """Write down what this destination is being made from, or check that it is the same as before."""
-    mine = result_settings(config)
-    place = storage.join(staging, "run.json")
-    if storage.create_json(place, {"fingerprint": fingerprint(mine), "settings": mine}):
+    """Record the settings of the run, or check them against the record of an earlier attempt."""
+    settings = result_settings(config)
+    record = storage.join(staging, "run.json")
+    if storage.create_json(record, {"fingerprint": fingerprint(settings), "settings": settings}):
         return
-    begun = storage.read_json(place)
-    if begun["fingerprint"] != fingerprint(mine):
-        if not storage.exists(storage.join(staging, "prepared.json")):  # e.g. its source could not be read: nothing is lost
-            storage.write_json(place, {"fingerprint": fingerprint(mine), "settings": mine})
+    started = storage.read_json(record)
+    if started["fingerprint"] != fingerprint(settings):
+        # Without prepared.json there is no work to lose: for example, the source of the earlier attempt could not be read.
+        if not storage.exists(storage.join(staging, "prepared.json")):
+            storage.write_json(record, {"fingerprint": fingerprint(settings), "settings": settings})
             return
-        changes = "; ".join(differences(begun["settings"], mine))
+        changes = "; ".join(differences(started["settings"], settings))
         raise UsageError(
-            f"dataset={staging.removesuffix('/_staging')} was begun with other settings ({changes}); "
-            f"set them back to go on, choose another dataset, or start afresh with --overwrite"
+            f"dataset={staging.removesuffix('/_staging')} was started with other settings ({changes}); "
+            f"use the same settings to resume, choose another dataset, or start again with --overwrite"
         )
 
 
-def _prepare(staging: str, config: Config, held: Lease) -> dict[str, Any]:
-    """Write the units before sampling, unless an earlier run did; return their counts."""
-    place = storage.join(staging, "prepared.json")
-    if storage.exists(place):
-        return dict(storage.read_json(place))
-    waiting: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+def _prepare(staging: str, config: Config, held: Lease) -> PreparedUnits:
+    """Write the prepared units, unless an earlier attempt wrote them; return their counts."""
+    record = storage.join(staging, "prepared.json")
+    if storage.exists(record):
+        found: PreparedUnits = storage.read_json(record)
+        return found
+    pending: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     numbers = dict.fromkeys(SPLITS, 0)
     counts = dict.fromkeys(SPLITS, 0)
     failed = 0
@@ -124,12 +142,12 @@ def _prepare(staging: str, config: Config, held: Lease) -> dict[str, Any]:
     def flush(split: str) -> None:
         held.check(look=False)
         units.write_unit(
-            units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(waiting[split], PREPARED)
+            units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(pending[split], PREPARED)
         )
         numbers[split] += 1
-        counts[split] += len(waiting[split])
-        bar.advance(len(waiting[split]), note=f"{failed} dead letters" if failed else "")
-        waiting[split].clear()
+        counts[split] += len(pending[split])
+        bar.advance(len(pending[split]), note=f"{failed} dead letters" if failed else "")
+        pending[split].clear()
 
     with _dead_letter_file() as letters, Bar(f"reading {describe_source(config)}", None, "instructions") as bar:
         evaluation = few_shot.load_contamination(config)
@@ -139,44 +157,42 @@ def _prepare(staging: str, config: Config, held: Lease) -> dict[str, Any]:
                 failed += 1
                 continue
             split, row = each
-            waiting[split].append(row)
-            if len(waiting[split]) == config.generate.unit_rows:
+            pending[split].append(row)
+            if len(pending[split]) == config.generate.unit_rows:
                 flush(split)
         for split in SPLITS:
-            if waiting[split]:
+            if pending[split]:
                 flush(split)
         letters.flush()
         held.check()
         storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
     _check_error_rate(failed, failed + sum(counts.values()), config)
     storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
-    result = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": failed}
+    result: PreparedUnits = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": failed}
     held.check()
-    storage.write_json(place, result)
+    storage.write_json(record, dict(result))
     return result
 
 
 def _dead_letter_file() -> Any:
-    """A local file for dead letters on their way to the destination: there may be too many to hold."""
+    """Open a local file that collects dead letters before the upload, because memory may not suffice for them."""
     return tempfile.NamedTemporaryFile("w+", prefix="cappy-dead-letters-", suffix=".jsonl", encoding="utf-8")
 
 
 def describe_source(config: Config) -> str:
-    """One phrase for where the instructions come from."""
+    """Return a phrase that names the source of the instructions, for progress lines."""
     source = config.source
     if source.kind == "mixture":
         return f"a mixture of {len(source.parts)} sources"
     return f"BIG-bench ({', '.join(source.tasks)})" if source.kind == "bigbench" else reader.part_name(source)
 
 
-def _unit_names(prepared: dict[str, Any]) -> list[str]:
+def _unit_names(prepared: PreparedUnits) -> list[str]:
     return [f"{split}-{number:06d}" for split in SPLITS for number in range(prepared["units"][split])]
 
 
-def _sample(
-    staging: str, prepared: dict[str, Any], config: Config, load: LoadLLM, held: Lease, progress: GenerateMetrics
-) -> dict[str, Any]:
-    """Run every unit that is not done yet through sampling and labelling; return the rates of what was sampled."""
+def _sample(staging: str, prepared: PreparedUnits, config: Config, load: LoadLLM, held: Lease, progress: GenerateMetrics) -> dict[str, Any]:
+    """Sample and label every unit that is not finished; return the rates of this attempt, empty if all were finished."""
     names = _unit_names(prepared)
     finished = {name.removesuffix(".parquet") for name in storage.list_files(storage.join(staging, "units"))}
     pending = [name for name in names if name not in finished]
@@ -184,7 +200,7 @@ def _sample(
     done = total - _count_rows(pending, prepared, config.generate.unit_rows)
     progress.start(total, done)
     if finished:
-        log(f"{len(finished)} of {len(names)} units are done already; going on")
+        log(f"{len(finished)} of {len(names)} units are finished already; resuming")
     if not pending:
         return {}
     import ray
@@ -193,12 +209,12 @@ def _sample(
     log(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
     ceiling = engines.cost_limit(config.sampler)
     spent = units.dollars_spent(staging, sorted(finished)) if ceiling is not None else 0.0
-    # Beside the driver: on a worker node it would be lost with it, and the run with the gate.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    gate = ray.remote(num_cpus=0, scheduling_strategy=here)(units.BudgetGate).remote(ceiling, spent)
+    # On the node of the driver: if the gate were on a worker node, the loss of that node would end the run.
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    gate = ray.remote(num_cpus=0, scheduling_strategy=driver_node)(units.BudgetGate).remote(ceiling, spent)
     failed = 0
-    closing = on_sigterm("finishing the units in flight; the same command goes on afterwards", gate.close.remote)
-    with closing as told, Bar("sampling", total, "instructions", done=done) as bar:
+    closing = on_sigterm("finishing the units in progress; run the same command again to resume", gate.close.remote)
+    with closing as stop_requested, Bar("sampling", total, "instructions", done=done) as bar:
         for result in build_plan(staging, pending, config, load, gate).iter_rows():
             held.check(look=False)
             failed += result["dead_letters"]
@@ -208,22 +224,22 @@ def _sample(
             bar.advance(result["rows"], note=note, candidates=result["candidates"], tokens=result["tokens"])
             if bar.done - done >= _ERROR_RATE_ROWS:
                 _check_error_rate(failed, bar.done - done, config)
-        state = f"{bar.done:,} of {total:,} instructions are done and saved"
-        if told.is_set():
-            raise Stopped(f"stopped on SIGTERM; {state}, the same command goes on")
+        state = f"{bar.done:,} of {total:,} instructions are finished and saved"
+        if stop_requested.is_set():
+            raise Stopped(f"stopped on SIGTERM; {state}; run the same command again to resume")
         if ray.get(gate.exhausted.remote()):
             raise CappyError(
-                f"sampler.engine.max_cost={ceiling:g}: the next unit of work could pass it, so none was begun (${spent:,.4f} spent); "
-                f"{state}, with a higher max_cost the same command goes on"
+                f"sampler.engine.max_cost={ceiling:g}: the next unit could exceed it, so no other unit was started (${spent:,.4f} spent); "
+                f"{state}; raise max_cost and run the same command again to resume"
             )
         return {f"{name}_per_second": rate for name, rate in bar.rates().items()}
 
 
 def build_plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate: Any) -> Any:
-    """Return the Ray Data plan: names of units in, a row a finished unit out (`units.COUNTS`)."""
+    """Return the Ray Data plan: one unit name per row in, the counts of each finished unit out (`units.COUNTS`)."""
     import ray.data
 
-    # Its own bars would stand beside ours; it sets its logger up on import, so this comes after.
+    # The progress bars of Ray Data would overlap with `Bar`. Ray Data sets its log level when it is imported, so set it after.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -239,16 +255,16 @@ def build_plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM
 
 
 def _check_error_rate(letters: int, rows: int, config: Config) -> None:
-    """Raise `CappyError` when more than `generate.max_error_rate` of `rows` rows went to the dead-letter file."""
+    """Raise `CappyError` if the share of dead letters exceeds `generate.max_error_rate`."""
     if rows and letters / rows > config.generate.max_error_rate:
         raise CappyError(
             f"{letters} of {rows} rows failed, above generate.max_error_rate={config.generate.max_error_rate}; "
-            f"the reasons stand below {config.dataset_uri}/_staging: mend the source or raise the rate"
+            f"the reasons are in {config.dataset_uri}/_staging; fix the source or raise the rate"
         )
 
 
-def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config, held: Lease) -> dict[str, Any]:
-    """Merge the finished units into shards, each a Ray task; return each shard's `entry`, `statistics` and `letters` by name."""
+def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, held: Lease) -> dict[str, MergedShard]:
+    """Merge the finished units into shards, each in a Ray task; return the results by path, sorted."""
     import ray
 
     held.check()
@@ -256,13 +272,13 @@ def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config, hel
     merge = ray.remote(num_cpus=1)(shards.write_shard)
     tasks: dict[Any, str] = {}
     for split in SPLITS:
-        # Named by what was prepared: a listing may lack one, and that must be noticed.
-        mine = {name: sizes.get(f"{name}.parquet", 0) for name in _unit_names(prepared) if name.startswith(f"{split}-")}
-        for number, names in enumerate(shards.group_by_size(mine, config.generate.shard_mib << 20)):
+        # The names come from the prepared units: a unit that is missing in the listing must be an error.
+        of_split = {name: sizes.get(f"{name}.parquet", 0) for name in _unit_names(prepared) if name.startswith(f"{split}-")}
+        for number, names in enumerate(shards.group_by_size(of_split, config.generate.shard_mib << 20)):
             name = shards.shard_path(split, number, held.run)
             target = storage.join(uri, name)
             tasks[merge.remote(names, staging, target, config.generate.row_group_rows, held.claim.check)] = name
-    merged: dict[str, Any] = {}
+    merged: dict[str, MergedShard] = {}
     pending = list(tasks)
     with Bar("merging units into shards", len(tasks), "shards") as bar:
         while pending:
@@ -272,16 +288,19 @@ def _merge(uri: str, staging: str, prepared: dict[str, Any], config: Config, hel
                 bar.advance()
     rows = sum(shard["entry"]["rows"] + shard["letters"] for shard in merged.values())
     if rows != prepared["rows"]:
-        raise CappyError(f"{uri}: {prepared['rows']} instructions were prepared, the units hold {rows}; generate it again with --overwrite")
-    sampled_badly = sum(shard["letters"] for shard in merged.values())
-    _check_error_rate(prepared["dead_letters"] + sampled_badly, prepared["dead_letters"] + prepared["rows"], config)
+        raise CappyError(f"{uri}: {prepared['rows']} instructions were prepared, but the units have {rows}; run again with --overwrite")
+    not_sampled = sum(shard["letters"] for shard in merged.values())
+    _check_error_rate(prepared["dead_letters"] + not_sampled, prepared["dead_letters"] + prepared["rows"], config)
     return dict(sorted(merged.items()))
 
 
 def _publish(
-    uri: str, staging: str, merged: dict[str, Any], rates: dict[str, Any], config: Config, stages: dict[str, float], held: Lease
+    uri: str, staging: str, merged: dict[str, MergedShard], rates: dict[str, Any], config: Config, stages: dict[str, float], held: Lease
 ) -> dict[str, Any]:
-    """Write what stands beside the shards, then the manifest; `stages`: seconds each took, start-up of Ray and the LLM included."""
+    """Write the files beside the shards, then the manifest; return the summary of the set.
+
+    `stages` has the seconds of each stage; they include the start of Ray and of the LLM.
+    """
     counts: dict[str, Any] = {}
     total: dict[str, Any] = {}
     for name, shard in merged.items():
@@ -290,7 +309,7 @@ def _publish(
         counts[split] = dataset.add_statistics(counts.get(split, {}), part)
         total = dataset.add_statistics(total, shard["statistics"])
     if not total.get("instructions"):
-        raise CappyError(f"{uri}: every row failed, nothing is published; the reasons stand below {staging}")
+        raise CappyError(f"{uri}: every row failed, so nothing is published; the reasons are in {staging}; fix the source or sampler.*")
     dead_letters = 0
     folder = folder_writer.FolderWriter(uri, held.check)
     with _dead_letter_file() as letters:
@@ -334,8 +353,8 @@ def _publish(
     return summary
 
 
-def _count_rows(units: Sequence[str], prepared: dict[str, Any], size: int) -> int:
-    """Instructions in some of the units: all hold `size` but the last of each split."""
+def _count_rows(units: Sequence[str], prepared: PreparedUnits, size: int) -> int:
+    """Return the number of instructions in `units`: each has `size`, except the last unit of each split."""
     last = {
         f"{split}-{number - 1:06d}": prepared["counts"][split] - (number - 1) * size
         for split, number in prepared["units"].items()

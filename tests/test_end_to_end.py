@@ -75,7 +75,7 @@ def kill_midway(command, units):
 def test_generate_killed_midway_publishes_nothing_and_the_same_command_completes_it(road):
     refused, again = road[2]["killed"]
     assert refused.returncode == 1 and "has no _MANIFEST.json: the run writing it did not finish" in refused.stderr
-    said = re.search(r"(\d+) of 8 units are done already; going on", again)
+    said = re.search(r"(\d+) of 8 units are finished already; resuming", again)
     assert said and 1 <= int(said[1]) < 8
     print(refused.stderr, again)
 

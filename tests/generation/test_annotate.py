@@ -149,7 +149,9 @@ def test_a_destination_begun_with_another_metric_is_refused(made, tmp_path):
     source = RegressionSet(made)
     origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
     storage.create_json(f"{tmp_path}/new/_staging/run.json", {"relabelled_from": origin, "metric": source.manifest["metric"]})
-    with pytest.raises(UsageError, match=r'begun otherwise \(metric.mode: "paper" -> null; metric.name: "rouge_l" -> "chrf"\)'):
+    with pytest.raises(
+        UsageError, match=r'was started with another source or metric \(metric.mode: "paper" -> null; metric.name: "rouge_l" -> "chrf"\)'
+    ):
         annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "new"))
 
 

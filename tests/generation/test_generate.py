@@ -207,7 +207,7 @@ def test_changed_settings_do_not_go_on_from_a_begun_run(rows, tmp_path):
     staging = f"{tmp_path}/set/_staging"
     generate._claim_destination(staging, config_for(rows, tmp_path / "set"))
     storage.write_json(f"{staging}/prepared.json", {})
-    with pytest.raises(UsageError, match=r"was begun with other settings \(seed: 20261121 -> 5\)"):
+    with pytest.raises(UsageError, match=r"was started with other settings \(seed: 20261121 -> 5\)"):
         generate.run_generate(config_for(rows, tmp_path / "set", "seed=5"), load=FixedLLM)
 
 

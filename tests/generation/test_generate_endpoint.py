@@ -35,7 +35,9 @@ def test_the_ceiling_stops_the_run_a_429_cools_it_down_and_a_higher_ceiling_comp
         return load(None, [*settings, decodings, "sampler.model=fox", "generate.unit_rows=4"])
 
     try:
-        with pytest.raises(CappyError, match=r"sampler.engine.max_cost=2: .* with a higher max_cost the same command goes on") as stopped:
+        with pytest.raises(
+            CappyError, match=r"sampler.engine.max_cost=2: .* raise max_cost and run the same command again to resume"
+        ) as stopped:
             generate.run_generate(config(2))
         spent, asked = server.billed[1] / 100, len(server.bodies)
         pauses = [later - sooner for sooner, later in zip(server.times, server.times[1:], strict=False)]
