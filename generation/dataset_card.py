@@ -1,6 +1,6 @@
-"""What stands beside a published set for people: its dataset card (README.md) and a picture of its labels.
+"""Write the dataset card (README.md) of a published set, and a plot of its labels (labels.svg).
 
-Both are functions of the manifest alone, so whoever has it can draw them again; nothing comes from the environment.
+Both depend only on the manifest, so they can be written again from it. Reads no environment variables and imports no Ray.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from cluster import folder_writer
 from generation.dataset import LABEL_BINS
 
 GIVEN = ("reference", "choice", "mismatched")
-"""Sources whose label is given (1 or 0), not computed."""
+"""Sources with a fixed label, 1 or 0."""
 
 _MAX_DATASETS = 100
 _COLUMNS = {
     "id": "32 hex digits, a hash of dataset, template, instruction and references",
-    "dataset": "the task or data set the row is from",
+    "dataset": "the task or dataset of the row",
     "template": "the prompt template or subtask, or null",
-    "instruction": "what the LLM was asked, as the source wrote it, without shots",
+    "instruction": "the instruction as the source has it, without shots",
     "references": "every correct response",
     "answer_choices": "all choices of a classification row (such rows are not sampled), or null",
     "candidates": "a list of `response`, `label`, `source`, `model`, `decoding`, `tokens`, `finish_reason`, `logprob`",
-    "response": "the text, outer white space stripped",
-    "label": "in [0, 1]: 1 for a reference, 0 for a wrong choice or mismatched reference, else the metric",
+    "response": "the text, without outer white space",
+    "label": "in [0, 1]: 1 for a reference, 0 for a wrong choice or a mismatched reference, else the value of the metric",
     "source": "`reference`, `choice`, `mismatched` or `sampled`",
-    "model": "the LLM that sampled it; null like all below unless `source` is `sampled`",
+    "model": "the LLM of a sampled response; this field and the fields below are null unless `source` is `sampled`",
     "decoding": "name of the decoding",
-    "tokens": "tokens sampled",
-    "logprob": "sum of the tokens' natural log-probabilities at temperature 1",
+    "tokens": "number of sampled tokens",
+    "logprob": "sum of the log-probabilities of the tokens, in nats, at temperature 1",
 }
 _SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"), (10**8, "10M<n<100M")]
 
 
 def write_card(uri: str, manifest: dict[str, Any], check: Callable[[], None] | None = None) -> dict[str, Any]:
-    """Write `README.md` and `labels.svg` beside a set; return its manifest, not yet published, with both among its files.
+    """Write `README.md` and `labels.svg` of a set; return its manifest with both among its files. The caller publishes it.
 
-    `check` is called before each write, see `cluster.folder_writer.FolderWriter`.
+    `check` is called before each write; see `cluster.folder_writer.FolderWriter`.
     """
     folder = folder_writer.FolderWriter(uri, check)
     made = {
@@ -51,9 +51,10 @@ def write_card(uri: str, manifest: dict[str, Any], check: Callable[[], None] | N
 
 
 def plot_labels(labels: Mapping[str, Sequence[int]], form: str = "svg") -> bytes:
-    """Return a picture (`svg` or `png`) of the label counts by source, `LABEL_BINS` bins of [0, 1] each.
+    """Plot the label counts of each source and return the image.
 
-    Samples, whose label is computed, stand apart from the given responses, which all have 0 or 1.
+    `labels` has `LABEL_BINS` counts per source, `form` is `svg` or `png`. The left plot is a histogram of the samples, whose
+    label is computed. The right plot has the totals of the sources with a fixed label.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -82,14 +83,14 @@ def plot_labels(labels: Mapping[str, Sequence[int]], form: str = "svg") -> bytes
     for axes in (samples, given):
         axes.spines[["top", "right"]].set_visible(False)
     sink = io.BytesIO()
-    # Without a salt and a date the picture, and so its SHA-256, is the same for the same counts.
+    # A fixed salt and no date: equal counts give equal bytes, and so an equal SHA-256.
     with matplotlib.rc_context({"svg.hashsalt": "cappy-ray"}):
         figure.savefig(sink, format=form, metadata={"Date": None} if form == "svg" else None)
     return sink.getvalue()
 
 
 def render_card(manifest: Mapping[str, Any]) -> str:
-    """Return the dataset card of a set, or of a table of pairs, as Markdown with the YAML header the Hugging Face hub reads."""
+    """Return the dataset card of a set, or of a table of pairs: Markdown with the YAML header of the Hugging Face hub."""
     summary, config, metric = manifest["summary"], manifest["config"], manifest["metric"]
     pairs = manifest["kind"] == "pairs"
     sampler = config["sampler"]
@@ -99,7 +100,7 @@ def render_card(manifest: Mapping[str, Any]) -> str:
     header = {
         "license": license_,
         "task_categories": ["text-generation", "text-ranking"],
-        "size_categories": [next((name for most, name in _SIZES if rows < most), "100M<n<1B" if rows < 10**9 else "n>1B")],
+        "size_categories": [next((name for limit, name in _SIZES if rows < limit), "100M<n<1B" if rows < 10**9 else "n>1B")],
         "tags": ["cappy-ray", "regression", metric["name"].replace("_", "-")],
         "configs": [
             {
@@ -116,7 +117,7 @@ def render_card(manifest: Mapping[str, Any]) -> str:
     sources = _markdown_table(("source", "pairs"), [(name, f"{count:,}") for name, count in summary["sources"].items()])
     by_dataset = _markdown_table(("dataset", "instructions"), [(name, f"{count:,}") for name, count in datasets[:_MAX_DATASETS]])
     if len(datasets) > _MAX_DATASETS:
-        by_dataset += f"\n\nand {len(datasets) - _MAX_DATASETS:,} more; `_MANIFEST.json` has all."
+        by_dataset += f"\n\nand {len(datasets) - _MAX_DATASETS:,} more; `_MANIFEST.json` lists all."
     decodings = _markdown_table(
         ("decoding", "n", "settings"),
         [
@@ -129,7 +130,7 @@ def render_card(manifest: Mapping[str, Any]) -> str:
         ],
     )
     columns = _markdown_table(
-        ("column", "type", "what it is"), [(name, kind, _COLUMNS.get(name, "")) for name, kind in _column_types(manifest["schema"])]
+        ("column", "type", "description"), [(name, kind, _COLUMNS.get(name, "")) for name, kind in _column_types(manifest["schema"])]
     )
     size = f"{summary['instructions']:,} instructions, {summary['pairs']:,} pairs, {summary['tokens']:,} sampled tokens"
     return f"""---
@@ -138,9 +139,9 @@ def render_card(manifest: Mapping[str, Any]) -> str:
 
 # {"Pairs of a" if pairs else "A"} Cappy regression set
 
-Instructions with responses of known quality, to fit a scorer on (Cappy, arXiv 2311.06720): correct ones (label 1), wrong ones
-(label 0) and responses sampled from an LLM, labelled by their {_metric_name(metric)} against the references.
-{"One row a pair" if pairs else "One row an instruction with its candidates as a list"}: {size}.
+Instructions with labelled responses, to train a scorer (Cappy, arXiv 2311.06720). Correct responses have label 1 and wrong
+responses have label 0. The label of a response sampled from an LLM is its {_metric_name(metric)} against the references.
+{"One row per pair" if pairs else "One row per instruction, with its candidates as a list"}: {size}.
 
 {counts}
 
@@ -150,7 +151,7 @@ Instructions with responses of known quality, to fit a scorer on (Cappy, arXiv 2
 
 ## Load it
 
-A copy elsewhere opens by its own path. Of s3:// paths `datasets` and pandas need `s3fs`; or `cappy pull` the set first.
+Use the path of your copy. For s3:// paths, `datasets` and pandas need `s3fs`; or download the set with `cappy pull`.
 
 {_loading_section(summary["uri"], next(iter(manifest["counts"])), pairs)}
 
@@ -158,15 +159,15 @@ A copy elsewhere opens by its own path. Of s3:// paths `datasets` and pandas nee
 
 {columns}
 
-`dead_letters.jsonl` of a set has the rows that were left out, each with its reason. `_MANIFEST.json` names every file with its
-SHA-256; `cappy inspect` checks them.
+`dead_letters.jsonl` of a set has the rows that were left out, each with the reason. `_MANIFEST.json` lists every file with its
+SHA-256; `cappy inspect` verifies them.
 
 ## How it was made
 
-- by `{manifest["command"]}`, code {manifest["code_version"]}, {manifest["created"]}; `config.yaml` holds every setting
+- by `{manifest["command"]}`, code {manifest["code_version"]}, {manifest["created"]}; `config.yaml` has every setting
 - instructions: {_describe_sources(config["source"])}
 - LLM: `{sampler["model"]}`
-- prompt: {prompt["form"]} form, {prompt["shots"]} shots{", with a system text" if prompt["system"] else ""}
+- prompt: {prompt["form"]} form, {prompt["shots"]} shots{", with a system message" if prompt["system"] else ""}
 - labels: {_metric_name(metric)} ({metric["mode"]} mode, version {metric["version"]})
 - seed: {config["seed"]}
 {_made_from_line(manifest)}
@@ -192,7 +193,7 @@ def _escape_cell(text: str) -> str:
 
 
 def _is_worth_listing(key: str, value: Any) -> bool:
-    """Whether a decoding's setting says something beside its name and n."""
+    """Return whether the card lists a setting of a decoding: temperature always, other settings unless they are off."""
     if key == "temperature":
         return True
     return key not in ("name", "n") and value not in (None, [], 0) and not (key in ("top_p", "beams") and value == 1)
@@ -203,7 +204,7 @@ def _format_setting(value: Any) -> str:
 
 
 def _column_types(schema: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Columns and their Arrow types, without the inside of nested ones."""
+    """Return the columns with their types; the fields of structs are left out."""
     plain = {"list<item: string>": "list of strings"}
     return [(name, "list of structs" if "struct<" in kind else plain.get(kind, kind)) for name, kind in schema.items()]
 
@@ -213,26 +214,26 @@ def _metric_name(metric: Mapping[str, Any]) -> str:
 
 
 def _loading_section(uri: str, split: str, pairs: bool) -> str:
-    part = f"{uri}/data/{split}/part-*.parquet"
-    ours = (
+    files = f"{uri}/data/{split}/part-*.parquet"
+    regression_set = (
         ""
         if pairs
         else f"""```python
-from generation.dataset import RegressionSet     # Cappy on Ray; streams, checks the pages' checksums
+from generation.dataset import RegressionSet     # Cappy on Ray; streams and verifies page checksums
 for batch in RegressionSet("{uri}").pairs("{split}"):
     batch.instructions, batch.responses, batch.labels
 ```
 
 """
     )
-    return f"""{ours}```python
+    return f"""{regression_set}```python
 import datasets
-datasets.load_dataset("parquet", data_files={{"{split}": "{part}"}})
+datasets.load_dataset("parquet", data_files={{"{split}": "{files}"}})
 ```
 
 ```sql
 -- DuckDB
-select dataset, count(*) from '{part}' group by 1;
+select dataset, count(*) from '{files}' group by 1;
 ```
 
 ```python
@@ -242,17 +243,17 @@ pandas.read_parquet("{uri}/data/{split}")
 
 
 def _describe_sources(source: Mapping[str, Any]) -> str:
-    """The sources of a config as one line: kinds with their paths or tasks, also those within a mixture."""
+    """Describe the sources of a config in one line: the kind of each with its texts and lists, also within a mixture."""
     found = []
     for each in _find_sources(source):
-        told = {key: value for key, value in each.items() if key != "kind" and isinstance(value, str | list) and value}
-        what = "; ".join(f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in told.items())
-        found.append(f"{each['kind']} ({what})" if what else str(each["kind"]))
+        shown = {key: value for key, value in each.items() if key != "kind" and isinstance(value, str | list) and value}
+        settings = "; ".join(f"{key} {', '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in shown.items())
+        found.append(f"{each['kind']} ({settings})" if settings else str(each["kind"]))
     return "; ".join(found)
 
 
 def _find_sources(tree: Any) -> list[Mapping[str, Any]]:
-    """The innermost mappings of a tree that have a `kind`."""
+    """Return the innermost mappings of a tree that have a `kind`."""
     if isinstance(tree, list):
         return [leaf for each in tree for leaf in _find_sources(each)]
     if not isinstance(tree, Mapping):
@@ -267,10 +268,10 @@ def _made_from_line(manifest: Mapping[str, Any]) -> str:
 
 def _licence_text(license_: str) -> str:
     if license_ != "unknown":
-        return f"{license_}, as its maker set it (`generate.license`)."
+        return f"{license_}, as set by `generate.license`."
     return (
-        "Unknown: the instructions and references keep the licences of the data sets they are from, and the LLM's terms may bind what\n"
-        "was sampled from it. Look both up before you pass the set on; `generate.license` states what you found."
+        "Unknown: the instructions and references keep the licences of their datasets, and the terms of the LLM can apply to its\n"
+        "responses. Check both before you publish the set, and set `generate.license` to the result."
     )
 
 
@@ -278,8 +279,8 @@ def _canary_section(source: Mapping[str, Any]) -> str:
     if not any(leaf["kind"] == "bigbench" for leaf in _find_sources(source)):
         return ""
     return """
-## BIG-bench's canary
+## BIG-bench canary
 
-Rows of this set are from BIG-bench, whose texts carry a canary: they must never appear in a pretraining corpus. Evaluate on them,
-adapt to a task with its train rows, never pretrain on them.
+Rows of this set are from BIG-bench, whose texts have a canary string: they must never be part of a pretraining corpus. Use them
+to evaluate, or to adapt to a task with its train rows. Never pretrain on them.
 """

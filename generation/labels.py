@@ -1,13 +1,15 @@
-"""Labels of responses against references, and the assembly of an instruction's candidates. Pure: no Ray, no files.
+"""Compute labels of responses against references, and assemble the candidates of instructions.
 
-A metric takes two Arrow columns (`TEXTS`), the responses and the references of each instruction, and returns for every
-response its best value over the references of its instruction, in [0, 1]; without words or characters to compare, 0.
+Pure: imports no Ray and reads no files. A metric takes two Arrow columns (`TEXTS`): the responses and the references of each
+instruction. It returns the label of every response, in [0, 1]: its best value over the references of its instruction. A
+response without words (or characters) has label 0.
 
-- `rouge_l` is `rouge_score`'s, stemmed, to the last bit in `paper` mode (the tests and `benchmarks/` compare them): the
-  F-measure over the longest common subsequence of words. `generation.word_tokenizer` says what a word is, in both modes.
-- `token_f1` is SQuAD's: the F-measure over the words in common in any order; not stemmed, articles count.
-- `chrf` is sacrebleu's chrF2: the F-measure over character 1- to 6-grams, recall weighing twice as much; case counts.
-- `exact_match` is 1 where the texts are equal but for white space and case.
+- `rouge_l`: the F-measure of the longest common subsequence of stemmed words. In `paper` mode it equals `rouge_score` bit
+  for bit; the tests and `benchmarks/` compare them. `generation.word_tokenizer` defines the words of both modes.
+- `token_f1`: the F-measure of the common words in any order, as in SQuAD, but without removing articles; not stemmed.
+- `chrf`: chrF2 of sacrebleu, the F-measure of character 1-grams to 6-grams. Recall has twice the weight of precision, and
+  case matters.
+- `exact_match`: 1 if the response equals a reference, ignoring white space and case.
 """
 
 from __future__ import annotations
@@ -27,18 +29,19 @@ from generation.dataset import LABEL_BINS
 from generation.word_tokenizer import Mode, compiled, vocabulary
 
 TEXTS = pa.list_(pa.string())
-"""Type of the columns a metric takes: the texts of each instruction, nowhere null."""
+"""Type of the columns of a metric: a list of texts per instruction, without nulls."""
 
-# Bytes of text labelled at once: enough that calls into compiled code cost little, few enough for the caches.
+# Bytes of text per call of the compiled code: large enough to amortize a call, small enough for the CPU caches.
 _BLOCK = 1 << 18
 _CHRF_ORDER = 6
 _CHRF_BETA = 2
 
 
 def rouge_l(response: str, references: Sequence[str], mode: Mode = "paper") -> float:
-    """Return the best Rouge-L F-measure of one response over its references; for many, `rouge_l_batch` is far faster.
+    """Return the best Rouge-L F-measure of one response over its references, in [0, 1].
 
-    In `paper` mode texts without a Latin letter or digit have no words and score 0, as in `rouge_score`.
+    Use `rouge_l_batch` for many responses; it is much faster. In `paper` mode a text without an ASCII letter or digit has no
+    words and scores 0, as in `rouge_score`.
     """
     return float(rouge_l_batch(pa.array([[response]], TEXTS), pa.array([references], TEXTS), mode)[0])
 
@@ -49,36 +52,38 @@ def rouge_l_batch(responses: pa.ListArray, references: pa.ListArray, mode: Mode 
 
 
 def token_f1(responses: pa.ListArray, references: pa.ListArray, mode: Mode = "paper") -> np.ndarray:
-    """Return the F-measure of every response over the words it shares with a reference (float64), in order."""
+    """Return the token F1 of every response (float64), in order: the F-measure of the words it shares with a reference."""
     return _word_f_measures(responses, references, mode, ordered=False)
 
 
 def chrf(responses: pa.ListArray, references: pa.ListArray) -> np.ndarray:
     """Return the chrF2 of every response (float64), in order."""
     values = []
-    for said, right in zip(responses.to_pylist(), references.to_pylist(), strict=True):
-        targets = [_ngrams(text) for text in right]
-        values += [max((_chrf_score(_ngrams(text), target) for target in targets), default=0.0) for text in said]
+    for texts, correct in zip(responses.to_pylist(), references.to_pylist(), strict=True):
+        targets = [_ngrams(text) for text in correct]
+        values += [max((_chrf_score(_ngrams(text), target) for target in targets), default=0.0) for text in texts]
     return np.array(values, np.float64)
 
 
 def exact_match(responses: pa.ListArray, references: pa.ListArray) -> np.ndarray:
-    """Return 1.0 for every response that equals a reference but for white space and case, else 0.0, in order."""
+    """Return 1.0 for every response that equals a reference, ignoring white space and case, else 0.0, in order."""
     values = []
-    for said, right in zip(responses.to_pylist(), references.to_pylist(), strict=True):
-        known = {_normalize(text) for text in right} - {""}
-        values += [_normalize(text) in known for text in said]
+    for texts, correct in zip(responses.to_pylist(), references.to_pylist(), strict=True):
+        accepted = {_normalize(text) for text in correct} - {""}
+        values += [_normalize(text) in accepted for text in texts]
     return np.array(values, np.float64)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A way to label. `version` is raised whenever a label may come out different."""
+    """A label metric."""
 
     labels: Callable[..., np.ndarray]
+    """Takes responses and references (and the mode if `by_words`), returns the labels."""
     version: int
+    """Increased by each change that can change a label."""
     by_words: bool
-    """Whether it compares words, so that it has modes."""
+    """Whether the metric compares words; only then it has a mode."""
 
 
 METRICS = {
@@ -90,33 +95,33 @@ METRICS = {
 
 
 def describe_metric(config: LabelConfig) -> dict[str, Any]:
-    """What the labels of a set are, for its manifest; `mode` is null where the metric has none."""
+    """Return the name, mode and version of the metric of a config, for the manifest; `mode` is None for a metric without one."""
     metric = METRICS[config.metric]
     return {"name": config.metric, "mode": config.mode if metric.by_words else None, "version": metric.version}
 
 
 def compute_labels(responses: pa.ListArray, references: pa.ListArray, config: LabelConfig) -> np.ndarray:
-    """Return the label of every response (float64, in [0, 1]), in order, by the metric a config names."""
+    """Return the label of every response (float64, in [0, 1]), in order, with the metric of a config."""
     metric = METRICS[config.metric]
     return metric.labels(responses, references, config.mode) if metric.by_words else metric.labels(responses, references)
 
 
 def warm_up(config: LabelConfig) -> None:
-    """Load the code a metric is compiled to, which takes a second, before its first labels are wanted."""
+    """Compile the metric of a config, or load its compiled code, before the first labels are computed."""
     text = pa.array([["a"]], TEXTS)
     compute_labels(text, text, config)
 
 
 def assemble_candidates(rows: Sequence[Mapping[str, Any]], config: LabelConfig, model: str) -> list[list[dict[str, Any]]]:
-    """Return the labelled candidates of each instruction (paper, section 3.1), ordered: references, wrong ones, samples.
+    """Return the labelled candidates of each instruction (paper, section 3.1), in this order:
 
-    - references: 1.0;
-    - for a classification row, each answer choice that is no reference: 0.0 (`choice`);
-    - references of other instructions, `row["mismatched"]`, unless they are also right here: 0.0 (`mismatched`);
-    - each response of `row["sampled"]`, whose fields (`sampler.SAMPLED`) it keeps: its label by `config`.
+    - `reference`: each reference, label 1;
+    - `choice`: each answer choice of a classification row that is not a reference, label 0;
+    - `mismatched`: each text of `row["mismatched"]` (references of other instructions) that is not a reference here, label 0;
+    - `sampled`: each candidate of `row["sampled"]` with its fields (`sampler.SAMPLED`), labelled by the metric of `config`.
 
-    `row` has `references`, `mismatched` and `answer_choices` (lists of strings; the last may be None). Outer white space
-    is stripped, here and from samples by the engine, so that it cannot tell a reference from a sample.
+    A row has `references`, `mismatched` and `answer_choices` (lists of strings; `answer_choices` may be None). This function
+    strips outer white space, and so does the engine for samples. A scorer then cannot recognize a reference by its white space.
     """
     sampled = pa.array([[candidate["response"] for candidate in row["sampled"]] for row in rows], TEXTS)
     values = iter(compute_labels(sampled, pa.array([row["references"] for row in rows], TEXTS), config).tolist())
@@ -129,53 +134,54 @@ def assemble_candidates(rows: Sequence[Mapping[str, Any]], config: LabelConfig, 
     ]
 
 
-def limit_per_bin(candidates: Sequence[dict[str, Any]], most: int, seed: int, row_id: str) -> list[dict[str, Any]]:
-    """Return an instruction's candidates, in order, with at most `most` different samples in each of `LABEL_BINS` bins of the label.
+def limit_per_bin(candidates: Sequence[dict[str, Any]], limit: int, seed: int, row_id: str) -> list[dict[str, Any]]:
+    """Return the candidates of an instruction with at most `limit` distinct samples per label bin, in their order.
 
-    Which of a bin's samples stay is a function of (seed, row id); of samples alike the first stays. References, choices and
-    mismatched ones all do. Raises `KeyError` for candidates without a label.
+    There are `LABEL_BINS` bins. The choice of samples within a bin depends only on the seed and the row id. Of duplicate
+    samples, the first is kept. All other candidates are kept. Raises `KeyError` for candidates without a label.
     """
     bins: dict[int, dict[str, int]] = {}
-    for place, each in enumerate(candidates):
+    for index, each in enumerate(candidates):
         if each["source"] == "sampled":
-            bins.setdefault(min(int(each["label"] * LABEL_BINS), LABEL_BINS - 1), {}).setdefault(each["response"], place)
+            bins.setdefault(min(int(each["label"] * LABEL_BINS), LABEL_BINS - 1), {}).setdefault(each["response"], index)
     kept = {
-        place
-        for places in bins.values()
-        for _, place in sorted(places.items(), key=lambda found: fingerprint(seed, row_id, found[0]))[:most]
+        index
+        for indexes in bins.values()
+        for _, index in sorted(indexes.items(), key=lambda item: fingerprint(seed, row_id, item[0]))[:limit]
     }
-    return [each for place, each in enumerate(candidates) if each["source"] != "sampled" or place in kept]
+    return [each for index, each in enumerate(candidates) if each["source"] != "sampled" or index in kept]
 
 
 def _unsampled_candidates(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The candidates of an instruction that nobody sampled: they have no decoding, tokens or log-probability."""
-    right = {_normalize(text) for text in row["references"]}
+    """Return the candidates of an instruction that were not sampled; their decoding, tokens and log-probability are None."""
+    correct = {_normalize(text) for text in row["references"]}
     texts = {
         "reference": (1.0, row["references"]),
-        "choice": (0.0, [text for text in row["answer_choices"] or () if _normalize(text) not in right]),
-        "mismatched": (0.0, [text for text in row["mismatched"] if _normalize(text) not in right]),
+        "choice": (0.0, [text for text in row["answer_choices"] or () if _normalize(text) not in correct]),
+        "mismatched": (0.0, [text for text in row["mismatched"] if _normalize(text) not in correct]),
     }
     unknown = dict.fromkeys(("model", "decoding", "tokens", "finish_reason", "logprob"))
     return [
         {"response": text, "label": label, "source": source, **unknown}
-        for source, (label, given) in texts.items()
-        for text in dict.fromkeys(text.strip() for text in given)
+        for source, (label, responses) in texts.items()
+        for text in dict.fromkeys(text.strip() for text in responses)
     ]
 
 
 def _normalize(text: str) -> str:
+    """Collapse white space and fold case."""
     return " ".join(text.split()).casefold()
 
 
 def _ngrams(text: str) -> list[Counter[str]]:
-    """The counts of a text's character n-grams without white space, from 1 to `_CHRF_ORDER`."""
-    letters = "".join(text.split())
-    return [Counter(letters[at : at + n] for at in range(len(letters) - n + 1)) for n in range(1, _CHRF_ORDER + 1)]
+    """Return the counts of the character n-grams of a text without its white space, for n from 1 to `_CHRF_ORDER`."""
+    characters = "".join(text.split())
+    return [Counter(characters[start : start + n] for start in range(len(characters) - n + 1)) for n in range(1, _CHRF_ORDER + 1)]
 
 
-def _chrf_score(said: Sequence[Counter[str]], right: Sequence[Counter[str]]) -> float:
-    """The F-measure of precision and recall averaged over the orders both texts have n-grams of."""
-    both = [(one, other) for one, other in zip(said, right, strict=True) if one and other]
+def _chrf_score(response: Sequence[Counter[str]], reference: Sequence[Counter[str]]) -> float:
+    """Return the F-measure of precision and recall, each averaged over the orders for which both texts have n-grams."""
+    both = [(one, other) for one, other in zip(response, reference, strict=True) if one and other]
     common = [(one & other).total() for one, other in both]
     if not any(common):
         return 0.0
@@ -186,58 +192,75 @@ def _chrf_score(said: Sequence[Counter[str]], right: Sequence[Counter[str]]) -> 
 
 
 def _word_f_measures(responses: pa.ListArray, references: pa.ListArray, mode: Mode, *, ordered: bool) -> np.ndarray:
-    """The F-measure of every response with its best reference over the words in common, in the same order or in any."""
+    """Return the word F-measure of every response with its best reference.
+
+    With `ordered`, it counts the longest common subsequence of stemmed words, else the common words in any order.
+    """
     words = vocabulary(mode, stemmed=ordered)
-    said, said_at = _flatten(responses)
-    right, right_at = _flatten(references)
-    # Cut after the instruction with which each further `_BLOCK` bytes of text are full.
-    blocks = (_bytes_before(said)[said_at] + _bytes_before(right)[right_at]) // _BLOCK
+    response_texts, response_offsets = _flatten(responses)
+    reference_texts, reference_offsets = _flatten(references)
+    # A cut is after the instruction that completes the next `_BLOCK` bytes of text.
+    blocks = (_bytes_before(response_texts)[response_offsets] + _bytes_before(reference_texts)[reference_offsets]) // _BLOCK
     cuts = [0, *np.flatnonzero(np.diff(blocks[1:])) + 1, len(responses)]
     values = [np.empty(0)]
     for begin, end in pairwise(cuts):
-        responses_at = said_at[begin : end + 1] - said_at[begin]
-        references_at = right_at[begin : end + 1] - right_at[begin] + responses_at[-1]
-        texts = pa.concat_arrays([said[said_at[begin] : said_at[end]], right[right_at[begin] : right_at[end]]])
-        values.append(_f_measures(*words.split(texts), responses_at, references_at, ordered))
+        block_responses = response_offsets[begin : end + 1] - response_offsets[begin]
+        block_references = reference_offsets[begin : end + 1] - reference_offsets[begin] + block_responses[-1]
+        texts = pa.concat_arrays(
+            [
+                response_texts[response_offsets[begin] : response_offsets[end]],
+                reference_texts[reference_offsets[begin] : reference_offsets[end]],
+            ]
+        )
+        values.append(_f_measures(*words.split(texts), block_responses, block_references, ordered))
     return np.concatenate(values)
 
 
 def _flatten(lists: pa.ListArray) -> tuple[pa.StringArray, np.ndarray]:
-    """Return the texts of all instructions, end to end, and where each instruction's begin (and the last end)."""
-    at = lists.offsets.to_numpy()
-    return lists.flatten(), at - at[0]
+    """Return the texts of all instructions, concatenated, and the offsets of each instruction's texts, [rows + 1]."""
+    offsets = lists.offsets.to_numpy()
+    return lists.flatten(), offsets - offsets[0]
 
 
 def _bytes_before(texts: pa.StringArray) -> np.ndarray:
+    """Return the number of bytes before each text, and of all texts, [texts + 1]."""
     return np.concatenate([np.zeros(1, np.int64), pc.binary_length(texts).to_numpy().cumsum(dtype=np.int64)])
 
 
 @compiled
 def _f_measures(
-    words: np.ndarray, begins: np.ndarray, ends: np.ndarray, said_at: np.ndarray, right_at: np.ndarray, ordered: bool
+    words: np.ndarray, begins: np.ndarray, ends: np.ndarray, response_offsets: np.ndarray, reference_offsets: np.ndarray, ordered: bool
 ) -> np.ndarray:
-    """Return each response's best F-measure. Text i is `words[begins[i] : ends[i]]`; the responses of instruction i are the texts
-    from `said_at[i]` to `said_at[i + 1]`, its references those from `right_at[i]`."""
-    values = np.zeros(said_at[-1])
+    """Return the best F-measure of each response.
+
+    Text i is `words[begins[i] : ends[i]]`. The responses of instruction i are the texts from `response_offsets[i]` to
+    `response_offsets[i + 1]`; its references are the texts from `reference_offsets[i]` to `reference_offsets[i + 1]`.
+    """
+    values = np.zeros(response_offsets[-1])
     seen = np.full(words.max() + 1 if len(words) else 0, -1, np.int64)
     carries = np.zeros((ends - begins).max() if len(ends) else 0, np.uint8)
-    for row in range(len(said_at) - 1):
-        for response in range(said_at[row], said_at[row + 1]):
-            said = words[begins[response] : ends[response]]
-            for reference in range(right_at[row], right_at[row + 1]):
-                right = words[begins[reference] : ends[reference]]
-                common = _longest_common_subsequence(said, right, seen, carries) if ordered else _shared_words(said, right, seen)
+    for row in range(len(response_offsets) - 1):
+        for response in range(response_offsets[row], response_offsets[row + 1]):
+            response_words = words[begins[response] : ends[response]]
+            for reference in range(reference_offsets[row], reference_offsets[row + 1]):
+                reference_words = words[begins[reference] : ends[reference]]
+                common = (
+                    _longest_common_subsequence(response_words, reference_words, seen, carries)
+                    if ordered
+                    else _shared_words(response_words, reference_words, seen)
+                )
                 if common:
-                    precision, recall = common / len(said), common / len(right)
+                    precision, recall = common / len(response_words), common / len(reference_words)
                     values[response] = max(values[response], 2 * precision * recall / (precision + recall))
     return values
 
 
 @compiled
 def _longest_common_subsequence(left: np.ndarray, right: np.ndarray, seen: np.ndarray, carries: np.ndarray) -> int:
-    """Return the length of the longest common subsequence; bit-parallel (Hyyrö 2004), 64 words of the shorter text a pass.
+    """Return the length of the longest common subsequence of two texts.
 
-    `seen` (a place for each number) is all -1, before and after; `carries` has a place for each word of the longer text.
+    Bit-parallel (Hyyrö 2004): each pass handles 64 words of the shorter text. `seen` has an entry for each word number; all
+    are -1 before and after the call. `carries` has an entry for each word of the longer text.
     """
     if len(left) > len(right):
         left, right = right, left
@@ -251,7 +274,7 @@ def _longest_common_subsequence(left: np.ndarray, right: np.ndarray, seen: np.nd
                 seen[part[bit]] = bit
                 masks[bit] = 0
             masks[seen[part[bit]]] |= np.uint64(1) << np.uint64(bit)
-        # Bit i of `open_` is 0 where the subsequence grows at word i of the part; a sum's overflow goes on into the next part.
+        # Bit i of `open_` is 0 if the subsequence grows at word i of the part; the carry of a sum is added in the next pass.
         open_ = np.uint64(0xFFFFFFFFFFFFFFFF)
         for position in range(len(right)):
             known = seen[right[position]]
@@ -272,7 +295,7 @@ def _longest_common_subsequence(left: np.ndarray, right: np.ndarray, seen: np.nd
 
 @compiled
 def _shared_words(left: np.ndarray, right: np.ndarray, seen: np.ndarray) -> int:
-    """Return how many words two texts share, each as often as both have it. `seen` is all -1, before and after."""
+    """Return the number of words that two texts share, as multisets. All entries of `seen` are -1 before and after the call."""
     common = 0
     for word in left:
         seen[word] += 1
