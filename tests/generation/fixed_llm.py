@@ -1,4 +1,4 @@
-"""A sampler's LLM that needs no weights: it answers from the prompt's length and the seed. A seam, not a mock of vLLM."""
+"""An LLM without weights for tests of the sampling stage: each response depends only on the seed. It does not imitate vLLM."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from generation.prompts import raw_text
 
 
 class FixedLLM:
+    """Implements `contract.LLM`. A prompt with "TOO LONG" or "FAILS" raises an error.
+
+    `delay_s` is the duration of a request in seconds. `log` is a file that gets a line for each request.
+    """
+
     dead = False
 
     def __init__(self, config, delay_s=0.0, log=None):

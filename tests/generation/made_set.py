@@ -1,4 +1,4 @@
-"""A small published set, real files and a whole manifest, made without an LLM."""
+"""Publish a small regression set without an LLM: real files with a complete manifest."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ LABELS = (0.0, 0.05, 0.3, 0.55, 1.0)
 
 
 def row(number, name="tense"):
-    """An instruction with a reference, a mismatched one and a sample for each of `LABELS`; the 1.0 repeats the reference."""
+    """Return a row with a reference, a mismatched reference, and a sample for each of `LABELS`.
+
+    The sample with label 1.0 repeats the reference.
+    """
     sampled = {"model": "m", "decoding": "greedy", "tokens": 3, "finish_reason": "stop", "logprob": -1.5, "source": "sampled"}
-    given = dict.fromkeys(sampled)
+    unsampled = dict.fromkeys(sampled)
     texts = [f"sample {label}" for label in LABELS[:-1]] + [f"right {number}"]
     return {
         "id": f"{number:032x}",
@@ -26,15 +29,24 @@ def row(number, name="tense"):
         "references": [f"right {number}"],
         "answer_choices": None,
         "candidates": [
-            {**given, "response": f"right {number}", "label": 1.0, "source": "reference"},
-            {**given, "response": f"right {number + 1}", "label": 0.0, "source": "mismatched"},
+            {**unsampled, "response": f"right {number}", "label": 1.0, "source": "reference"},
+            {**unsampled, "response": f"right {number + 1}", "label": 0.0, "source": "mismatched"},
             *({**sampled, "response": text, "label": label} for text, label in zip(texts, LABELS, strict=True)),
         ],
     }
 
 
+def damage_page(file):
+    """Change the last byte of the first column chunk of a Parquet file, which is in a data page."""
+    column = pq.ParquetFile(file).metadata.row_group(0).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(file.read_bytes())
+    content[start + column.total_compressed_size - 1] ^= 1
+    file.write_bytes(content)
+
+
 def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", **facts):
-    """Publish a set whose shards have these numbers of rows; return its manifest as it stands there."""
+    """Publish a set; `train` and `validation` have the numbers of rows of its shards. Return its manifest."""
     config = config or Config()
     files, counts, total, number = {}, {}, {}, 0
     for split, shards in (("train", train), ("validation", validation)):

@@ -24,7 +24,7 @@ both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
 
 @pytest.fixture(scope="module")
 def made(ray_here, tmp_path_factory):
-    """A published set on disk, with references, choices, mismatched and sampled candidates."""
+    """Return a published set on disk with candidates of every source."""
     folder = tmp_path_factory.mktemp("made")
     rows = [{"instruction": f"say {n}", "references": [f"number {n}", f"№ {n}"], "dataset": "ab"[n % 2]} for n in range(ROWS)]
     rows.append({"instruction": "choose", "references": ["yes"], "answer_choices": ["yes", "no"]})
@@ -40,21 +40,21 @@ def rows_of(uri):
 
 
 @both
-def test_sampled_candidates_get_the_new_labels_and_all_else_stays(made, place):
+def test_only_the_labels_of_sampled_candidates_change(made, place):
     summary = annotate.run_annotate(CHRF, src=made, dst=place)
     old, new = rows_of(made), rows_of(place)
     assert len(new) == ROWS + 1 and sum(len(row["candidates"]) for row in new) == summary["pairs"]
-    moved = 0
+    changed = 0
     for before, after in zip(old, new, strict=True):
-        said = [[each["response"] for each in before["candidates"] if each["source"] == "sampled"]]
-        expected = iter(compute_labels(pa.array(said, TEXTS), pa.array([before["references"]], TEXTS), CHRF.generate.label))
+        sampled = [[each["response"] for each in before["candidates"] if each["source"] == "sampled"]]
+        expected = iter(compute_labels(pa.array(sampled, TEXTS), pa.array([before["references"]], TEXTS), CHRF.generate.label))
         for each in before["candidates"]:
             if each["source"] == "sampled":
                 value = next(expected)
-                moved += value != each["label"]
+                changed += value != each["label"]
                 each["label"] = value
         assert before == after
-    assert moved > ROWS
+    assert changed > ROWS
     opened = RegressionSet(place)
     assert artifacts.verify(opened.uri, opened.manifest) == []
     assert (
@@ -63,7 +63,7 @@ def test_sampled_candidates_get_the_new_labels_and_all_else_stays(made, place):
     )
 
 
-def test_the_manifest_keeps_the_lineage_and_names_the_set_it_came_from(made, tmp_path):
+def test_the_manifest_keeps_the_lineage_and_names_the_source_set(made, tmp_path):
     annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "new"))
     old, new = RegressionSet(made).manifest, RegressionSet(str(tmp_path / "new")).manifest
     assert new["metric"] == {"name": "chrf", "mode": None, "version": 1}
@@ -75,7 +75,7 @@ def test_the_manifest_keeps_the_lineage_and_names_the_set_it_came_from(made, tmp
     assert new["files"].keys() == old["files"].keys() and not (tmp_path / "new" / "_staging").exists()
 
 
-def test_a_round_trip_to_another_metric_gives_the_first_set_again_to_the_byte(made, tmp_path):
+def test_a_round_trip_to_another_metric_gives_equal_bytes(made, tmp_path):
     annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "chrf"))
     annotate.run_annotate(load(), src=str(tmp_path / "chrf"), dst=str(tmp_path / "again"))
     names = [name for name in RegressionSet(made).manifest["files"] if name.startswith("data/")]
@@ -84,7 +84,7 @@ def test_a_round_trip_to_another_metric_gives_the_first_set_again_to_the_byte(ma
         assert (tmp_path / "again" / name).read_bytes() == (Path(made) / name).read_bytes()
 
 
-def test_labels_equal_the_one_pair_function_and_row_groups_stay_as_they_were(made, tmp_path):
+def test_labels_equal_those_of_single_pairs_and_row_groups_are_unchanged(made, tmp_path):
     (name,) = [name for name in RegressionSet(made).manifest["files"] if name.startswith("data/train/")]
     table = pq.read_table(Path(made) / name)
     for group in (table, table.slice(3, 5)):
@@ -112,10 +112,10 @@ def test_a_damaged_or_incomplete_source_is_refused_and_nothing_published(made, t
     with pytest.raises(CappyError, match="did not finish"):
         RegressionSet(str(tmp_path / "new"))
     shard.write_bytes(whole)
-    assert annotate.run_annotate(CHRF, src=str(copy), dst=str(tmp_path / "new"))["instructions"] == ROWS + 1  # goes on where it was
+    assert annotate.run_annotate(CHRF, src=str(copy), dst=str(tmp_path / "new"))["instructions"] == ROWS + 1
 
 
-def test_a_destination_that_is_the_source_or_taken_is_refused(made, tmp_path):
+def test_a_destination_that_overlaps_the_source_or_is_published_is_refused(made, tmp_path):
     for dst in (made, f"{made}/", f"{made}/data", str(Path(made).parent)):
         with pytest.raises(UsageError, match=r"same folder or one is in the other"):
             annotate.run_annotate(CHRF, src=made, dst=dst, overwrite=True)
@@ -129,14 +129,14 @@ def test_a_destination_that_is_the_source_or_taken_is_refused(made, tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["README.md", "data/train/mine.parquet", "_staging/thesis.txt"])
-def test_a_destination_with_anothers_files_is_refused_as_it_was(made, name, overwrite, tmp_path):
+def test_a_destination_with_foreign_files_is_refused_and_unchanged(made, name, overwrite, tmp_path):
     storage.write_bytes(f"{tmp_path}/new/{name}", b"theirs")
     with pytest.raises(UsageError, match=rf"DST=.*new holds files that no `cappy annotate` wrote, e\.g\. {name}; nothing was deleted"):
         annotate.run_annotate(CHRF, src=made, dst=str(tmp_path / "new"), overwrite=overwrite)
     assert storage.list_files(f"{tmp_path}/new") == {name: 6}
 
 
-def test_a_finished_destination_with_anothers_file_is_not_overwritten(made, tmp_path):
+def test_a_finished_destination_with_a_foreign_file_is_not_overwritten(made, tmp_path):
     storage.download_folder(made, tmp_path / "new")
     storage.write_bytes(f"{tmp_path}/new/thesis.txt", b"theirs")
     before = storage.list_files(f"{tmp_path}/new")
@@ -145,7 +145,7 @@ def test_a_finished_destination_with_anothers_file_is_not_overwritten(made, tmp_
     assert storage.list_files(f"{tmp_path}/new") == before
 
 
-def test_a_destination_begun_with_another_metric_is_refused(made, tmp_path):
+def test_a_destination_started_with_another_metric_is_refused(made, tmp_path):
     source = RegressionSet(made)
     origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
     storage.create_json(f"{tmp_path}/new/_staging/run.json", {"relabelled_from": origin, "metric": source.manifest["metric"]})
@@ -156,9 +156,9 @@ def test_a_destination_begun_with_another_metric_is_refused(made, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_relabels_and_prints_its_summary(made, tmp_path):
+def test_the_command_labels_again_and_prints_its_summary(made, tmp_path):
     command = ["annotate", made, str(tmp_path / "new"), "--set", "generate.label.metric=exact_match", "--json"]
-    result = CliRunner().invoke(app, command)  # in this process, which has a Ray
+    result = CliRunner().invoke(app, command)  # in this process, where Ray runs
     assert result.exit_code == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["uri"] == str(tmp_path / "new") and summary["pairs"] == sum(summary["labels"])

@@ -14,7 +14,7 @@ def header(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_the_card_says_what_the_manifest_counts_and_how_it_was_made(tmp_path):
+def test_the_card_has_the_counts_and_the_settings_of_the_manifest(tmp_path):
     config = load(None, ["sampler.prompt={form: raw, shots: 3}", "seed=7", "sampler.decodings=[{name: warm, n: 4, stop: ['|']}]"])
     manifest = publish(str(tmp_path), config=config)
     text = (tmp_path / "README.md").read_text()
@@ -44,7 +44,7 @@ def test_hugging_face_reads_the_splits_from_the_header(tmp_path):
     assert {name: split.num_rows for name, split in opened.items()} == {"train": 10, "validation": 3}
 
 
-def test_the_canary_note_stands_where_a_source_is_big_bench_even_within_a_mixture():
+def test_the_card_has_the_canary_note_for_big_bench_also_within_a_mixture():
     bigbench = Config().model_dump(mode="json")["source"]
     files = {"kind": "files", "path": "rows.jsonl", "train_rows": None}
     assert "canary" in dataset_card._canary_section(bigbench) and "canary" in dataset_card._canary_section(
@@ -56,7 +56,7 @@ def test_the_canary_note_stands_where_a_source_is_big_bench_even_within_a_mixtur
     )
 
 
-def test_a_licence_that_was_set_is_told_and_an_unknown_one_warns(tmp_path):
+def test_the_card_has_the_licence_and_warns_about_an_unknown_licence(tmp_path):
     publish(str(tmp_path / "a"), config=load(None, ["generate.license=apache-2.0"]))
     publish(str(tmp_path / "b"))
     known, unknown = ((tmp_path / name / "README.md").read_text() for name in "ab")
@@ -64,19 +64,18 @@ def test_a_licence_that_was_set_is_told_and_an_unknown_one_warns(tmp_path):
     assert "Unknown: the instructions and references keep the licences" in unknown
 
 
-def test_nothing_of_the_environment_reaches_the_card(tmp_path, monkeypatch):
+def test_the_card_contains_no_environment_variable(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t-that-must-not-show")
     publish(str(tmp_path))
     assert not any(b"s3cr3t" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_the_picture_is_a_function_of_the_counts_and_shows_each_source_that_is_there():
+def test_the_plot_depends_on_the_counts_and_shows_each_source_of_the_set():
     labels = {"sampled": [5, 0, 1, 0, 0, 2, 0, 0, 0, 3], "reference": [0] * 9 + [1234], "mismatched": [77] + [0] * 9}
-    picture = dataset_card.plot_labels(labels)
-    assert ElementTree.fromstring(picture).tag.endswith("svg") and dataset_card.plot_labels(labels) == picture
-    comments = re.findall(r"<!-- (.+?) -->", picture.decode())  # matplotlib draws text as paths and names it in a comment
+    plot = dataset_card.plot_labels(labels)
+    assert ElementTree.fromstring(plot).tag.endswith("svg") and dataset_card.plot_labels(labels) == plot
+    comments = re.findall(r"<!-- (.+?) -->", plot.decode())  # matplotlib draws text as paths and repeats it in a comment
     assert {"reference (1)", "1,234", "mismatched (0)", "77", "sampled"} <= set(comments) and "choice (0)" not in comments
     assert (
-        dataset_card.plot_labels(labels, "png").startswith(b"\x89PNG")
-        and dataset_card.plot_labels(labels | {"sampled": [1] * 10}) != picture
+        dataset_card.plot_labels(labels, "png").startswith(b"\x89PNG") and dataset_card.plot_labels(labels | {"sampled": [1] * 10}) != plot
     )

@@ -8,7 +8,7 @@ def rows_for_pools():
     return [Instruction("d", template, "train", f"{template} {n}", (f"answer {n}",)) for template in ("t", "u") for n in range(8)]
 
 
-def test_shots_come_from_train_rows_of_the_template_and_never_from_the_row_itself():
+def test_shots_are_train_rows_of_the_template_and_never_the_row_itself():
     rows = rows_for_pools()
     held_out = Instruction("d", "t", "validation", "t 99", ("answer 99",))
     pools = Pools([*rows, held_out], seed=1)
@@ -19,13 +19,13 @@ def test_shots_come_from_train_rows_of_the_template_and_never_from_the_row_itsel
     assert pools.shots(held_out, 3) == Pools(rows, seed=1).shots(held_out, 3) != Pools(rows, seed=2).shots(held_out, 3)
 
 
-def test_a_small_template_borrows_shots_from_its_dataset():
+def test_a_small_template_takes_shots_from_its_dataset():
     lone = Instruction("d", "lone", "train", "alone", ("answer",))
     shots = Pools([*rows_for_pools(), lone], seed=1).shots(lone, 3)
     assert len(shots) == 3 and lone not in shots
 
 
-def test_mismatched_references_are_of_other_rows_and_depend_on_the_row_alone(tmp_path):
+def test_mismatched_references_are_from_other_rows_and_depend_only_on_the_row(tmp_path):
     config = files_config(write_jsonl(tmp_path / "d.jsonl", ROWS), "source.validation_fraction=0", "generate.mismatched=2")
     forward = {row["id"]: row for _, row in few_shot.prepare_rows(config)}
     backward_config = files_config(write_jsonl(tmp_path / "d.jsonl", ROWS), "source.validation_fraction=0", "generate.mismatched=2")
@@ -34,13 +34,13 @@ def test_mismatched_references_are_of_other_rows_and_depend_on_the_row_alone(tmp
         assert len(row["mismatched"]) == 4 and not set(row["mismatched"]) & set(row["references"])
 
 
-def test_a_classification_row_borrows_no_references(tmp_path):
+def test_a_classification_row_has_no_mismatched_references(tmp_path):
     rows = [*ROWS, {"instruction": "fox?", "references": ["yes"], "answer_choices": ["yes", "no"], "dataset": "d"}]
     row = [row for _, row in few_shot.prepare_rows(files_config(write_jsonl(tmp_path / "d.jsonl", rows)))][-1]
     assert row["answer_choices"] == ["yes", "no"] and row["mismatched"] == []
 
 
-def test_hard_mismatched_references_are_of_the_same_template_and_never_right_or_twice(tmp_path):
+def test_hard_mismatched_references_are_distinct_wrong_references_of_the_template(tmp_path):
     rows = [{**row, "template": f"t{n % 2}", "references": [f"t{n % 2} {n}"]} for n, row in enumerate(ROWS)]
     config = files_config(write_jsonl(tmp_path / "d.jsonl", rows), "generate.mismatched=1", "generate.hard_mismatched=2")
     for _, row in few_shot.prepare_rows(config):
@@ -48,7 +48,7 @@ def test_hard_mismatched_references_are_of_the_same_template_and_never_right_or_
         assert {text.split()[0] for text in row["mismatched"][1:]} == {row["template"]}
 
 
-def test_no_instruction_is_on_both_sides_even_where_rows_say_so(tmp_path):
+def test_no_instruction_is_in_both_splits_even_if_the_rows_set_it(tmp_path):
     rows = [{**row, "split": split} for row in ROWS for split in ("train", "validation")]
     found = list(
         few_shot.prepare_rows(
@@ -61,7 +61,7 @@ def test_no_instruction_is_on_both_sides_even_where_rows_say_so(tmp_path):
     assert letters[0].reason == "the same instruction is in the validation split"
 
 
-def test_similar_shots_come_nearest_last_and_never_hold_the_row_itself():
+def test_the_most_similar_shot_is_last_and_no_shot_is_the_row_itself():
     texts = ["the cat sat on the mat", "a dog ran in the park", "the cat ran on the mat", "stock prices fell today"]
     rows = [Instruction("d", "t", "train", text, (text,)) for text in texts]
     pools = Pools([*rows, rows[0]], seed=1)

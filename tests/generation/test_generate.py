@@ -14,7 +14,7 @@ import pytest
 from cluster import artifacts, lease, storage
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
-from generation import generate, shards, units
+from generation import generate, units
 from generation.dataset import RegressionSet
 from generation.labels import rouge_l
 from tests.generation.fixed_llm import FixedLLM
@@ -40,14 +40,14 @@ def config_for(rows, place, *overrides):
     return load(None, [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=7", *overrides])
 
 
-def content(uri):
+def rows_by_split(uri):
     opened = RegressionSet(uri)
     return {split: opened.to_pandas(split).to_dict("records") for split in ("train", "validation")}
 
 
 @pytest.fixture(scope="module")
 def unbroken(ray_here, tmp_path_factory):
-    """The set of one undisturbed run, and its summary."""
+    """Return the set of a run without interruptions, and its summary."""
     folder = tmp_path_factory.mktemp("unbroken")
     summary = generate.run_generate(config_for(write_rows(folder / "rows.jsonl"), folder / "set"), load=FixedLLM)
     return str(folder / "set"), summary
@@ -82,28 +82,28 @@ def test_the_published_set_is_complete_labelled_and_counted(unbroken):
 
 
 @both
-def test_any_order_and_cut_of_the_work_gives_the_same_set(rows, place, unbroken):
-    # `unit_rows` decides only what is saved at once, `shard_mib` only how much a file holds.
+def test_the_order_and_size_of_the_units_do_not_change_the_set(rows, place, unbroken):
+    # `unit_rows` and `replicas` change the order and the size of the work, not the result.
     generate.run_generate(config_for(rows, place, "generate.unit_rows=64", "sampler.replicas=2"), load=FixedLLM)
-    assert repr(content(place)) == repr(content(unbroken[0]))
+    assert repr(rows_by_split(place)) == repr(rows_by_split(unbroken[0]))
 
 
-def test_a_finished_set_is_not_overwritten_unless_told(unbroken, tmp_path):
+def test_a_finished_set_is_only_overwritten_with_overwrite(unbroken, tmp_path):
     config = config_for(write_rows(tmp_path / "rows.jsonl"), unbroken[0])
-    before = repr(content(unbroken[0]))
+    before = repr(rows_by_split(unbroken[0]))
     with pytest.raises(UsageError, match=r"dataset=.*already holds a finished run; choose another"):
         generate.run_generate(config, load=FixedLLM)
     assert generate.run_generate(config, overwrite=True, load=FixedLLM)["instructions"] == ROWS
-    assert repr(content(unbroken[0])) == before
+    assert repr(rows_by_split(unbroken[0])) == before
 
 
 @both
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["README.md", "data/thesis.txt", "data/train/part.csv", "_staging/thesis.txt", "thesis.txt"])
-def test_a_folder_that_holds_anothers_files_is_refused_as_it_was(rows, place, name, overwrite):
+def test_a_folder_with_foreign_files_is_refused_and_unchanged(rows, place, name, overwrite):
     storage.write_bytes(f"{place}/{name}", b"theirs")
     if name == "thesis.txt" and not overwrite:
-        return  # a set may be made beside it
+        return  # without --overwrite a set may share its folder with other files
     with pytest.raises(
         UsageError, match=rf"dataset={place} holds files that no `cappy generate` wrote, e\.g\. {name}; nothing was deleted"
     ):
@@ -111,14 +111,14 @@ def test_a_folder_that_holds_anothers_files_is_refused_as_it_was(rows, place, na
     assert storage.list_files(place) == {name: 6}
 
 
-def test_a_whole_bucket_of_others_is_not_overwritten(rows, bucket):
+def test_a_bucket_with_foreign_files_is_not_overwritten(rows, bucket):
     storage.write_bytes(f"{bucket}/photos/cat.jpg", b"theirs")
     with pytest.raises(UsageError, match=rf"dataset={bucket} holds files .*photos/cat.jpg.*choose another dataset, or move them away"):
         generate.run_generate(config_for(rows, bucket), overwrite=True, load=FixedLLM)
     assert storage.list_files(bucket) == {"photos/cat.jpg": 6}
 
 
-def test_a_finished_set_with_anothers_file_is_not_overwritten(unbroken, rows, tmp_path):
+def test_a_finished_set_with_a_foreign_file_is_not_overwritten(unbroken, rows, tmp_path):
     copy = tmp_path / "copy"
     storage.download_folder(unbroken[0], copy)
     for name in ("thesis.txt", "data/train/mine.parquet"):
@@ -146,7 +146,7 @@ except CappyError as error:
 
 
 def launch(overrides, log):
-    """A driver in a process of its own, each unit taking it a second."""
+    """Start a driver in a separate process; a request to its LLM takes one second."""
     command = [sys.executable, "-c", DRIVER, *overrides, str(log)]
     return subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True, stdout=subprocess.PIPE, text=True)
 
@@ -159,14 +159,14 @@ def wait_for_units(place, driver, count=3):
 
 
 def saved_ids(place):
-    """The ids of the rows whose units are done."""
+    """Return the ids of the rows of all finished units."""
     names = storage.list_files(f"{place}/_staging/units")
     return {row for name in names for row in units.read_unit(f"{place}/_staging/units/{name}")["id"].to_pylist()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
-def test_killed_midway_it_publishes_nothing_and_goes_on_without_sampling_finished_units_again(rows, place, tmp_path, unbroken):
+def test_a_killed_run_publishes_nothing_and_resumes_without_sampling_finished_units_again(rows, place, tmp_path, unbroken):
     overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=5"]
     log = tmp_path / "sampled.log"
     driver = launch(overrides, log)
@@ -183,11 +183,11 @@ def test_killed_midway_it_publishes_nothing_and_goes_on_without_sampling_finishe
     assert summary["instructions"] == ROWS
     again = {line.split()[0] for line in log.read_text().splitlines()}
     assert again and not again & done
-    assert repr(content(place)) == repr(content(unbroken[0]))
+    assert repr(rows_by_split(place)) == repr(rows_by_split(unbroken[0]))
 
 
 @pytest.mark.slow
-def test_on_sigterm_the_units_in_flight_end_and_the_same_command_goes_on(rows, tmp_path, unbroken):
+def test_on_sigterm_the_units_in_progress_are_finished_and_the_same_command_resumes(rows, tmp_path, unbroken):
     place = str(tmp_path / "set")
     overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=5"]
     log = tmp_path / "sampled.log"
@@ -195,15 +195,15 @@ def test_on_sigterm_the_units_in_flight_end_and_the_same_command_goes_on(rows, t
     wait_for_units(place, driver)
     driver.terminate()
     assert "stopped on SIGTERM; " in driver.communicate(timeout=60)[0] and driver.returncode == 143
-    # All that was begun was saved, so nothing that was paid for is sampled again.
+    # Every started unit was saved, so no paid sample is sampled again.
     assert {line.split()[0] for line in log.read_text().splitlines()} == saved_ids(place)
     log.write_text("")
     generate.run_generate(load(None, overrides), load=functools.partial(FixedLLM, log=str(log)))
     assert log.read_text()
-    assert repr(content(place)) == repr(content(unbroken[0]))
+    assert repr(rows_by_split(place)) == repr(rows_by_split(unbroken[0]))
 
 
-def test_changed_settings_do_not_go_on_from_a_begun_run(rows, tmp_path):
+def test_a_started_run_is_not_resumed_with_other_settings(rows, tmp_path):
     staging = f"{tmp_path}/set/_staging"
     generate._claim_destination(staging, config_for(rows, tmp_path / "set"))
     storage.write_json(f"{staging}/prepared.json", {})
@@ -211,7 +211,7 @@ def test_changed_settings_do_not_go_on_from_a_begun_run(rows, tmp_path):
         generate.run_generate(config_for(rows, tmp_path / "set", "seed=5"), load=FixedLLM)
 
 
-def test_a_run_whose_source_could_not_be_read_claims_nothing(rows, tmp_path):
+def test_a_run_whose_source_cannot_be_read_does_not_block_the_destination(rows, tmp_path):
     with pytest.raises(UsageError, match=r"no \.jsonl"):
         generate.run_generate(config_for(tmp_path / "tpyo.jsonl", tmp_path / "set"), load=FixedLLM)
     assert generate.run_generate(config_for(rows, tmp_path / "set"), load=FixedLLM)["instructions"] == ROWS
@@ -226,11 +226,7 @@ def test_too_many_failures_stop_the_run_before_it_publishes(tmp_path):
         RegressionSet(str(tmp_path / "set"))
 
 
-def test_units_fill_shards_in_order_up_to_the_limit():
-    assert list(shards.group_by_size({"a": 4, "b": 4, "c": 9, "d": 1, "e": 1}, 8)) == [["a", "b"], ["c"], ["d", "e"]]
-
-
-def test_an_llm_that_cannot_load_is_one_clean_error(rows, tmp_path):
+def test_an_llm_that_cannot_be_loaded_is_a_one_line_error(rows, tmp_path):
     from cappy import jobs
 
     config = config_for(rows, tmp_path / "set", f"sampler.model={tmp_path}")
@@ -238,7 +234,7 @@ def test_an_llm_that_cannot_load_is_one_clean_error(rows, tmp_path):
         jobs.run_verb("generate", config)
 
 
-# A run that stops itself before a step of the pipeline, as a suspended machine would.
+# A run that sends SIGSTOP to itself before a step, which simulates a suspended machine.
 STOPPED = """
 import os, signal, sys
 from cluster.config import load
@@ -247,14 +243,14 @@ from cluster.runtime import find_cappy_error
 from generation import dataset_card, generate
 from tests.generation.fixed_llm import FixedLLM
 stop_before, *overrides = sys.argv[1:]
-module, name = {"merge": (generate, "_merge"), "card": (dataset_card, "write")}[stop_before]
+module, name = {"merge": (generate, "_merge"), "card": (dataset_card, "write_card")}[stop_before]
 function = getattr(module, name)
 
-def stopped(*arguments):
+def stop_first(*arguments):
     os.kill(os.getpid(), signal.SIGSTOP)
     return function(*arguments)
 
-setattr(module, name, stopped)
+setattr(module, name, stop_first)
 try:
     generate.run_generate(load(None, overrides), load=FixedLLM)
 except CappyError as error:
@@ -264,7 +260,7 @@ except CappyError as error:
 
 
 def wait_one_second(place, setting, wait=lease._wait_until_ended):
-    """What a run does before it takes over, with less patience; no other limit changes."""
+    """Wait for the end of another run with a lease timeout of one second; no other limit changes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease, "TIMEOUT_S", 1.0)
         wait(place, setting)
@@ -272,7 +268,7 @@ def wait_one_second(place, setting, wait=lease._wait_until_ended):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("place", "stop_before"), [("s3", "merge"), ("disk", "card")], indirect=["place"])
-def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_set_alone(place, stop_before, rows, monkeypatch):
+def test_a_suspended_run_does_not_change_the_set_of_the_run_that_took_over(place, stop_before, rows, monkeypatch):
     overrides = [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=7"]
     driver = subprocess.Popen(
         [sys.executable, "-c", STOPPED, stop_before, *overrides], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True
@@ -284,20 +280,20 @@ def test_a_run_that_was_stopped_until_another_took_over_leaves_that_ones_set_alo
         assert generate.run_generate(load(None, overrides), load=FixedLLM)["instructions"] == ROWS
         before = storage.read_json(f"{place}/{artifacts.MANIFEST}")
         driver.send_signal(signal.SIGCONT)
-        told = driver.communicate()[0]
+        output = driver.communicate()[0]
     finally:
         driver.kill()
     manifest = storage.read_json(f"{place}/{artifacts.MANIFEST}")
     assert manifest == before and artifacts.verify(place, manifest) == []
     assert set(storage.list_files(place)) == {*manifest["files"], artifacts.MANIFEST}
-    shown = {uri.removeprefix(f"{place}/") for uri in storage.glob(f"{place}/data/*/*.parquet")}
-    assert shown == {name for name in manifest["files"] if name.startswith("data/")}
+    listed = {uri.removeprefix(f"{place}/") for uri in storage.glob(f"{place}/data/*/*.parquet")}
+    assert listed == {name for name in manifest["files"] if name.startswith("data/")}
     assert driver.returncode == 1
-    assert told.startswith(f"dataset={place}: lease lost: another run took over") and told.count("\n") == 1
+    assert output.startswith(f"dataset={place}: lease lost: another run took over") and output.count("\n") == 1
 
 
 @both
-def test_shards_that_earlier_runs_left_are_not_in_the_published_set(place, rows):
+def test_unpublished_shards_of_earlier_runs_are_removed(place, rows):
     superseded = ["data/train/part-00000.parquet", "data/train/part-00007-0123abcd.parquet", "data/validation/part-00000-0123abcd.parquet"]
     for name in superseded:
         storage.write_bytes(f"{place}/{name}", b"left")
@@ -308,14 +304,14 @@ def test_shards_that_earlier_runs_left_are_not_in_the_published_set(place, rows)
     assert not set(superseded) & manifest["files"].keys()
 
 
-def test_other_files_among_the_shards_are_refused_before_anything_is_sampled(tmp_path, rows):
+def test_foreign_files_among_the_shards_are_refused_before_sampling(tmp_path, rows):
     storage.write_bytes(f"{tmp_path}/set/data/train/mine.parquet", b"mine")
     with pytest.raises(UsageError, match=r"dataset=.*/set holds files that no `cappy generate` wrote, e.g. data/train/mine.parquet"):
         generate.run_generate(config_for(rows, tmp_path / "set"), load=FixedLLM)
     assert set(storage.list_files(f"{tmp_path}/set/data")) == {"train/mine.parquet"}
 
 
-def test_shards_carry_their_run_and_every_reader_takes_them_from_the_manifest(unbroken):
+def test_shard_names_have_the_run_id_and_the_manifest_lists_them(unbroken):
     uri, _ = unbroken
     opened = RegressionSet(uri)
     names = [name for name in opened.manifest["files"] if name.startswith("data/")]

@@ -1,4 +1,4 @@
-"""`cappy generate` where things break: a bad wire to S3. The set comes out the same."""
+"""`cappy generate` with a faulty connection to S3: the set is the same, or it is not published."""
 
 import json
 import os
@@ -25,27 +25,27 @@ def source(tmp_path):
     return f"source={{kind: files, path: '{path}'}}"
 
 
-def content(uri):
+def rows_by_split(uri):
     opened = RegressionSet(uri)
     assert artifacts.verify(uri, opened.manifest) == []
     return repr({split: opened.to_pandas(split).to_dict("records") for split in ("train", "validation")})
 
 
-def test_on_a_bad_wire_to_s3_the_set_is_the_same_or_is_not_published(source, bucket, tmp_path, monkeypatch):
+def test_with_a_faulty_connection_to_s3_the_set_is_the_same_or_is_not_published(source, bucket, tmp_path, monkeypatch):
     sound = os.environ["AWS_ENDPOINT_URL"]
     with FaultyProxy(sound, KINDS, rate=0.25) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         with ray_session():
-            made_on(proxy, sound, f"{bucket}/all", source, monkeypatch)
+            generate_through(proxy, sound, f"{bucket}/all", source, monkeypatch)
             proxy.kinds, proxy.rate = ("unavailable",), 0.3
-            made_on(proxy, sound, f"{bucket}/storm", source, monkeypatch)
+            generate_through(proxy, sound, f"{bucket}/storm", source, monkeypatch)
             generate.run_generate(load(None, [source, f"dataset={tmp_path}/unbroken"]), load=FixedLLM)
     monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
-    assert content(f"{bucket}/all") == content(f"{bucket}/storm") == content(f"{tmp_path}/unbroken")
+    assert rows_by_split(f"{bucket}/all") == rows_by_split(f"{bucket}/storm") == rows_by_split(f"{tmp_path}/unbroken")
 
 
-def made_on(proxy, sound, place, source, monkeypatch):
-    """Make a set over a bad wire, with the same command again as often as its error says so; nothing is published before."""
+def generate_through(proxy, sound, place, source, monkeypatch):
+    """Publish a set through the proxy; repeat the command after each error. Only the last attempt publishes the set."""
     before = proxy.spoiled.total()
     config = load(None, [source, f"dataset={place}", "generate.unit_rows=5"])
     for _ in range(10):
@@ -54,7 +54,7 @@ def made_on(proxy, sound, place, source, monkeypatch):
             break
         except Exception as error:
             print(find_cappy_error(error))
-            assert find_cappy_error(error)  # what `cappy` shows: one line, not a traceback
+            assert find_cappy_error(error)  # `cappy` prints it as one line, without a traceback
             monkeypatch.setenv("AWS_ENDPOINT_URL", sound)
             assert not storage.exists(f"{place}/{artifacts.MANIFEST}")
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)

@@ -32,12 +32,12 @@ def test_each_row_gets_every_decodings_candidates_in_order():
     assert [row["error"] for row in rows] == [None, None]
 
 
-def test_a_row_is_sampled_alike_in_any_company():
+def test_the_candidates_of_a_row_do_not_depend_on_the_other_rows():
     together, alone = sample(table("one", "two")), sample(table("one"))
     assert together[0] == alone[0]
 
 
-def test_bad_rows_carry_their_reason_and_the_others_go_on():
+def test_failed_rows_have_an_error_and_the_others_are_sampled():
     rows = sample(table("TOO LONG", "fine", "FAILS"))
     assert [row["error"] for row in rows] == [
         "the prompt has 9000 tokens",
@@ -52,7 +52,7 @@ def test_a_classification_row_is_not_sampled():
     assert (row["sampled"], row["error"]) == ([], None)
 
 
-def test_a_failure_that_passes_is_tried_again():
+def test_a_temporary_failure_is_retried():
     class Flaky(FixedLLM):
         calls = 0
 
@@ -66,7 +66,7 @@ def test_a_failure_that_passes_is_tried_again():
     assert row["error"] is None and len(row["sampled"]) == 4
 
 
-def test_what_sampling_costs_is_counted_with_what_failures_cost():
+def test_the_cost_of_a_row_includes_its_failed_attempts():
     class Priced(FixedLLM):
         calls = 0
 
@@ -82,23 +82,23 @@ def test_what_sampling_costs_is_counted_with_what_failures_cost():
         def max_cost(self, prompt, decoding):
             return decoding.n * len(prompt) / 8
 
-    # Two decodings, all of them again after one failed.
+    # Two decodings, and both again because one failed.
     assert [row["cost"] for row in sample(table("one"), Priced)] == [1.0]
     assert [row["cost"] for row in sample(table("TOO LONG"), Priced)] == [0.0]
     rows = [*table("one", "TOO LONG").to_pylist(), *table("fox?", choices=["yes"]).to_pylist()]
     assert Sampler(CONFIG, 7, Priced).max_cost(rows) == (1 + 3) * len("one\n") / 8
 
 
-def test_an_error_that_is_no_rows_fault_ends_the_run():
+def test_an_error_that_no_row_caused_ends_the_run():
     class Locked(FixedLLM):
         async def sample(self, *arguments):
-            raise CappyError("the key is refused")
+            raise CappyError("the API key was rejected")
 
-    with pytest.raises(CappyError, match="the key is refused"):
+    with pytest.raises(CappyError, match="the API key was rejected"):
         sample(table("one"), Locked)
 
 
-def test_a_dead_engine_ends_the_process_so_that_ray_replaces_it(monkeypatch):
+def test_a_crashed_engine_ends_the_process_so_that_ray_replaces_it(monkeypatch):
     class Dead(FixedLLM):
         dead = True
 
@@ -108,10 +108,10 @@ def test_a_dead_engine_ends_the_process_so_that_ray_replaces_it(monkeypatch):
     class Exit(BaseException):
         pass
 
-    def leave(code):
+    def exit_process(code):
         raise Exit(code)
 
-    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("os._exit", exit_process)
     with pytest.raises(Exit, match="1"):
         sample(table("one"), Dead)
 

@@ -6,11 +6,11 @@ POOL = ["Answer it: who wrote Emma?", "Answer it: who painted Guernica?", "Answe
 
 
 @pytest.mark.parametrize(("text", "nearest"), [("who wrote Ulysses", 0), ("GUERNICA!", 1), ("Answer it: where is Rome?", 2)])
-def test_rare_words_in_common_decide(text, nearest):
+def test_rare_common_words_decide(text, nearest):
     assert TfidfIndex(POOL).similarities(text).argmax() == nearest
 
 
-def test_the_words_of_the_template_count_little_and_unknown_ones_nothing():
+def test_words_of_the_template_have_a_small_weight_and_unknown_words_none():
     pool = TfidfIndex(POOL)
     assert 0 < pool.similarities("Answer it: zebra").max() < 0.1 * pool.similarities("Guernica")[1]
     assert pool.similarities("zebra").tolist() == [0.0, 0.0, 0.0]

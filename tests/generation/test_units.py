@@ -11,7 +11,7 @@ from generation.units import BudgetGate
 from tests.generation.fixed_llm import FixedLLM
 
 
-def test_below_a_ceiling_a_unit_waits_for_those_in_flight_and_is_refused_only_when_none_is():
+def test_a_unit_above_the_budget_waits_for_units_in_progress_and_is_refused_without_any():
     gate = BudgetGate(ceiling=1.0)
     assert gate.acquire("a", 0.7) is True
     assert gate.acquire("b", 0.7) is None and not gate.exhausted()
@@ -21,7 +21,7 @@ def test_below_a_ceiling_a_unit_waits_for_those_in_flight_and_is_refused_only_wh
     assert gate.acquire("c", 0.7) is False and gate.exhausted()
 
 
-def test_a_unit_found_done_after_its_actor_was_lost_frees_its_promise_once():
+def test_a_second_release_of_a_unit_has_no_effect():
     gate = BudgetGate(ceiling=1.0)
     assert gate.acquire("a", 0.9) is True
     gate.release("a", 0.5)
@@ -29,7 +29,7 @@ def test_a_unit_found_done_after_its_actor_was_lost_frees_its_promise_once():
     assert gate.acquire("b", 0.5) is True
 
 
-def test_a_closed_gate_lets_nobody_in():
+def test_a_closed_gate_admits_no_unit():
     gate = BudgetGate()
     assert gate.acquire("a", 0.0) is True
     gate.close()
@@ -37,7 +37,7 @@ def test_a_closed_gate_lets_nobody_in():
 
 
 class CostlyLLM(FixedLLM):
-    """A tenth of a dollar a candidate, at most three; a prompt about death never ends."""
+    """An LLM with prices: 0.1 dollars per request, at most 0.3 per candidate. A request with "lost" is cancelled."""
 
     def max_cost(self, prompt, decoding):
         return 0.3 * decoding.n
@@ -46,13 +46,13 @@ class CostlyLLM(FixedLLM):
         return 0.1
 
     async def sample(self, token_ids, decoding, seed, request_id):
-        if b"death" in bytes(token_ids):
+        if b"lost" in bytes(token_ids):
             raise asyncio.CancelledError
         return await super().sample(token_ids, decoding, seed, request_id)
 
 
 def in_process(gate):
-    """A gate in this process, called as Ray's actors are."""
+    """Return a gate in this process with the call syntax of a Ray actor."""
 
     def method(call):
         async def remote(*arguments):
@@ -64,13 +64,13 @@ def in_process(gate):
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
-def test_money_spent_on_a_unit_lost_under_way_is_remembered(place):
+def test_the_maximum_cost_of_an_interrupted_unit_counts_as_spent(place):
     decodings = "sampler.decodings=[{name: one, max_tokens: 8}]"
     prices = "price_per_million_prompt: 1, price_per_million_sampled: 1"
     engine = f"sampler.engine={{kind: endpoint, base_url: 'http://127.0.0.1:9/v1', max_cost: 9, {prices}}}"
     config = load(None, [decodings, engine, "sampler.prompt.form=raw"])
     row = {"references": ["x"], "dataset": "d", "shots": [], "mismatched": []}
-    for name, text in (("train-000000", "life"), ("train-000001", "death")):
+    for name, text in (("train-000000", "kept"), ("train-000001", "lost")):
         table = pa.Table.from_pylist([{**row, "id": name, "instruction": text}], PREPARED)
         units.write_unit(units.unit_uri(place, "prepared", name), table)
     worker = units.UnitWorker(place, config, CostlyLLM, in_process(BudgetGate(9.0)))
@@ -86,7 +86,7 @@ def test_money_spent_on_a_unit_lost_under_way_is_remembered(place):
     assert units.dollars_spent(place, ["train-000000"]) == pytest.approx(0.1 + 0.3)
 
 
-def test_only_train_instructions_are_balanced_and_all_that_was_sampled_is_counted(tmp_path):
+def test_max_per_bin_limits_train_units_and_the_counts_include_all_samples(tmp_path):
     config = load(None, ["generate.max_per_bin=1", "sampler.prompt.form=raw"])
     row = {"id": "a", "instruction": "say", "references": ["number 1 0"], "dataset": "d", "shots": [], "mismatched": []}
     kept = {}

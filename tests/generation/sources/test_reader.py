@@ -40,7 +40,7 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=[reason[:40] for _, reason in BAD_ROWS])
-def test_a_bad_row_becomes_a_dead_letter_with_place_and_reason_and_the_rest_goes_on(tmp_path, row, reason):
+def test_a_bad_row_becomes_a_dead_letter_and_the_other_rows_are_read(tmp_path, row, reason):
     path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], row, ROWS[1]])
     first, letter, last = rows_of(files_config(path))
     assert isinstance(letter, DeadLetter) and reason in letter.reason
@@ -49,13 +49,13 @@ def test_a_bad_row_becomes_a_dead_letter_with_place_and_reason_and_the_rest_goes
     assert (first.instruction, last.instruction) == ("say 0", "say 1")
 
 
-def test_bytes_that_are_no_text_are_a_dead_letter(tmp_path):
+def test_a_line_that_is_not_utf_8_is_a_dead_letter(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"instruction": "\xff\xfe"}\n' + json.dumps(ROWS[0]).encode())
     letter, row = rows_of(files_config(tmp_path / "rows.jsonl"))
     assert isinstance(letter, DeadLetter) and isinstance(row, Instruction)
 
 
-def test_a_source_without_one_usable_row_is_an_error_that_shows_the_shape(tmp_path):
+def test_a_source_without_a_usable_row_is_an_error_with_an_example_row(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "x"}])
     with pytest.raises(UsageError, match=r"no row can be used; each needs `instruction` \(text\) and `references`"):
         rows_of(files_config(tmp_path / "rows.jsonl"))
@@ -67,7 +67,7 @@ def test_a_path_without_files_is_an_error(tmp_path, pattern):
         rows_of(files_config(tmp_path / pattern))
 
 
-def test_jsonl_gzip_parquet_and_s3_hold_the_same_rows(tmp_path, bucket):
+def test_jsonl_gzip_parquet_and_s3_give_the_same_rows(tmp_path, bucket):
     from cluster import storage
 
     def contents(path):
@@ -85,7 +85,7 @@ def test_jsonl_gzip_parquet_and_s3_hold_the_same_rows(tmp_path, bucket):
     assert len(plain) == 40
 
 
-def test_the_split_is_by_hash_of_the_instruction_unless_the_row_says(tmp_path):
+def test_the_split_is_a_hash_of_the_instruction_unless_the_row_has_one(tmp_path):
     rows = rows_of(
         files_config(write_jsonl(tmp_path / "d.jsonl", [*ROWS, {**ROWS[0], "split": "validation"}, {**ROWS[0], "split": "train"}]))
     )
@@ -95,7 +95,7 @@ def test_the_split_is_by_hash_of_the_instruction_unless_the_row_says(tmp_path):
     assert all(row.split == "train" for row in rows_of(files_config(tmp_path / "d.jsonl", "source.validation_fraction=0"))[:40])
 
 
-def test_limits_hold_for_each_dataset_and_split(tmp_path):
+def test_limits_apply_to_each_dataset_and_split(tmp_path):
     rows = [{**row, "dataset": name, "split": split} for row in ROWS for name in "ab" for split in ("train", "validation")]
     config = files_config(write_jsonl(tmp_path / "d.jsonl", rows), "source.train_rows=3", "source.validation_rows=2")
     taken = [(row.dataset, row.split) for row in rows_of(config)]
@@ -107,7 +107,7 @@ def test_limits_hold_for_each_dataset_and_split(tmp_path):
     }
 
 
-def test_instructions_of_one_example_fall_on_one_side_and_so_do_those_of_a_dataset(tmp_path):
+def test_rows_of_an_example_or_of_a_dataset_are_in_one_split(tmp_path):
     rows = [{"instruction": f"{ask} {n}", "references": ["x"], "example": str(n), "dataset": f"d{n}"} for n in range(50) for ask in "abc"]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     for override in ("source.split_by=example", "source.split_by=dataset"):
@@ -117,7 +117,7 @@ def test_instructions_of_one_example_fall_on_one_side_and_so_do_those_of_a_datas
         assert {len(each) for each in sides.values()} == {1} and len(set.union(*sides.values())) == 2
 
 
-def test_each_row_names_its_part_and_a_limit_takes_the_first(tmp_path):
+def test_each_row_has_the_name_of_its_part_and_a_limit_keeps_the_first_rows(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", ROWS)
     parts = f"[{{name: a, source: {{kind: files, path: '{path}', limit: 3}}}}, {{source: {{kind: files, path: '{path}', dataset: e}}}}]"
     rows = list(read_rows(load(None, [f"source={{kind: mixture, parts: {parts}}}"]).source, 1))
@@ -126,7 +126,7 @@ def test_each_row_names_its_part_and_a_limit_takes_the_first(tmp_path):
 
 
 @pytest.mark.usefixtures("bigbench_tasks")
-def test_rows_in_p3_columns_equal_the_same_rows_in_our_columns(tmp_path):
+def test_p3_columns_give_the_same_rows_as_cappy_columns(tmp_path):
     table = pa.Table.from_pylist(bigbench_rows(dict.fromkeys(("conlang_translation", "date_understanding", "gem"), 100)))
     assert 0 < table["answer_choices"].null_count < len(table)
     pq.write_table(table, tmp_path / "own.parquet")
@@ -146,7 +146,7 @@ def test_bigbench_task_files_are_read_unchanged(tmp_path):
     assert texts == {row["instruction"] for _, _, row in bigbench.read_tasks(["codenames"], seed=1)}
 
 
-def test_a_weighted_mixture_is_in_ratio_and_the_same_each_time_it_is_read(tmp_path):
+def test_a_weighted_mixture_has_its_ratio_and_is_deterministic(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", ROWS)
     source = f"source: {{kind: files, path: '{path}'}}"
     parts = f"[{{name: a, weight: 3, {source}}}, {{name: b, weight: 1, {source}}}]"
@@ -157,7 +157,7 @@ def test_a_weighted_mixture_is_in_ratio_and_the_same_each_time_it_is_read(tmp_pa
     assert rows_of(config) != list(read_rows(config.source, config.seed + 1))
 
 
-def test_t0s_mixture_caps_each_template(tmp_path):
+def test_the_t0_policy_caps_each_template(tmp_path):
     rows = [{**row, "template": "even" if n % 2 else "odd"} for n, row in enumerate(ROWS)]
     path = write_jsonl(tmp_path / "d.jsonl", [*rows, {**ROWS[0], "dataset": "small"}])
     config = load(None, [f"source={{kind: mixture, policy: t0, cap: 10, parts: [{{source: {{kind: files, path: '{path}'}}}}]}}"])
