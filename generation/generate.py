@@ -62,10 +62,8 @@ class PreparedUnits(TypedDict):
 def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> dict[str, Any]:
     """Sample, label and publish a regression set; return its summary.
 
-    `load` loads the LLM of each sampling actor.
-
-    Raises `UsageError` if the destination has a finished run or a run with
-    other settings. Raises `CappyError` if too many rows fail or another run holds the lease. Raises `Stopped` after SIGTERM.
+    `load` loads the LLM of each sampling actor. Raises `UsageError` if the destination has a finished run or a run with other
+    settings. Raises `CappyError` if too many rows fail or another run has the lease. Raises `Stopped` after SIGTERM.
     """
     start = time.monotonic()
     uri = storage.check_uri(config.dataset_uri, "dataset")
@@ -73,28 +71,28 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
         artifacts.refuse_published(uri, "dataset", "generate")
     artifacts.refuse_foreign(uri, "dataset", _OWNED, overwrite=overwrite)
     engines.check_sampler_config(config.sampler)
-    with prometheus.serve_metrics(config.generate) as progress, lease.hold(storage.join(uri, _LEASE), f"dataset={uri}") as held:
+    with prometheus.serve_metrics(config.generate) as progress, lease.hold(storage.join(uri, _LEASE), f"dataset={uri}") as run_lease:
         if overwrite:
-            artifacts.withdraw(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
-        artifacts.finish_withdrawal(uri, "dataset", _OWNED, keep=_LEASE, check=held.check)
+            artifacts.withdraw(uri, "dataset", _OWNED, keep=_LEASE, check=run_lease.check)
+        artifacts.finish_withdrawal(uri, "dataset", _OWNED, keep=_LEASE, check=run_lease.check)
         artifacts.refuse_published(uri, "dataset", "generate")
         artifacts.refuse_foreign(uri, "dataset", _OWNED, overwrite=False)
         staging = storage.join(uri, "_staging")
-        held.check()
+        run_lease.check()
         _claim_destination(staging, config)
-        prepared = _prepare(staging, config, held)
+        prepared = _prepare(staging, config, run_lease)
         stages = {"reading": time.monotonic() - start}
         try:
             with ray_session():
-                rates = _sample(staging, prepared, config, load, held, progress)
+                rates = _sample(staging, prepared, config, load, run_lease, progress)
                 stages["sampling"] = time.monotonic() - start - sum(stages.values())
-                merged = _merge(uri, staging, prepared, config, held)
+                merged = _merge(uri, staging, prepared, config, run_lease)
                 stages["merging"] = time.monotonic() - start - sum(stages.values())
-            summary = _publish(uri, staging, merged, rates, config, stages, held)
+            summary = _publish(uri, staging, merged, rates, config, stages, run_lease)
         except LeaseLost:
-            shards.remove_own(uri, held.run)
+            shards.remove_own(uri, run_lease.run)
             raise
-        held.finish()
+        run_lease.finish()
     return summary
 
 
@@ -128,7 +126,7 @@ def _claim_destination(staging: str, config: Config) -> None:
         )
 
 
-def _prepare(staging: str, config: Config, held: Lease) -> PreparedUnits:
+def _prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
     """Write the prepared units, unless an earlier attempt wrote them; return their counts."""
     record = storage.join(staging, "prepared.json")
     if storage.exists(record):
@@ -140,7 +138,7 @@ def _prepare(staging: str, config: Config, held: Lease) -> PreparedUnits:
     failed = 0
 
     def flush(split: str) -> None:
-        held.check(look=False)
+        run_lease.check(look=False)
         units.write_unit(
             units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(pending[split], PREPARED)
         )
@@ -164,12 +162,12 @@ def _prepare(staging: str, config: Config, held: Lease) -> PreparedUnits:
             if pending[split]:
                 flush(split)
         letters.flush()
-        held.check()
+        run_lease.check()
         storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
     _check_error_rate(failed, failed + sum(counts.values()), config)
     storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
     result: PreparedUnits = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": failed}
-    held.check()
+    run_lease.check()
     storage.write_json(record, dict(result))
     return result
 
@@ -191,7 +189,9 @@ def _unit_names(prepared: PreparedUnits) -> list[str]:
     return [f"{split}-{number:06d}" for split in SPLITS for number in range(prepared["units"][split])]
 
 
-def _sample(staging: str, prepared: PreparedUnits, config: Config, load: LoadLLM, held: Lease, progress: GenerateMetrics) -> dict[str, Any]:
+def _sample(
+    staging: str, prepared: PreparedUnits, config: Config, load: LoadLLM, run_lease: Lease, progress: GenerateMetrics
+) -> dict[str, Any]:
     """Sample and label every unit that is not finished; return the rates of this attempt, empty if all were finished."""
     names = _unit_names(prepared)
     finished = {name.removesuffix(".parquet") for name in storage.list_files(storage.join(staging, "units"))}
@@ -216,7 +216,7 @@ def _sample(staging: str, prepared: PreparedUnits, config: Config, load: LoadLLM
     closing = on_sigterm("finishing the units in progress; run the same command again to resume", gate.close.remote)
     with closing as stop_requested, Bar("sampling", total, "instructions", done=done) as bar:
         for result in build_plan(staging, pending, config, load, gate).iter_rows():
-            held.check(look=False)
+            run_lease.check(look=False)
             failed += result["dead_letters"]
             spent += result["cost"]
             progress.add(result)
@@ -263,11 +263,11 @@ def _check_error_rate(letters: int, rows: int, config: Config) -> None:
         )
 
 
-def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, held: Lease) -> dict[str, MergedShard]:
+def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, run_lease: Lease) -> dict[str, MergedShard]:
     """Merge the finished units into shards, each in a Ray task; return the results by path, sorted."""
     import ray
 
-    held.check()
+    run_lease.check()
     sizes = storage.list_files(storage.join(staging, "units"))
     merge = ray.remote(num_cpus=1)(shards.write_shard)
     tasks: dict[Any, str] = {}
@@ -275,9 +275,9 @@ def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, held
         # The names come from the prepared units: a unit that is missing in the listing must be an error.
         of_split = {name: sizes.get(f"{name}.parquet", 0) for name in _unit_names(prepared) if name.startswith(f"{split}-")}
         for number, names in enumerate(shards.group_by_size(of_split, config.generate.shard_mib << 20)):
-            name = shards.shard_path(split, number, held.run)
+            name = shards.shard_path(split, number, run_lease.run)
             target = storage.join(uri, name)
-            tasks[merge.remote(names, staging, target, config.generate.row_group_rows, held.claim.check)] = name
+            tasks[merge.remote(names, staging, target, config.generate.row_group_rows, run_lease.claim.check)] = name
     merged: dict[str, MergedShard] = {}
     pending = list(tasks)
     with Bar("merging units into shards", len(tasks), "shards") as bar:
@@ -295,7 +295,13 @@ def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, held
 
 
 def _publish(
-    uri: str, staging: str, merged: dict[str, MergedShard], rates: dict[str, Any], config: Config, stages: dict[str, float], held: Lease
+    uri: str,
+    staging: str,
+    merged: dict[str, MergedShard],
+    rates: dict[str, Any],
+    config: Config,
+    stages: dict[str, float],
+    run_lease: Lease,
 ) -> dict[str, Any]:
     """Write the files beside the shards, then the manifest; return the summary of the set.
 
@@ -311,7 +317,7 @@ def _publish(
     if not total.get("instructions"):
         raise CappyError(f"{uri}: every row failed, so nothing is published; the reasons are in {staging}; fix the source or sampler.*")
     dead_letters = 0
-    folder = folder_writer.FolderWriter(uri, held.check)
+    folder = folder_writer.FolderWriter(uri, run_lease.check)
     with _dead_letter_file() as letters:
         for place in [
             storage.join(staging, "prepared", "dead_letters.jsonl"),
@@ -345,11 +351,11 @@ def _publish(
         "config": config.model_dump(mode="json"),
         "files": files,
     }
-    manifest = dataset_card.write_card(uri, manifest, held.check)
-    shards.remove_superseded(uri, merged, held.check)
-    held.check()
+    manifest = dataset_card.write_card(uri, manifest, run_lease.check)
+    shards.remove_superseded(uri, merged, run_lease.check)
+    run_lease.check()
     artifacts.publish(uri, manifest)
-    artifacts.cleanup(staging, held.check)
+    artifacts.cleanup(staging, run_lease.check)
     return summary
 
 

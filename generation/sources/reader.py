@@ -42,12 +42,12 @@ def row_reader(source: Source, seed: int) -> Stream:
         caps = mixture.t0_caps(counts, source.cap)
         return lambda: mixture.sample_rows(everything(), _template_key, counts, caps, seed)
     sizes = [sum(isinstance(row, Instruction) for row in stream()) for stream in streams]
-    wanted = mixture.rows_per_part(sizes, [part.weight or 0.0 for part in source.parts], source.rows)
+    row_counts = mixture.rows_per_part(sizes, [part.weight or 0.0 for part in source.parts], source.rows)
 
     def weighted() -> Iterator[Instruction | DeadLetter]:
-        parts = zip(streams, sizes, wanted, strict=True)
+        parts = zip(streams, sizes, row_counts, strict=True)
         drawn = [mixture.sample_rows(stream(), _single_stratum, {None: size}, {None: rows}, seed) for stream, size, rows in parts]
-        return mixture.interleave(drawn, wanted)
+        return mixture.interleave(drawn, row_counts)
 
     return weighted
 
@@ -68,6 +68,7 @@ def part_name(source: Source) -> str:
 
 
 def _read_limited(source: BigBenchSource | FilesSource | HubSource, seed: int, part: str) -> Iterator[Instruction | DeadLetter]:
+    """Yield the rows of a source with the name of its part, up to its limits per dataset and split and its total limit."""
     limits = {"train": source.train_rows, "validation": source.validation_rows}
     taken: Counter[tuple[str, str]] = Counter()
     count = 0

@@ -89,15 +89,16 @@ ANY = st.text(max_size=40) | DIFFICULT | WORDS
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.tuples(st.lists(ANY, max_size=4), st.lists(ANY, max_size=4)), max_size=4))
 def test_any_texts_agree_with_rouge_score_to_the_bit(rows):
-    responses, references = pa.array([said for said, _ in rows], TEXTS), pa.array([right for _, right in rows], TEXTS)
-    expected = [rouge_score_value(text, right) for said, right in rows for text in said]
+    responses, references = pa.array([texts for texts, _ in rows], TEXTS), pa.array([correct for _, correct in rows], TEXTS)
+    expected = [rouge_score_value(text, correct) for texts, correct in rows for text in texts]
     assert list(map(bits, rouge_l_batch(responses, references))) == list(map(bits, expected))
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from("abc"), min_size=50, max_size=300), st.lists(st.sampled_from("abcd"), min_size=50, max_size=300))
-def test_subsequences_over_several_machine_words_agree_with_rouge_score(said, right):
-    assert bits(rouge_l(" ".join(said), [" ".join(right)])) == bits(rouge_score_value(" ".join(said), [" ".join(right)]))
+def test_subsequences_over_several_machine_words_agree_with_rouge_score(response_words, reference_words):
+    response, reference = " ".join(response_words), " ".join(reference_words)
+    assert bits(rouge_l(response, [reference])) == bits(rouge_score_value(response, [reference]))
 
 
 def test_texts_of_ten_thousand_words_and_hundreds_of_references_are_labelled():
@@ -111,7 +112,7 @@ def test_texts_of_ten_thousand_words_and_hundreds_of_references_are_labelled():
 
 def test_slices_and_blocks_do_not_change_a_label(monkeypatch):
     rows = [([f"say {n}", "x" * n, f"{n} one more"], [f"say {n} times", "é" * n]) for n in range(40)]
-    responses, references = pa.array([said for said, _ in rows], TEXTS), pa.array([right for _, right in rows], TEXTS)
+    responses, references = pa.array([texts for texts, _ in rows], TEXTS), pa.array([correct for _, correct in rows], TEXTS)
     whole = rouge_l_batch(responses, references)
     monkeypatch.setattr("generation.labels._BLOCK", 50)
     assert rouge_l_batch(responses, references).tolist() == whole.tolist()
@@ -165,9 +166,10 @@ def test_in_unicode_mode_a_text_equals_itself_in_any_normal_form(text):
 
 def test_unicode_mode_stems_ascii_english_as_paper_mode_does(real_rows):
     compared = 0
-    for said, right in real_pairs(real_rows, 1_000, seed=2):
-        if said.isascii() and not set("+-") & set(said + "".join(right)) and "".join(right).isascii() and rouge_l(said, right):
-            assert bits(rouge_l(said, right)) == bits(unicode(said, *right))
+    for response, references in real_pairs(real_rows, 1_000, seed=2):
+        text = response + "".join(references)
+        if text.isascii() and not set("+-") & set(text) and rouge_l(response, references):
+            assert bits(rouge_l(response, references)) == bits(unicode(response, *references))
             compared += 1
     assert compared > 200
 
