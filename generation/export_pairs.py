@@ -1,9 +1,7 @@
-"""Copy a published folder between any two places, checked: `cappy push`, `cappy pull`, and the pairs of `push --pairs`.
+"""`cappy push --pairs`: publish the (instruction, response) pairs of a set as plain Parquet.
 
-Each file comes to a local file beside the destination first, its SHA-256 taken on the way; only one that matches the manifest
-gets its name there, and the manifest is written last. Interrupted, the same copy goes on: files that are there and sound are
-not copied again. Threads of one machine, not Ray: a copy waits on disks and on the network, hashing and compressing let go of
-the interpreter, and so a laptop without a cluster can pull.
+Each shard is downloaded, verified against the SHA-256 in the manifest, converted and written. The manifest is written last.
+The work runs in threads of this process and imports no Ray, so a machine without a cluster can run it.
 """
 
 from __future__ import annotations
@@ -22,18 +20,20 @@ from cluster.copying import CopySession, copy_summary, is_already_copied, refuse
 from cluster.errors import CappyError
 from cluster.runtime import code_version
 from generation import dataset_card
-from generation.dataset import RegressionSet, pair_table
+from generation.dataset import RegressionSet, concat_tables, pair_table
 from generation.schema import PAIRS
 
-_PAIR_THREADS = 4  # each holds a row group of pairs
+# Each thread has a row group of pairs in memory.
+_PAIR_THREADS = 4
 _ROW_GROUP_BYTES = 64 << 20
 
 
 def export_pairs(source: str, destination: str) -> dict[str, Any]:
-    """Publish the pairs of a set as plain Parquet shards (columns of `schema.PAIRS`), one for each of its own.
+    """Publish the pairs of a set as Parquet shards with the columns of `schema.PAIRS`, one for each shard of the set.
 
-    A pair is a row, exact repeats within an instruction included. Holds a row group of each thread in memory. Interrupted, it
-    starts over. Raises as `copy` does.
+    A row is one pair; duplicates within an instruction are included. Memory holds one row group per thread. After an
+    interruption, the same command starts again. Returns the same summary and raises the same errors as
+    `cluster.copying.copy_folder`.
     """
     destination = storage.check_uri(destination, "DST")
     opened = RegressionSet(source, "SRC")
@@ -46,15 +46,15 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
     start = time.monotonic()
     with CopySession(destination, len(shards)) as copying:
 
-        def one(name: str) -> dict[str, Any]:
-            with copying.scratch() as grouped, copying.scratch() as plain:
-                copying.fetch(storage.join(source, name), shards[name], grouped)
-                rows = _explode(grouped, plain)
-                entry = {"bytes": plain.stat().st_size, "sha256": storage.sha256(str(plain)), "rows": rows}
-                copying.place(plain, name)
+        def export_shard(name: str) -> dict[str, Any]:
+            with copying.scratch() as shard, copying.scratch() as pairs:
+                copying.fetch(storage.join(source, name), shards[name], shard)
+                rows = _write_pairs(shard, pairs)
+                entry = {"bytes": pairs.stat().st_size, "sha256": storage.sha256(str(pairs)), "rows": rows}
+                copying.place(pairs, name)
             return entry
 
-        written = dict(sorted(copying.each(one, shards, _PAIR_THREADS)))
+        written = dict(sorted(copying.each(export_shard, shards, _PAIR_THREADS)))
         settings = manifest["files"]["config.yaml"]
         with copying.scratch() as file:
             copying.fetch(storage.join(source, "config.yaml"), settings, file)
@@ -62,7 +62,9 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
     for split, counts in manifest["counts"].items():
         found = sum(entry["rows"] for name, entry in written.items() if name.startswith(f"data/{split}/"))
         if found != counts["pairs"]:
-            raise CappyError(f"SRC={source} has {found} pairs in split {split}, its manifest says {counts['pairs']}; generate it again")
+            raise CappyError(
+                f"SRC={source} has {found} pairs in split {split}, its manifest has {counts['pairs']}; copy or generate the set again"
+            )
     kept = ("version", "counts", "metric", "lineage", "config")
     summary = {**manifest["summary"], "uri": destination, "dead_letters": 0, "seconds": round(time.monotonic() - start, 1)}
     made = {
@@ -80,17 +82,12 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
     return copy_summary(destination, "pairs", source, written, written, time.monotonic() - start)
 
 
-def _explode(grouped: Path, plain: Path) -> int:
-    """Write the pairs of a local shard to another local file; return how many."""
+def _write_pairs(shard: Path, pairs: Path) -> int:
+    """Write the pairs of a local shard to another local file; return their number."""
     count = 0
-    with pq.ParquetFile(grouped) as shard, pq.ParquetWriter(plain, PAIRS, compression="zstd", write_page_checksum=True) as writer:
-        waiting: list[pa.Table] = []
-        for batch in shard.iter_batches(batch_size=256):
-            waiting.append(pair_table(pa.Table.from_batches([batch])))
-            count += waiting[-1].num_rows
-            if sum(table.nbytes for table in waiting) >= _ROW_GROUP_BYTES:
-                writer.write_table(pa.concat_tables(waiting))
-                waiting.clear()
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting))
+    with pq.ParquetFile(shard) as parquet, pq.ParquetWriter(pairs, PAIRS, compression="zstd", write_page_checksum=True) as writer:
+        tables = (pair_table(pa.Table.from_batches([batch])) for batch in parquet.iter_batches(batch_size=256))
+        for table in concat_tables(tables, _ROW_GROUP_BYTES, size=lambda table: table.nbytes):
+            writer.write_table(table)
+            count += table.num_rows
     return count

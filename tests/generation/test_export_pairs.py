@@ -15,7 +15,7 @@ from tests.generation.made_set import LABELS, publish
 __all__ = ["endpoints"]  # a fixture
 
 
-def test_pairs_are_a_row_a_candidate_with_its_provenance(endpoints):
+def test_each_candidate_is_a_row_with_its_origin(endpoints):
     source, destination = endpoints
     manifest = publish(source)
     export_pairs.export_pairs(source, destination)
@@ -56,7 +56,7 @@ def test_the_memory_of_writing_pairs_does_not_grow_with_the_shard(tmp_path, monk
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["set", "pairs"])
-def test_plain_hugging_face_and_pandas_open_what_was_pushed_and_pulled(pairs, tmp_path, bucket):
+def test_hugging_face_and_pandas_open_pushed_and_pulled_data(pairs, tmp_path, bucket):
     publish(f"{tmp_path}/a")
     (export_pairs.export_pairs if pairs else copying.copy_folder)(f"{tmp_path}/a", f"{bucket}/a")
     copying.copy_folder(f"{bucket}/a", f"{tmp_path}/b")
