@@ -1,1 +1,1 @@
-"""From instructions to the regression set: sources, prompts, sampling, Rouge-L, and the published Parquet."""
+"""The regression set: instruction sources, prompts, sampling, labels, and the published Parquet files."""
