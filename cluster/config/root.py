@@ -1,4 +1,4 @@
-"""The root of the config tree."""
+"""The root of the config tree. Imports the sections and no other part of Cappy."""
 
 from __future__ import annotations
 
@@ -15,37 +15,47 @@ from cluster.config.training import AdaptConfig, ScorerConfig, TrainingConfig
 
 
 class Config(Section):
-    """The whole tree. One file describes a run; its verbs find each other's output through `workspace`."""
+    """All settings of a run. Each verb finds the output of the other verbs below `workspace`."""
 
     workspace: str = Field("runs/default", min_length=1)
-    """Folder or s3:// prefix under which every verb writes, each to its own folder."""
+    """Folder or s3:// prefix of the outputs. Each verb writes to its own folder below it."""
     dataset: str | None = None
-    """The regression set `generate` writes and the others read; null is `{workspace}/dataset`."""
+    """The regression set, written by `generate` and read by the other verbs; null is `{workspace}/dataset`."""
     scorer_path: str | None = None
-    """The scorer `train` writes and the others read; null is `{workspace}/scorer`."""
+    """The scorer, written by `train` and read by the other verbs; null is `{workspace}/scorer`."""
     adapted_path: str | None = None
-    """Where `adapt` writes a scorer for each task; null is `{workspace}/adapted`."""
+    """Folder of the scorers that `adapt` publishes, one for each task; null is `{workspace}/adapted`."""
     evaluation_path: str | None = None
-    """Where `evaluate` writes; null is `{workspace}/evaluation`."""
+    """Folder that `evaluate` writes; null is `{workspace}/evaluation`."""
     seed: int = Field(20261121, ge=0, lt=2**31)
-    """Behind every draw, together with the row or step it is for."""
+    """Seed of all random choices. Each choice is a function of the seed and of its row or step."""
     source: Source = BigBenchSource()
+    """Origin of the instructions."""
     decontaminate: DecontaminationConfig = DecontaminationConfig()
+    """Evaluation rows whose text must not occur in train rows."""
     sampler: SamplerConfig = SamplerConfig()
+    """The LLM, its engine, its prompt and its decodings."""
     generate: GenerateConfig = GenerateConfig()
+    """Labels, unit size and shards of the regression set."""
     plan: PlanConfig = PlanConfig()
+    """Assumptions of the cost estimate."""
     scorer: ScorerConfig = ScorerConfig()
+    """The scorer model."""
     training: TrainingConfig = TrainingConfig()
+    """Training of the scorer."""
     adapt: AdaptConfig = AdaptConfig()
+    """Fine-tuning of the scorer for single tasks."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Comparison of the scorer with the baselines."""
     serving: ServingConfig = ServingConfig()
+    """The server."""
 
     @model_validator(mode="after")
     def _one_endpoint(self) -> Config:
         if self.sampler.engine.kind == "endpoint" and self.serving.llm_replicas.max > 1:
             raise ValueError(
-                f"serving.llm_replicas={self.serving.llm_replicas.max} would each keep rates of their own to the endpoint; "
-                f"use one and raise sampler.engine.concurrency"
+                f"serving.llm_replicas={self.serving.llm_replicas.max} would each have separate rate limits for the endpoint; "
+                f"use 1 and raise sampler.engine.concurrency"
             )
         return self
 
@@ -66,5 +76,5 @@ class Config(Section):
         return self.evaluation_path or f"{self.workspace.rstrip('/')}/evaluation"
 
     def to_yaml(self) -> str:
-        """The resolved tree as YAML that `load` reads back to an equal tree."""
+        """Return the resolved tree as YAML; `load` reads it back to an equal tree."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

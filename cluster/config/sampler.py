@@ -1,4 +1,4 @@
-"""Settings of `sampler`: the LLM, its prompt, its engine and the decodings."""
+"""Settings of `sampler`: the LLM, its prompt, its engine and the decodings. Imports no engine."""
 
 from __future__ import annotations
 
@@ -11,48 +11,51 @@ from cluster.config.base import Section
 
 
 class PromptConfig(Section):
-    """How an instruction becomes the LLM's prompt. The scorer always reads the bare instruction."""
+    """The prompt of the LLM. The scorer always reads the instruction alone."""
 
     form: Literal["chat", "raw"] = "chat"
     """`chat` applies the model's chat template; `raw` continues plain text."""
     system: str | None = None
-    """System text: the template's system turn, or the first paragraph of a raw prompt."""
+    """System text: the system turn of the template, or the first paragraph of a raw prompt."""
     shots: int = Field(0, ge=0, le=32)
-    """Worked examples put before the instruction, from the train rows of the same template, or dataset."""
+    """Number of worked examples before the instruction, from train rows of the same template, or else of the same dataset."""
     shots_by: Literal["seed", "similarity"] = "seed"
-    """`seed` draws them once for all rows of a template, which the prefix cache likes; `similarity` takes the most similar ones."""
+    """`seed` draws the examples once for all rows of a template, so that the prefix cache can be used; `similarity` takes the most
+    similar examples of each row."""
 
 
 class DecodingConfig(Section):
-    """One named way to sample; the candidate pool of an instruction is the union over all decodings."""
+    """One set of sampling parameters. The candidate pool of an instruction is the union over all decodings."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name of the decoding, in column `decoding` of its candidates."""
     n: int = Field(1, ge=1, le=256)
     """Candidates drawn for each instruction."""
     temperature: float = Field(1.0, ge=0, le=4)
-    """0 is greedy, or beam search where `beams` says so."""
+    """0 is greedy decoding, or beam search if `beams` is above 1."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of most likely tokens with this total probability; 1 samples from all tokens."""
     top_k: int | None = Field(None, ge=1)
-    """Keep the k likeliest tokens; all of them when null."""
+    """Sample from this many most likely tokens; null samples from all tokens."""
     beams: int = Field(1, ge=1, le=64)
-    """Width of a beam search; its best `n` are the candidates. Only `engine.kind: transformers` has one."""
+    """Width of a beam search; its best `n` results are the candidates. Only `engine.kind: transformers` supports it."""
     min_tokens: int = Field(0, ge=0)
-    """Tokens before which neither the end of text nor a stop string ends a candidate."""
+    """Smallest length of a candidate, in tokens. Before it, neither the end of text nor a stop string ends the candidate."""
     max_tokens: int = Field(64, ge=1)
-    """Tokens a candidate may have."""
+    """Largest length of a candidate, in tokens."""
     stop: tuple[str, ...] = ()
-    """Strings that end a candidate (not included in it)."""
+    """Strings that end a candidate; the candidate does not include them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> DecodingConfig:
         if self.beams > 1 and (self.temperature > 0 or self.n > self.beams):
             raise ValueError(
-                f"beams={self.beams} needs temperature=0 and at most n={self.beams}; it has {self.temperature:g} and n={self.n}"
+                f"beams={self.beams} with temperature={self.temperature:g} and n={self.n}: use temperature=0 and at most n={self.beams}"
             )
         if self.beams == 1 and self.temperature == 0 and self.n > 1:
-            raise ValueError(f"n={self.n} with temperature=0 draws the same candidate {self.n} times; use n=1 or raise it")
+            raise ValueError(f"n={self.n} with temperature=0 draws the same candidate {self.n} times; use n=1 or a higher temperature")
         if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; lower it")
         return self
 
 
@@ -67,43 +70,46 @@ PAPER_DECODINGS = (
 )
 _DEFAULT_DECODINGS = {
     "transformers": PAPER_DECODINGS,
-    # vLLM has no beam search in its engine, so greedy stands in its place.
+    # The vLLM engine has no beam search; greedy decoding replaces it.
     "vllm": (GREEDY.model_copy(update={"min_tokens": 3}), *PAPER_DECODINGS[1:]),
-    # The OpenAI protocol knows neither beams, top_k nor min_tokens; servers that do take them from a config of one's own.
+    # The OpenAI protocol has neither beams, top_k nor min_tokens. A config can set them for a server that accepts them.
     "endpoint": tuple(each.model_copy(update={"min_tokens": 0}) for each in (GREEDY, *PAPER_DECODINGS[1:]) if each.top_k is None),
 }
 
 
 class VLLMConfig(Section):
-    """A vLLM engine in each sampling or serving replica: decoder-only models."""
+    """A vLLM engine in each sampling or serving replica, for decoder-only models."""
 
     kind: Literal["vllm"] = "vllm"
+    """Selects the vLLM engine."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Data type of weights and activations; `auto` takes the type in the config of the model."""
     max_model_len: int = Field(2048, ge=64)
-    """Prompt plus candidate, in tokens."""
+    """Largest length of prompt plus candidate, in tokens."""
     max_num_seqs: int = Field(64, ge=1)
-    """Candidates the engine decodes at once."""
+    """Largest number of candidates that the engine decodes at a time."""
     tensor_parallel: int = Field(1, ge=1)
-    """GPUs one replica spans."""
+    """GPUs of one replica."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of the GPU memory that vLLM uses for weights, activations and the KV cache."""
     cpu_kv_cache_gib: float = Field(1.0, gt=0)
-    """KV cache of a replica on a machine without a GPU, in GiB."""
+    """Size of the KV cache of a replica on a machine without a GPU, in GiB."""
     cpu_threads: int | None = Field(None, ge=1)
-    """Threads a replica computes with on a machine without a GPU, as far as it has cores; null is all of them. Where other processes
-    want the cores too, several replicas of few threads give more answers than one of many, whose threads wait for each other."""
+    """Compute threads of a replica on a machine without a GPU, at most the number of cores; null is all cores. If other processes
+    use the cores too, several replicas with few threads have a higher throughput than one replica with many threads."""
     compile: bool | None = None
-    """CUDA graphs and torch.compile; null means yes on GPU, no on CPU, where it takes up to a minute to start and gives a tenth more
-    tokens."""
+    """Use CUDA graphs and torch.compile. null means yes on GPU and no on CPU. On CPU the start then takes up to a minute longer, for
+    about 10 % more tokens per second."""
     share_prefill: bool | None = None
     """Prefill the end of a prompt once for all its candidates (CPU only, `tensor_parallel` 1). null turns it on if the installed vLLM
     version is tested with it; true also uses it with other versions; false turns it off. Candidates are the same in all cases."""
 
     decides: ClassVar = ("kind", "dtype", "max_model_len")
-    """The settings the candidates depend on; a run goes on only with the same."""
+    """The settings that change the candidates. A run can be resumed only with the same values."""
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens a candidate may have at most; None where only the server knows."""
+        """Return the largest possible length of a candidate in tokens, or None if only the server has a limit."""
         return self.max_model_len - 1
 
     @model_validator(mode="after")
@@ -120,15 +126,16 @@ class VLLMConfig(Section):
 
 
 class Seq2SeqConfig(Section):
-    """A transformers encoder-decoder in each sampling replica: T5, FLAN-T5, T0, BART0."""
+    """A transformers encoder-decoder in each sampling replica, e.g. T5, FLAN-T5, T0 or BART0."""
 
     kind: Literal["transformers"]
+    """Selects the transformers engine."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """auto is bfloat16 on a GPU and on a CPU that multiplies it natively, else float32."""
+    """Data type of the weights; `auto` is bfloat16 on a GPU and on a CPU with native bfloat16 multiplication, else float32."""
     max_prompt_tokens: int = Field(512, ge=16)
-    """Tokens of a prompt; a longer one is a dead letter. The paper's is 512; BART has no more than 1024 positions."""
+    """Largest length of a prompt, in tokens; a longer prompt goes to the dead letters. The paper has 512; BART has 1024 positions."""
     batch_tokens: int = Field(8192, ge=1)
-    """Size of a batch: its longest prompt, in tokens, times its candidates of one decoding."""
+    """Size of a batch: the tokens of its longest prompt times the number of its candidates of one decoding."""
 
     decides: ClassVar = ("kind", "dtype", "max_prompt_tokens")
 
@@ -139,31 +146,33 @@ class Seq2SeqConfig(Section):
 
 
 class EndpointConfig(Section):
-    """Any server that speaks the OpenAI protocol. The key is read from the environment where the sampler runs."""
+    """A server with the OpenAI protocol. The key is read from the environment of the sampler."""
 
     kind: Literal["endpoint"]
+    """Selects an endpoint."""
     base_url: str
-    """The server's address up to and with `/v1`; `sampler.model` is the model's name there."""
+    """Address of the server, up to and including `/v1`; `sampler.model` is the name of the model there."""
     api_key_env: str | None = None
-    """Name of the environment variable that holds the key; null sends none. The key itself never stands in a config."""
+    """Name of the environment variable with the key; null sends no key. Never put the key itself into a config."""
     concurrency: int = Field(16, ge=1)
-    """Requests under way at once."""
+    """Largest number of concurrent requests."""
     requests_per_minute: float | None = Field(None, gt=0)
+    """Rate limit of the requests; null is no limit."""
     tokens_per_minute: float | None = Field(None, gt=0)
-    """Prompt and sampled tokens together."""
+    """Rate limit of prompt and sampled tokens together; null is no limit."""
     timeout_s: float = Field(120.0, gt=0)
-    """Seconds until an unanswered request is given up and sent again."""
+    """Time limit of a request, in seconds; after it the request is sent again."""
     tries: int = Field(6, ge=1)
-    """Times a request is sent before its row goes to the dead-letter file."""
+    """Attempts for a request before its row goes to the dead-letter file."""
     logprobs: bool = True
-    """Ask for log-probabilities; where the server has none they are null either way."""
+    """Request log-probabilities. They are null if the server has none."""
     price_per_million_prompt: float | None = Field(None, ge=0)
     """Dollars per million prompt tokens."""
     price_per_million_sampled: float | None = Field(None, ge=0)
     """Dollars per million sampled tokens."""
     max_cost: float | None = Field(None, gt=0)
-    """Dollars the whole run (of `serve`: all servers of a workspace) may cost, interrupted parts included; it stops before it could
-    pass them, and can go on."""
+    """Budget of the whole run with all its interrupted parts, in dollars; for `serve`, of all servers of a workspace. The run stops
+    before it can exceed the budget. A higher budget resumes it."""
 
     decides: ClassVar = ("kind", "base_url")
 
@@ -173,16 +182,18 @@ class EndpointConfig(Section):
 
     @property
     def priced(self) -> bool:
-        """Whether a request's cost is known."""
+        """Return whether the cost of a request is known."""
         return self.price_per_million_prompt is not None
 
     @model_validator(mode="after")
     def _usable(self) -> EndpointConfig:
-        # Whoever puts the key itself here must not read it again in an error, so these messages leave the value out.
+        # A user may put the key itself here by mistake. These messages leave the value out, so that they do not print the key.
         if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env):
-            raise ValueError("api_key_env holds no name of an environment variable (capitals, digits, _); give the name, never the key")
+            raise ValueError("api_key_env is not the name of an environment variable (capitals, digits, _); give the name, never the key")
         if not re.fullmatch(r"https?://[^@?#\s]+", self.base_url):
-            raise ValueError("base_url is no http:// or https:// address without user, query and fragment; e.g. https://api.openai.com/v1")
+            raise ValueError(
+                "base_url is not an http:// or https:// address without user, query and fragment; give e.g. https://api.openai.com/v1"
+            )
         prices = (self.price_per_million_prompt, self.price_per_million_sampled)
         if None in prices and (self.max_cost is not None or prices != (None, None)):
             raise ValueError("max_cost and prices need both price_per_million_prompt and price_per_million_sampled")
@@ -197,23 +208,25 @@ EngineConfig = Annotated[VLLMConfig | Seq2SeqConfig | EndpointConfig, Field(disc
 
 
 def _default_decodings(data: dict[str, Any]) -> tuple[DecodingConfig, ...]:
-    engine = data.get("engine")  # absent when it is itself wrong
+    engine = data.get("engine")  # absent if it is invalid itself
     return _DEFAULT_DECODINGS[engine.kind if engine else "vllm"]
 
 
 class SamplerConfig(Section):
-    """The LLM, its prompt and how candidates are drawn from it."""
+    """The LLM, its prompt, its engine and its decodings."""
 
     model: str = "smollm2-135m-instruct"
-    """An embedded name, a hub name, a local folder or an s3:// folder; for an endpoint the model's name there."""
+    """The LLM: an embedded name, a hub name, a local folder or an s3:// folder. For an endpoint, the name of the model there."""
     prompt: PromptConfig = PromptConfig()
+    """The prompt of the LLM."""
     engine: EngineConfig = VLLMConfig()
+    """The engine: vLLM, transformers or an endpoint."""
     decodings: tuple[DecodingConfig, ...] = Field(default_factory=_default_decodings, min_length=1)
-    """The paper's 17 candidates by default, as far as the engine can draw them."""
+    """The decodings. The default is the 17 candidates of the paper, as far as the engine supports them."""
     replicas: int = Field(1, ge=1)
-    """Sampling actors; each holds one engine."""
+    """Number of sampling actors, each with one engine."""
     max_attempts: int = Field(3, ge=1)
-    """Times a row is tried before it goes to the dead-letter file."""
+    """Attempts for a row before it goes to the dead-letter file."""
 
     @field_validator("decodings")
     @classmethod
@@ -221,7 +234,7 @@ class SamplerConfig(Section):
         names = [decoding.name for decoding in decodings]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"decoding names must differ; {twice} stand more than once")
+            raise ValueError(f"decoding names must differ; {twice} occur more than once; rename them")
         return decodings
 
     @model_validator(mode="after")
@@ -229,7 +242,7 @@ class SamplerConfig(Section):
         for decoding in self.decodings:
             if decoding.beams > 1 and self.engine.kind != "transformers":
                 raise ValueError(
-                    f"decoding {decoding.name!r} has beams={decoding.beams}, which engine.kind={self.engine.kind} cannot do; "
+                    f"decoding {decoding.name!r} has beams={decoding.beams}, which engine.kind={self.engine.kind} does not support; "
                     f"use beams=1 (greedy) or engine.kind=transformers"
                 )
             if self.engine.kind == "vllm" and decoding.max_tokens >= self.engine.max_model_len:
@@ -238,5 +251,5 @@ class SamplerConfig(Section):
                     f"engine.max_model_len={self.engine.max_model_len}"
                 )
         if self.engine.kind == "endpoint" and self.replicas > 1:
-            raise ValueError(f"replicas={self.replicas} would each keep its own rates; use one and raise engine.concurrency")
+            raise ValueError(f"replicas={self.replicas} would each have separate rate limits; use 1 and raise engine.concurrency")
         return self

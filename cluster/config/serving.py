@@ -1,4 +1,4 @@
-"""Settings of `serving`: address, keys, limits, replicas, selection and early stopping."""
+"""Settings of `serving`: address, keys, limits, replicas, selection and early stopping. Imports no server."""
 
 from __future__ import annotations
 
@@ -16,40 +16,42 @@ class ApiKeyConfig(Section):
     """A client of the server. `cappy serve --new-key NAME` prints a key and this entry for it."""
 
     name: str = Field(min_length=1)
+    """Name of the client, for the access log and the metrics."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """The SHA-256 of the key, in hexadecimal; the key itself stands nowhere."""
+    """The SHA-256 of the key in hexadecimal. The key itself is stored nowhere."""
     requests_per_minute: int | None = Field(None, ge=1)
-    """Requests it may send in a minute, null without limit."""
+    """Rate limit of the client's requests; null is no limit."""
     candidates_per_minute: int | None = Field(None, ge=1)
-    """Candidates it may have sampled in a minute, null without limit."""
+    """Rate limit of the candidates sampled for the client; null is no limit."""
 
 
 class NamedScorer(Section):
-    """A scorer served beside the main one."""
+    """A scorer that is served beside the main scorer."""
 
     name: str = Field(min_length=1, max_length=200)
-    """What requests call it; `{model_name}+{name}` is the LLM with it."""
+    """Name of the scorer in requests. `{model_name}+{name}` is the LLM with this scorer."""
     path: str = Field(min_length=1)
-    """As `scorer_path`: a folder, hub name or s3:// folder of a scorer, or of adapters to one."""
+    """A folder, hub name or s3:// folder of a scorer, or of adapters to a scorer."""
 
 
 class Scaling(Section):
-    """How many replicas a deployment has: as many as its requests want, between two limits. A plain number is that many, always."""
+    """Autoscaling of a deployment between two numbers of replicas. A plain number is a fixed number of replicas."""
 
     min: int = Field(1, ge=0)
-    """With 0 it sleeps while nobody asks; the first request then waits for the model to load."""
+    """Smallest number of replicas. 0 scales the deployment to zero when idle; the next request then waits until the model is loaded."""
     max: int = Field(ge=1)
+    """Largest number of replicas."""
     target: float = Field(8.0, gt=0)
-    """Requests in work or waiting that a replica has on average; more of them start another replica."""
+    """Target for the mean number of running and queued requests per replica. Above it another replica starts."""
     up_after_s: float = Field(10.0, ge=0)
-    """Seconds more replicas must have been wanted before they start."""
+    """Time for which the load must be above the target before replicas start, in seconds."""
     down_after_s: float = Field(300.0, ge=0)
-    """Seconds fewer replicas must have been wanted before one stops."""
+    """Time for which the load must be below the target before replicas stop, in seconds."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Scaling:
         if self.min > self.max:
-            raise ValueError(f"min={self.min} is above max={self.max}")
+            raise ValueError(f"min={self.min} is above max={self.max}; lower it")
         return self
 
 
@@ -62,106 +64,116 @@ _ONE = Scaling(max=1)
 
 
 class AdaptiveConfig(Section):
-    """When a request's candidates are enough before all of `serving.candidates` are drawn: see `serving/early_stopping.py`.
+    """Early stopping: conditions under which fewer than `serving.candidates` candidates are sampled; see `serving/early_stopping.py`.
 
-    Off unless one of the first two is set here or in a request. The prior says what scores the scorer gives before this
-    instruction's own are known; `python -m benchmarks.adaptive` fits its mean and spread on train rows.
+    It is off unless `min_gain` or `target_score` is set here or in a request. The prior is the distribution of the scores before
+    any score of the instruction is known. `python -m benchmarks.adaptive` fits its mean and standard deviation on train rows.
     """
 
     min_gain: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """Stop when another candidate is expected to raise the best score by less, in units of the score; null or 0 never stops."""
+    """Stop if another candidate is expected to raise the best score by less than this, in units of the score; null or 0 never stops."""
     target_score: float | None = Field(None, allow_inf_nan=False)
-    """Stop as soon as the best candidate scores this much; null never stops."""
+    """Stop if the best score reaches this value; null never stops."""
     round_size: int = Field(4, ge=1)
-    """Candidates of each round after the first, which has the greedy ones. Fewer save more tokens and take more time."""
+    """Candidates of each round after the first round, which has the greedy candidates. A smaller value saves more tokens and takes
+    more time."""
     prior_mean: float = 0.25
+    """Mean of the prior of the scores."""
     prior_std: float = Field(0.15, gt=0)
-    """Of the scores of different responses to one instruction."""
+    """Standard deviation of the scores of different responses to one instruction, in the prior."""
     prior_weight: float = Field(2.0, gt=0)
-    """Number of the instruction's own scores that count as much as the prior."""
+    """Weight of the prior: the number of scores of the instruction that count as much as the prior."""
 
 
 class ServingConfig(Section):
     """The server of `cappy serve`."""
 
     host: str = "127.0.0.1"
+    """Address that the server listens on."""
     port: int = Field(8000, ge=1, le=65535)
+    """Port that the server listens on."""
     api_keys: tuple[ApiKeyConfig, ...] = ()
-    """Who may ask; without any, everyone who reaches `host`."""
+    """The clients. Without any entry, every client that can reach `host` is accepted."""
     allow_no_keys: bool = False
-    """Whether it may listen beyond this machine without keys: behind a gateway of your own."""
+    """Allow a `host` that other machines can reach without API keys, e.g. behind your own gateway."""
     model_name: str = "cappy"
-    """The name clients put in `model`: the LLM with the main scorer (`scorer_path`)."""
+    """Name of the LLM with the main scorer (`scorer_path`), for field `model` of a request."""
     scorer_name: str = "cappy-scorer"
-    """The name of the main scorer alone, for the routes that score, rank and classify; they take `model_name` too."""
+    """Name of the main scorer alone, for the routes that score, rank and classify. These routes accept `model_name` as well."""
     llm_name: str = "cappy-llm"
-    """The name of the LLM alone, whose candidates nothing scores."""
+    """Name of the LLM alone, without a scorer."""
     scorers: tuple[NamedScorer, ...] = ()
-    """Scorers beside the main one, loaded when a request names one."""
+    """Further scorers. Each is loaded when a request first names it."""
     adapted: bool = False
-    """Whether those `cappy adapt` published in `adapted_path` are among them, each by its task's name."""
+    """Serve the scorers that `cappy adapt` published in `adapted_path` as well, each under the name of its task."""
     scorers_loaded: int = Field(4, ge=1)
-    """Scorers beside the main one that a replica holds at once; the one not used for longest makes room."""
+    """Largest number of further scorers in the memory of a replica. The least recently used scorer is removed first."""
     reload_s: float = Field(10.0, gt=0)
-    """Seconds between looks at whether a scorer in use was published anew; its new weights then answer."""
+    """Interval between checks for a new version of a scorer in use, in seconds. A new version replaces the old one."""
     candidates: int = Field(8, ge=1, le=256)
-    """Candidates sampled for a request that does not say how many."""
+    """Default number of candidates of a request."""
     max_candidates: int = Field(64, ge=1, le=256)
-    """Largest number of candidates a request may ask for."""
+    """Largest number of candidates of a request."""
     max_pairs: int = Field(1000, ge=1)
-    """Largest number of pairs a request may have scored, ranked or classified."""
+    """Largest number of pairs in a request to score, rank or classify."""
     max_pairs_chars: int = Field(4_000_000, ge=1)
-    """Characters of a request's pairs together; a text counts in each of its pairs, because the scorer reads it in each."""
+    """Largest number of characters in all pairs of a request. A text counts once for each of its pairs, because the scorer reads it
+    in each pair."""
     max_prompt_chars: int = Field(200_000, ge=1)
-    """Characters of a request's messages together: what is far beyond the LLM's context is refused before it costs a tokenisation."""
+    """Largest number of characters in all messages of a request. A longer request is rejected before it is tokenised."""
     max_sampled_tokens: int = Field(65_536, ge=1)
-    """Largest product of candidates and the tokens each may have, over a request's decodings."""
+    """Largest sum over the decodings of a request of candidates times `max_tokens`."""
     max_body_bytes: int = Field(1 << 20, ge=1)
+    """Largest size of a request body, in bytes."""
     body_timeout_s: float = Field(10.0, gt=0)
-    """Seconds a request's body may take to arrive."""
+    """Time limit for receiving a request body, in seconds."""
     selection: Literal["scorer", "blend"] = "scorer"
-    """`scorer` chooses by the score alone, `blend` by score and the LLM's mean log-probability at the weight fitted with the scorer
-    (by the score alone where there is no weight or no log-probability)."""
+    """`scorer` selects by the score alone. `blend` adds the mean log-probability of the LLM, at the weight that was fitted with the
+    scorer; without a weight or a log-probability it selects by the score alone."""
     llm_replicas: Replicas = _ONE
-    """A number, or `{min, max, target, up_after_s, down_after_s}`; so are the next two."""
+    """Replicas of the LLM: a number, or `{min, max, target, up_after_s, down_after_s}`."""
     scorer_replicas: Replicas = _ONE
+    """Replicas of the scorer, as for `llm_replicas`."""
     gateway_replicas: Replicas = _ONE
-    """Gateways; each has limits of its own."""
+    """Replicas of the gateway, as for `llm_replicas`. The rate limits and the queue are separate for each replica."""
     llm_gpus: int | None = Field(None, ge=0)
-    """GPUs of an LLM replica; null is what the engine needs, or none where the cluster has none yet when the server starts."""
+    """GPUs of an LLM replica. null is the number that the engine needs, or 0 if the cluster has no GPU when the server starts."""
     scorer_gpus: float = Field(0.0, ge=0)
-    """GPUs, or the share of one, a scorer replica has to itself; with 0 it uses one it sees, beside whoever else does, else the CPU."""
+    """GPUs reserved for a scorer replica, or a share of one. With 0 it shares a visible GPU with other processes, or uses the CPU."""
     scorer_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the scorers; `auto` is bfloat16 where the hardware multiplies it, which moves a score by up to about 0.01."""
+    """Data type of the scorers. `auto` is bfloat16 on hardware with native bfloat16 multiplication, else float32. bfloat16 changes
+    a score by up to about 0.01."""
     scorer_threads: int = Field(8, ge=1)
-    """Threads a scorer replica computes with on CPU, as far as the machine has cores, each in a batch of its own where enough waits. Few
-    threads hold up an LLM on the same cores for longer than many."""
+    """Compute threads of a scorer replica on CPU, at most the number of cores. Under load each thread computes a separate batch. Few
+    threads delay an LLM on the same cores for longer than many threads."""
     max_concurrency: int = Field(32, ge=1)
-    """Requests a gateway works on at once."""
+    """Largest number of concurrent requests of a gateway replica."""
     max_queue: int = Field(20, ge=0)
-    """Requests that may wait for their turn; the next is answered 503 at once. Fewer than are worked on, so that in an overload what is
-    answered takes about twice as long as at capacity (docs/guides/serve.md, Load)."""
+    """Largest number of queued requests of a gateway replica. Further requests are rejected with status 503. The default is below
+    `max_concurrency`, which bounds the latency under overload (docs/guides/serve.md, Load)."""
     timeout_s: float = Field(120.0, gt=0)
-    """Seconds until a request is given up."""
+    """Time limit of a request, in seconds."""
     scorer_timeout_s: float = Field(30.0, gt=0)
-    """Seconds until the scorer counts as late."""
+    """Time limit of the scorer, in seconds; after it `fallback` applies."""
     fallback: Fallback = "none"
-    """What chooses when the scorer is down or late: the LLM's mean log-probability, the candidate drawn first, or nothing (503)."""
+    """Selection if the scorer fails or times out: `self_score` takes the highest mean log-probability of the LLM, `first` takes the
+    first candidate, `none` rejects the request with status 503."""
     keep_alive_s: float = Field(5.0, gt=0)
-    """Seconds between the signs of life of a streamed answer while its candidates are sampled and scored."""
+    """Interval between keep-alive comments of a streamed answer during sampling and scoring, in seconds."""
     access_log: bool = True
-    """Whether the gateway writes a line of JSON for each request it answered, without prompts and keys, to Ray's `logs/serve` folder."""
+    """Write one line of JSON for each request to the `logs/serve` folder of Ray, without prompts and keys."""
     adaptive: AdaptiveConfig = AdaptiveConfig()
+    """Early stopping of the sampling."""
 
     @model_validator(mode="after")
     def _within(self) -> ServingConfig:
         if self.candidates > self.max_candidates:
-            raise ValueError(f"candidates={self.candidates} is above max_candidates={self.max_candidates}")
+            raise ValueError(f"candidates={self.candidates} is above max_candidates={self.max_candidates}; lower it")
         twice = [key.name for place, key in enumerate(self.api_keys) if key.name in [each.name for each in self.api_keys[:place]]]
         if twice:
-            raise ValueError(f"api_keys has the name {twice[0]!r} twice; give each key its own")
+            raise ValueError(f"api_keys has the name {twice[0]!r} twice; give each key a different name")
         if self.gateway_replicas.min == 0:
-            raise ValueError("gateway_replicas.min=0: nobody would be there to take the first request; use at least 1")
+            raise ValueError("gateway_replicas.min=0: no gateway would accept the first request; use at least 1")
         check_names(self, [scorer.name for scorer in self.scorers])
         return self
 
@@ -171,7 +183,7 @@ class ServingConfig(Section):
 
 
 def check_names(serving: ServingConfig, scorers: Sequence[str]) -> None:
-    """Raise `ValueError` where two of a server's models, with these scorers beside the main one, have the same name."""
+    """Raise `ValueError` if two models of a server have the same name. `scorers` are the names of the further scorers."""
     settings = {"model_name": serving.model_name, "scorer_name": serving.scorer_name, "llm_name": serving.llm_name}
     taken: dict[str, str] = {}
     for setting, name in [
@@ -180,5 +192,5 @@ def check_names(serving: ServingConfig, scorers: Sequence[str]) -> None:
         *(("a pair", serving.pair(name)) for name in scorers),
     ]:
         if name in taken:
-            raise ValueError(f"{taken[name]} and {setting} are both {name!r}; give each its own")
+            raise ValueError(f"{taken[name]} and {setting} are both {name!r}; give each a different name")
         taken[name] = setting

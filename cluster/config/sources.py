@@ -1,4 +1,4 @@
-"""Settings of `source` and `decontaminate`: where instructions come from."""
+"""Settings of `source` and `decontaminate`: the origin of the instructions. Reads no file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from cluster.config.base import Section
 
-# The eight BIG-bench generation tasks the demo and the defaults use.
+# The eight BIG-bench generation tasks of the demo and of the defaults.
 DEMO_TASKS = (
     "auto_categorization",
     "codenames",
@@ -22,81 +22,84 @@ DEMO_TASKS = (
 
 
 class BigBenchSource(Section):
-    """BIG-bench generation tasks, out of the PyPI sdist `bigbench==1.0.0`, rendered zero-shot."""
+    """BIG-bench generation tasks from the PyPI sdist `bigbench==1.0.0`, rendered zero-shot."""
 
     kind: Literal["bigbench"] = "bigbench"
+    """Selects BIG-bench."""
     tasks: tuple[str, ...] = Field(DEMO_TASKS, min_length=1)
-    """Task names, e.g. `tense`; a task with subtasks takes all of them."""
+    """Task names, e.g. `tense`. A task with subtasks includes all of them."""
     train_rows: int | None = Field(None, ge=1)
-    """At most this many train instructions a task; all of them when null."""
+    """Largest number of train instructions per task; null takes all."""
     validation_rows: int | None = Field(None, ge=1)
-    """At most this many validation instructions a task; all of them when null."""
+    """Largest number of validation instructions per task; null takes all."""
     limit: int | None = Field(None, ge=1)
-    """Instructions taken, the first ones; all of them when null."""
+    """Take only this many instructions, from the start; null takes all."""
 
 
 class RowsSource(Section):
-    """What files and hub datasets have in common: rows of some format, and the split."""
+    """Settings that files and hub datasets share: the format of the rows, and the split."""
 
     format: Literal["auto", "cappy", "p3", "promptsource", "natural-instructions", "bigbench", "alpaca", "chat"] = "auto"
-    """What the rows look like; `auto` tells by the keys of each row (and `promptsource` by `templates`)."""
+    """Format of the rows. `auto` detects it from the keys of each row, and `promptsource` from `templates`."""
     templates: str | None = None
-    """A PromptSource `templates.yaml`, local or s3://, applied to raw rows; each of its templates gives a row."""
+    """A PromptSource `templates.yaml` for raw rows, local or s3://. Each template makes one row of a raw row."""
     dataset: str | None = Field(None, min_length=1)
-    """Name of the dataset of all rows; null takes the row's own, else the file's or hub dataset's."""
+    """Dataset name of all rows; null takes the name in the row, else the name of the file or hub dataset."""
     limit: int | None = Field(None, ge=1)
-    """Instructions taken, the first ones; all of them when null."""
+    """Take only this many instructions, from the start; null takes all."""
     train_rows: int | None = Field(None, ge=1)
-    """At most this many train instructions a dataset; all of them when null."""
+    """Largest number of train instructions per dataset; null takes all."""
     validation_rows: int | None = Field(None, ge=1)
-    """At most this many validation instructions a dataset; all of them when null."""
+    """Largest number of validation instructions per dataset; null takes all."""
     validation_fraction: float = Field(0.2, ge=0, lt=1)
-    """Share of the examples (or datasets) without a `split` that go to validation, by hash."""
+    """Share of the examples (or datasets) without a `split` that is assigned to validation, by hash."""
     split_by: Literal["example", "dataset"] = "example"
-    """`example` keeps the instructions of one underlying example on one side, `dataset` those of a whole dataset."""
+    """Unit of the split: all instructions of an `example`, or of a whole `dataset`, are in the same split."""
 
     @model_validator(mode="after")
     def _templates_need_raw_rows(self) -> RowsSource:
         if (self.format == "promptsource") != (self.templates is not None) and self.format != "auto":
             raise ValueError(
-                f"format={self.format} with templates={self.templates}: a templates.yaml goes with format promptsource (or auto), "
-                f"and that format needs one"
+                f"format={self.format} with templates={self.templates}: use templates with format=promptsource or format=auto, "
+                f"and give templates for format=promptsource"
             )
         return self
 
 
 class FilesSource(RowsSource):
-    """The user's own files: JSONL, Parquet, CSV (a header row) or JSON, in any of the formats of `format`."""
+    """Your own files: JSONL, Parquet, CSV with a header row, or JSON, in one of the formats of `format`."""
 
     kind: Literal["files"] = "files"
+    """Selects files."""
     path: str = Field(min_length=1)
     """A file, a glob (`data/*.jsonl`) or a folder, local or s3://."""
 
 
 class HubSource(RowsSource):
-    """A Hugging Face dataset, streamed, without any code of its own."""
+    """A Hugging Face dataset, streamed. Code of the dataset is never run."""
 
     kind: Literal["hub"] = "hub"
+    """Selects a hub dataset."""
     name: str = Field(min_length=1)
     """`owner/name`, or a local folder in hub layout."""
     subset: str | None = None
-    """The dataset's configuration, where it has several."""
+    """Configuration of the dataset, if it has several."""
     split: str = "train"
-    """The dataset's split that is read; `validation_fraction` divides it."""
+    """Split of the dataset to read. `validation_fraction` divides its rows into train and validation."""
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
-    """The commit to read, 40 hex digits; needed for a name, not for a local folder."""
+    """Commit to read, 40 hex digits. Required for `owner/name`, not for a local folder."""
     data_dir: str | None = Field(None, min_length=1)
-    """Folder of the dataset to read, with a folder for each split; null reads the files that its card or layout names."""
+    """Folder of the dataset to read, with one folder for each split; null reads the files named by its card or layout."""
 
     @model_validator(mode="after")
     def _subset_or_folder(self) -> HubSource:
         if self.subset is not None and self.data_dir is not None:
-            raise ValueError(f"subset={self.subset} with data_dir={self.data_dir}: each names the files to read; leave one out")
+            raise ValueError(f"subset={self.subset} with data_dir={self.data_dir}: each selects the files to read; leave one out")
         return self
 
     @model_serializer(mode="wrap")
     def _without_default_folder(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `data_dir` out where it is null: runs begun before the setting existed keep their fingerprint."""
+        """Leave `data_dir` out if it is null: runs from before this setting keep their fingerprint."""
         tree: dict[str, Any] = write(self)
         return {name: value for name, value in tree.items() if name != "data_dir" or value is not None}
 
@@ -108,32 +111,38 @@ class MixturePart(Section):
     """One source of a mixture."""
 
     name: str | None = None
-    """What the part is called in counts; null takes a name from the source."""
+    """Name of the part in the counts; null takes a name from the source."""
     source: PlainSource
+    """The source of this part."""
     weight: float | None = Field(None, gt=0)
-    """Share of the mixture, in the ratio to the other parts' weights; with policy `weights` only."""
+    """Share of the part in the mixture, relative to the other weights. Only with policy `weights`."""
 
 
 class MixtureSource(Section):
-    """Several sources as one."""
+    """Several sources, combined."""
 
     kind: Literal["mixture"] = "mixture"
+    """Selects a mixture."""
     parts: tuple[MixturePart, ...] = Field(min_length=1)
+    """The sources of the mixture, in order."""
     policy: Literal["concatenate", "t0", "weights"] = "concatenate"
-    """`concatenate` takes all rows; `t0` caps each dataset at `cap` / number of its templates rows a template, as T0 did;
-    `weights` draws rows without replacement so that the parts stand in the ratio of their weights, mixed evenly."""
+    """`concatenate` takes all rows. `t0` takes at most `cap` / (number of templates) rows of each template of a dataset, as T0.
+    `weights` draws rows without replacement, in the ratio of the weights, evenly mixed."""
     cap: int = Field(500_000, ge=1)
-    """Instructions a dataset has at most under policy `t0`."""
+    """Largest number of instructions per dataset, with policy `t0`."""
     rows: int | None = Field(None, ge=1)
-    """Instructions drawn under policy `weights`; null, or more than there are, ends when the first part is used up."""
+    """Instructions to draw, with policy `weights`. null, or more than available, stops at the end of the first exhausted part."""
 
     @model_validator(mode="after")
     def _consistent(self) -> MixtureSource:
         for number, part in enumerate(self.parts):
             if (part.weight is None) == (self.policy == "weights"):
-                raise ValueError(f"parts.{number}.weight={part.weight} with policy={self.policy}: weights go with policy weights, one each")
+                raise ValueError(
+                    f"parts.{number}.weight={part.weight} with policy={self.policy}: give each part a weight with policy=weights, "
+                    f"and no weight with another policy"
+                )
         if self.rows is not None and self.policy != "weights":
-            raise ValueError(f"rows={self.rows} goes with policy weights, not {self.policy}; use `limit` of a source")
+            raise ValueError(f"rows={self.rows} needs policy=weights, not {self.policy}; use `limit` of a source")
         return self
 
 
@@ -141,9 +150,9 @@ Source = Annotated[BigBenchSource | FilesSource | HubSource | MixtureSource, Fie
 
 
 class DecontaminationConfig(Section):
-    """Evaluation rows that train instructions must not overlap with."""
+    """Evaluation rows. Train instructions that overlap with them are removed."""
 
     files: tuple[str, ...] = ()
-    """Files, folders or globs of evaluation rows, in any format of `source.format`; none leaves the train rows as they are."""
+    """Files, folders or globs of evaluation rows, in a format of `source.format`. Without any, no train row is removed."""
     n: int = Field(13, ge=2, le=64)
-    """Words in a row that count as overlap (lower-cased, alphanumeric); texts with fewer words overlap when all are equal."""
+    """Length of an overlap, in consecutive words (lower case, alphanumeric). Texts with fewer words overlap if all words are equal."""

@@ -51,7 +51,7 @@ def test_help_lists_all_verbs_and_each_has_a_help_page():
         (
             ["annotate", "a", "b", "--set", "generate.label={metric: chrf, mode: unicode}"],
             2,
-            "generate.label: mode=unicode is for rouge_l and token_f1; metric=chrf compares no words, leave mode out",
+            "generate.label: mode=unicode is for rouge_l and token_f1; metric=chrf compares no words; leave mode out",
         ),
         (["evaluate", "--set", "workspace=/none/w"], 1, "/none/w/dataset is not there; run `cappy generate`"),
         (["serve", "--set", "workspace=/none/w"], 1, "/none/w/scorer"),

@@ -100,7 +100,7 @@ def test_the_plan_of_the_demo_uses_the_tokenizer_of_its_embedded_model():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("plan.prompt_tokens_per_second=9", "prompt_tokens_per_second=9 stands alone; give sampled_tokens_per_second with it"),
+        ("plan.prompt_tokens_per_second=9", "prompt_tokens_per_second=9 is given alone; give sampled_tokens_per_second with it"),
         ("plan.rates_from=/none", "/none is not there"),
         ("plan.gpus=[0]", "plan.gpus.0=0"),
         ("source={kind: files, path: /none/x.jsonl}", "source.path=/none/x.jsonl: found no .jsonl"),

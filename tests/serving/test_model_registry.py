@@ -27,7 +27,7 @@ def test_additional_scorers_come_from_the_config_and_from_adapted_tasks(tmp_path
     assert additional_scorers(config(tmp_path, scorers=named)) == {"big": "owner/scorer"}
     both = {"big": "owner/scorer", "tense": f"{tmp_path}/adapted/tense"}
     assert additional_scorers(config(tmp_path, scorers=named, adapted=True)) == both
-    with pytest.raises(UsageError, match="serving: scorers and scorers are both 'tense'; give each its own"):
+    with pytest.raises(UsageError, match="serving: scorers and scorers are both 'tense'; give each a different name"):
         additional_scorers(config(tmp_path, scorers=[{"name": "tense", "path": "x"}], adapted=True))
     with pytest.raises(CappyError, match=r"serving\.adapted=true: there is no .*results\.json; run `cappy adapt` first"):
         additional_scorers(config(tmp_path / "other", adapted=True))

@@ -65,7 +65,7 @@ def test_replica_settings_become_options_of_serve():
         ("serving.llm_replicas=0", "serving.llm_replicas.max=0: Input should be greater than or equal to 1"),
         ("serving.llm_replicas={min: 3, max: 2}", "min=3 is above max=2"),
         ("serving.scorer_replicas={min: 3}", "serving.scorer_replicas.max"),
-        ("serving.gateway_replicas={min: 0, max: 2}", "gateway_replicas.min=0: nobody would be there"),
+        ("serving.gateway_replicas={min: 0, max: 2}", "gateway_replicas.min=0: no gateway would accept"),
     ],
 )
 def test_impossible_numbers_of_replicas_are_refused(setting, message):

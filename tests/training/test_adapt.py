@@ -81,7 +81,7 @@ def test_a_foreign_results_file_is_neither_read_nor_overwritten(content: str, tm
 
 
 def test_lora_without_a_base_is_refused(tmp_path: Path):
-    with pytest.raises(UsageError, match=r"method=lora needs a base whose weights the tasks share; give adapt\.base"):
+    with pytest.raises(UsageError, match=r"method=lora with base=null: adapters need a base that all tasks share; set adapt\.base"):
         load(None, ["adapt.method=lora"])
 
 
