@@ -7,6 +7,10 @@ from tests.conftest import cappy
 from tools import reference
 
 
+def test_every_setting_has_a_docstring():
+    assert reference.missing_docs() == []
+
+
 def test_a_setting_without_a_docstring_is_found(monkeypatch):
     class Documented(Section):
         """A section."""
