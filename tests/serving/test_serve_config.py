@@ -76,7 +76,7 @@ def test_impossible_numbers_of_replicas_are_refused(setting, message):
 
 def test_an_endpoint_has_one_replica():
     endpoint = "sampler={model: m, engine: {kind: endpoint, base_url: 'http://h/v1'}}"
-    with pytest.raises(UsageError, match=r"serving\.llm_replicas=2 would each keep rates"):
+    with pytest.raises(UsageError, match=r"serving\.llm_replicas=2 would each have separate rate limits"):
         load(None, [endpoint, "serving.llm_replicas=2"])
 
 
