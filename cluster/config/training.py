@@ -17,8 +17,7 @@ class ScorerConfig(Section):
     max_length: int = Field(512, ge=16)
     """Largest length of instruction plus response, in tokens. The middle of the instruction is cut first, the response last."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-<<<<<<< HEAD
-    """Arithmetic of training and batch scoring; auto is bfloat16 where the hardware has it, else float32."""
+    """Data type of training and batch scoring; `auto` is bfloat16 on hardware that supports it, else float32."""
     cpu_kernels: bool = True
     """Run BERT and RoBERTa scorers with faster kernels: only the first token in the last layer, and oneDNN on the CPU. False uses the
     plain modules of transformers. Scores are equal up to rounding."""
@@ -28,9 +27,6 @@ class ScorerConfig(Section):
         """Leave `cpu_kernels` out when it is True: runs of earlier versions keep their fingerprint."""
         tree: dict[str, Any] = write(self)
         return {name: value for name, value in tree.items() if name != "cpu_kernels" or not value}
-=======
-    """Data type of training and batch scoring; `auto` is bfloat16 on hardware that supports it, else float32."""
->>>>>>> 6f76a51 (Every setting has a docstring; docstrings and errors of the config in plain English)
 
 
 class ObjectiveConfig(Section):

@@ -54,11 +54,6 @@ def test_a_damaged_file_is_refused_and_best_by_last_needs_no_file(tmp_path: Path
 
 def test_a_metric_that_the_rows_do_not_give_is_refused(tmp_path: Path):
     with pytest.raises(CappyError, match=r"training\.best_by=accuracy: .* choose last or one of mse"):
-<<<<<<< HEAD
         best(tmp_path, best_by="accuracy").add({"pairs": 3, "mse": 0.1, "accuracy": None}, 1, weights(1))
-    with pytest.raises(UsageError, match="patience=2 needs a figure"):
-=======
-        best(tmp_path, best_by="accuracy").enter({"pairs": 3, "mse": 0.1, "accuracy": None}, 1, weights(1))
     with pytest.raises(UsageError, match="patience=2 needs a metric"):
->>>>>>> 6f76a51 (Every setting has a docstring; docstrings and errors of the config in plain English)
         load(None, ["training.patience=2", "training.best_by=last"])
