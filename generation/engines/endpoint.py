@@ -258,7 +258,7 @@ class EndpointEngine:
     async def _send(
         self, prompt: list[prompts.Message] | str, body: dict[str, Any], sampled: int, request_id: str, call_cost: _CallCost
     ) -> httpx.Response:
-        """Send one request and record its cost; return an answer that must not be retried.
+        """Send one request and record its cost. Return an answer that needs no back-off: a success or a rejected request.
 
         Raises `_RetryableError` for a failure that may pass, and `CappyError` for a failure of the whole run.
 
@@ -267,7 +267,7 @@ class EndpointEngine:
             body: the JSON body.
             sampled: tokens that the request can sample at most.
             request_id: value of the `X-Request-Id` header.
-            call_cost: the cost of the `sample` call; a request that could exceed its rest is not sent.
+            call_cost: the cost of the `sample` call; a request that could exceed `left` is not sent.
         """
         reserved = self._cost(_max_prompt_tokens(prompt), sampled)
         if reserved > call_cost.left + 1e-12:
