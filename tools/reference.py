@@ -134,12 +134,6 @@ def python_page() -> str:
 def public_names() -> list[tuple[str, str]]:
     """Return (public name, dotted path of its definition) of the Python API."""
     package = importlib.import_module(PUBLIC_PACKAGE)
-    if not hasattr(package, "__all__"):
-        return [
-            ("load", "cluster.config.load"),
-            ("Scorer", "training.scorer.Scorer"),
-            ("RegressionSet", "generation.dataset.RegressionSet"),
-        ]
     names = []
     for name in package.__all__:
         value = getattr(package, name)

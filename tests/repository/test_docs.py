@@ -1,5 +1,7 @@
 """Commands, configs and links in the documentation match the code."""
 
+import ast
+import importlib
 import itertools
 import re
 import shlex
@@ -16,6 +18,7 @@ from cluster import config as configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PACKAGES = ("cappy", "cluster", "evaluation", "generation", "serving", "training")
 SHIPPED = {path.stem for path in (ROOT / "cappy" / "configs").glob("*.yaml")}
 
 
@@ -108,6 +111,23 @@ def test_every_config_of_the_documentation_loads(tmp_path):
                 pytest.fail(f"{name(page)}: {text.strip()[:200]}: {error}")
             checked += 1
     assert checked > 20
+
+
+def test_every_python_block_of_the_documentation_uses_names_that_exist():
+    checked = 0
+    for page in PAGES:
+        for block in code(page, "python"):
+            for node in ast.walk(ast.parse(block)):
+                names: list[tuple[str, str]] = []
+                if isinstance(node, ast.ImportFrom) and node.module:
+                    names = [(node.module, alias.name) for alias in node.names]
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cappy":
+                    names = [("cappy", node.attr)]
+                for module, attribute in names:
+                    if module.split(".")[0] in PACKAGES:
+                        assert hasattr(importlib.import_module(module), attribute), f"{name(page)}: {module}.{attribute}"
+                        checked += 1
+    assert checked > 5
 
 
 def test_every_make_target_of_the_documentation_exists():
