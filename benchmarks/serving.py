@@ -10,7 +10,7 @@ instruction alone and an answer has at most 128 tokens.
 
 A request to `cappy serve` has one choice out of `--candidates`. A request to vLLM's server has `--candidates` samples of the same
 prompt. Weights, engine settings, temperature, length and stop strings are equal; each server waits for threads and processes in
-its default way. Against vLLM's server, `cappy serve` has two LLM replicas, each with half the cores (docs/guides/serve.md, Replicas).
+its default way. Against vLLM's server, `cappy serve` has two LLM replicas, each with half the cores (docs/guides/serve.md).
 The servers alternate and never run at the same time.
 
 - `throughput_ratio`: answers per second of `cappy serve` divided by those of vLLM's server, in a closed loop of `--clients` clients.

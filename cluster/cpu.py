@@ -16,7 +16,7 @@ def lower_priority(processes: Iterable[psutil.Process]) -> None:
     """Have processes leave the cores to others that want them: each thread `10` steps of niceness more than it has, 19 at most.
 
     For those that compute without end beside others that have a little to do and somebody waiting for it: these then get about nine
-    times the share (docs/guides/serve.md, Load). Nobody loses a core that would be idle. What the threads start later inherits it.
+    times the share (docs/results.md). Nobody loses a core that would be idle. What the threads start later inherits it.
     """
     for process in processes:
         with suppress(psutil.Error):
@@ -33,7 +33,7 @@ def openmp_environment() -> dict[str, str]:
     """Have threads of libraries loaded later, and of child processes, look for work a thousand times and then sleep.
 
     OpenMP's own default, to look for much longer, makes threads several times slower once anything else wants a core; to sleep at once
-    (what `PASSIVE` alone does) makes a small model wait a fifth of its time for threads to wake up (docs/guides/serve.md, Load). What the
+    (what `PASSIVE` alone does) makes a small model wait a fifth of its time for threads to wake up (docs/results.md). What the
     user set stays.
     Returns the variables that say so, for a process that does not inherit them.
     """

@@ -150,7 +150,7 @@ class ServingConfig(Section):
     """Largest number of concurrent requests of a gateway replica."""
     max_queue: int = Field(20, ge=0)
     """Largest number of queued requests of a gateway replica. Further requests are rejected with status 503. The default is below
-    `max_concurrency`, which bounds the latency under overload (docs/guides/serve.md, Load)."""
+    `max_concurrency`, which bounds the latency under overload (docs/results.md, Overload)."""
     timeout_s: float = Field(120.0, gt=0)
     """Time limit of a request, in seconds."""
     scorer_timeout_s: float = Field(30.0, gt=0)

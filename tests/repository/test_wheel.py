@@ -92,11 +92,15 @@ def test_the_installed_commands_generate_train_and_evaluate_from_another_folder(
     assert "cappy-ray" in run("cappy", "--version")
     assert "workspace" in run("cappy", "config", "show", "demo")
     settings = [each for setting in (*SETTINGS, f"workspace={tmp_path / 'run'}") for each in ("--set", setting)]
-    results = {verb: json.loads(run("cappy", verb, "demo", *settings, "--json").splitlines()[-1]) for verb in ("generate", "train", "evaluate")}
+    results = {
+        verb: json.loads(run("cappy", verb, "demo", *settings, "--json").splitlines()[-1]) for verb in ("generate", "train", "evaluate")
+    }
     assert results["generate"]["instructions"] == 10
     assert (tmp_path / "run" / "scorer" / "model.safetensors").exists()
     assert (tmp_path / "run" / "evaluation" / "report.html").exists()
-    source = f"import cappy; scorer = cappy.Scorer.load({str(tmp_path / 'run' / 'scorer')!r}); print(len(scorer.score(['a', 'b'], ['c', 'd'])))"
+    source = (
+        f"import cappy; scorer = cappy.Scorer.load({str(tmp_path / 'run' / 'scorer')!r}); print(len(scorer.score(['a', 'b'], ['c', 'd'])))"
+    )
     assert run("python", "-c", source).split() == ["2"]
 
 
