@@ -95,8 +95,8 @@ class Latency(ApiModel):
 class CappyAnswer(ApiModel):
     """The `cappy` object of an answer, an extension of OpenAI's API.
 
-    An answer has it in any of these cases: the request sets an option in `cappy`, the fallback selected the choices, no candidate
-    reached `min_score`, sampling was in rounds, or the LLM is an endpoint with prices.
+    An answer has it if the request sets an option in `cappy`, or if the fallback selected the choices, or if no candidate reached
+    `min_score`. It also has it after sampling in rounds, and if the LLM is an endpoint with prices.
     """
 
     candidates: list[ScoredCandidate]

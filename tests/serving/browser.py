@@ -1,6 +1,7 @@
-"""A Chromium without a window, for the tests of the page; Debian has it as `chromium` and `chromium-driver`.
+"""A headless Chromium for the tests of the page; Debian has it as `chromium` and `chromium-driver`.
 
-`python -m tests.serving.browser URL PNG INSTRUCTION` asks a running server through its page and takes a picture of the answer.
+`python -m tests.serving.browser URL PNG INSTRUCTION` sends an instruction through the page of a running server
+and saves a screenshot of the answer.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ _QUIET = ("background-networking", "component-update", "sync", "gpu", "quic", "d
 
 @contextmanager
 def chromium() -> Iterator[WebDriver]:
-    """A browser with a profile of its own, which goes with it."""
+    """Start a browser with a temporary profile and stop it afterwards."""
     options = Options()
     options.binary_location = str(shutil.which("chromium"))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # Root, as in a container, has no sandbox.
+        # Chromium has no sandbox for the user root, which containers use.
         flags = ["headless", "no-sandbox", "no-first-run", f"user-data-dir={profile}", f"window-size={WIDTH},900"]
         for flag in [*flags, *(f"disable-{each}" for each in _QUIET)]:
             options.add_argument(f"--{flag}")
@@ -48,18 +49,18 @@ def wait(driver: WebDriver, script: str, timeout_s: float = 60.0) -> None:
 
 
 def open_page(driver: WebDriver, url: str) -> None:
-    """Load the page; return once it has asked for the models."""
+    """Load the page and wait until it shows the models or an error."""
     driver.get(url)
     wait(driver, "document.querySelector('#model option') || !document.querySelector('#error').hidden")
 
 
 def ask(driver: WebDriver, instruction: str) -> None:
-    """Type an instruction and ask, by keyboard."""
+    """Type an instruction and send it with the keyboard."""
     driver.find_element(By.ID, "instruction").send_keys(instruction, Keys.CONTROL, Keys.ENTER)
 
 
 def picture(driver: WebDriver, path: str) -> None:
-    """Save the whole page as PNG, its bars at rest."""
+    """Save the whole page as PNG after its animations have ended."""
     wait(driver, "document.getAnimations().length === 0")
     driver.set_window_size(WIDTH, 200 + driver.execute_script("return document.documentElement.scrollHeight"))
     assert driver.save_screenshot(path)

@@ -8,8 +8,7 @@ import pytest
 from cluster.config import Config, ServingConfig
 from serving.api_keys import create_key
 from serving.gateway import build_api
-from tests.serving.standin import running
-from tests.serving.test_gateway import Echo
+from tests.serving.standin import Echo, running
 
 KEY, SHA256 = create_key()
 DOCUMENTS = ["x", "xxx", "xx"]
@@ -29,13 +28,13 @@ def test_coheres_clients_rerank(url, kind):
     assert answer.meta.billed_units.search_units == 1
 
 
-def test_coheres_first_client_gets_the_documents_back_where_it_asks(url):
+def test_coheres_v1_client_gets_the_documents_back_on_request(url):
     documents = [{"text": each} for each in DOCUMENTS]
     answer = cohere.Client(api_key=KEY, base_url=url).rerank(model="cappy-scorer", query="q", documents=documents, return_documents=True)
     assert [each.document.text for each in answer.results] == ["xxx", "xx", "x"]
 
 
-def test_coheres_client_knows_our_errors(url):
+def test_coheres_client_maps_the_errors_to_its_exceptions(url):
     with pytest.raises(cohere.UnauthorizedError):
         cohere.ClientV2(api_key="cappy-wrong", base_url=url).rerank(model="cappy-scorer", query="q", documents=DOCUMENTS)
     mine = cohere.ClientV2(api_key=KEY, base_url=url)

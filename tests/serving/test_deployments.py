@@ -18,7 +18,7 @@ from serving.deployments import LLM
 from serving.gateway import build_api
 from tests.generation.engines.conftest import write_seq2seq
 from tests.generation.engines.openai_server import OpenAIServer, error, good
-from tests.serving.test_gateway import BODY, Echo
+from tests.serving.standin import BODY, Echo
 
 TURNS = messages("say a red fox")
 BEAM = DecodingConfig(name="beam", temperature=0, beams=2, max_tokens=8)

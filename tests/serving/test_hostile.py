@@ -10,15 +10,14 @@ from benchmarks.hostile import HI, HostileRequest, hostile_requests, send
 from cluster.config import Config, ServingConfig
 from serving.api_keys import create_key
 from serving.gateway import build_api
-from tests.serving.standin import running
-from tests.serving.test_gateway import Echo
+from tests.serving.standin import Echo, running
 
 KEY, SHA256 = create_key()
 SERVING = ServingConfig(api_keys=[{"name": "a", "sha256": SHA256}], body_timeout_s=0.5)
 
 
 class Counting(Echo):
-    """Counts what reaches the models."""
+    """Counts the calls of the models."""
 
     calls = 0
 
@@ -39,17 +38,17 @@ def server() -> Iterator[tuple[str, Counting]]:
 
 
 @pytest.mark.parametrize("hostile", hostile_requests(SERVING, KEY), ids=lambda each: each.name.replace("/", "|")[:40])
-def test_a_hostile_request_is_told_what_is_wrong_before_a_model_sees_it(hostile: HostileRequest, server):
+def test_a_hostile_request_gets_its_error_and_does_not_reach_a_model(hostile: HostileRequest, server):
     url, backend = server
     before = backend.calls
     answer = send(url, hostile)
     assert (answer.status, answer.code) == (hostile.status, hostile.code), answer.body
     assert answer.status == 200 or backend.calls == before
-    # Nothing large of the client's own comes back, and nothing of ours.
+    # The answer repeats no large input of the client and exposes nothing of the server.
     assert answer.status == 200 or (len(answer.body) < 1000 and b"Traceback" not in answer.body and b".py" not in answer.body)
 
 
-def test_after_all_of_them_the_server_still_answers(server):
+def test_after_all_hostile_requests_the_server_still_answers(server):
     url, backend = server
     before = backend.calls
     answer = httpx.post(
@@ -58,7 +57,7 @@ def test_after_all_of_them_the_server_still_answers(server):
     assert answer.status_code == 200 and backend.calls == before + 2
 
 
-def test_a_body_that_breaks_off_is_counted_as_the_clients_failure(server):
+def test_an_incomplete_body_is_counted_as_a_client_error(server):
     url, _ = server
     mine = {"Authorization": f"Bearer {KEY}"}
 

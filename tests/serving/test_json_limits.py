@@ -34,7 +34,7 @@ def test_max_depth_is_accepted_and_one_more_level_is_rejected(pair):
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         (b"", "EOF while parsing a value at line 1 column 0"),
         (b"[1", "EOF while parsing a list at line 1 column 2"),
@@ -51,7 +51,7 @@ def test_max_depth_is_accepted_and_one_more_level_is_rejected(pair):
         (b'"\\udfff"', "lone leading surrogate in hex escape at line 1 column 7"),
     ],
 )
-def test_a_rejected_body_gives_its_reason_in_one_line(body, says):
-    with pytest.raises(ValueError, match=says) as caught:
+def test_a_rejected_body_gives_its_reason_in_one_line(body, message):
+    with pytest.raises(ValueError, match=message) as caught:
         parse_json(body)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200

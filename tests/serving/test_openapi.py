@@ -1,4 +1,4 @@
-"""The OpenAPI schema: whole, true by its examples, and kept to under requests made from it."""
+"""The OpenAPI schema is complete, its examples are valid, and generated requests are answered according to it."""
 
 import json
 
@@ -12,9 +12,9 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from cluster.config import Config, ServingConfig
 from serving.api_keys import create_key
 from serving.gateway import build_api
-from tests.serving.test_gateway import Echo, client
+from tests.serving.standin import Echo, client
 
-# Not loopback: its requests have a Host of their own.
+# Not a loopback address, because schemathesis sends a Host header that names another machine.
 API = build_api(Config(serving=ServingConfig(max_candidates=8, host="0.0.0.0", allow_no_keys=True)), Echo())
 SCHEMA = API.openapi()
 OPERATIONS = [(path, method) for path, methods in SCHEMA["paths"].items() for method in methods]
@@ -22,7 +22,7 @@ POSTS = [path for path, method in OPERATIONS if method == "post"]
 
 
 def resolved(schema):
-    """A validator of a schema of the document."""
+    """Return a validator of a schema of the document."""
     return Draft202012Validator({**schema, "components": SCHEMA["components"]})
 
 
@@ -31,7 +31,7 @@ def component(schema):
 
 
 def example(path):
-    """The example of what a route takes."""
+    """Return the example of a route's request body."""
     (shown,) = component(SCHEMA["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"])["examples"]
     return shown
 
@@ -40,7 +40,7 @@ def content(path, method, status="200", kind="application/json"):
     return SCHEMA["paths"][path][method]["responses"][status]["content"][kind]["schema"]
 
 
-def test_every_route_says_what_it_takes_gives_and_how_it_fails():
+def test_every_route_documents_its_body_its_answer_and_its_errors():
     for path, method in OPERATIONS:
         operation = SCHEMA["paths"][path][method]
         assert operation["description"], path
@@ -57,14 +57,14 @@ def test_every_route_says_what_it_takes_gives_and_how_it_fails():
 
 
 @pytest.mark.parametrize("path", POSTS)
-async def test_the_example_of_each_request_is_answered_as_the_schema_says(path):
+async def test_the_example_of_each_request_is_answered_according_to_the_schema(path):
     async with client(Echo()) as http:
         response = await http.post(path, json=example(path))
     assert response.status_code == 200
     resolved(content(path, "post")).validate(response.json())
 
 
-def test_the_example_of_each_answer_is_one():
+def test_the_example_of_each_answer_is_valid():
     answers = [
         content(path, method)
         for path, method in OPERATIONS
@@ -77,7 +77,7 @@ def test_the_example_of_each_answer_is_one():
         resolved(model).validate(shown)
 
 
-def test_with_keys_the_schema_says_how_to_show_one():
+def test_with_keys_the_schema_documents_the_authentication():
     keyed = build_api(Config(serving=ServingConfig(api_keys=[{"name": "a", "sha256": create_key()[1]}])), Echo()).openapi()
     assert keyed["components"]["securitySchemes"]["bearer"] == {"type": "http", "scheme": "bearer"}
     assert keyed["security"] == [{"bearer": []}, {"header": []}] and keyed["paths"]["/health"]["get"]["security"] == []
@@ -94,7 +94,7 @@ CHECKS = [
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
-def test_requests_made_from_the_schema_right_and_wrong_are_answered_as_it_says(path, method):
+def test_valid_and_invalid_requests_from_the_schema_are_answered_according_to_it(path, method):
     operation = schemathesis.openapi.from_asgi("/openapi.json", API)[path][method]
     statuses = set()
 
@@ -104,9 +104,9 @@ def test_requests_made_from_the_schema_right_and_wrong_are_answered_as_it_says(p
     )
     def fuzz(case, data):
         if isinstance(case.body, dict):
-            case.body = {**case.body, "model": "cappy"}  # any other is a 404 at once
+            case.body = {**case.body, "model": "cappy"}  # another model name would be a 404
             kept = data.draw(st.sampled_from([None, *sorted(case.body)]))
-            if kept is not None:  # a single field of it, in a request that is good otherwise
+            if kept is not None:  # only one field is generated, the others are those of the example
                 case.body = {**example(path), kept: case.body[kept]}
         statuses.add(case.call_and_validate(checks=CHECKS).status_code)
 

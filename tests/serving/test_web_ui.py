@@ -1,4 +1,4 @@
-"""The page in a real browser, over a gateway whose models stand in; and what it may do, without one."""
+"""The web page in a real browser over a gateway without models, and its security headers."""
 
 import base64
 import hashlib
@@ -21,29 +21,28 @@ from serving.backend import ApiError
 from serving.gateway import build_api
 from serving.web_ui import build_page
 from tests.serving import browser
-from tests.serving.standin import running
-from tests.serving.test_gateway import Echo, client
+from tests.serving.standin import Echo, client, running
 
-in_a_browser = pytest.mark.skipif(not browser.INSTALLED, reason="no Chromium here: apt-get install chromium chromium-driver")
+in_a_browser = pytest.mark.skipif(not browser.INSTALLED, reason="Chromium is not installed; run: apt-get install chromium chromium-driver")
 MARKUP = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 SCORES = {"Paris": 0.9, MARKUP: 0.4, "": 0.0, "Rome": -0.2}
 
 
 class Cities(Echo):
-    """Samples the same four responses over and over, from one call to the next."""
+    """Samples the same four responses in a cycle over all calls."""
 
     responses = itertools.cycle(["Rome", "Paris", MARKUP, ""])
 
-    async def sample(self, *asked):
-        sampled = await super().sample(*asked)
+    async def sample(self, *arguments):
+        sampled = await super().sample(*arguments)
         for each in sampled["candidates"]:
             response = next(self.responses)
             each |= {"response": response, "tokens": 2, "finish_reason": "length" if response == "Rome" else "stop"}
         return sampled
 
-    async def score(self, *asked):
-        scored = await super().score(*asked)
-        return scored | {"scores": [SCORES[response] for response in asked[-1]]}
+    async def score(self, *arguments):
+        scored = await super().score(*arguments)
+        return scored | {"scores": [SCORES[response] for response in arguments[-1]]}
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +64,11 @@ def text(driver, selector):
     return only
 
 
-def shows(driver, selector, said):
-    browser.wait(driver, f"document.querySelector('{selector}').textContent.includes({json.dumps(said)})")
+def shows(driver, selector, expected):
+    browser.wait(driver, f"document.querySelector('{selector}').textContent.includes({json.dumps(expected)})")
 
 
-async def test_the_page_may_run_its_own_script_and_reach_its_own_server_and_nothing_else():
+async def test_the_page_may_only_run_its_own_script_and_reach_its_own_server():
     async with client(Echo(), candidates=3, max_candidates=5) as http:
         answers = [await http.get("/") for _ in range(2)]
     assert answers[0].text == answers[1].text and answers[0].headers["x-request-id"] != answers[1].headers["x-request-id"]
@@ -83,7 +82,7 @@ async def test_the_page_may_run_its_own_script_and_reach_its_own_server_and_noth
 
 
 @in_a_browser
-def test_a_question_shows_the_candidates_best_first_with_their_scores_and_what_they_cost(driver, tmp_path):
+def test_an_answer_shows_the_candidates_best_first_with_scores_time_and_tokens(driver, tmp_path):
     backend = Cities()
     backend.responses = itertools.cycle(["Rome", "Paris", MARKUP, ""])
     with gateway(backend) as url:
@@ -103,7 +102,7 @@ def test_a_question_shows_the_candidates_best_first_with_their_scores_and_what_t
     assert "sampled 2 times" in facts[0] and "cut at the token limit" in facts[2]
     assert [each.split()[0] for each in texts(driver, "#times li")] == ["sampling", "scoring", "rest"]
     assert texts(driver, "#tokens li") == ["4 prompt tokens", "12 tokens sampled", "2 tokens of the answer"]
-    # What a model wrote is text: no element came of it, no script ran.
+    # The text of a model created no element and ran no script.
     assert driver.title == "Cappy on Ray" and driver.find_elements(By.CSS_SELECTOR, "main img, main script") == []
     with Image.open(tmp_path / "page.png") as image:
         assert image.format == "PNG" and image.width > 800 and image.height > 800
@@ -112,13 +111,13 @@ def test_a_question_shows_the_candidates_best_first_with_their_scores_and_what_t
 
 
 @in_a_browser
-def test_the_sliders_and_the_model_are_what_is_asked_for(driver):
-    asked = []
+def test_the_request_has_the_values_of_the_sliders_and_the_model(driver):
+    samplings = []
 
     class Asked(Cities):
-        async def sample(self, *given):
-            asked.append([(decoding.name, decoding.temperature) for decoding in given[1]])
-            return await super().sample(*given)
+        async def sample(self, *arguments):
+            samplings.append([(decoding.name, decoding.temperature) for decoding in arguments[1]])
+            return await super().sample(*arguments)
 
     with gateway(Asked(), model_name="boosted", candidates=2, max_candidates=2) as url:
         browser.open_page(driver, url)
@@ -130,13 +129,13 @@ def test_the_sliders_and_the_model_are_what_is_asked_for(driver):
         assert text(driver, "#temperature-shown") == "1.3"
         driver.find_element(By.ID, "send").click()
         browser.wait(driver, "!document.querySelector('#send').disabled")
-    assert len(asked) > 1 and [name for each in asked for name, _ in each].count("request") == 1
-    assert asked[-1] == [("request", 1.3)]
+    assert len(samplings) > 1 and [name for each in samplings for name, _ in each].count("request") == 1
+    assert samplings[-1] == [("request", 1.3)]
 
 
 @in_a_browser
 @pytest.mark.parametrize("wait", [0.0, 0.3])
-def test_an_error_is_shown_plainly_whether_it_comes_before_or_in_the_stream(driver, wait):
+def test_an_error_before_or_in_the_stream_is_shown_as_text(driver, wait):
     with gateway(Cities(ApiError("the LLM <b>went</b> down", 503, code="unavailable"), wait), keep_alive_s=0.05) as url:
         browser.open_page(driver, url)
         browser.ask(driver, "What is the capital of France?")
@@ -147,7 +146,7 @@ def test_an_error_is_shown_plainly_whether_it_comes_before_or_in_the_stream(driv
 
 
 @in_a_browser
-def test_escape_and_the_button_abort_and_the_sampling_with_it(driver):
+def test_escape_and_the_button_cancel_the_request_and_its_sampling(driver):
     backend = Cities(wait=30)
     with gateway(backend, keep_alive_s=0.05) as url:
         browser.open_page(driver, url)
@@ -158,13 +157,13 @@ def test_escape_and_the_button_abort_and_the_sampling_with_it(driver):
             shows(driver, "#status", "Cancelled")
             assert not driver.find_element(By.ID, "error").is_displayed()
         deadline = time.monotonic() + 30
-        while backend.cancelled < len(backend.asked) and time.monotonic() < deadline:
+        while backend.cancelled < len(backend.prompts) and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert backend.cancelled == len(backend.asked) > 1
+    assert backend.cancelled == len(backend.prompts) > 1
 
 
 @in_a_browser
-def test_where_the_server_wants_a_key_the_page_asks_for_it_and_sends_it(driver):
+def test_the_page_requests_a_required_key_and_sends_it(driver):
     key, sha256 = create_key()
     with gateway(Cities(), api_keys=[{"name": "a", "sha256": sha256}]) as url:
         browser.open_page(driver, url)
@@ -179,7 +178,7 @@ def test_where_the_server_wants_a_key_the_page_asks_for_it_and_sends_it(driver):
 
 
 @in_a_browser
-def test_below_the_floor_and_without_the_scorer_the_page_says_so(driver):
+def test_the_page_reports_a_fallback(driver):
     with gateway(Cities(scorer_error=ApiError("the scorer is down", 503)), fallback="first") as url:
         browser.open_page(driver, url)
         browser.ask(driver, "What is the capital of France?")
@@ -203,8 +202,8 @@ def test_the_page_fits_a_phone(driver):
 
 @in_a_browser
 @pytest.mark.parametrize("known", [True, False])
-def test_candidates_are_shown_as_they_arrive_where_the_server_tells_and_at_the_end_where_it_does_not(driver, known):
-    """The wire alone is played here: what stands on the page between two events depends on when they come."""
+def test_candidates_are_shown_as_they_arrive_or_at_the_end_without_progress_events(driver, known):
+    """The server's events are written by hand: the content of the page depends on their timing."""
     bodies, go = [], threading.Event()
 
     def candidate(response, score, chosen=False):
