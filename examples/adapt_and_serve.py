@@ -12,12 +12,11 @@ import time
 import httpx
 import openai
 
-from cappy import jobs
+import cappy
 from cluster import ports
-from cluster.config import load
 
 # Low-rank adapters (LoRA) for each task, with the settings of section `adapt` in the file.
-adapted = jobs.run_verb("adapt", load("examples/tiny.yaml"))
+adapted = cappy.adapt("examples/tiny.yaml")
 for task in adapted["tasks"]:
     print(f"adapted  {task['task']}: {task['state']}")
 

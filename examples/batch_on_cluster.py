@@ -23,11 +23,8 @@ import pandas as pd
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cappy import jobs
+import cappy
 from cluster import ports
-from cluster.config import load
-from generation.dataset import RegressionSet
-from training.scorer import Scorer
 
 # Absolute paths: a job runs in another folder.
 WORKSPACE = os.environ.get("CAPPY_WORKSPACE") or str(Path("runs/examples-cluster").absolute())
@@ -38,8 +35,7 @@ def main() -> None:
     """Run both jobs on the cluster at ADDRESS, else on a cluster that this process starts and stops."""
     with nullcontext(sys.argv[1]) if len(sys.argv) > 1 else one_node() as address:
         # The same as `cappy generate examples/tiny.yaml --set workspace=... --address ...`.
-        config = load("examples/tiny.yaml", [f"workspace={WORKSPACE}", "source.limit=16"])
-        made = jobs.run_verb("generate", config, address=address)
+        made = cappy.generate("examples/tiny.yaml", settings={"workspace": WORKSPACE, "source.limit": 16}, address=address)
         print(f"set      {made['uri']}: {made['sources']['sampled']} sampled responses")
 
         # Any program can be a job: here this file, with the argument `score`. `env_vars` reach the job's process.
@@ -57,7 +53,7 @@ def main() -> None:
 
 def score() -> None:
     """Score every pair of the set's train rows, with two scorer actors; write a Parquet folder."""
-    rows = RegressionSet(f"{WORKSPACE}/dataset").to_ray("train")
+    rows = cappy.RegressionSet(f"{WORKSPACE}/dataset").to_ray("train")
     pairs = rows.flat_map(
         lambda row: [{"instruction": row["instruction"], "response": candidate["response"]} for candidate in row["candidates"]]
     )
@@ -70,7 +66,7 @@ class ScoreBatch:
     """Add a column `score` to a batch of pairs. Each actor builds one instance, so it loads the scorer once."""
 
     def __init__(self, scorer: str) -> None:
-        self.scorer = Scorer.load(scorer)
+        self.scorer = cappy.Scorer.load(scorer)
 
     def __call__(self, batch: pd.DataFrame) -> pd.DataFrame:
         """Return the batch with its scores."""

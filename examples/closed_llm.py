@@ -16,10 +16,8 @@ from contextlib import contextmanager, nullcontext
 import httpx
 import openai
 
-from cappy import jobs
+import cappy
 from cluster import models, ports
-from cluster.config import load
-from training.scorer import Scorer
 
 
 @contextmanager
@@ -57,24 +55,16 @@ if not address:
     os.environ |= {"OPENAI_API_KEY": "local", "OPENAI_MODEL": "small"}
 
 with nullcontext(address) if address else local_server() as base_url:
-    config = load(
-        "examples/tiny.yaml",
-        [
-            "workspace=runs/examples-closed",
-            f"sampler.model={os.environ['OPENAI_MODEL']}",
-            "sampler.prompt.form=chat",
-            # The key stays in the environment: the config and the published manifest hold only the variable's name.
-            f"sampler.engine={{kind: endpoint, base_url: '{base_url}', api_key_env: OPENAI_API_KEY, concurrency: 8}}",
-            # Prices in dollars per million tokens. The run stops before its cost could pass `max_cost`, if every
-            # request is retried and has the longest answer.
-            "sampler.engine.price_per_million_prompt=0.5",
-            "sampler.engine.price_per_million_sampled=1.5",
-            "sampler.engine.max_cost=1",
-        ],
-    )
-    made = jobs.run_verb("generate", config)
+    # The key stays in the environment: the config and the published manifest hold only the name of the variable.
+    engine = {"kind": "endpoint", "base_url": base_url, "api_key_env": "OPENAI_API_KEY", "concurrency": 8}
+    # Prices in dollars per million tokens. The run stops before its cost could pass `max_cost`, even if every request is retried
+    # and every answer has the maximum length.
+    engine |= {"price_per_million_prompt": 0.5, "price_per_million_sampled": 1.5, "max_cost": 1}
+    sampler = {"sampler.model": os.environ["OPENAI_MODEL"], "sampler.prompt.form": "chat", "sampler.engine": engine}
+    config = cappy.load_config("examples/tiny.yaml", {"workspace": "runs/examples-closed", **sampler})
+    made = cappy.generate(config)
     print(f"set      {made['uri']}: {made['sources']['sampled']} sampled responses for ${made['cost']['dollars']:.4f}")
-    jobs.run_verb("train", config)
+    cappy.train(config)
 
     # Best-of-4: sample from the service, choose with the scorer.
     question = "What is the capital of Belgium?"
@@ -83,5 +73,5 @@ with nullcontext(address) if address else local_server() as base_url:
         model=os.environ["OPENAI_MODEL"], messages=[{"role": "user", "content": question}], n=4, max_tokens=16
     )
     candidates = [choice.message.content or "" for choice in reply.choices]
-    best = Scorer.load(config.scorer_uri).best(question, candidates)
+    best = cappy.Scorer.load(config.scorer_uri).best(question, candidates)
     print(f"best     {best.response!r} with score {best.score:.3f}, of {candidates}")

@@ -6,21 +6,20 @@ Run it from the root of the clone. It writes to `runs/examples`; the next exampl
 Each line of the file is one instruction: {"instruction": "...", "references": ["..."], "dataset": "task name"}.
 """
 
-from cappy import jobs
-from cluster.config import load
+import cappy
 
-config = load("examples/tiny.yaml")
+config = cappy.load_config("examples/tiny.yaml")
 
 # Sample 5 responses for each instruction, label each with Rouge-L against the references, publish the regression set.
-made = jobs.run_verb("generate", config)
+made = cappy.generate(config)
 print(f"set      {made['uri']}: {made['instructions']} instructions, {made['sources']['sampled']} sampled responses")
 
 # Fit the scorer to the labels.
-trained = jobs.run_verb("train", config)
+trained = cappy.train(config)
 print(f"scorer   {trained['uri']}")
 
 # Compare the scorer's choice with greedy decoding, one sample, the LLM's own likelihood and the best possible choice (oracle).
-report = jobs.run_verb("evaluate", config)
+report = cappy.evaluate(config)
 for method, figures in report["averages"].items():
     print(f"{method:10} Rouge-L {figures['mean']:5.1f}")
 print(f"report   {report['report']}")

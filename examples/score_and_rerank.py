@@ -9,9 +9,9 @@ import sys
 
 import numpy as np
 
-from training.scorer import Scorer
+import cappy
 
-scorer = Scorer.load(sys.argv[1] if len(sys.argv) > 1 else "runs/examples/scorer")
+scorer = cappy.Scorer.load(sys.argv[1] if len(sys.argv) > 1 else "runs/examples/scorer")
 
 # A score estimates the Rouge-L of a response, from 0 to 1. It is a raw regression output, so it may lie a little outside.
 instruction = "What is the capital of Iceland?"

@@ -15,7 +15,8 @@ import pytest
 
 from generation.dataset import RegressionSet
 
-pytestmark = pytest.mark.full
+# A single example takes minutes, and more on a busy machine.
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("capitals", "past_tense")
