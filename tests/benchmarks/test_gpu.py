@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_checks
+from tests.benchmarks.test_training_step import ABSENT
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--device", "cpu", "--model", "minilm"]
@@ -38,6 +39,14 @@ def test_scores_in_bfloat16_follow_float32(capsys):
     assert gpu_checks.run_check(["scoring", *SMALL, "--pairs", "8", "--steps", "1", "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["pairs"] == 8 and result["pairs_per_second"] > 0 and result["max_difference"] <= gpu_checks.MAX_SCORE_DIFFERENCE
+
+
+def test_training_and_scoring_need_only_torch_and_transformers():
+    hidden = f"import runpy, sys; sys.modules |= dict.fromkeys({ABSENT!r}); sys.argv[0] = 'gpu_checks'"
+    script = f"{hidden}; runpy.run_module('benchmarks.gpu_checks', run_name='__main__')"
+    command = [sys.executable, "-c", script, "scoring", *SMALL, "--pairs", "2", "--steps", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

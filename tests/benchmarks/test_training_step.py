@@ -1,3 +1,5 @@
+"""The training benchmark for one device: its settings, its lengths, and a run with torch and transformers alone."""
+
 from __future__ import annotations
 
 import json
