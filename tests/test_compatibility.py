@@ -47,7 +47,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the fixtures; their encoder and scorer load under their recorded hub names, also in child processes."""
+    """Yield a copy of the fixtures. Encoder and scorer load under their recorded hub names, also in child processes."""
     folder = tmp_path_factory.mktemp("old") / "b5d7af8"
     shutil.copytree(OLD, folder)
     hub = folder / "hub"
@@ -78,12 +78,12 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    """The rows of a set as plain pyarrow reads them."""
+    """Return the rows of a set, read with pyarrow alone."""
     return [row for shard in sorted((folder / "data" / split).glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
 
 
 def lost(recorded: list[str], found: set[str]) -> list[str]:
-    """The recorded names that are not found today."""
+    """Return the recorded names that no longer exist."""
     assert recorded
     return sorted(set(recorded) - found)
 
@@ -221,7 +221,7 @@ def test_evaluate_finds_the_adapters_of_each_task(old: Path, tmp_path: Path):
 
 
 def exported(old: Path, **changes: Any) -> dict[str, Any]:
-    """The exported Serve config, at the places of this machine."""
+    """Return the exported Serve config with the paths of this machine; `changes` are settings of the engine."""
     tree: dict[str, Any] = yaml.safe_load((old / "serve.yaml").read_text())
     args = tree["applications"][0]["args"]
     args["workspace"] = str(old)
