@@ -33,11 +33,10 @@ logger = logging.getLogger("ray.serve")
 UNAVAILABLE = "unavailable"
 # The Retry-After of a server that has spent `max_cost`. Only its operator can raise the limit, so the value is long.
 _BUDGET_RETRY_S = 3600.0
-# Finished responses are reported early, so that they are scored while the last ones are sampled. Conditions: this share of the pool has
-# finished, the pool has at least this many candidates, and the rest takes longer than this time (not the same engine step).
-_EARLY_SHARE = 0.75
-_EARLY_MIN_CANDIDATES = 4
-_EARLY_WAIT_S = 0.005
+# Finished responses are reported early, so that they are scored while the last ones are sampled, under three conditions.
+_EARLY_SHARE = 0.75  # this share of the pool has finished
+_EARLY_MIN_CANDIDATES = 4  # the pool has at least this many candidates
+_EARLY_WAIT_S = 0.005  # the rest takes longer: it does not finish in the same step of the engine
 
 
 class EngineDown(CappyError):
@@ -136,7 +135,7 @@ class LLM:
         except Exception as error:
             raise self._client_error(error, param) from None
         finally:
-            # If one draw failed or the client disconnected, the results of the others have no reader. Their cost is final once they end.
+            # If one draw failed or the client disconnected, the other results are not needed. Their cost is known when they have ended.
             for draw in draws:
                 draw.cancel()
             await asyncio.wait(draws)
