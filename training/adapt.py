@@ -82,19 +82,19 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
     config = paths.absolute(config)
     config = config.model_copy(update={"dataset": storage.check_uri(config.dataset_uri, "dataset"), "adapted_path": config.adapted_uri})
     uri = storage.check_uri(config.adapted_uri, "adapted_path")
-    base = _base(config)
+    base = _load_base(config)
     with lease.hold(storage.join(uri, _LEASE), f"adapted_path={uri}") as held, ray_session():
         if not storage.exists(storage.join(config.dataset_uri, artifacts.MANIFEST)):
             generate.run_generate(config, load=load)
         dataset = RegressionSet(config.dataset_uri)
         _log_differences(config, dataset)
-        _refuse_foreign_table(uri)
-        tasks = _tasks(config, dataset, base, uri)
-        outcomes = {} if overwrite else _finished(tasks)
+        _refuse_foreign_results(uri)
+        tasks = _select_tasks(config, dataset, base, uri)
+        outcomes = {} if overwrite else _finished_outcomes(tasks)
         if outcomes:
             log(f"{len(outcomes)} of {len(tasks)} tasks are finished; resuming with the others")
         pending = [task for task in tasks if task.name not in outcomes]
-        _clear(pending, held.check)
+        _delete_earlier_files(pending, held.check)
         for task in tasks:
             if task.name in outcomes:  # its run may have stopped after publishing and before the cleanup
                 artifacts.cleanup(storage.join(task.uri, CHECKPOINTS), held.check)
@@ -134,7 +134,7 @@ def folder_name(task: str) -> str:
     return f"task-{plain}-{hashlib.blake2b(task.encode(), digest_size=4).hexdigest()}"
 
 
-def _base(config: Config) -> Base:
+def _load_base(config: Config) -> Base:
     """Load the base once, so that an error is raised before any task starts."""
     name = config.adapt.base
     if name is None:
@@ -143,7 +143,7 @@ def _base(config: Config) -> Base:
         new_model(folder, config.scorer, config.adapt.training(config.training), config.seed)
         return Base(config.scorer.encoder, False, lora.weights_sha256(folder), None, config.scorer.max_length)
     folder = models.resolve(name, "adapt.base")
-    scorer = Scorer.load(name, device="cpu", setting="adapt.base")
+    scorer = Scorer.load(name, device="cpu", setting="adapt.base", cpu_kernels=config.scorer.cpu_kernels)
     manifest = folder / artifacts.MANIFEST
     writer = storage.read_json(str(manifest)).get("writer") if manifest.exists() else None
     base = Base(name, True, lora.weights_sha256(folder), writer, scorer.max_length)
@@ -159,14 +159,14 @@ def _log_differences(config: Config, dataset: RegressionSet) -> None:
         log(f"dataset={dataset.uri} exists and is used; it was generated with other values of {', '.join(changes)} than this config has")
 
 
-def _tasks(config: Config, dataset: RegressionSet, base: Base, uri: str) -> list[Task]:
+def _select_tasks(config: Config, dataset: RegressionSet, base: Base, uri: str) -> list[Task]:
     """Return the tasks of the set that `adapt.tasks` selects, sorted by name."""
     if config.adapt.by == "all":
         names: dict[str, str | None] = {"all": None}
         if config.adapt.tasks:
             raise UsageError(f"adapt.tasks={list(config.adapt.tasks)} with adapt.by=all: all rows are one task; set adapt.tasks=null")
     else:
-        names = {name: name for name in sorted(_datasets(dataset))}
+        names = {name: name for name in sorted(_count_instructions(dataset))}
         for wanted in config.adapt.tasks or ():
             if wanted not in names:
                 close = difflib.get_close_matches(wanted, names, n=1)
@@ -179,7 +179,7 @@ def _tasks(config: Config, dataset: RegressionSet, base: Base, uri: str) -> list
     return [Task(name, only, storage.join(uri, folder_name(name)), {**shared, "task": name}) for name, only in names.items()]
 
 
-def _datasets(dataset: RegressionSet) -> Counter[str]:
+def _count_instructions(dataset: RegressionSet) -> Counter[str]:
     """Return the number of instructions of each dataset of a set."""
     counts: Counter[str] = Counter()
     for split in dataset.manifest["counts"]:
@@ -188,7 +188,7 @@ def _datasets(dataset: RegressionSet) -> Counter[str]:
     return counts
 
 
-def _finished(tasks: list[Task]) -> dict[str, Outcome]:
+def _finished_outcomes(tasks: list[Task]) -> dict[str, Outcome]:
     """Return the outcomes, by task name, of the tasks that were finished with the same settings.
 
     A task that was rejected with other settings is not included. Raises `UsageError` for a task that was published with other settings.
@@ -209,22 +209,22 @@ def _finished(tasks: list[Task]) -> dict[str, Outcome]:
     return found
 
 
-def _clear(tasks: list[Task], check: Callable[[], None] = lambda: None) -> None:
+def _delete_earlier_files(tasks: list[Task], check: Callable[[], None] = lambda: None) -> None:
     """Delete the files of `cappy adapt` in the folders of tasks. Raises `UsageError`, and deletes nothing, when one has foreign files."""
-    owned = [(task.uri, _owned(task)) for task in tasks]
+    owned = [(task.uri, _deletable_files(task)) for task in tasks]
     for uri, own in owned:
         artifacts.refuse_foreign(uri, "adapted_path", own, overwrite=True)
     for uri, own in owned:
         artifacts.withdraw(uri, "adapted_path", own, check=check)
 
 
-def _owned(task: Task) -> artifacts.OwnedFiles:
+def _deletable_files(task: Task) -> artifacts.OwnedFiles:
     """Return the files of a task's folder that `cappy adapt` may delete: an earlier outcome, or the remains of a lost run."""
     published = storage.exists(storage.join(task.uri, artifacts.MANIFEST))
     return _OWNED if adapt_one.read_outcome(task) is None or published else _REJECTED
 
 
-def _refuse_foreign_table(uri: str) -> None:
+def _refuse_foreign_results(uri: str) -> None:
     """Raise `UsageError` when the `results.json` at `uri` was not written by `cappy adapt`."""
     try:
         found = storage.read_json(storage.join(uri, RESULTS))

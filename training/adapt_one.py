@@ -176,11 +176,11 @@ def collect_pairs(dataset: RegressionSet, only: str | None, size: int, seed: int
         seen += table.num_rows
         exploded = explode(table)
         for instruction, response, label in zip(exploded.instructions, exploded.responses, exploded.labels.tolist(), strict=True):
-            key = _key(seed, instruction, response)
+            key = _hash_key(seed, instruction, response)
             found[key] = (instruction, response, max(label, found[key][2] if key in found else 0.0))
         if len(found) > 2 * size:
-            found = _first(found, size)
-    chosen = list(_first(found, size).values())
+            found = _first_by_hash(found, size)
+    chosen = list(_first_by_hash(found, size).values())
     instructions = [instruction for instruction, _, _ in chosen]
     numbers = {instruction: number for number, instruction in enumerate(dict.fromkeys(instructions))}
     groups = np.fromiter((numbers[instruction] for instruction in instructions), np.int64, len(instructions))
@@ -197,17 +197,17 @@ def validation_rows(dataset: RegressionSet, only: str | None, size: int, seed: i
     for table in dataset.batches("validation", columns=_COLUMNS, only=only):
         for row in table.to_pylist():
             if any(each["source"] in ("sampled", "choice") for each in row["candidates"]):
-                found[_key(seed, row["id"])] = row
+                found[_hash_key(seed, row["id"])] = row
         if len(found) > 2 * size:
-            found = _first(found, size)
-    return pa.Table.from_pylist(list(_first(found, size).values()), pa.schema([DATASET.field(name) for name in _COLUMNS]))
+            found = _first_by_hash(found, size)
+    return pa.Table.from_pylist(list(_first_by_hash(found, size).values()), pa.schema([DATASET.field(name) for name in _COLUMNS]))
 
 
-def _key(seed: int, *texts: str) -> bytes:
+def _hash_key(seed: int, *texts: str) -> bytes:
     return hashlib.blake2b("\0".join([str(seed), *texts]).encode(), digest_size=12).digest()
 
 
-def _first(found: dict[bytes, T], size: int) -> dict[bytes, T]:
+def _first_by_hash(found: dict[bytes, T], size: int) -> dict[bytes, T]:
     return dict(sorted(found.items())[:size])
 
 

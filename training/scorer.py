@@ -239,7 +239,7 @@ class Scorer:
         if not candidates:
             raise ValueError("there are no candidates to choose from; give at least one")
         # Each different one once: in a batch, equal rows may differ by roundings.
-        distinct = {candidate: place for place, candidate in enumerate(dict.fromkeys(candidates))}
+        distinct = {candidate: position for position, candidate in enumerate(dict.fromkeys(candidates))}
         scores = self.score([instruction] * len(distinct), list(distinct))[[distinct[candidate] for candidate in candidates]]
         index = int(scores.argmax())
         return Choice(index, candidates[index], float(scores[index]), scores)

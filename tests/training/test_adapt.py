@@ -40,12 +40,12 @@ def test_folder_names_of_tasks_are_valid_and_distinct():
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_base_is_checked_before_any_task_starts(method: str, encoder: Path, tmp_path: Path):
     base = published_scorer(encoder, str(tmp_path / "scorer"))
-    found = adapt._base(settings(tmp_path, encoder, base=base, method=method))
+    found = adapt._load_base(settings(tmp_path, encoder, base=base, method=method))
     assert (found.name, found.scorer, found.max_length) == (base, True, 32)
     if method == "lora":
         wrong = settings(tmp_path, encoder, base=base, method="lora", lora={"targets": ["nowhere"]})
         with pytest.raises(CappyError, match="nowhere"):
-            adapt._base(wrong)
+            adapt._load_base(wrong)
 
 
 def test_only_files_of_adapt_are_deleted_and_none_if_one_folder_has_foreign_files(tmp_path: Path):
@@ -56,16 +56,16 @@ def test_only_files_of_adapt_are_deleted_and_none_if_one_folder_has_foreign_file
     before = [storage.list_files(task.uri) for task in (sides, colors)]
     storage.write_bytes(f"{tense.uri}/thesis.txt", b"mine")
     with pytest.raises(UsageError, match=r"adapted_path=.*tense holds files that no `cappy adapt` wrote, e.g. thesis.txt"):
-        adapt._clear([sides, colors, tense])
+        adapt._delete_earlier_files([sides, colors, tense])
     artifacts.publish(tense.uri, {"kind": "scorer", "files": {}})
     with pytest.raises(CappyError, match="holds a scorer that `cappy adapt` did not write"):
-        adapt._clear([sides, colors, tense])
+        adapt._delete_earlier_files([sides, colors, tense])
     storage.write_json(f"{tense.uri}/{artifacts.MANIFEST}", {"kind": "scorer", "identity": {}, "summary": {}, "files": {}})
     with pytest.raises(UsageError, match=r"e.g. thesis.txt; nothing was deleted"):
-        adapt._clear([sides, colors, tense])
+        adapt._delete_earlier_files([sides, colors, tense])
     assert storage.exists(f"{tense.uri}/thesis.txt") and [storage.list_files(task.uri) for task in (sides, colors)] == before
     storage.delete(f"{tense.uri}/thesis.txt")
-    adapt._clear([sides, colors, tense])
+    adapt._delete_earlier_files([sides, colors, tense])
     assert not storage.list_files(str(tmp_path))
 
 
@@ -74,9 +74,9 @@ def test_a_foreign_results_file_is_neither_read_nor_overwritten(content: str, tm
     task = Task("tense", "tense", str(tmp_path), {})
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UsageError, match=r"wrote, e\.g\. results\.json; nothing was deleted"):
-        adapt._clear([task])
+        adapt._delete_earlier_files([task])
     with pytest.raises(UsageError, match=r"wrote, e\.g\. results\.json; nothing was deleted"):
-        adapt._refuse_foreign_table(str(tmp_path))
+        adapt._refuse_foreign_results(str(tmp_path))
     assert (tmp_path / "results.json").read_text() == content
 
 
@@ -236,7 +236,7 @@ def test_a_killed_worker_and_a_stopped_run_do_not_change_the_result_in_object_st
     apart = {"seconds", "pairs_per_second", "uri", "use"}
     for task in (result["tasks"][0], result["tasks"][-1]):  # the task of the killed worker, and a task of the second command
         here = Task(task["task"], task["dataset"], str(tmp_path / task["task"]), {})
-        untouched = adapt_one.adapt_task(config, here, adapt._base(config))
+        untouched = adapt_one.adapt_task(config, here, adapt._load_base(config))
         assert {name: value for name, value in task.items() if name not in apart} == {
             name: value for name, value in json.loads(json.dumps(untouched)).items() if name not in {*apart, "identity"}
         }
