@@ -1,4 +1,4 @@
-"""The real graph: `cappy serve` with SmolLM2 on vLLM and a MiniLM scorer (its head untrained) from S3, asked over HTTP."""
+"""The real graph: `cappy serve` with SmolLM2 on vLLM and a MiniLM scorer (its head untrained) from S3, over HTTP."""
 
 import asyncio
 import json
@@ -75,7 +75,7 @@ def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
 
 
 class Handle:
-    """A Serve handle whose first calls end as `ends` says; an end that is no exception is the answer."""
+    """A Serve handle whose first calls end with the items of `ends`: an exception is raised, another value is the answer."""
 
     app_name, deployment_name = "cappy", "Scorer"
 
@@ -147,7 +147,7 @@ async def test_a_scorers_replica_that_is_lost_under_a_call_hurts_no_request(name
     assert "cappy_serving_scorer_retries_total 3.0" in both.metrics.text().decode()
 
 
-async def test_a_scorer_that_stays_away_is_a_503_in_its_time_and_a_bug_is_not_asked_again():
+async def test_a_scorer_that_stays_unavailable_is_a_503_in_time_and_a_bug_is_not_retried():
     away = backend(Handle(True), Handle(LOST[0]), scorer_timeout_s=0.3)
     with pytest.raises(ApiError, match="the scorer stopped during the request") as caught:
         await away.score("cappy-scorer", ["q"], ["a"])
@@ -159,7 +159,7 @@ async def test_a_scorer_that_stays_away_is_a_503_in_its_time_and_a_bug_is_not_as
 
 
 @pytest.mark.parametrize("in_parts", [False, True])
-async def test_an_llm_that_is_lost_fails_its_own_request_alone_and_what_it_tells_the_client_arrives_whole(in_parts):
+async def test_a_lost_llm_fails_only_its_own_request_and_its_error_reaches_the_client_unchanged(in_parts):
     told = RayTaskError("sample", "a traceback", ApiError("later", 503, code="overloaded", retry_s=30.0))
     ends = (LOST[0], told.as_instanceof_cause(), {"candidates": []})
     both = backend(Parts(*ends) if in_parts else Handle(*ends), Handle(True))
@@ -173,7 +173,7 @@ async def test_an_llm_that_is_lost_fails_its_own_request_alone_and_what_it_tells
     assert await both.sample(*asked) == {"candidates": []}
 
 
-async def test_what_an_llm_tells_early_is_told_on_and_a_request_given_up_is_given_up_in_the_replica():
+async def test_finished_responses_are_passed_on_early_and_a_cancelled_request_is_cancelled_in_the_replica():
     heard = []
     assert await backend(Parts(["x", "xx"], {"candidates": []}, all_at_once=True), Handle(True)).sample(
         [], [], [], False, heard.append
@@ -188,7 +188,7 @@ async def test_what_an_llm_tells_early_is_told_on_and_a_request_given_up_is_give
 
 
 @pytest.mark.parametrize(("status", "well"), [("HEALTHY", True), ("UPSCALING", True), ("UNHEALTHY", False), ("DEPLOY_FAILED", False)])
-async def test_a_deployment_that_may_sleep_is_not_woken_by_being_looked_at(status, well, monkeypatch):
+async def test_a_health_check_does_not_start_a_deployment_that_is_scaled_to_zero(status, well, monkeypatch):
     deployment = DeploymentStatusOverview(DeploymentStatus[status], DeploymentStatusTrigger.UNSPECIFIED, {}, "")
     overview = ApplicationStatusOverview(ApplicationStatus.RUNNING, "", 0.0, {"Scorer": deployment})
     monkeypatch.setattr(app.serve, "status", lambda: ServeStatus(applications={"cappy": overview}))
@@ -196,7 +196,7 @@ async def test_a_deployment_that_may_sleep_is_not_woken_by_being_looked_at(statu
     assert await both.ready() == {"llm": True, "scorer": well}
     assert (both.llm.calls, both.scorer.calls) == (1, 0)
     await both.ready()
-    assert both.llm.calls == 1  # looked at a moment ago
+    assert both.llm.calls == 1  # the status is cached for a moment
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def ai(server) -> openai.OpenAI:
 
 
 @pytest.mark.slow
-def test_openais_client_gets_the_candidates_the_scorer_likes_best(ai, scorer):
+def test_openais_client_gets_the_candidates_with_the_highest_scores(ai, scorer):
     from training.scorer import Scorer
 
     answer = ai.chat.completions.create(
@@ -303,7 +303,7 @@ def test_openais_client_reads_a_stream(ai):
 
 
 @pytest.mark.slow
-def test_rounds_draw_until_the_target_and_a_stream_tells_of_each(ai):
+def test_rounds_sample_until_the_target_and_a_stream_reports_each(ai):
     def draw(stream=False, **cappy):
         extra = {"candidates": 7, "return_candidates": True, "progress": stream, **cappy}
         return ai.chat.completions.create(model="cappy", messages=QUESTION, max_tokens=8, stream=stream, extra_body={"cappy": extra})
@@ -341,7 +341,7 @@ def test_openais_client_gets_text_completions_whole_and_streamed(ai):
 
 
 @pytest.mark.slow
-def test_further_scorers_answer_by_name_are_replaced_when_published_anew_and_fail_alone(ai, server, encoder):
+def test_further_scorers_answer_by_name_reload_after_a_new_publication_and_fail_alone(ai, server, encoder):
     from training.scorer import Scorer
 
     texts, versions = ["a red fox", "the white me", "a cow"], []
@@ -400,7 +400,7 @@ def test_models_health_and_errors_through_openais_client(ai, server):
 
 
 @pytest.mark.slow
-def test_our_own_client_and_curl_get_an_answer(server):
+def test_cappys_client_and_curl_get_an_answer(server):
     url = server[0]
     answer = client.ask(url, QUESTION, 2, "cappy")
     assert len(answer["cappy"]["candidates"]) == 2
@@ -412,7 +412,7 @@ def test_our_own_client_and_curl_get_an_answer(server):
 
 
 @pytest.mark.slow
-def test_hostile_requests_are_turned_away_before_the_engine_and_the_server_answers_on(server):
+def test_hostile_requests_do_not_reach_the_engine_and_the_server_still_answers(server):
     def drawn() -> float:
         families = text_string_to_metric_families(httpx.get(f"{server[0]}/metrics").text)
         return sum(each.value for family in families for each in family.samples if each.name == "cappy_serving_candidates_total")
@@ -454,7 +454,7 @@ def test_curl_reaches_each_route(server, path, body):
 
 
 @pytest.mark.slow
-def test_the_page_is_there_and_each_answer_is_one_line_of_json_in_rays_log(server):
+def test_the_server_has_the_page_and_each_answer_is_one_line_of_json_in_rays_log(server):
     url, process, _ = server
     shown = httpx.get(url, headers={"X-Request-Id": "page-1"})
     assert shown.status_code == 200 and "<title>Cappy on Ray</title>" in shown.text
@@ -474,7 +474,7 @@ def test_the_page_is_there_and_each_answer_is_one_line_of_json_in_rays_log(serve
 
 
 @pytest.mark.slow
-async def test_requests_at_once_are_all_answered_and_a_client_that_leaves_frees_the_engine(server):
+async def test_concurrent_requests_are_all_answered_and_a_disconnected_client_frees_the_engine(server):
     # 64 x 900 tokens would keep the engine busy for minutes.
     endless = client.request_body(QUESTION, 64, "cappy") | {"max_tokens": 900, "temperature": 1.5, "stop": ["\0"]}
     short = client.request_body(QUESTION, 2, "cappy") | {"max_tokens": 8}
@@ -486,13 +486,13 @@ async def test_requests_at_once_are_all_answered_and_a_client_that_leaves_frees_
 
 
 @pytest.mark.slow
-def test_our_endpoint_engine_samples_from_it(server):
+def test_the_endpoint_engine_samples_from_the_server(server):
     llm = EndpointEngine("cappy", EndpointConfig(kind="endpoint", base_url=f"{server[0]}/v1"))
     long = messages("word " * 2000)
     greedy, warm, ranked, refused = ask(llm, "chat", (TURNS, GREEDY, 1), (TURNS, WARM, 1), (TURNS, TOP_K, 1), (long, GREEDY, 1))
     assert "Paris" in greedy[0]["response"]
     assert len({each["response"] for each in warm}) == 3
-    # It gives no log-probabilities, and refuses what it cannot do rather than doing something else.
+    # The server gives no log-probabilities, and refuses fields that it does not support.
     assert {each["logprob"] for each in [*greedy, *warm]} == {None}
     assert isinstance(ranked, RowError) and "top_k=1 is not supported" in str(ranked)
     assert isinstance(refused, PromptTooLong)

@@ -1,4 +1,4 @@
-"""Ray Serve's own proxy in front of the real gateway: what clients' headers may have it do. The LLM is one that takes its time."""
+"""Ray Serve's proxy in front of the real gateway: the effect of clients' headers. The LLM is a model that waits."""
 
 import asyncio
 import json
@@ -16,23 +16,23 @@ from cluster import ports
 from cluster.config import Config, ServingConfig
 from serving import app, middleware
 
-STEERING = [each for each in hostile.hostile_requests(ServingConfig()) if each.code == "unsupported_header"]
+CONTROL_REQUESTS = [each for each in hostile.hostile_requests(ServingConfig()) if each.code == "unsupported_header"]
 GOOD = hostile.RequestWriter(None).post(hostile.CHAT, {"model": "cappy", "messages": hostile.HI})
 
 
 class Slow:
-    """A model that leaves a file for each call it takes, and another for each it was told to give up."""
+    """A model that writes a file when a call starts, and another when the call is cancelled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     async def sample(self, *_: object) -> dict[str, object]:
         mark = uuid.uuid4().hex
-        (self.folder / f"{mark}.begun").touch()
+        (self.folder / f"{mark}.started").touch()
         try:
             await asyncio.sleep(5)
         except asyncio.CancelledError:
-            (self.folder / f"{mark}.given-up").touch()
+            (self.folder / f"{mark}.cancelled").touch()
             raise
         return {"candidates": []}
 
@@ -45,7 +45,7 @@ class Slow:
 
 @pytest.fixture(scope="module")
 def served(ray_here, tmp_path_factory):
-    """The URL of a gateway behind Serve's proxy, and the folder of its models' files."""
+    """Yield the URL of a gateway behind Serve's proxy, and the folder of its models' files."""
     folder, port = tmp_path_factory.mktemp("calls"), ports.free_port()
     serve.start(http_options=app.http_options(ServingConfig(port=port)))
     model = serve.deployment(Slow)
@@ -60,7 +60,7 @@ def served(ray_here, tmp_path_factory):
 
 
 def abandon(url: str, request: bytes) -> None:
-    """Send a request and hang up at once."""
+    """Send a request and close the connection immediately."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as wire:
         wire.sendall(request)
@@ -73,31 +73,31 @@ def wait_for(folder: Path, pattern: str) -> None:
         time.sleep(0.05)
 
 
-def test_a_request_whose_client_hangs_up_is_given_up(served):
+def test_a_request_of_a_disconnected_client_is_cancelled(served):
     url, folder = served
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as wire:
         wire.sendall(GOOD)
-        wait_for(folder, "*.begun")
-    wait_for(folder, "*.given-up")
+        wait_for(folder, "*.started")
+    wait_for(folder, "*.cancelled")
 
 
-@pytest.mark.parametrize("steering", STEERING, ids=lambda each: each.name)
-def test_a_header_that_steers_the_proxy_is_refused_and_nothing_is_begun(steering, served):
+@pytest.mark.parametrize("hostile_request", CONTROL_REQUESTS, ids=lambda each: each.name)
+def test_a_header_that_controls_the_proxy_is_refused_and_no_work_starts(hostile_request, served):
     url, folder = served
     before = sorted(folder.iterdir())
-    answer = hostile.send(url, steering)
-    print(f"\n{hostile.table([(steering, answer)])}")
+    answer = hostile.send(url, hostile_request)
+    print(f"\n{hostile.table([(hostile_request, answer)])}")
     assert (answer.status, answer.code) == (400, "unsupported_header"), answer.body
     assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
-    abandon(url, steering.sent)
-    # The gateway has read both when it has answered one more.
+    abandon(url, hostile_request.sent)
+    # The answer to a later request shows that the gateway has read both.
     assert hostile.send(url, hostile.HostileRequest("", 200, None, hostile.RequestWriter(None).get("/health"))).status == 200
     assert sorted(folder.iterdir()) == before
 
 
-def test_every_header_that_serve_reads_of_a_client_is_known():
-    """A Ray that reads one more must be looked at: here are those of `_private/proxy.py`, `http_util.py` and `constants.py`."""
+def test_every_client_header_that_serve_reads_is_covered():
+    """Fails if a new Ray version reads another header. The list is from `_private/proxy.py`, `http_util.py` and `constants.py`."""
     named = {
         name: value for name, value in vars(constants).items() if isinstance(value, str) and name.endswith(("_HEADER", "_HEADER_PREFIX"))
     }
