@@ -37,7 +37,7 @@ BENCHMARKS = (
     Benchmark("batching", "a batch for each core against one batch on all cores: latency", 4, ("--turns", "1", "--seconds", "15")),
     Benchmark("generation", "the generate pipeline against vLLM driven directly: candidates/s", 12),
     Benchmark("hostile", "the answers to malformed and malicious requests against the documented ones", 4),
-    Benchmark("interchange", "scores of one scorer in this project, transformers, CrossEncoder and vLLM", 15, needs="sentence_transformers"),
+    Benchmark("interchange", "scores of one scorer here, in transformers, CrossEncoder and vLLM", 15, needs="sentence_transformers"),
     Benchmark("kills", "`cappy generate` with killed processes against an undisturbed run", 20),
     Benchmark("objectives", "training objectives at equal compute: quality", 60),
     Benchmark("prompts", "prompt forms: quality of the candidate pool", 10),

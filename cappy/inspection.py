@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
     Raises `CappyError` where nothing is published.
     """
     uri = storage.check_uri(uri, "URI")
-    manifest = artifacts.read_any_manifest(uri, "URI")
+    manifest: Mapping[str, Any] = artifacts.read_any_manifest(uri, "URI")
     result = {
         "uri": uri,
         "kind": manifest["kind"],
@@ -47,7 +48,7 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
     return result
 
 
-def _first_rows(uri: str, manifest: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def _first_rows(uri: str, manifest: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """The first rows of the first shard."""
     shard = min((name for name in manifest["files"] if name.startswith("data/")), default=None)
     if shard is None or not count:

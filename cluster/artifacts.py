@@ -1,19 +1,31 @@
-"""Published folders."""
+"""Published folders: the manifest that marks a folder as complete, its checks, and the deletion of a verb's own files.
+
+A folder is *published* if it has `_MANIFEST.json`. The manifest is written last, and only if no other run has written one: by a
+conditional PUT (`If-None-Match: *`) on S3, by a hard link on disk. Readers refuse a folder without a manifest.
+
+Imports `cluster.storage`, and no code of a verb.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, cast
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from cluster.config import Config
 from cluster.errors import CappyError, UsageError
 from cluster.progress import log
+from cluster.runtime import code_version
 from cluster.s3 import failure_reason
 from cluster.storage import (
     absolute,
@@ -35,48 +47,96 @@ from cluster.storage import (
 
 MANIFEST = "_MANIFEST.json"
 WITHDRAWN = "_WITHDRAWN.json"
-"""A copy of the manifest while `withdraw` deletes its files: after an interruption it lists what is left to delete."""
-# The file of an atomic write before it gets its name.
+"""A copy of the manifest during `withdraw`. After an interruption it lists the files that are still to be deleted."""
+# The temporary name of a file in an atomic write.
 _TEMPORARY = re.compile(r"(^|.*/)\.([^/]+)\.[0-9a-f]{32}")
 
 
-def _check_names(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return a manifest once all files it lists are below `uri`: it may come from anyone."""
-    for name in manifest.get("files", ()):
-        if check_relative_path(name, join(uri, MANIFEST)) == MANIFEST:
-            raise CappyError(f"{join(uri, MANIFEST)} names itself as a file, which is not within the folder; do not use it")
-    return manifest
+class FileEntry(TypedDict):
+    """A file of a published folder."""
+
+    bytes: int
+    sha256: str
+    """In hexadecimal."""
+    rows: NotRequired[int]
+    """Rows of a Parquet shard."""
 
 
-def cleanup(uri: str, check: Callable[[], None] = lambda: None) -> None:
-    """Delete what a published folder no longer needs, once `check` passed. A failure is only reported."""
-    try:
-        check()
-        delete(uri)
-    except (CappyError, OSError) as error:
-        log(f"what was made is published, but what the run left at {uri} could not be removed: {error}")
+class Manifest(TypedDict, total=False):
+    """The content of `_MANIFEST.json`, for all kinds: `dataset`, `pairs`, `scorer` and `evaluation`. Unknown keys are kept."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+
+    kind: str
+    version: int
+    """Version of the format of this kind."""
+    created: str
+    """Time in UTC, ISO 8601, in seconds."""
+    code_version: str
+    command: str
+    """The command that made the folder."""
+    files: dict[str, FileEntry]
+    """All files of the folder, by their path below it. The manifest itself is not listed."""
+    summary: dict[str, Any]
+    """The result of the verb."""
+    config: dict[str, Any]
+    """The resolved config of the run."""
+    writer: str
+    """Id of the write of this manifest: two runs never have the same."""
+    copied_from: str
+    """URI of the source, in a copy."""
+    counts: dict[str, Any]
+    """Instructions and pairs by split (dataset, pairs)."""
+    schema: dict[str, str]
+    """Types of the columns (dataset, pairs)."""
+    metric: dict[str, Any]
+    """Name, mode and version of the label metric (dataset, pairs)."""
+    lineage: dict[str, Any]
+    """The settings that decide the content of the set (dataset, pairs)."""
+    rates: dict[str, Any]
+    """Tokens and rows per second of the sampling (dataset)."""
+    seconds: dict[str, float]
+    """Duration of each stage (dataset)."""
+    cost: dict[str, Any]
+    """Dollars (dataset)."""
+    made_from: dict[str, Any]
+    """URI and fingerprint of the set (pairs)."""
+    relabelled_from: dict[str, Any]
+    """The set with the earlier labels (a dataset of `annotate`)."""
+    encoder: str
+    """The pretrained encoder (scorer)."""
+    base: dict[str, Any]
+    """The scorer that was adapted (scorer of `adapt`)."""
+    identity: Any
+    """The settings and data that decide an adapted scorer (scorer of `adapt`)."""
 
 
-def read_any_manifest(uri: str, setting: str) -> dict[str, Any]:
-    """Return the manifest of a published folder of any kind; raises `CappyError` naming `setting` where nothing is published."""
-    try:
-        manifest = read_json(join(uri, MANIFEST))
-    except (FileNotFoundError, ValueError):
-        manifest = None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise CappyError(
-            f"{setting}={uri} has no readable {MANIFEST}: nothing is there, or the run writing it did not finish; run its command again"
-        )
-    return _check_names(uri, manifest)
+_MANIFEST_TYPE = TypeAdapter(Manifest)
 
 
-def read_manifest(uri: str, kind: str, verb: str) -> dict[str, Any]:
-    """Return the manifest of a published folder of one `kind` (`dataset`, `scorer` or `evaluation`).
+def read_any_manifest(uri: str, setting: str) -> Manifest:
+    """Return the manifest of a published folder of any kind.
 
-    Raises `CappyError` where nothing is published (the run writing it did not finish) or it is of another kind.
+    Raises `CappyError` naming `setting` if nothing is published at `uri`.
     """
     try:
-        manifest = read_json(join(uri, MANIFEST))
+        tree = read_json(join(uri, MANIFEST))
+    except (FileNotFoundError, ValueError):
+        tree = None
+    if not isinstance(tree, dict) or not isinstance(tree.get("files"), dict) or not _is_valid(tree):
+        raise CappyError(
+            f"{setting}={uri} has no readable {MANIFEST}: the folder is missing or its run did not finish; run its command again"
+        )
+    return _check_names(uri, tree)
+
+
+def read_manifest(uri: str, kind: str, verb: str) -> Manifest:
+    """Return the manifest of a published folder of one `kind` (`dataset`, `pairs`, `scorer` or `evaluation`).
+
+    Raises `CappyError` if nothing is published at `uri`, because the run did not finish, or if the folder is of another kind.
+    """
+    try:
+        tree = read_json(join(uri, MANIFEST))
     except FileNotFoundError:
         state = "is not there" if not exists(uri) else f"has no {MANIFEST}: the run writing it did not finish"
         raise CappyError(f"{uri} {state}; run `cappy {verb}` (again) to complete it") from None
@@ -84,14 +144,88 @@ def read_manifest(uri: str, kind: str, verb: str) -> dict[str, Any]:
         raise CappyError(f"{uri}: {failure_reason(error) if is_s3(uri) else error}") from None
     except ValueError:
         raise CappyError(f"{join(uri, MANIFEST)} is not JSON: it was changed after it was published; publish again") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
-        found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CappyError(f"{uri} holds a {found}, not a {kind}; point the setting at what `cappy {verb}` wrote")
-    return _check_names(uri, manifest)
+    if not isinstance(tree, dict) or tree.get("kind") != kind:
+        found = tree.get("kind") if isinstance(tree, dict) else type(tree).__name__
+        raise CappyError(f"{uri} holds a {found}, not a {kind}; point the setting at a folder that `cappy {verb}` wrote")
+    if not _is_valid(tree):
+        raise CappyError(f"{join(uri, MANIFEST)} is not a valid manifest: it was changed after it was published; publish again")
+    return _check_names(uri, tree)
+
+
+def _is_valid(tree: Any) -> bool:
+    try:
+        _MANIFEST_TYPE.validate_python(tree)
+    except ValidationError:
+        return False
+    return True
+
+
+def _check_names(uri: str, manifest: Mapping[str, Any]) -> Manifest:
+    """Return a manifest if all its files are below `uri`. A manifest can come from an untrusted source."""
+    for name in manifest.get("files", ()):
+        if check_relative_path(name, join(uri, MANIFEST)) == MANIFEST:
+            raise CappyError(f"{join(uri, MANIFEST)} names itself as a file, which is not within the folder; do not use it")
+    return cast(Manifest, manifest)
+
+
+def publish_folder(
+    uri: str,
+    kind: str,
+    *,
+    files: Mapping[str, Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    config: Config | Mapping[str, Any],
+    version: int = 1,
+    created: str | None = None,
+    describe: Callable[[str, dict[str, Any]], dict[str, Any]] | None = None,
+    check: Callable[[], None] = lambda: None,
+    **facts: Any,
+) -> Manifest:
+    """Write the manifest of a complete folder, which publishes the folder; return the manifest.
+
+    Args:
+        uri: The folder.
+        kind: `dataset`, `pairs`, `scorer` or `evaluation`.
+        files: The entry of each file, `{"bytes": ..., "sha256": ...}`, by its path below the folder.
+        summary: The result of the verb.
+        config: The resolved config of the run.
+        version: Version of the format of this kind.
+        created: Time of the run, in UTC; None is now.
+        describe: Writes files that describe the manifest, e.g. the card, and returns the manifest with these files.
+        check: Called directly before the manifest is written. Raises if the folder belongs to another run now, e.g. `Lease.check`.
+        **facts: Further keys of the manifest.
+
+    Raises:
+        CappyError: If another run published there first.
+    """
+    manifest: dict[str, Any] = {
+        "kind": kind,
+        "version": version,
+        "created": created or datetime.now(UTC).isoformat(timespec="seconds"),
+        "code_version": code_version(),
+        **facts,
+        "summary": dict(summary),
+        "config": config.model_dump(mode="json") if isinstance(config, Config) else dict(config),
+        "files": dict(files),
+    }
+    if describe:
+        manifest = describe(uri, manifest)
+    check()
+    return publish(uri, manifest)
+
+
+def publish(uri: str, manifest: Mapping[str, Any]) -> Manifest:
+    """Write a complete manifest, which publishes the folder; `publish_folder` makes one.
+
+    Raises `CappyError` if another run published there first.
+    """
+    if not create_json(join(uri, MANIFEST), dict(manifest)):
+        raise _already_published_error(uri)
+    return cast(Manifest, manifest)
 
 
 def refuse_published(uri: str, setting: str, verb: str) -> None:
-    """Raise `UsageError` when `uri` already holds a finished run, before anything is spent."""
+    """Raise `UsageError` if `uri` already holds a finished run."""
     if exists(join(uri, MANIFEST)):
         raise UsageError(
             f"{setting}={uri} already holds a finished run; choose another {setting} (or workspace), "
@@ -100,57 +234,92 @@ def refuse_published(uri: str, setting: str, verb: str) -> None:
 
 
 def refuse_published_meanwhile(uri: str) -> None:
-    """Raise `CappyError` when another run published at `uri` since this one began."""
+    """Raise `CappyError` if another run published at `uri` during this run."""
     if is_file(join(uri, MANIFEST)):
         raise _already_published_error(uri)
 
 
 def _already_published_error(uri: str) -> CappyError:
-    return CappyError(f"{uri} was published by another run meanwhile; its result stands, this one is not published")
+    return CappyError(f"{uri} was published by another run meanwhile; its result is kept, and this run is not published")
+
+
+def checksums(uri: str, files: Iterable[str]) -> dict[str, FileEntry]:
+    """Return the entries of files below `uri` for a manifest."""
+    sizes = list_files(uri)
+    return {name: {"bytes": sizes[name], "sha256": sha256(join(uri, name))} for name in files}
+
+
+def verify(uri: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the problems of the files in a manifest: missing, another size or another SHA-256. Empty if all files are intact."""
+    sizes = list_files(uri)
+
+    def problem(name: str, expected: Mapping[str, Any]) -> str | None:
+        if name not in sizes:
+            return f"{name} is missing"
+        if sizes[name] != expected["bytes"]:
+            return f"{name} has {sizes[name]} bytes, the manifest says {expected['bytes']}"
+        try:
+            return None if sha256(join(uri, name)) == expected["sha256"] else f"{name} does not match its SHA-256"
+        except FileNotFoundError:
+            return f"{name} is missing"
+
+    # Threads are enough: the work waits for the store, and SHA-256 releases the interpreter lock.
+    with ThreadPoolExecutor(8) as pool:
+        return [found for found in pool.map(problem, manifest["files"], manifest["files"].values()) if found]
+
+
+def cleanup(uri: str, check: Callable[[], None] = lambda: None) -> None:
+    """Delete the intermediate files of a published folder after `check` passes. A failure is logged and ignored."""
+    try:
+        check()
+        delete(uri)
+    except (CappyError, OSError) as error:
+        log(f"the result is published, but intermediate files at {uri} could not be removed: {error}")
 
 
 @dataclass(frozen=True)
 class OwnedFiles:
-    """The files that one verb writes at its destination: regular expressions that match a whole path below it."""
+    """The files that one verb writes at its destination, as regular expressions for the whole path below it."""
 
     kind: str
-    """The manifest's kind: `dataset`, `scorer` or `evaluation`."""
+    """The kind in the manifest: `dataset`, `scorer` or `evaluation`."""
     verb: str
     working: tuple[str, ...]
-    """Files of an unfinished run. Their folders are the verb's own, so their names are theirs too."""
+    """Files of an unfinished run, in folders that belong to the verb."""
     begun: str
-    """Those of the `working` files that an unfinished run writes before its first result."""
+    """The files of `working` that an unfinished run writes before its first result."""
     results: tuple[str, ...]
-    """Files with common names (`README.md`): the verb's own where the manifest lists them or a `begun` file is there."""
+    """Files with common names such as `README.md`. They belong to the verb if the manifest lists them or a `begun` file exists."""
 
 
 def refuse_foreign(uri: str, setting: str, owned: OwnedFiles, *, overwrite: bool) -> None:
-    """Raise `UsageError` where a run would delete or overwrite a file at `uri` that its verb did not write. Changes nothing.
+    """Raise `UsageError` if a run would delete or overwrite a file at `uri` that its verb did not write. Changes nothing.
 
-    With `overwrite` that is every other file. Without it, files may stay that are not in the way. Raises `UsageError` as well where
-    the manifest there is of another kind or not readable, and `CappyError` where it names a file outside the folder.
+    With `overwrite` every foreign file is refused. Without it, foreign files are accepted if no file of the run has their place.
+    Also raises `UsageError` if the manifest is of another kind or not readable, and `CappyError` if it names a file outside the
+    folder.
     """
     _list_own_files(uri, setting, owned, overwrite)
 
 
 def withdraw(uri: str, setting: str, owned: OwnedFiles, keep: str | None = None, check: Callable[[], None] = lambda: None) -> None:
-    """Delete what a verb wrote at `uri`, the manifest first, so that no reader ever accepts a part of it.
+    """Delete the files that a verb wrote at `uri`, the manifest first, so that no reader accepts a part of the folder.
 
-    Checks all files before it deletes the first, and raises as `refuse_foreign` does. `keep` is a folder to leave. `check` is
-    called before each step and raises where the place is another run's by now. The next call completes an interrupted one.
+    Checks all files before it deletes the first, and raises as `refuse_foreign` does. `keep` is a subfolder to leave. `check` is
+    called before each step, and raises if the folder belongs to another run. The next call completes an interrupted one.
     Symbolic links are never followed.
     """
     _delete_own_files(uri, _list_own_files(uri, setting, owned, overwrite=True), owned, keep, check)
 
 
 def finish_withdrawal(uri: str, setting: str, owned: OwnedFiles, keep: str | None = None, check: Callable[[], None] = lambda: None) -> None:
-    """Complete a `withdraw` that was interrupted at `uri`; without one, change nothing."""
+    """Complete an interrupted `withdraw` at `uri`. Changes nothing if there was none."""
     if exists(join(uri, WITHDRAWN)) and not exists(join(uri, MANIFEST)):
         _delete_own_files(uri, _list_own_files(uri, setting, owned, overwrite=False), owned, keep, check)
 
 
 def _list_own_files(uri: str, setting: str, owned: OwnedFiles, overwrite: bool) -> list[str]:
-    """Return the paths below `uri` of the files that the verb wrote; raise as `refuse_foreign` does."""
+    """Return the paths of the files that the verb wrote below `uri`. Raises as `refuse_foreign` does."""
     found = _plain_files(uri)
 
     def one_of(name: str, patterns: Iterable[str]) -> bool:
@@ -166,7 +335,7 @@ def _list_own_files(uri: str, setting: str, owned: OwnedFiles, overwrite: bool) 
     own = [name for name, plain in found.items() if plain and (is_own(name) or is_own(_TEMPORARY.sub(r"\1\2", name)))]
     foreign = sorted(found.keys() - set(own))
     if not overwrite:
-        # A run empties its working folders at its end, and whoever reads `data/*` reads all that is in it.
+        # A run empties its working folders at its end, and readers of `data/*` read every file in `data/`.
         folders = tuple({f"{pattern.split('/')[0]}/" for pattern in (*owned.working, *owned.results) if "/" in pattern})
         foreign = [name for name in foreign if name.startswith(folders) or one_of(name, owned.results)]
     if foreign:
@@ -180,7 +349,7 @@ def _list_own_files(uri: str, setting: str, owned: OwnedFiles, overwrite: bool) 
 
 
 def _plain_files(uri: str) -> dict[str, bool]:
-    """Return what is below `uri`, without folders, and whether each is a plain file rather than, e.g., a symbolic link."""
+    """Return the paths of all files below `uri`, each with whether it is a regular file. A symbolic link is not."""
     if is_s3(uri):
         return dict.fromkeys(list_files(uri), True)
     root = Path(absolute(uri))
@@ -189,7 +358,7 @@ def _plain_files(uri: str) -> dict[str, bool]:
         below = Path(folder).relative_to(root)
         found |= {(below / name).as_posix(): False for name in folders if Path(folder, name).is_symlink()}
         for name in files:
-            with suppress(FileNotFoundError):  # an atomic write has just got its name
+            with suppress(FileNotFoundError):  # an atomic write has just renamed it
                 found[(below / name).as_posix()] = stat.S_ISREG(Path(folder, name).lstat().st_mode)
     return found
 
@@ -200,14 +369,14 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 def _files_in_manifest(uri: str, name: str, setting: str, owned: OwnedFiles) -> set[str]:
-    """Return the files that the manifest `name` lists, once it is known to be the verb's own."""
+    """Return the files listed by the manifest `name`, after a check that the verb wrote the manifest."""
     try:
         manifest = read_json(join(uri, name))
     except ValueError:
         manifest = None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise UsageError(
-            f"{setting}={uri} has a {name} that is not readable, so what `cappy {owned.verb}` wrote there is not known; "
+            f"{setting}={uri} has a {name} that is not readable, so the files of `cappy {owned.verb}` are unknown; "
             f"nothing was deleted: choose another {setting}, or move the folder away"
         )
     if manifest.get("kind") != owned.kind:
@@ -223,52 +392,17 @@ def _delete_own_files(uri: str, own: Sequence[str], owned: OwnedFiles, keep: str
     if MANIFEST in own:
         write_bytes(join(uri, WITHDRAWN), read_bytes(join(uri, MANIFEST)))
         _delete_files_and_empty_folders(uri, [MANIFEST])
-    going = [name for name in own if name not in (MANIFEST, WITHDRAWN) and not (keep and name.startswith(f"{keep}/"))]
-    # What makes the rest known as the verb's own goes last.
-    marks = [name for name in going if re.fullmatch(owned.begun, name)]
-    for names in ([name for name in going if name not in marks], marks, [WITHDRAWN]):
+    doomed = [name for name in own if name not in (MANIFEST, WITHDRAWN) and not (keep and name.startswith(f"{keep}/"))]
+    # The `begun` files identify the other files as the verb's own, so they are deleted last.
+    marks = [name for name in doomed if re.fullmatch(owned.begun, name)]
+    for names in ([name for name in doomed if name not in marks], marks, [WITHDRAWN]):
         check()
         _delete_files_and_empty_folders(uri, names)
 
 
 def _delete_files_and_empty_folders(uri: str, names: Sequence[str]) -> None:
-    """Delete files below `uri`, and the folders below it that are empty then."""
+    """Delete files below `uri`, and then the empty folders below it."""
     delete_files(uri, names)
     folders = {parent.as_posix() for name in names for parent in Path(name).parents} - {"."}
     for folder in sorted(folders, key=len, reverse=True):
         remove_empty_folder(join(uri, folder))
-
-
-def publish(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest, which marks the folder complete.
-
-    Raises `CappyError` when another run published there first.
-    """
-    if not create_json(join(uri, MANIFEST), manifest):
-        raise _already_published_error(uri)
-    return manifest
-
-
-def checksums(uri: str, files: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Return `{relative path: {"bytes", "sha256"}}` of files below `uri`, for a manifest."""
-    sizes = list_files(uri)
-    return {name: {"bytes": sizes[name], "sha256": sha256(join(uri, name))} for name in files}
-
-
-def verify(uri: str, manifest: dict[str, Any]) -> list[str]:
-    """Return what is wrong with the files a manifest names: missing, of another size or another SHA-256; empty when sound."""
-    sizes = list_files(uri)
-
-    def problem(name: str, expected: dict[str, Any]) -> str | None:
-        if name not in sizes:
-            return f"{name} is missing"
-        if sizes[name] != expected["bytes"]:
-            return f"{name} has {sizes[name]} bytes, the manifest says {expected['bytes']}"
-        try:
-            return None if sha256(join(uri, name)) == expected["sha256"] else f"{name} does not match its SHA-256"
-        except FileNotFoundError:
-            return f"{name} is missing"
-
-    # Threads: it waits on the store, and SHA-256 lets go of the interpreter.
-    with ThreadPoolExecutor(8) as pool:
-        return [found for found in pool.map(problem, manifest["files"], manifest["files"].values()) if found]

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +101,7 @@ class CopySession:
         finally:
             file.unlink(missing_ok=True)
 
-    def fetch(self, uri: str, expected: dict[str, Any], file: Path) -> None:
+    def fetch(self, uri: str, expected: Mapping[str, Any], file: Path) -> None:
         """Copy a file to a local one and compare its SHA-256; raises `CappyError` when it never matches."""
         reason = ""
         for _ in range(_ATTEMPTS):
@@ -152,12 +152,12 @@ class CopySession:
             self._bar.advance(0, MB=self._bytes // 10**6 - before // 10**6)
 
 
-def _without_copy_facts(manifest: dict[str, Any]) -> dict[str, Any]:
+def _without_copy_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest without what differs between copies."""
     return {key: value for key, value in manifest.items() if key not in ("writer", "copied_from")}
 
 
-def is_already_copied(destination: str, same: Callable[[dict[str, Any]], bool]) -> bool:
+def is_already_copied(destination: str, same: Callable[[Mapping[str, Any]], bool]) -> bool:
     """Whether the destination already has this content, finished; raises `UsageError` when it has another."""
     if not storage.exists(storage.join(destination, artifacts.MANIFEST)):
         return False
@@ -179,7 +179,7 @@ def refuse_other_files(destination: str, names: Iterable[str]) -> dict[str, int]
 
 
 def copy_summary(
-    destination: str, kind: str, source: str, files: dict[str, Any], copied: Collection[str], seconds: float = 0.0
+    destination: str, kind: str, source: str, files: Mapping[str, Any], copied: Collection[str], seconds: float = 0.0
 ) -> dict[str, Any]:
     """Return the summary of a copy. `copied` are the names of the files that were copied, `seconds` its duration."""
     moved = sum(int(files[name]["bytes"]) for name in copied)

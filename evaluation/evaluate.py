@@ -115,15 +115,18 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
         "config.yaml": folder.write_bytes("config.yaml", config.to_yaml().encode()),
     }
     summary = summarise(uri, results)
-    manifest = {
-        "kind": "evaluation",
-        "version": VERSION,
-        **{key: results["made"][key] for key in ("created", "code_version", "dataset", "scorer")},
-        "summary": summary,
-        "config": config.model_dump(mode="json"),
-        "files": files,
-    }
-    artifacts.publish(uri, manifest)
+    made = results["made"]
+    artifacts.publish_folder(
+        uri,
+        "evaluation",
+        version=VERSION,
+        created=made["created"],
+        dataset=made["dataset"],
+        scorer=made["scorer"],
+        summary=summary,
+        config=config,
+        files=files,
+    )
     artifacts.cleanup(storage.join(uri, "_staging"))
     return summary
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -25,7 +24,7 @@ from cluster import artifacts, folder_writer, storage
 from cluster.config import Config, LabelConfig, differences
 from cluster.errors import CappyError, UsageError
 from cluster.progress import Bar
-from cluster.runtime import code_version, ray_session
+from cluster.runtime import ray_session
 from generation import dataset, dataset_card, labels
 from generation.dataset import RegressionSet
 from generation.schema import DATASET
@@ -171,17 +170,20 @@ def _publish(
     summary = {**manifest["summary"], **total, "uri": uri, "seconds": round(seconds, 1)}
     kept["config.yaml"] = folder.write_bytes("config.yaml", config_yaml)
     files = {shard["name"]: shard["entry"] for shard in shards} | kept
-    made = {
-        **{key: manifest[key] for key in ("kind", "version", "counts", "schema", "lineage")},
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code_version": code_version(),
-        "command": f"cappy annotate SRC DST --set generate.label.metric={label.metric} --set generate.label.mode={label.mode}",
-        "summary": summary,
-        "metric": labels.describe_metric(label),
-        "relabelled_from": origin,
-        "config": config,
-        "files": files,
-    }
-    artifacts.publish(uri, dataset_card.write_card(uri, made))
+    artifacts.publish_folder(
+        uri,
+        manifest["kind"],
+        version=manifest["version"],
+        command=f"cappy annotate SRC DST --set generate.label.metric={label.metric} --set generate.label.mode={label.mode}",
+        counts=manifest["counts"],
+        schema=manifest["schema"],
+        metric=labels.describe_metric(label),
+        lineage=manifest["lineage"],
+        relabelled_from=origin,
+        summary=summary,
+        config=config,
+        files=files,
+        describe=dataset_card.write_card,
+    )
     artifacts.cleanup(storage.join(uri, "_staging"))
     return summary

@@ -68,7 +68,7 @@ class RegressionSet:
 
     def __init__(self, uri: str, setting: str = "dataset") -> None:
         self.uri = storage.check_uri(uri, setting)
-        self.manifest = artifacts.read_manifest(self.uri, "dataset", "generate")
+        self.manifest: dict[str, Any] = dict(artifacts.read_manifest(self.uri, "dataset", "generate"))
 
     def shards(self, split: str) -> list[str]:
         """Return the URIs of the Parquet files of a split, in order."""

@@ -7,7 +7,6 @@ The work runs in threads of this process and imports no Ray, so a machine withou
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from cluster import artifacts, storage
 from cluster.config import fingerprint
 from cluster.copying import CopySession, copy_summary, is_already_copied, refuse_other_files
 from cluster.errors import CappyError
-from cluster.runtime import code_version
 from generation import dataset_card
 from generation.dataset import RegressionSet, concat_tables, pair_table
 from generation.schema import PAIRS
@@ -65,20 +63,22 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
             raise CappyError(
                 f"SRC={source} has {found} pairs in split {split}, its manifest has {counts['pairs']}; copy or generate the set again"
             )
-    kept = ("version", "counts", "metric", "lineage", "config")
     summary = {**manifest["summary"], "uri": destination, "dead_letters": 0, "seconds": round(time.monotonic() - start, 1)}
-    made = {
-        "kind": "pairs",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code_version": code_version(),
-        "command": "cappy push --pairs",
-        "made_from": made_from,
-        **{key: manifest[key] for key in kept},
-        "summary": summary,
-        "schema": {field.name: str(field.type) for field in PAIRS},
-        "files": written | {"config.yaml": settings},
-    }
-    artifacts.publish(destination, dataset_card.write_card(destination, made))
+    artifacts.publish_folder(
+        destination,
+        "pairs",
+        version=manifest["version"],
+        command="cappy push --pairs",
+        made_from=made_from,
+        counts=manifest["counts"],
+        metric=manifest["metric"],
+        lineage=manifest["lineage"],
+        schema={field.name: str(field.type) for field in PAIRS},
+        summary=summary,
+        config=manifest["config"],
+        files=written | {"config.yaml": settings},
+        describe=dataset_card.write_card,
+    )
     return copy_summary(destination, "pairs", source, written, written, time.monotonic() - start)
 
 

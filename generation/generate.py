@@ -18,7 +18,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -29,7 +28,7 @@ from cluster.config import Config, differences, fingerprint
 from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Lease, LeaseLost
 from cluster.progress import Bar, log
-from cluster.runtime import code_version, on_sigterm, ray_session
+from cluster.runtime import on_sigterm, ray_session
 from generation import dataset, dataset_card, engines, few_shot, labels, prometheus, shards, units
 from generation.prometheus import GenerateMetrics
 from generation.sampler import LoadLLM
@@ -334,27 +333,29 @@ def _publish(
     files |= {name: shard["entry"] for name, shard in merged.items()}
     left_out = {"dead_letters": dead_letters, "decontaminated": overlap["train_rows_left_out"]}
     summary = {"uri": uri, **total, "splits": counts, **left_out, "seconds": round(sum(stages.values()), 1)}
-    manifest = {
-        "kind": "dataset",
-        "version": 1,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "code_version": code_version(),
-        "command": "cappy generate config.yaml",
-        "counts": counts,
-        "summary": summary,
-        "rates": rates,
-        "seconds": {stage: round(seconds, 1) for stage, seconds in stages.items()},
-        "cost": {"dollars": round(sum(shard["cost"] for shard in merged.values()), 6)},
-        "schema": {field.name: str(field.type) for field in DATASET},
-        "metric": labels.describe_metric(config.generate.label),
-        "lineage": result_settings(config),
-        "config": config.model_dump(mode="json"),
-        "files": files,
-    }
-    manifest = dataset_card.write_card(uri, manifest, run_lease.check)
-    shards.remove_superseded(uri, merged, run_lease.check)
-    run_lease.check()
-    artifacts.publish(uri, manifest)
+
+    def describe(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:
+        manifest = dataset_card.write_card(uri, manifest, run_lease.check)
+        shards.remove_superseded(uri, merged, run_lease.check)
+        return manifest
+
+    artifacts.publish_folder(
+        uri,
+        "dataset",
+        command="cappy generate config.yaml",
+        counts=counts,
+        rates=rates,
+        seconds={stage: round(seconds, 1) for stage, seconds in stages.items()},
+        cost={"dollars": round(sum(shard["cost"] for shard in merged.values()), 6)},
+        schema={field.name: str(field.type) for field in DATASET},
+        metric=labels.describe_metric(config.generate.label),
+        lineage=result_settings(config),
+        summary=summary,
+        config=config,
+        files=files,
+        describe=describe,
+        check=run_lease.check,
+    )
     artifacts.cleanup(staging, run_lease.check)
     return summary
 

@@ -14,7 +14,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import numpy as np
@@ -24,7 +23,6 @@ import torch
 from cluster import artifacts, folder_writer, models, storage
 from cluster.config import AdaptConfig, Config, TrainingConfig
 from cluster.errors import CappyError
-from cluster.runtime import code_version
 from generation.dataset import Pairs, RegressionSet, explode
 from generation.schema import DATASET
 from training import batch_plan, loop, lora, model_card, validation
@@ -361,22 +359,17 @@ def _publish(
         check()
         storage.write_bytes(unfinished, b"")
         files = folder_writer.FolderWriter(task.uri, check).upload_folder(target)
-        check()
-        artifacts.publish(
+        artifacts.publish_folder(
             task.uri,
-            {
-                "kind": "scorer",
-                "version": 1,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "code_version": code_version(),
-                "dataset": {"uri": dataset.uri, "writer": dataset.manifest.get("writer")},
-                "encoder": config.scorer.encoder,
-                "base": asdict(base),
-                "summary": {key: value for key, value in result.items() if key != "identity"},
-                "identity": task.identity,
-                "config": config.model_dump(mode="json"),
-                "files": files,
-            },
+            "scorer",
+            dataset={"uri": dataset.uri, "writer": dataset.manifest.get("writer")},
+            encoder=config.scorer.encoder,
+            base=asdict(base),
+            identity=task.identity,
+            summary={key: value for key, value in result.items() if key != "identity"},
+            config=config,
+            files=files,
+            check=check,
         )
     finally:
         shutil.rmtree(target)

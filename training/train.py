@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 from cluster import artifacts, folder_writer, lease, models, storage
@@ -25,7 +24,7 @@ from cluster.cpu import openmp_environment
 from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Claim, Lease
 from cluster.progress import Bar, log
-from cluster.runtime import code_version, find_cappy_error, on_sigterm, ray_session
+from cluster.runtime import find_cappy_error, on_sigterm, ray_session
 from generation.dataset import RegressionSet
 from training import batch_plan, checkpoint, model_card, stream
 from training.batch_plan import Size
@@ -296,20 +295,15 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint
         (target / "README.md").write_text(model_card.render_card(config, summary, dataset.manifest), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         files = folder_writer.FolderWriter(uri, held.check).upload_folder(target)
-        held.check()
-        artifacts.publish(
+        artifacts.publish_folder(
             uri,
-            {
-                "kind": "scorer",
-                "version": 1,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "code_version": code_version(),
-                "dataset": {"uri": dataset.uri, "writer": dataset.manifest.get("writer")},
-                "encoder": config.scorer.encoder,
-                "summary": summary,
-                "config": config.model_dump(mode="json"),
-                "files": files,
-            },
+            "scorer",
+            dataset={"uri": dataset.uri, "writer": dataset.manifest.get("writer")},
+            encoder=config.scorer.encoder,
+            summary=summary,
+            config=config,
+            files=files,
+            check=held.check,
         )
     finally:
         shutil.rmtree(target)

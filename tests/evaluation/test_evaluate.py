@@ -143,7 +143,7 @@ def test_a_folder_with_other_files_is_not_overwritten(published, rows, finished)
 
 def test_an_interrupted_evaluation_is_completed_by_the_next_run(published, rows, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(artifacts, "publish_folder", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_evaluate(published, load=lambda _: NoisyScorer(rows))
     assert storage.exists(f"{published.evaluation_uri}/results.json")
