@@ -78,10 +78,10 @@ docs: setup  ## build the site of the documentation into site/; a broken link is
 wheel: setup  ## build the wheel and the source archive into dist/
 	@$(BIN)/python -m build --no-isolation --outdir dist .
 
-format: setup  ## format the code and mend what the linter can
+format: setup  ## format the code and apply the fixes of the linter
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: setup  ## every benchmark, each against its baseline (5 hours on 2 cores; `python -m benchmarks --list` tells each)
+bench: setup  ## every benchmark, each against its baseline (5 hours on 2 cores; `python -m benchmarks --list` lists the minutes)
 	@$(BIN)/python -m benchmarks
 
 bench-quick: setup  ## short runs of the benchmarks that have one, each under two minutes
