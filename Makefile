@@ -9,7 +9,7 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nul
 KIND := $(if $(GPU),gpu,cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # `make test` fails when its fast tests cover fewer lines than this, in percent.
-COVERAGE_FLOOR ?= 0
+COVERAGE_FLOOR ?= 85
 
 export RAY_USAGE_STATS_ENABLED ?= 0
 
