@@ -56,7 +56,7 @@ class Report(NamedTuple):
     """The outcome of a command."""
 
     result: dict[str, Any]
-    """What `--json` prints."""
+    """The value that `--json` prints."""
     show: Callable[..., object] = lambda console: None
     """Prints the result for people; takes the console."""
     failure: Exception | None = None

@@ -1,7 +1,7 @@
-"""`make demo`: the whole road on eight BIG-bench tasks, each verb as a user would run it.
+"""`make demo`: all verbs on eight BIG-bench tasks, each run as a command.
 
-generate, train and evaluate run one after the other (a finished one is kept, so an interrupted demo goes on), then a server
-starts, answers one question of the validation rows, and stops.
+Runs generate, train and evaluate, then starts a server, sends it one question of the validation rows, and stops it. Finished
+outputs are kept, so an interrupted demo resumes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> int:
     for number, (verb, uri) in enumerate(steps, 1):
         out.print(Rule(f"{number}/4  cappy {verb} {CONFIG}", align="left"))
         if storage.exists(storage.join(uri, artifacts.MANIFEST)):
-            out.print(f"{uri} is finished already and kept; delete it to make it again")
+            out.print(f"{uri} exists and is kept; delete it to run this step again")
             code = _cappy("inspect", uri, "--samples", "0")
         else:
             code = _cappy(verb, CONFIG)
@@ -66,7 +66,7 @@ def _cappy(*arguments: str) -> int:
 
 
 def question(dataset: RegressionSet) -> tuple[list[Any], dict[str, Any]]:
-    """Return the turns to ask (train rows as worked examples, then a validation row) and that row."""
+    """Return the messages of a request (train rows as worked examples, then a validation row) and the validation row."""
     train = dataset.to_pandas("train")
     held_out = dataset.to_pandas("validation")
     row = held_out[held_out["dataset"] == QUESTION_TASK].iloc[0]
@@ -85,7 +85,7 @@ def _serve(config: Config) -> None:
         server = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             with out.status(f"starting {config.sampler.model} and the scorer behind {url}"):
-                _wait(url, server, log)
+                _wait_until_ready(url, server, log)
             out.print(client.curl_command(url, client.request_body(turns, CANDIDATES, config.serving.model_name)), markup=False)
             answer = client.ask(url, turns, CANDIDATES, config.serving.model_name)
         finally:
@@ -100,11 +100,11 @@ def _serve(config: Config) -> None:
     client.print_answer(answer, out)
 
 
-def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise CappyError(f"the server ended while starting, see {log}: {log.read_text().strip().splitlines()[-1:]}")
+            raise CappyError(f"the server stopped during its start, see {log}: {log.read_text().strip().splitlines()[-1:]}")
         try:
             if httpx.get(f"{url}/health", timeout=5).status_code == 200:
                 return

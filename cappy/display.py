@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""The results of the verbs as tables on the terminal. Computes nothing beyond the text: all figures come from the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DEAD_LETTERS = "dead_letters.jsonl"
 
 
 def show_plan(result: dict[str, Any], console: Console) -> None:
-    """Print a plan with the number of its `dead_letters`."""
+    """Print the result of `cappy plan`."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("dataset", "train", "validation", "tokens/prompt", "candidates", "pairs"):
         table.add_column(name, justify="left" if name == "dataset" else "right")
@@ -68,7 +68,7 @@ def _print_pairs(lines: list[tuple[str, str]], console: Console) -> None:
 
 
 def duration(hours: float) -> str:
-    """Hours as people say them: `12 s`, `8.4 min`, `3.2 h`, `5.1 days`."""
+    """Return hours in a readable unit: `12 s`, `8.4 min`, `3.2 h`, `5.1 days`."""
     if hours >= 48:
         return f"{hours / 24:,.1f} days"
     if hours >= 1:
@@ -77,7 +77,7 @@ def duration(hours: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people say them, in powers of 1,000: `1.4 MB`, `21.0 GB`."""
+    """Return bytes in a readable unit, in powers of 1,000: `1.4 MB`, `21.0 GB`."""
     for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= length:
             return f"{count / length:,.1f} {unit}"
@@ -96,7 +96,7 @@ _REASONS = 8
 
 
 def show_inspection(result: dict[str, Any], console: Console) -> None:
-    """Print the result of `run`."""
+    """Print the result of `cappy inspect`."""
     console.print(Text(f"{result['kind']} {result['uri']}", style="bold"))
     checked = "checksums match" if not result["problems"] else f"{len(result['problems'])} DAMAGED"
     state = checked if result["verified"] else "not checked"
@@ -132,7 +132,7 @@ def _show_origin(result: dict[str, Any], console: Console) -> None:
 
 
 def show_summary(kind: str, summary: dict[str, Any], console: Console) -> None:
-    """Print the summary a verb returned and its manifest keeps."""
+    """Print the summary of a verb for a folder of this `kind`."""
     if kind in ("dataset", "pairs"):
         _show_dataset(summary, console)
     elif kind == "evaluation":
@@ -142,7 +142,7 @@ def show_summary(kind: str, summary: dict[str, Any], console: Console) -> None:
     else:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for key, value in _flat(summary):
-            if value is None or isinstance(value, list):  # not measured, or what the card shows as a plot
+            if value is None or isinstance(value, list):  # not measured, or shown as a plot on the card
                 continue
             table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
         console.print(table)
@@ -161,13 +161,13 @@ def _show_dataset(summary: dict[str, Any], console: Console) -> None:
     _show_labels(summary, console)
     if summary["dead_letters"]:
         console.print(
-            Text(f"{summary['dead_letters']:,} rows left out, each with its reason: {summary['uri']}/{_DEAD_LETTERS}", style="yellow")
+            Text(f"{summary['dead_letters']:,} rows left out, with their reasons: {summary['uri']}/{_DEAD_LETTERS}", style="yellow")
         )
     console.print(f"{summary['uri']} in {summary['seconds']:,.0f} s")
 
 
 def _show_datasets(datasets: dict[str, int], console: Console) -> None:
-    """The instructions of each dataset, the largest first, side by side."""
+    """Print the number of instructions of each dataset in columns, the largest first."""
     largest = sorted(datasets.items(), key=lambda item: (-item[1], item[0]))
     console.print(f"datasets {len(datasets):,}, with instructions")
     console.print(Columns([Text(f"{name} {count:,}") for name, count in largest[:_DATASETS]], padding=(0, 3), column_first=True))
@@ -177,7 +177,7 @@ def _show_datasets(datasets: dict[str, int], console: Console) -> None:
 
 
 def _show_labels(summary: dict[str, Any], console: Console) -> None:
-    """The label histogram: sampled responses as bars, the counts of all sources beside them."""
+    """Print the label histogram: bars for sampled responses, and the counts of all sources."""
     labels = summary["source_labels"]
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("label")
@@ -242,9 +242,9 @@ _METHOD_NAMES = {
 
 
 def show_evaluation(summary: dict[str, Any], console: Console) -> None:
-    """Print tasks by methods, the average with its interval, and below it the scorer's gain; 80 columns suffice.
+    """Print methods by task, the average with its interval, and the gain of the scorer. Fits 80 columns.
 
-    The best method but the oracle is green, and starred, as colours are lost in a log file.
+    The best method except the oracle is green, and has a star for output without colours.
     """
     averages = summary["averages"]
     table = Table(
@@ -271,7 +271,7 @@ def show_evaluation(summary: dict[str, Any], console: Console) -> None:
 
 
 def show_adapted(summary: dict[str, Any], console: Console) -> None:
-    """Print what `cappy adapt` found for each task, the averages, and where the scorers are; 80 columns suffice."""
+    """Print the outcome of `cappy adapt` for each task, the averages and the URI of the scorers. Fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("task", overflow="fold")
     for name in ("rows", "random", "self", "before", "after", "oracle"):
@@ -307,7 +307,7 @@ def _point_cells(figures: dict[str, Any]) -> list[str]:
 
 
 def _gain_lines(summary: dict[str, Any]) -> list[Text]:
-    """Return the gain of the scorer and the share of the oracle gap it closes, then what was left out, if anything."""
+    """Return lines for the gain of the scorer, its share of the oracle gap, omitted methods and skipped rows."""
     gain, best = summary["gain"], _METHOD_NAMES[summary["best_baseline"]]
     verdict = "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "no clear difference"
     lines = [

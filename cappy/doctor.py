@@ -1,4 +1,4 @@
-"""`cappy doctor`: is this machine ready? Each check is one line, a failing one with what to do about it."""
+"""`cappy doctor`: check this machine. Each check gives one line, and a fix if it fails. Prints nothing itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cluster.errors import CappyError, typed_first_line
 from cluster.progress import console as progress_console
 from cluster.progress import silence_stderr
 
-# Import name, distribution. The order is from the light to the heavy.
+# Import name and distribution, ordered from small to large.
 _PACKAGES = (
     ("pyarrow", "pyarrow"),
     ("boto3", "boto3"),
@@ -45,11 +45,11 @@ class Finding:
     ok: bool
     detail: str
     remedy: str = ""
-    """What to do, where `ok` is False."""
+    """The fix, if `ok` is False."""
 
 
 def run_doctor(config: Config, *, models: bool = True) -> list[Finding]:
-    """Run every check; with `models` the config's models are fetched and converted too."""
+    """Run every check; with `models` also fetch and convert the models of the config."""
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", _python),
         ("machine", _machine),
@@ -119,7 +119,7 @@ def _engine() -> Finding:
         return Finding("engine", True, f"vLLM on {torch.cuda.device_count()} x {', '.join(names)}")
     if current_platform.is_cpu() and not gpu:
         return Finding("engine", True, "vLLM on CPU")
-    remedy = "a GPU is here but vLLM is the CPU build, or the reverse: remove .venv and run `make setup` again"
+    remedy = "there is a GPU and vLLM is the CPU build, or the reverse: remove .venv and run `make setup` again"
     return Finding("engine", False, f"vLLM is built for {current_platform.device_type or 'no device'}, GPU seen: {gpu}", remedy)
 
 
@@ -138,10 +138,10 @@ def _cache() -> Finding:
 
 
 def _storage(config: Config) -> Finding:
-    """Whether the workspace can be written to and commits exclusively, as publishing needs."""
+    """Check that the workspace can be written, and that conditional writes work, which publishing needs."""
     place = storage.join(config.workspace, f"_doctor-{uuid.uuid4().hex}.json")
-    remedy = "mend access to it, or set workspace to a folder or s3:// prefix you can write to"
-    # What the probe is about to make, innermost first: an empty workspace is not left behind.
+    remedy = "fix the access to it, or set workspace to a folder or s3:// prefix that you can write"
+    # The folders that the probe will create, innermost first. They are removed again.
     path = Path(config.workspace).absolute()
     made = [] if storage.is_s3(config.workspace) else [folder for folder in (path, *path.parents) if not folder.exists()]
     try:

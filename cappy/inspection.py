@@ -1,4 +1,4 @@
-"""`cappy inspect`: what a published folder holds, for people and for programs, and whether its files are sound."""
+"""`cappy inspect`: read the manifest and the first rows of a published folder and check its files. Prints nothing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _NUMBER = r"\b\d[\d.,]*\b"
 
 
 def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str, Any]:
-    """Return a published folder's kind, summary, manifest facts, `problems` (with `verify`) and sample rows.
+    """Return kind, summary and further facts of a published folder, its `problems` (with `verify`) and its first rows.
 
-    Raises `CappyError` where nothing is published.
+    Raises `CappyError` if nothing is published at `uri`.
     """
     uri = storage.check_uri(uri, "URI")
     manifest: Mapping[str, Any] = artifacts.read_any_manifest(uri, "URI")
@@ -49,7 +49,7 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
 
 
 def _first_rows(uri: str, manifest: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """The first rows of the first shard."""
+    """Return the first rows of the first shard."""
     shard = min((name for name in manifest["files"] if name.startswith("data/")), default=None)
     if shard is None or not count:
         return []
@@ -60,7 +60,7 @@ def _first_rows(uri: str, manifest: Mapping[str, Any], count: int) -> list[dict[
 
 
 def _reasons(uri: str) -> dict[str, int]:
-    """How many dead letters have each reason, numbers in it left out, most frequent first."""
+    """Return the number of dead letters per reason, the most frequent first. Numbers in a reason are replaced by `N`."""
     fs, path = storage.filesystem(uri)
     counts: Counter[str] = Counter()
     with fs.open_input_stream(path, compression=None) as stream:

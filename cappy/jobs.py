@@ -1,8 +1,8 @@
-"""The verbs as data, and running one: in this process, or as a Ray job on a running cluster.
+"""Run a verb in this process, or as a Ray job on a running cluster.
 
-A target takes the config (and `overwrite`) and returns its summary, something JSON can hold. It is imported where it runs,
-so the command line needs neither torch nor vLLM. `python -m cappy.jobs VERB` is what a Ray job runs, with its request in
-the environment variable `CAPPY_REQUEST`.
+The function of a verb takes the config (and `overwrite`) and returns its summary as JSON values. It is imported in the process that
+runs it, so the command line needs neither torch nor vLLM. A Ray job runs `python -m cappy.jobs VERB`, with its request in the
+environment variable `CAPPY_REQUEST`.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ _EXCLUDED = (".venv", ".git", "runs", "tests", "docs", "benchmarks", "**/__pycac
 
 
 def load_verb(verb: str) -> Callable[..., dict[str, Any]]:
-    """Import and return a verb's function."""
+    """Import and return the function of a verb."""
     module, _, name = VERBS[verb].partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
 def run_verb(verb: str, config: Config, *, overwrite: bool = False, address: str | None = None, **places: str) -> dict[str, Any]:
-    """Run a verb here, or where `address` names a cluster's dashboard (`http://host:8265`) as a Ray job; return its summary.
+    """Run a verb in this process, or as a Ray job on the cluster with dashboard `address`; return its summary.
 
-    `places` are the URIs of a verb that has them beside its config (`annotate`: `src`, `dst`).
+    `address` is e.g. `http://127.0.0.1:8265`. `places` are the URIs that a verb takes beside its config (`annotate`: `src`, `dst`).
 
-    Raises `CappyError` for what the verb refuses; anything else that a verb raises is a bug and passes through.
+    Raises `CappyError` if the verb refuses or fails. Any other exception is a bug.
     """
     if address:
         return _submit_job(verb, config, overwrite, address, places)
@@ -77,11 +77,11 @@ def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places
     variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
     environment: dict[str, Any] = {"env_vars": {**variables, _REQUEST: request}}
     if (_ROOT / "pyproject.toml").exists():
-        # Run from a checkout, the cluster gets this code; installed as a package, it has its own.
+        # From a checkout this code is sent to the cluster. An installed package must be installed on the cluster as well.
         environment |= {"working_dir": str(_ROOT), "excludes": list(_EXCLUDED)}
     try:
         client = JobSubmissionClient(address)
-        # A head that has just started answers before it can take a job.
+        # A new head node answers before it accepts jobs.
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception_message(match=".*No available agent"),
             wait=tenacity.wait_fixed(1),
@@ -92,7 +92,7 @@ def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places
                 job = client.submit_job(entrypoint=f"python -m cappy.jobs {verb}", runtime_env=environment)
     except (ConnectionError, RuntimeError) as error:
         raise CappyError(f"--address={address}: no Ray cluster answers there ({first_line(error)}); check `ray status`") from None
-    log(f"job {job} on {address}; it goes on if you leave (`ray job stop --address {address} {job}` ends it)")
+    log(f"job {job} on {address}; it continues if you leave (`ray job stop --address {address} {job}` ends it)")
     result, failure = asyncio.run(_follow(client, job))
     if client.get_job_status(job) == JobStatus.SUCCEEDED and result is not None:
         return result
@@ -105,7 +105,7 @@ def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places
 
 
 async def _follow(client: Any, job: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Pass a job's log on to the operator; return its result and its failure, as far as it printed them."""
+    """Log the output of a job; return its result and its failure, each None if the job did not print it."""
     result = failure = None
     rest = ""
     async for text in client.tail_job_logs(job):
@@ -121,7 +121,7 @@ async def _follow(client: Any, job: str) -> tuple[dict[str, Any] | None, dict[st
 
 
 def main(verb: str) -> int:
-    """The entry point of a Ray job."""
+    """Run a verb inside a Ray job; return the exit code."""
     request = json.loads(os.environ[_REQUEST])
     config = Config.model_validate(request["config"])
     try:
@@ -144,7 +144,10 @@ def main(verb: str) -> int:
 
 
 def _refuse_local_folders(places: dict[str, str]) -> None:
-    """Refuse a local folder (`places`: URIs by setting) on a cluster of several machines: each would write its own."""
+    """Raise `UsageError` for a local folder on a cluster of several machines: each machine would write a different folder.
+
+    `places` are URIs by setting.
+    """
     import ray
 
     machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}

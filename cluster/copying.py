@@ -1,4 +1,12 @@
-"""Copy a published folder."""
+"""Copy a published folder between any two places, on disk or in object storage, with checksums: `cappy push` and `cappy pull`.
+
+Each file is first copied to a local scratch file, and its SHA-256 is computed during the copy. A file that matches the manifest
+is then moved or uploaded to its final name. The manifest is written last. The same copy resumes after an interruption: intact files
+at the destination are not copied again.
+
+Runs threads on one machine and imports no Ray: a copy waits for disks and the network, and hashing releases the interpreter lock.
+Imports no code of a verb.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +32,10 @@ _SCRATCH_FOLDER = "_copying"
 
 
 def copy_folder(source: str, destination: str) -> dict[str, Any]:
-    """Copy what is published at `source` (of any kind) to `destination`; return what was done.
+    """Copy the published folder `source`, of any kind, to `destination`; return a summary.
 
-    The manifest there is the source's, but for `writer` and `copied_from`. Raises `UsageError` when the destination holds
-    something else, `CappyError` when a file does not match its SHA-256 on three attempts; then nothing is published.
+    The manifest is the manifest of the source, except for `writer` and `copied_from`. Raises `UsageError` if the destination holds
+    other files, and `CappyError` if a file does not match its SHA-256 in three attempts. In both cases it publishes nothing.
     """
     source, destination = storage.check_uri(source, "SRC"), storage.check_uri(destination, "DST")
     manifest = artifacts.read_any_manifest(source, "SRC")
@@ -53,11 +61,11 @@ def copy_folder(source: str, destination: str) -> dict[str, Any]:
 
 
 class CopySession:
-    """Files on their way to one destination: scratch files, checked reads, writes, progress. Use as a context manager."""
+    """The copies to one destination: scratch files, checked reads, writes and progress. Use as a context manager."""
 
     def __init__(self, destination: str, files: int) -> None:
         remote = storage.is_s3(destination)
-        # Beside a local destination, so that a finished file moves there in one rename.
+        # The scratch folder is inside a local destination, so that a complete file is moved by one rename.
         self._bench = storage.new_temporary_folder("copy") if remote else Path(destination, _SCRATCH_FOLDER)
         self._folder = folder_writer.FolderWriter(destination)
         self._bar = Bar("copying", files, "files")
@@ -78,7 +86,7 @@ class CopySession:
         shutil.rmtree(self._bench, ignore_errors=True)
 
     def each(self, work: Callable[[str], Any], names: Iterable[str], threads: int) -> Iterator[tuple[str, Any]]:
-        """Yield `(name, work(name))` as they come; after a failure the others stop at their next piece."""
+        """Yield `(name, work(name))` in the order of completion. After a failure the other threads stop at their next block."""
         with ThreadPoolExecutor(threads) as pool:
             futures = {pool.submit(work, name): name for name in names}
             try:
@@ -94,7 +102,7 @@ class CopySession:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A local file that is gone after the block, unless it was placed."""
+        """Yield the path of a local file. The file is deleted after the block, unless it was placed."""
         file = self._bench / uuid.uuid4().hex
         try:
             yield file
@@ -102,24 +110,24 @@ class CopySession:
             file.unlink(missing_ok=True)
 
     def fetch(self, uri: str, expected: Mapping[str, Any], file: Path) -> None:
-        """Copy a file to a local one and compare its SHA-256; raises `CappyError` when it never matches."""
+        """Copy a file to a local file and check its SHA-256. Raises `CappyError` if it matches in none of the attempts."""
         reason = ""
         for _ in range(_ATTEMPTS):
             try:
                 size, digest = self._read(uri, file)
             except FileNotFoundError:
-                raise CappyError(f"{uri} is missing, its manifest names it; nothing is published: mend the source") from None
+                raise CappyError(f"{uri} is missing, its manifest names it; nothing is published: repair the source") from None
             except OSError as error:
                 reason = f"could not be read ({error.strerror or 'the store broke off'})"
                 continue
             if digest == expected["sha256"]:
                 return
             reason = (
-                f"has {size} bytes, its manifest says {expected['bytes']}" if size != expected["bytes"] else "does not match its SHA-256"
+                f"has {size} bytes, its manifest has {expected['bytes']}" if size != expected["bytes"] else "does not match its SHA-256"
             )
         raise CappyError(
-            f"{uri} {reason}, read {_ATTEMPTS} times; nothing is published: mend the source (`cappy inspect` checks it), "
-            f"then run the same command to go on"
+            f"{uri} {reason}, read {_ATTEMPTS} times; nothing is published: repair the source (`cappy inspect` checks it), "
+            f"then run the same command again to resume"
         )
 
     def _read(self, uri: str, file: Path) -> tuple[int, str]:
@@ -137,13 +145,13 @@ class CopySession:
         return size, digest.hexdigest()
 
     def place(self, file: Path, name: str) -> None:
-        """Give a local file its name at the destination, whole."""
+        """Move or upload a complete local file to its name at the destination."""
         try:
             self._folder.upload_file(file, name, move=True)
         except OSError as error:
             reason = error.strerror or "the store broke off"
             raise CappyError(
-                f"{storage.join(self._folder.uri, name)} could not be written ({reason}); run the same command to go on"
+                f"{storage.join(self._folder.uri, name)} could not be written ({reason}); run the same command again to resume"
             ) from None
 
     def _moved(self, count: int) -> None:
@@ -153,12 +161,12 @@ class CopySession:
 
 
 def _without_copy_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest without what differs between copies."""
+    """Return a manifest without the keys that differ between copies."""
     return {key: value for key, value in manifest.items() if key not in ("writer", "copied_from")}
 
 
 def is_already_copied(destination: str, same: Callable[[Mapping[str, Any]], bool]) -> bool:
-    """Whether the destination already has this content, finished; raises `UsageError` when it has another."""
+    """Return whether the destination has the same published content. Raises `UsageError` if it has another published folder."""
     if not storage.exists(storage.join(destination, artifacts.MANIFEST)):
         return False
     if not same(artifacts.read_any_manifest(destination, "DST")):
@@ -167,9 +175,9 @@ def is_already_copied(destination: str, same: Callable[[Mapping[str, Any]], bool
 
 
 def refuse_other_files(destination: str, names: Iterable[str]) -> dict[str, int]:
-    """Return the sizes of the files that are at the destination; raises `UsageError` when others than `names` are.
+    """Return the sizes of the files at the destination. Raises `UsageError` if there are files other than `names`.
 
-    They would stand among the copied ones: a glob over `data/` reads whatever is there.
+    A reader with a glob over `data/` would read them as a part of the copy.
     """
     there = {name: size for name, size in storage.list_files(destination).items() if not name.startswith(f"{_SCRATCH_FOLDER}/")}
     strange = sorted(there.keys() - set(names))

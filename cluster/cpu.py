@@ -13,16 +13,16 @@ _LEAST = 19
 
 
 def lower_priority(processes: Iterable[psutil.Process]) -> None:
-    """Have processes leave the cores to others that want them: each thread `10` steps of niceness more than it has, 19 at most.
+    """Lower the scheduling priority of processes: raise the niceness of each thread by 10 steps, to at most 19.
 
-    For those that compute without end beside others that have a little to do and somebody waiting for it: these then get about nine
-    times the share (docs/results.md). Nobody loses a core that would be idle. What the threads start later inherits it.
+    Use it for processes that compute continuously beside processes that answer requests. The other processes then get about nine
+    times the CPU share (docs/results.md). Idle cores are still used. Threads and processes started later inherit it.
     """
     for process in processes:
         with suppress(psutil.Error):
             for thread in process.threads():
                 # On Linux niceness belongs to a thread.
-                with suppress(OSError):  # it has ended
+                with suppress(OSError):  # the thread has ended
                     os.setpriority(os.PRIO_PROCESS, thread.id, min(_LEAST, os.getpriority(os.PRIO_PROCESS, thread.id) + _STEPS))
 
 
@@ -30,12 +30,11 @@ _OPENMP_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def openmp_environment() -> dict[str, str]:
-    """Have threads of libraries loaded later, and of child processes, look for work a thousand times and then sleep.
+    """Limit the active waiting of OpenMP threads, in libraries loaded later and in child processes, to 1,000 iterations.
 
-    OpenMP's own default, to look for much longer, makes threads several times slower once anything else wants a core; to sleep at once
-    (what `PASSIVE` alone does) makes a small model wait a fifth of its time for threads to wake up (docs/results.md). What the
-    user set stays.
-    Returns the variables that say so, for a process that does not inherit them.
+    The default of OpenMP waits actively for much longer, which makes threads several times slower if another process needs a core.
+    `PASSIVE` alone does not wait actively; a small model then spends a fifth of its time waiting for its threads
+    (docs/results.md). Variables set by the user are kept. Returns the variables, for a process that does not inherit them.
     """
     if not any(name in os.environ for name in _OPENMP_VARIABLES):
         os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")

@@ -6,7 +6,7 @@ from __future__ import annotations
 class CappyError(Exception):
     """A failure the operator can act on. Exit code 1.
 
-    The message is one line: what failed, the setting with its value, and the fix. It is the only positional argument:
+    The message is one line: the failure, the setting with its value, and the fix. It is the only positional argument:
     Ray pickles exceptions by their `args`, so a second argument would be lost.
     """
 

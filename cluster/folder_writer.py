@@ -1,4 +1,4 @@
-"""Files."""
+"""Write the files of one folder, unless another run took the folder over. Imports `cluster.artifacts` and `cluster.storage`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cluster.errors import CappyError
 from cluster.s3 import call_with_retries, has_sha256, put_local_file, put_object
 from cluster.storage import absolute, is_s3, join, json_bytes, sha256, temporary_file_beside, version
 
-# Times a conditional write is tried again after another writer of the same file was faster.
+# Attempts for a conditional write, in case another process writes the same file.
 _REPLACE_ATTEMPTS = 5
 
 
 class FolderWriter:
-    """Write files below one folder without replacing a file of a run that took over in the meantime.
+    """Write files below one folder without replacing a file of a run that took over the folder.
 
-    Each write reads the file's `version`, calls `check`, and then writes only if the version is still the same: `If-Match` or
-    `If-None-Match` on S3, a hard link or a compared rename on disk. A file that another run wrote after `check` passed has
+    Each write reads the `version` of the file, calls `check`, and writes only if the version is unchanged. It uses `If-Match` or
+    `If-None-Match` on S3, and a hard link or a compared rename on disk. A file that another run wrote after `check` passed has
     another version, so the write is refused and `check` is called again. Two windows remain. On disk, a rename follows the
     last comparison by some microseconds. On S3, a file that was written again with the same bytes has the same ETag.
 
-    `check` raises `CappyError` once the folder is another run's, e.g. `Lease.check`. By default it raises once the folder has
+    `check` raises `CappyError` once the folder belongs to another run, e.g. `Lease.check`. By default it raises once the folder has
     a manifest.
     """
 
@@ -52,7 +52,7 @@ class FolderWriter:
         return self.write_bytes(name, json_bytes(value))
 
     def upload_file(self, file: Path, name: str, *, move: bool = False) -> dict[str, Any]:
-        """Copy a local file; return its entry for a manifest. With `move` the file may be renamed instead: it is not used again."""
+        """Copy a local file; return its entry for a manifest. With `move` the file can be renamed instead, so do not use it afterwards."""
         uri = join(self.uri, name)
         digest = sha256(str(file))
         entry = {"bytes": file.stat().st_size, "sha256": digest}
@@ -83,7 +83,7 @@ class FolderWriter:
                 call_with_retries(uri, partial(send, condition))
                 return
             except (ClientError, FileNotFoundError):  # 412: another version; or the file to replace was removed
-                # Where the answer to an earlier try was lost, the other version is this one.
+                # If the response to an earlier attempt was lost, the other version is this write.
                 if has_sha256(uri, digest):
                     return
         raise _contention_error(uri)

@@ -1,12 +1,13 @@
 """One run at a destination: a lease in the store, kept alive by a heartbeat.
 
-Below `uri` stand `{number}.json`. To take the lease is to create the next number, which a conditional write grants to one of
-any racers. The holder rewrites its file every few seconds. Another run may take over when the file says `released`, when its
-process is gone from this machine, or when it did not change for `TIMEOUT_S` while the other run watched it.
+The lease is a file `{number}.json` below `uri`. A run takes the lease by creating the file with the next number; a conditional
+write lets exactly one of several runs succeed. The holder rewrites its file every few seconds, as a heartbeat. Another run can take
+over in three cases: the file is marked `released`, the process of the holder no longer exists on this machine, or no heartbeat came
+for `TIMEOUT_S`.
 
-The holder counts its lease as lost in three cases: its last written heartbeat began more than `TIMEOUT_S` ago, a later number
-exists, or its own file is gone or another run's. It therefore stops before another run can take over, also after a pause such
-as SIGSTOP. No clock is compared with the clock of another process.
+The holder treats its lease as lost in three cases: its last heartbeat started more than `TIMEOUT_S` ago, a later file exists, or
+its own file is deleted or replaced. It therefore stops before another run can take over, also after a pause
+such as SIGSTOP. A run never compares its clock with the clock of another process. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class LeaseLost(CappyError):
 
 @dataclass(frozen=True)
 class Claim:
-    """What identifies a held lease in the store; it can be sent to worker processes."""
+    """The identity of a held lease in the store. It can be sent to worker processes."""
 
     uri: str
     number: int
@@ -54,7 +55,7 @@ class Claim:
     setting: str
 
     @property
-    def place(self) -> str:
+    def file(self) -> str:
         return _file_uri(self.uri, self.number)
 
     @property
@@ -63,15 +64,15 @@ class Claim:
         return _file_uri(self.uri, self.number + 1)
 
     def check(self) -> None:
-        """Read the store, and raise `LeaseLost` where the lease is another run's or was removed by one that finished."""
+        """Read the store, and raise `LeaseLost` if another run has the lease, or finished and removed it."""
         try:
-            mine = storage.read_json(self.place).get("run") == self.run
+            mine = storage.read_json(self.file).get("run") == self.run
         except (FileNotFoundError, ValueError):
             mine = False
         if not mine or storage.exists(self.successor):
             raise LeaseLost(
                 f"{self.setting}: lease lost: another run took over after {TIMEOUT_S:g} s without a heartbeat; "
-                f"this run stops and leaves the destination to that one"
+                f"this run stops and does not change the destination"
             )
 
 
@@ -87,7 +88,7 @@ class Lease:
         self._finished = False
         self._ended = threading.Event()
         self._file = folder_writer.FolderWriter(claim.uri, self.check)
-        self._thread = threading.Thread(target=self._live, name="cappy-lease", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="cappy-lease", daemon=True)
         self._thread.start()
 
     @property
@@ -98,26 +99,26 @@ class Lease:
     def successor(self) -> str:
         return self.claim.successor
 
-    def check(self, look: bool = True) -> None:
-        """Raise `LeaseLost` once the lease is lost, by the clock and (with `look`) by reading the store."""
+    def check(self, read_store: bool = True) -> None:
+        """Raise `LeaseLost` once the lease is lost, by the clock and (with `read_store`) by reading the store."""
         self._check_clock()
-        if look:
+        if read_store:
             try:
                 self.claim.check()
             except LeaseLost as error:
                 self._lost = str(error)
                 raise
-            self._check_clock()  # the process may have been stopped while it read
+            self._check_clock()  # the process can be stopped during the read
 
     def finish(self) -> None:
-        """Tell `release` that the run published its result, so that no trace of the lease is needed."""
+        """Record that the run published its result: `release` then deletes the files of the lease."""
         self._finished = True
 
     def release(self) -> None:
-        """Let the next run start at once. Writes nothing once the lease is lost."""
+        """Release the lease, so that the next run can start without a wait. Writes nothing after the lease is lost."""
         self._ended.set()
         self._thread.join()
-        with suppress(CappyError, OSError):  # without it the next run waits for `TIMEOUT_S`
+        with suppress(CappyError, OSError):  # on failure the next run waits for `TIMEOUT_S`
             if self._finished:
                 self._remove()
             else:
@@ -133,15 +134,15 @@ class Lease:
         if self._lost is not None:
             raise LeaseLost(self._lost)
 
-    def _live(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
             began = self._clock()
             try:
                 self._write()
-                self._check_clock()  # a write that took too long does not bring the lease back
+                self._check_clock()  # a write that took too long does not renew the lease
             except LeaseLost:
                 return
-            except (CappyError, OSError):  # the store does not answer: the next beat tries again
+            except (CappyError, OSError):  # the store does not answer: retry with the next heartbeat
                 continue
             self._last = began
 
@@ -150,7 +151,7 @@ class Lease:
         self._file.write_json(_file_name(self.claim.number), {**_this_process(), "run": self.run, "beat": self._beat, **more})
 
     def _remove(self) -> None:
-        """Remove the files of this lease and of those before it; a later one is another run's."""
+        """Delete the files of this lease and of earlier leases. A later lease belongs to another run."""
         numbers = [number for number in _lease_numbers(self.claim.uri) if number <= self.claim.number]
         self.check()
         storage.delete_files(self.claim.uri, [_file_name(number) for number in numbers])
@@ -161,7 +162,7 @@ class Lease:
 def hold(uri: str, setting: str, clock: Callable[[], float] = clock) -> Iterator[Lease]:
     """Hold the lease kept at `uri` inside the block; `setting` names the destination in errors, e.g. `dataset=s3://...`.
 
-    `clock` gives monotonic seconds. Raises `CappyError` where another run holds the lease and is alive.
+    `clock` returns monotonic time in seconds. Raises `CappyError` if another run holds the lease and is alive.
     """
     lease = _acquire(uri, setting, clock)
     try:
@@ -176,8 +177,8 @@ def _acquire(uri: str, setting: str, clock: Callable[[], float]) -> Lease:
         _wait_until_ended(_file_uri(uri, number), setting)
     claim = Claim(uri, number + 1, uuid.uuid4().hex[:8], setting)
     began = clock()
-    if not storage.create_json(claim.place, {**_this_process(), "run": claim.run, "beat": 0}):
-        raise CappyError(f"{setting}: another run started there at the same moment; it goes on, this one stops")
+    if not storage.create_json(claim.file, {**_this_process(), "run": claim.run, "beat": 0}):
+        raise CappyError(f"{setting}: another run started there at the same moment; that run continues, this run stops")
     return Lease(claim, began, clock)
 
 
@@ -186,7 +187,7 @@ def _wait_until_ended(place: str, setting: str) -> None:
         holder = storage.read_json(place)
         if _has_ended(holder):
             return
-        log(f"{setting}: a run on {holder['host']} (process {holder['pid']}) was here; waiting up to {TIMEOUT_S:g} s for a sign of life")
+        log(f"{setting}: a run on {holder['host']} (process {holder['pid']}) has a lease; waiting up to {TIMEOUT_S:g} s for its heartbeat")
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
             time.sleep(min(1.0, HEARTBEAT_S / 2))
@@ -203,7 +204,7 @@ def _wait_until_ended(place: str, setting: str) -> None:
 
 
 def _has_ended(holder: dict[str, Any]) -> bool:
-    """Whether a holder said it ended, or was a process of this machine that is no more."""
+    """Return whether a holder released the lease, or was a process of this machine that no longer exists."""
     if holder.get("released"):
         return True
     me = _this_process()
@@ -235,5 +236,5 @@ def _file_name(number: int) -> str:
 
 
 def _lease_numbers(uri: str) -> list[int]:
-    """The leases below `uri`; files that are still being written have another name."""
+    """Return the numbers of the leases below `uri`. Temporary files of unfinished writes have other names."""
     return [int(name[:6]) for name in storage.list_files(uri) if name[:6].isdigit() and name[6:] == ".json"]

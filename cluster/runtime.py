@@ -1,4 +1,4 @@
-"""Ray, started here or joined: the one place that calls `ray.init`."""
+"""Start or join Ray, handle SIGTERM, and unwrap errors of Ray. Only this module calls `ray.init`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from cluster.progress import log, silence_stderr
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Have Ray initialised inside the block: joined where `RAY_ADDRESS` says (a Ray job), else embedded in this process.
+    """Initialise Ray for the block: join the cluster at `RAY_ADDRESS` (in a Ray job), else start Ray in this process.
 
-    An embedded Ray ends with the block; one that was already initialised is left as it is.
+    A Ray started here ends with the block. If Ray is already initialised, nothing changes.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    openmp_environment()  # embedded workers inherit it
+    openmp_environment()  # workers started here inherit it
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
 
@@ -41,14 +41,14 @@ def ray_session() -> Iterator[None]:
         return
     options: dict[str, object] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if not os.environ.get("RAY_ADDRESS"):
-        # Logical CPUs are bookkeeping: two more than the machine has, so that one-CPU workers on a two-core laptop cannot
-        # starve the tasks that feed them. Not `local`, and another cluster that happens to run on this machine would be joined.
+        # Logical CPUs are only scheduling slots. Two more than the machine has keep one-CPU workers on a two-core machine from
+        # starving the tasks that provide their input. Without `local`, Ray would join another cluster on this machine.
         options |= {"address": "local", "include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + 2}
-    # Ray gives a node half a minute to start, which an overloaded machine may not manage.
+    # A node must start within half a minute, which can be too short on an overloaded machine.
     patience = tenacity.retry(
         retry=tenacity.retry_if_exception_message(match=".*timed out during startup"), stop=tenacity.stop_after_attempt(3), reraise=True
     )
-    with silence_stderr():  # it announces the log level set above on standard error; what fails raises
+    with silence_stderr():  # Ray prints the log level to standard error; failures raise
         patience(ray.init)(**options)
     try:
         yield
@@ -57,45 +57,45 @@ def ray_session() -> Iterator[None]:
 
 
 @contextmanager
-def on_sigterm(news: str, act: Callable[[], Any]) -> Iterator[threading.Event]:
-    """Say `news` and call `act` once on SIGTERM inside the block; the event says whether one came."""
-    told, over = threading.Event(), threading.Event()
+def on_sigterm(message: str, act: Callable[[], Any]) -> Iterator[threading.Event]:
+    """Log `message` and call `act` once on SIGTERM inside the block. The event is set if a SIGTERM came."""
+    received, finished = threading.Event(), threading.Event()
 
-    def obey() -> None:
-        # Not in the handler: that may have interrupted Ray itself.
-        told.wait()
-        if not over.is_set():
-            log(f"SIGTERM: {news}")
+    def act_on_signal() -> None:
+        # Not in the signal handler: the handler can interrupt Ray itself.
+        received.wait()
+        if not finished.is_set():
+            log(f"SIGTERM: {message}")
             act()
 
-    threading.Thread(target=obey, name="cappy-stop", daemon=True).start()
+    threading.Thread(target=act_on_signal, name="cappy-stop", daemon=True).start()
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set()) if main else None
+    before = signal.signal(signal.SIGTERM, lambda *_: received.set()) if main else None
     try:
-        yield told
+        yield received
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
-        if not told.is_set():
-            over.set()
-            told.set()
+        if not received.is_set():
+            finished.set()
+            received.set()
 
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """The version of this code for manifests: the package's, and the git commit where it runs from a checkout."""
+    """Return the version of this code: the version of the package, with the git commit in a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return version("cappy-ray")
-    asked = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return f"{version('cappy-ray')}+{asked.stdout.strip()}" if asked.returncode == 0 else version("cappy-ray")
+    described = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return f"{version('cappy-ray')}+{described.stdout.strip()}" if described.returncode == 0 else version("cappy-ray")
 
 
 def find_cappy_error(error: BaseException) -> CappyError | None:
-    """Return the `CappyError` behind an exception Ray wrapped, or None where there is none.
+    """Return the `CappyError` inside an exception of Ray, or None if there is none.
 
-    Ray keeps a task's exception as `cause`, in an error of its own that is a `CappyError` too but says the worker's whole
-    traceback; of an actor that failed to start it keeps the text alone.
+    Ray wraps the exception of a task, as `cause`, in an error that is a `CappyError` too. Its message is the whole traceback of
+    the worker. Of an actor that failed to start, Ray keeps only the text.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -110,5 +110,5 @@ def find_cappy_error(error: BaseException) -> CappyError | None:
     return (UsageError if kind == "UsageError" else CappyError)(message.strip())
 
 
-# Where a store is, but never who we are: nodes have credentials of their own (a role, or their environment).
+# Address and region of the store, but no credentials: nodes have separate credentials, by a role or by their environment.
 FORWARDED_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "CAPPY_CACHE", "HF_HUB_OFFLINE")

@@ -200,7 +200,7 @@ def get_object(uri: str) -> bytes:
 
 
 def _check_digest(answer: Any, sha256: Any, md5: Any) -> None:
-    """Raise `_DamagedError` if the received bytes differ from the written bytes, as far as the store records their hash."""
+    """Raise `_DamagedError` if the received bytes do not match the hash that the store has for them, if any."""
     expected = answer["Metadata"].get("sha256")
     if expected and sha256.hexdigest() != expected:
         raise _DamagedError("its bytes do not match the SHA-256 recorded when it was written")

@@ -1,10 +1,7 @@
 """Files and object storage behind one URI: a local path or `s3://bucket/prefix`.
 
-A folder is *published* when it holds `_MANIFEST.json`, which is written last and only if nobody else wrote one: a conditional
-PUT (`If-None-Match: *`) on S3, a hard link on disk. Readers refuse a folder without one. On S3 whole objects travel with their
-SHA-256 both ways, so that one damaged or cut on the wire is sent or asked for again, never taken; Parquet readers that stream
-go through pyarrow's filesystem, under page checksums. Credentials and endpoint come from the usual AWS environment variables
-or the machine's role, never the config.
+Whole objects on S3 are checked by their SHA-256 in both directions, see `cluster.s3`: a damaged or incomplete transfer is repeated.
+Parquet readers stream through pyarrow's filesystem, with page checksums. Imports no code for manifests; see `cluster.artifacts`.
 """
 
 from __future__ import annotations
@@ -46,27 +43,28 @@ from cluster.s3 import (
 
 
 def is_s3(uri: str) -> bool:
-    """Whether a URI is in object storage."""
+    """Return whether a URI is in object storage."""
     return uri.startswith("s3://")
 
 
 def join(uri: str, *parts: str) -> str:
-    """`join("s3://b/p", "data", "x")` is `s3://b/p/data/x`."""
+    """Return the parts joined by `/`: `join("s3://b/p", "data", "x")` is `s3://b/p/data/x`."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def absolute(uri: str) -> str:
-    """Return `uri` with a local path made absolute, so that it means the same in every process of a machine."""
+    """Return `uri`; a local path becomes absolute, so that it is valid in every process of a machine."""
     return uri.rstrip("/") if is_s3(uri) else str(Path(uri).expanduser().absolute())
 
 
 def check_uri(uri: str, setting: str) -> str:
-    """Return `absolute(uri)` once its bucket or nearest existing folder can be reached.
+    """Return `absolute(uri)` after a check that its bucket can be reached.
 
-    Raises `UsageError` naming `setting` when the scheme is unknown, the bucket is missing or the store does not answer.
+    Raises `UsageError` if the scheme is not supported or no bucket is named, and `CappyError` if the bucket does not exist or the
+    store does not answer. `setting` is the name for the messages.
     """
     if "://" in uri and not is_s3(uri):
-        raise UsageError(f"{setting}={uri}: only local paths and s3:// are known; copy the data there first")
+        raise UsageError(f"{setting}={uri}: unsupported scheme; use a local path or s3://")
     if is_s3(uri):
         bucket = uri.removeprefix("s3://").split("/")[0]
         if not bucket:
@@ -88,7 +86,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file, or anything below a folder, is there."""
+    """Return whether `uri` is a file, or a folder with a file below it."""
     if is_s3(uri):
         return is_file(uri) or bool(call_with_retries(uri, partial(list_page, uri, 1))["KeyCount"])
     return Path(absolute(uri)).exists()
@@ -109,7 +107,7 @@ def is_file(uri: str) -> bool:
 
 
 def list_files(uri: str) -> dict[str, int]:
-    """Return the size in bytes of every file below `uri`, by path relative to it, sorted; empty where nothing is."""
+    """Return the size in bytes of every file below `uri`, by relative path, sorted. Empty if `uri` does not exist."""
     try:
         if is_s3(uri):
             start = len(key_prefix(uri))
@@ -127,9 +125,9 @@ def list_files(uri: str) -> dict[str, int]:
 
 
 def check_relative_path(name: str, uri: str) -> str:
-    """Return the path of a file below `uri`, as a listing or a manifest gives it.
+    """Return `name`, the path of a file below `uri` in a listing or a manifest, after a check.
 
-    Raises `CappyError` where it could lead out of a folder: it is absolute, or has an empty part, `.`, `..`, a backslash or NUL.
+    Raises `CappyError` if the path could lead out of the folder: it is absolute, or has an empty part, `.`, `..`, a backslash or NUL.
     """
     if not isinstance(name, str) or {"", ".", ".."} & set(name.split("/")) or "\\" in name or "\0" in name:
         raise CappyError(f"{uri} names the file {name!r}, which is not within the folder; do not use it, or rename the file there")
@@ -137,9 +135,9 @@ def check_relative_path(name: str, uri: str) -> str:
 
 
 def glob(uri: str) -> list[str]:
-    """Return the files a path stands for, sorted: the file itself, all below a folder, or those a glob matches.
+    """Return the sorted files of a path: the file itself, all files below a folder, or all matches of a glob.
 
-    In a glob `*` and `?` stay within a path part and `**` crosses parts, on disk and on s3:// alike.
+    In a glob, `*` and `?` match within one path part and `**` matches several parts, on disk and on s3://.
     """
     parts = absolute(uri).split("/")
     fixed = list(takewhile(lambda part: not any(mark in part for mark in "*?["), parts))
@@ -161,19 +159,19 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Return a whole file. Raises `FileNotFoundError` where nothing is, `Damaged` where it keeps arriving damaged."""
+    """Return the bytes of a file. Raises `FileNotFoundError` if it does not exist, `Damaged` if all attempts got damaged bytes."""
     if is_s3(uri):
         return call_with_retries(uri, partial(get_object, uri))
     return Path(absolute(uri)).read_bytes()
 
 
 def read_json(uri: str) -> Any:
-    """Raises `FileNotFoundError` where nothing is, `ValueError` where it is not JSON."""
+    """Return the value of a JSON file. Raises `FileNotFoundError` if it does not exist, `ValueError` if it is not JSON."""
     return json.loads(read_bytes(uri))
 
 
 def write_bytes(uri: str, data: bytes) -> dict[str, Any]:
-    """Write a whole file at once (a reader sees the old file, none, or all of `data`); return its entry for a manifest."""
+    """Write a whole file atomically: a reader gets the old file or all of `data`. Return its entry for a manifest."""
     if is_s3(uri):
         call_with_retries(uri, partial(put_object, uri, data))
     else:
@@ -186,7 +184,7 @@ def write_bytes(uri: str, data: bytes) -> dict[str, Any]:
 
 
 def write_json(uri: str, value: Any) -> dict[str, Any]:
-    """Write a JSON file whole, and return its entry for a manifest, as `write_bytes` does."""
+    """Write a JSON file atomically and return its entry for a manifest, as `write_bytes` does."""
     return write_bytes(uri, json_bytes(value))
 
 
@@ -196,9 +194,10 @@ def json_bytes(value: Any) -> bytes:
 
 
 def create_json(uri: str, value: dict[str, Any]) -> bool:
-    """Write a JSON file only if there is none: of any number of racing writers exactly one gets True.
+    """Write a JSON file only if none exists; return whether it was written. Exactly one of several concurrent writers gets True.
 
-    Each write carries a `writer` id: where S3's answer is lost, boto3 asks again and is told 412 although our bytes won.
+    Each write has a `writer` id. If the response of S3 is lost, the retry gets status 412 although the first attempt succeeded;
+    the id in the stored file then decides.
     """
     value = {**value, "writer": uuid.uuid4().hex}
     if not is_s3(uri):
@@ -217,13 +216,13 @@ def create_json(uri: str, value: dict[str, Any]) -> bool:
 
     try:
         call_with_retries(uri, partial(put_object, uri, json_bytes(value), IfNoneMatch="*", ContentType="application/json"))
-    except ClientError:  # 412: there is one, perhaps ours
+    except ClientError:  # 412: the file exists, possibly from an earlier attempt of this write
         return bool(read_json(uri).get("writer") == value["writer"])
     return True
 
 
 def delete(uri: str) -> None:
-    """Remove a file or a folder with all below it; nothing there is fine."""
+    """Delete a file, or a folder with everything below it. A missing file is not an error."""
     if not is_s3(uri):
         path = Path(absolute(uri))
         if path.is_dir() and not path.is_symlink():
@@ -243,7 +242,7 @@ def delete(uri: str) -> None:
 
 
 def delete_files(uri: str, names: Sequence[str]) -> None:
-    """Remove the named files below `uri`; a file that is not there is fine."""
+    """Delete the named files below `uri`. A missing file is not an error."""
     if not is_s3(uri):
         for name in names:
             Path(join(absolute(uri), name)).unlink(missing_ok=True)
@@ -255,14 +254,14 @@ def delete_files(uri: str, names: Sequence[str]) -> None:
 
 
 def remove_empty_folder(uri: str) -> None:
-    """Remove a folder on disk if nothing is in it; object storage has no empty folders."""
+    """Delete an empty folder on disk. Object storage has no empty folders."""
     if not is_s3(uri):
         with suppress(OSError):
             Path(absolute(uri)).rmdir()
 
 
 def sha256(uri: str) -> str:
-    """Return the SHA-256 of a file in hex, read in pieces of 8 MiB. Raises `CappyError` where it keeps arriving damaged."""
+    """Return the SHA-256 of a file in hex, read in blocks. Raises `CappyError` if all attempts got damaged bytes."""
     if is_s3(uri):
         return call_with_retries(uri, partial(download_object, uri, None))
     with Path(absolute(uri)).open("rb") as file:
@@ -270,13 +269,13 @@ def sha256(uri: str) -> str:
 
 
 def upload_folder(folder: Path, uri: str) -> dict[str, dict[str, Any]]:
-    """Copy every file of a local folder below `uri`; return the entry of each for a manifest, by its path."""
+    """Copy every file of a local folder to `uri`; return their entries for a manifest, by relative path."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: upload_file(path, join(uri, name)) for name, path in files.items()}
 
 
 def upload_file(file: Path, uri: str) -> dict[str, Any]:
-    """Copy a local file to `uri`, where a reader never sees half of it; return its entry for a manifest."""
+    """Copy a local file to `uri` atomically; return its entry for a manifest."""
     entry = {"bytes": file.stat().st_size, "sha256": sha256(str(file))}
     if is_s3(uri):
         bucket, key = bucket_and_key(uri)
@@ -292,7 +291,7 @@ def upload_file(file: Path, uri: str) -> dict[str, Any]:
 
 
 def version(uri: str) -> str | None:
-    """Return a mark that changes whenever a file is written again: the ETag on S3, else inode, time and size. None: no such file."""
+    """Return a text that changes with each write of a file: the ETag on S3, else inode, time and size. None if it does not exist."""
     try:
         if is_s3(uri):
             bucket, key = bucket_and_key(uri)
@@ -305,7 +304,7 @@ def version(uri: str) -> str | None:
 
 @contextmanager
 def temporary_file_beside(uri: str) -> Iterator[Path]:
-    """A new name beside a file on disk, from which it can be renamed; whatever has that name afterwards is removed."""
+    """Yield a temporary path beside a file on disk, for a rename. A file with this path is deleted after the block."""
     target = Path(absolute(uri))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
@@ -318,14 +317,14 @@ def temporary_file_beside(uri: str) -> Iterator[Path]:
 def download_folder(uri: str, folder: Path) -> None:
     """Copy every file below `uri` into a local folder.
 
-    Raises `CappyError` before it copies the first where one of them would not come to be inside.
+    Raises `CappyError` before the first copy if the path of a file leads out of the folder.
     """
     for relative in [check_relative_path(name, uri) for name in list_files(uri)]:
         download_file(join(uri, relative), folder / relative)
 
 
 def download_file(uri: str, file: Path) -> str:
-    """Copy `uri` to a local file and return its SHA-256. Raises `CappyError` where it keeps arriving damaged."""
+    """Copy `uri` to a local file and return its SHA-256. Raises `CappyError` if all attempts got damaged bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if is_s3(uri):
         return call_with_retries(uri, partial(download_object, uri, file))
@@ -335,9 +334,9 @@ def download_file(uri: str, file: Path) -> str:
 
 @contextmanager
 def local_file(uri: str) -> Iterator[Path]:
-    """A local file with the bytes of `uri`: itself on disk, a checked copy under the same name (until the block ends) of an object.
+    """Yield a local file with the bytes of `uri`: the file itself on disk, or a checked temporary copy of an object with the same name.
 
-    Raises `FileNotFoundError` where nothing is, `CappyError` where it keeps arriving damaged.
+    Raises `FileNotFoundError` if it does not exist, `CappyError` if all attempts got damaged bytes.
     """
     if not is_s3(uri):
         yield Path(absolute(uri))

@@ -137,7 +137,7 @@ def _prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
     failed = 0
 
     def flush(split: str) -> None:
-        run_lease.check(look=False)
+        run_lease.check(read_store=False)
         units.write_unit(
             units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(pending[split], PREPARED)
         )
@@ -215,7 +215,7 @@ def _sample(
     closing = on_sigterm("finishing the units in progress; run the same command again to resume", gate.close.remote)
     with closing as stop_requested, Bar("sampling", total, "instructions", done=done) as bar:
         for result in build_plan(staging, pending, config, load, gate).iter_rows():
-            run_lease.check(look=False)
+            run_lease.check(read_store=False)
             failed += result["dead_letters"]
             spent += result["cost"]
             progress.add(result)

@@ -262,7 +262,7 @@ def _run_tasks(
             reference = remote.remote(config, task, base, threads=settings.cpus_per_task, gpu=gpus > 0, check=held.claim.check)
             running[reference] = task
         ready, _ = ray.wait(list(running), timeout=_WAIT_S)
-        held.check(look=False)
+        held.check(read_store=False)
         for reference in ready:
             task = running.pop(reference)
             try:

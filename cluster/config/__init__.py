@@ -1,7 +1,7 @@
-"""Every setting of a run as one typed, frozen tree, checked before anything starts.
+"""All settings of a run as one typed, frozen tree, which is checked before the run starts.
 
-A config comes from the defaults, then a YAML file, then `--set section.key=value`; each overrides the one before.
-Rules across fields live on the section that holds them. No Ray and no model library, so that the command line starts fast.
+A config is made of the defaults, then a YAML file, then `--set section.key=value`; a later source overrides an earlier one.
+A rule for several fields is a validator of their section. Imports no Ray and no model library, so that the command line starts fast.
 """
 
 from cluster.config.base import Section

@@ -1,7 +1,6 @@
 """A resolved config with the origin of each value: the default, a line of the YAML file, or `--set`.
 
-Needs `cluster.config` alone. Secrets do not leave this module: hashes of API keys, and passwords and query values in URLs, are
-replaced by `REDACTED`.
+Imports `cluster.config` only. Hashes of API keys, and passwords and query values in URLs, are replaced by `REDACTED`.
 """
 
 from __future__ import annotations

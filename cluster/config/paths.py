@@ -1,4 +1,4 @@
-"""Local paths of a config, made absolute: a Ray worker or job runs in another folder."""
+"""Absolute local paths in a config: a Ray worker or job runs in another working directory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from cluster.config import Config, FilesSource, HubSource, MixtureSource, RowsSo
 
 
 def absolute(config: Config) -> Config:
-    """The config with its local paths absolute: the job runs in another folder."""
+    """Return the config with absolute local paths."""
     paths: dict[str, Any] = {
         name: storage.absolute(value)
         for name in ("workspace", "dataset", "scorer_path", "adapted_path", "evaluation_path")
         if (value := getattr(config, name))
     }
-    if config.sampler.engine.kind != "endpoint":  # whose model is a name there, whatever folder is called so here
+    if config.sampler.engine.kind != "endpoint":  # the model of an endpoint is a name there, never a local folder
         paths["sampler"] = config.sampler.model_copy(update={"model": models.absolute(config.sampler.model)})
     paths["scorer"] = config.scorer.model_copy(update={"encoder": models.absolute(config.scorer.encoder)})
     if config.adapt.base:
@@ -29,7 +29,7 @@ def absolute(config: Config) -> Config:
 
 
 def _absolute_source(source: Source) -> Source:
-    """The source with the local paths in it, its parts' too, absolute."""
+    """Return the source with absolute local paths, also in the parts of a mixture."""
     if isinstance(source, MixtureSource):
         parts = tuple(part.model_copy(update={"source": _absolute_source(part.source)}) for part in source.parts)
         return source.model_copy(update={"parts": parts})

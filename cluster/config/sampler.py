@@ -101,8 +101,8 @@ class VLLMConfig(Section):
     """Use CUDA graphs and torch.compile. null means yes on GPU and no on CPU. On CPU the start then takes up to a minute longer, for
     about 10 % more tokens per second."""
     share_prefill: bool | None = None
-    """Prefill the end of a prompt once for all its candidates (CPU only, `tensor_parallel` 1). null turns it on if the installed vLLM
-    version is tested with it; true also uses it with other versions; false turns it off. Candidates are the same in all cases."""
+    """Prefill the end of a prompt once for all its candidates (CPU only, `tensor_parallel` 1). null means yes for the vLLM versions
+    that it was tested with, and no for others; true means yes and false no for every version. Candidates are the same in all cases."""
 
     decides: ClassVar = ("kind", "dtype", "max_model_len")
     """The settings that change the candidates. A run can be resumed only with the same values."""
@@ -157,9 +157,9 @@ class EndpointConfig(Section):
     concurrency: int = Field(16, ge=1)
     """Largest number of concurrent requests."""
     requests_per_minute: float | None = Field(None, gt=0)
-    """Rate limit of the requests; null is no limit."""
+    """Rate limit of the requests; null means unlimited."""
     tokens_per_minute: float | None = Field(None, gt=0)
-    """Rate limit of prompt and sampled tokens together; null is no limit."""
+    """Rate limit of prompt and sampled tokens together; null means unlimited."""
     timeout_s: float = Field(120.0, gt=0)
     """Time limit of a request, in seconds; after it the request is sent again."""
     tries: int = Field(6, ge=1)
@@ -222,7 +222,7 @@ class SamplerConfig(Section):
     engine: EngineConfig = VLLMConfig()
     """The engine: vLLM, transformers or an endpoint."""
     decodings: tuple[DecodingConfig, ...] = Field(default_factory=_default_decodings, min_length=1)
-    """The decodings. The default is the 17 candidates of the paper, as far as the engine supports them."""
+    """The decodings. The default is the 17 candidates of the paper, without decodings that the engine does not support."""
     replicas: int = Field(1, ge=1)
     """Number of sampling actors, each with one engine."""
     max_attempts: int = Field(3, ge=1)

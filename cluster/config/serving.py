@@ -18,11 +18,11 @@ class ApiKeyConfig(Section):
     name: str = Field(min_length=1)
     """Name of the client, for the access log and the metrics."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """The SHA-256 of the key in hexadecimal. The key itself is stored nowhere."""
+    """The SHA-256 of the key in hexadecimal. The key itself is never stored."""
     requests_per_minute: int | None = Field(None, ge=1)
-    """Rate limit of the client's requests; null is no limit."""
+    """Rate limit of the client's requests; null means unlimited."""
     candidates_per_minute: int | None = Field(None, ge=1)
-    """Rate limit of the candidates sampled for the client; null is no limit."""
+    """Rate limit of the candidates sampled for the client; null means unlimited."""
 
 
 class NamedScorer(Section):
@@ -103,7 +103,7 @@ class ServingConfig(Section):
     llm_name: str = "cappy-llm"
     """Name of the LLM alone, without a scorer."""
     scorers: tuple[NamedScorer, ...] = ()
-    """Further scorers. Each is loaded when a request first names it."""
+    """Further scorers. A scorer is loaded when a request first names it."""
     adapted: bool = False
     """Serve the scorers that `cappy adapt` published in `adapted_path` as well, each under the name of its task."""
     scorers_loaded: int = Field(4, ge=1)

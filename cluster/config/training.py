@@ -70,7 +70,7 @@ class TrainingConfig(Section):
     gpus_per_worker: int | None = Field(None, ge=0, le=1)
     """GPUs of a worker. null is 1 if the cluster has a GPU for each worker, else 0."""
     epochs: int = Field(4, ge=1)
-    """Passes over the training pairs."""
+    """Number of epochs over the training pairs."""
     batch_size: int = Field(32, ge=1)
     """Pairs per optimizer step, summed over all workers."""
     batch_by: Literal["pairs", "tokens"] = "pairs"
@@ -159,7 +159,7 @@ class AdaptConfig(Section):
     pairs: int = Field(2048, ge=1)
     """Training pairs per epoch: the distinct pairs of a task, repeated or cut to this number. The paper has 102,400."""
     epochs: int = Field(1, ge=1)
-    """Passes over the `pairs` of a task."""
+    """Number of epochs over the `pairs` of a task."""
     batch_size: int = Field(32, ge=1)
     """Pairs per optimizer step. The paper has 128."""
     learning_rate: float | None = Field(None, gt=0)

@@ -1,4 +1,4 @@
-"""The command line: exit codes, error lines, and what standard output contains."""
+"""The command line: exit codes, error lines, and the content of standard output."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_help_lists_all_verbs_and_each_has_a_help_page():
             2,
             "source.path=/none/*.jsonl: found no .jsonl, .ndjson, .json, .csv, .parquet (or .gz) file",
         ),
-        (["generate", "--set", "workspace=ftp://x/y"], 2, "dataset=ftp://x/y/dataset: only local paths and s3:// are known"),
+        (["generate", "--set", "workspace=ftp://x/y"], 2, "dataset=ftp://x/y/dataset: unsupported scheme; use a local path or s3://"),
         (["generate", "--set", "sampler.model=/none"], 2, "sampler.model=/none: no such folder"),
         (["train", "--set", "workspace=/none/w"], 1, "/none/w/dataset is not there; run `cappy generate` (again)"),
         (["annotate", "/none/a", "/none/b"], 1, "/none/a is not there; run `cappy generate` (again)"),
@@ -56,7 +56,7 @@ def test_help_lists_all_verbs_and_each_has_a_help_page():
         (["evaluate", "--set", "workspace=/none/w"], 1, "/none/w/dataset is not there; run `cappy generate`"),
         (["serve", "--set", "workspace=/none/w"], 1, "/none/w/scorer"),
         (["push", "/none/w", "/none/v"], 1, "SRC=/none/w has no readable _MANIFEST.json"),
-        (["pull", "ftp://x/y"], 2, "SRC=ftp://x/y: only local paths and s3:// are known"),
+        (["pull", "ftp://x/y"], 2, "SRC=ftp://x/y: unsupported scheme; use a local path or s3://"),
         (["inspect", "/none/w"], 1, "URI=/none/w has no readable _MANIFEST.json"),
         (["generate", "--address", "127.0.0.1:1"], 2, "--address=127.0.0.1:1: give the cluster's dashboard, e.g. http://127.0.0.1:8265"),
         (["generate", "--address", "http://127.0.0.1:9"], 1, "--address=http://127.0.0.1:9: no Ray cluster answers there"),

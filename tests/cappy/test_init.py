@@ -1,4 +1,4 @@
-"""`import cappy`: the names of the public API, and what the import does not load."""
+"""`import cappy`: the names of the public API, and the modules that the import does not load."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_a_long_list_of_datasets_and_reasons_is_cut_with_a_count(tmp_path):
     assert "task23 77" in text and "task24" not in text and "and 6 more with 441" in text and "and 2 reasons more" in text
 
 
-def test_pairs_are_shown_with_what_they_are_of_and_a_copy_with_its_origin(tmp_path):
+def test_pairs_are_shown_with_their_set_and_a_copy_with_its_source(tmp_path):
     publish(f"{tmp_path}/a")
     export_pairs.export_pairs(f"{tmp_path}/a", f"{tmp_path}/b")
     copying.copy_folder(f"{tmp_path}/b", f"{tmp_path}/c")
@@ -65,7 +65,7 @@ def test_every_damaged_file_is_named_in_order(tmp_path):
         inspection.run_inspect(str(tmp_path), verify=False)
 
 
-def test_a_training_summary_shows_what_was_measured_and_leaves_plots_to_the_card():
+def test_a_training_summary_shows_the_measured_values_and_no_plot_data():
     console = Console(width=160, record=True, file=io.StringIO())
     summary = {"steps": 3, "validation": {"mse": 0.25, "accuracy": None}, "calibration": [{"count": 9, "score": 0.1, "label": 0.2}]}
     display.show_summary("scorer", summary, console)

@@ -1,4 +1,4 @@
-"""A verb as a Ray job on a running cluster: a `ray start` head on this machine, told only its address."""
+"""A verb as a Ray job on a running cluster: a `ray start` head on this machine, which gets only its address."""
 
 import json
 import os
@@ -24,18 +24,18 @@ from tests.conftest import cappy
 RAY = str(Path(sys.executable).parent / "ray")
 
 
-def test_every_verb_resolves_to_something_to_call():
+def test_the_function_of_every_verb_can_be_imported():
     assert all(callable(load_verb(verb)) for verb in VERBS)
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory, s3_server):
-    """A head node of its own; the store's credentials are in its environment, as a role's would be on a cluster."""
+    """A separate head node. The credentials of the store are in its environment, like those of a role on a cluster."""
     port, dashboard, agent = ports.free_port(), ports.free_port(), ports.free_port()
     # Not below pytest's folders: a socket's path may have 107 characters, and Ray adds 70.
     folder = tempfile.mkdtemp(prefix="ray-")
     command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4"]
-    # The agent that takes jobs goes on without a port where another Ray on this machine has it.
+    # The job agent runs without a port if another Ray on this machine uses it.
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
     command.append(f"--temp-dir={folder}")
     with (tmp_path_factory.mktemp("log") / "head.log").open("w") as log:
@@ -69,8 +69,8 @@ def _answers(url):
 
 
 @pytest.mark.slow
-def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, bucket, tmp_path):
-    # Classification rows need no LLM: the endpoint is never asked, and the job stays short.
+def test_generate_runs_as_a_job_and_returns_its_result_and_its_errors(head, bucket, tmp_path):
+    # Classification rows need no LLM: no request goes to the endpoint, and the job is short.
     rows = [{"instruction": f"is {n} even?", "references": ["yes"], "answer_choices": ["yes", "no"], "dataset": "even"} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = [
@@ -90,7 +90,7 @@ def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, b
     assert RegressionSet(f"{bucket}/run/dataset").rows("train") + RegressionSet(f"{bucket}/run/dataset").rows("validation") == 12
     places = [f"{bucket}/run/dataset", f"{bucket}/run/exact"]
     annotate = ["annotate", *places, "--address", head, "--set", "generate.label.metric=exact_match", "--json"]
-    with ThreadPoolExecutor() as pool:  # two jobs at once
+    with ThreadPoolExecutor() as pool:  # two concurrent jobs
         again, labelled = pool.map(lambda each: cappy(*each), [arguments, annotate])
     assert again.returncode == 2 and "already holds a finished run" in again.stderr and "Traceback" not in again.stderr
     manifest = storage.read_bytes(f"{bucket}/run/dataset/_MANIFEST.json").decode()
@@ -99,7 +99,7 @@ def test_generate_runs_as_a_job_and_gives_its_result_and_its_errors_back(head, b
     assert RegressionSet(places[1]).manifest["relabelled_from"]["uri"] == places[0]
 
 
-def test_the_local_paths_of_a_config_are_absolute_in_a_job_and_names_and_s3_stay(tmp_path, monkeypatch):
+def test_a_job_gets_absolute_local_paths_and_unchanged_names_and_s3_uris(tmp_path, monkeypatch):
     (tmp_path / "hub").mkdir()
     monkeypatch.chdir(tmp_path)
     parts = (

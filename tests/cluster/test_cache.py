@@ -26,7 +26,7 @@ def test_a_failed_build_leaves_nothing(folder):
     assert list((folder / "a").iterdir()) == []
 
 
-def test_processes_at_once_end_with_one_whole_entry(folder):
+def test_concurrent_processes_build_one_complete_entry(folder):
     script = (
         "import time, cluster.cache as c; c.build_once('x', lambda t: ((t/'a').write_text('1'), time.sleep(.3), (t/'b').write_text('2')))"
     )

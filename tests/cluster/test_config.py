@@ -59,7 +59,7 @@ def test_an_override_reaches_into_a_list_of_the_file(tmp_path):
         ),
     ],
 )
-def test_a_wrong_setting_is_named_with_its_value_and_the_way_out(overrides, message):
+def test_an_invalid_setting_is_named_with_its_value_and_the_fix(overrides, message):
     with pytest.raises(UsageError) as caught:
         load(None, overrides)
     assert message in str(caught.value)
@@ -67,7 +67,7 @@ def test_a_wrong_setting_is_named_with_its_value_and_the_way_out(overrides, mess
 
 
 @pytest.mark.parametrize("key", ["sk-abc123", "abc123", "https://u:p@h"])
-def test_a_key_put_into_the_config_by_mistake_is_not_repeated(key):
+def test_an_error_does_not_print_a_key_that_is_in_the_config_by_mistake(key):
     settings = "base_url: 'http://h/v1', api_key_env" if "://" not in key else "base_url"
     with pytest.raises(UsageError, match=r"give the name, never the key|without user") as caught:
         load(None, [f"sampler.engine={{kind: endpoint, {settings}: '{key}'}}"])
@@ -82,7 +82,7 @@ def test_a_key_put_into_the_config_by_mistake_is_not_repeated(key):
         ("{kind: endpoint, base_url: 'http://h/v1'}", ["greedy", *["sample"] * 4, *["temperature"] * 4, *["top-p"] * 4]),
     ],
 )
-def test_the_default_decodings_are_the_papers_as_far_as_the_engine_can_draw_them(engine, pool, tmp_path):
+def test_the_default_decodings_are_those_of_the_paper_that_the_engine_supports(engine, pool, tmp_path):
     config = load(None, [f"sampler.engine={engine}"])
     assert [each.name for each in config.sampler.decodings for _ in range(each.n)] == pool
     (tmp_path / "config.yaml").write_text(config.to_yaml())

@@ -28,7 +28,7 @@ def endpoints(request, tmp_path):
 
 
 def flip(uri, place=-9):
-    """Change one byte of a file; return what it was."""
+    """Change one byte of a file; return the original bytes."""
     sound = storage.read_bytes(uri)
     damaged = bytearray(sound)
     damaged[place] ^= 1
@@ -36,7 +36,7 @@ def flip(uri, place=-9):
     return sound
 
 
-def test_a_copy_is_the_same_set_and_says_where_it_is_from(endpoints):
+def test_a_copy_is_the_same_set_and_records_its_source(endpoints):
     source, destination = endpoints
     manifest = publish(source)
     result = copying.copy_folder(source, destination)
@@ -50,7 +50,7 @@ def test_a_copy_is_the_same_set_and_says_where_it_is_from(endpoints):
     assert again["copied_files"] == 0 and again["files"] == len(manifest["files"])
 
 
-def test_a_flipped_byte_stops_the_copy_by_name_and_mended_it_goes_on_where_it_was(endpoints):
+def test_a_flipped_byte_stops_the_copy_and_the_copy_resumes_after_a_repair(endpoints):
     source, destination = endpoints
     manifest = publish(source)
     sound = flip(f"{source}/{SHARD}")
@@ -100,7 +100,7 @@ def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(name, tmp_pa
     assert not (tmp_path / "b").exists()
 
 
-def test_an_unfinished_source_and_a_missing_file_are_told(tmp_path):
+def test_an_unfinished_source_and_a_missing_file_are_errors(tmp_path):
     with pytest.raises(CappyError, match=r"SRC=.*/none has no readable _MANIFEST.json"):
         copying.copy_folder(f"{tmp_path}/none", f"{tmp_path}/b")
     publish(f"{tmp_path}/a")
@@ -122,7 +122,7 @@ def test_any_published_folder_can_be_copied(tmp_path, bucket):
 
 @pytest.fixture
 def flipping(bucket):
-    """A proxy for reading from the object store that flips a byte of a shard, once; yields its URL and what it flipped."""
+    """A proxy for reading from the object store that flips a byte of a shard, once; yields its URL and the list of flipped paths."""
     store = urlsplit(os.environ["AWS_ENDPOINT_URL"])
     flipped = []
 
@@ -154,7 +154,7 @@ def flipping(bucket):
     server.server_close()
 
 
-def test_a_byte_flipped_on_the_wire_is_noticed_and_read_again(bucket, tmp_path, flipping, monkeypatch):
+def test_a_byte_flipped_in_transfer_is_detected_and_the_file_is_read_again(bucket, tmp_path, flipping, monkeypatch):
     manifest = publish(f"{bucket}/a")
     url, flipped = flipping
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
@@ -163,7 +163,7 @@ def test_a_byte_flipped_on_the_wire_is_noticed_and_read_again(bucket, tmp_path, 
 
 
 @pytest.mark.slow
-def test_killed_midway_nothing_is_published_and_the_same_command_goes_on(tmp_path, bucket):
+def test_a_killed_copy_publishes_nothing_and_the_same_command_resumes(tmp_path, bucket):
     names = [f"part-{number:03d}" for number in range(120)]
     for name in names:
         storage.write_bytes(f"{tmp_path}/a/{name}", os.urandom(1_000_000))
@@ -177,12 +177,12 @@ def test_killed_midway_nothing_is_published_and_the_same_command_goes_on(tmp_pat
     there = storage.list_files(f"{bucket}/a")
     assert 10 <= len(there) < 120 and "_MANIFEST.json" not in there
     result = json.loads(cappy("push", f"{tmp_path}/a", f"{bucket}/a", "--json").stdout.splitlines()[-1])
-    # The store may still take what was on its way when the copy was killed: one file a thread.
+    # The store can still complete the uploads in progress when the copy was killed: one file per thread.
     assert 120 - len(there) - 8 <= result["copied_files"] <= 120 - len(there)
     assert artifacts.verify(f"{bucket}/a", artifacts.read_any_manifest(f"{bucket}/a", "a")) == []
 
 
-def test_the_verbs_copy_and_name_what_they_refuse(tmp_path, bucket):
+def test_push_and_pull_copy_and_refuse_a_remote_destination(tmp_path, bucket):
     publish(f"{tmp_path}/a")
     pushed = cappy("push", f"{tmp_path}/a", f"{bucket}/a")
     assert pushed.returncode == 0 and f"dataset {bucket}/a: 7 of 7 files copied" in pushed.stdout

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.cpu import lower_priority, openmp_environment
 
-# Says when a second thread runs; whoever closes its input ends it.
+# Prints a line when its second thread runs. It ends when its standard input is closed.
 _TWO_THREADS = "import sys, threading; threading.Thread(target=sys.stdin.read).start(); print('ready', flush=True)"
 
 
@@ -24,7 +24,7 @@ def niceness(process):
 
 
 @pytest.mark.parametrize("times", [1, 2, 5])
-def test_every_thread_gives_way_by_five_steps_down_to_the_last(process, times):
+def test_the_niceness_of_every_thread_rises_by_ten_steps_to_at_most_19(process, times):
     before, own = niceness(process), niceness(psutil.Process())
     assert len(before) == 2
     for _ in range(times):
@@ -33,7 +33,7 @@ def test_every_thread_gives_way_by_five_steps_down_to_the_last(process, times):
     assert niceness(psutil.Process()) == own
 
 
-def test_a_process_that_has_ended_is_passed_over(process):
+def test_a_process_that_has_ended_is_skipped(process):
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         gone = psutil.Process(ended.pid)
     before = niceness(process)
@@ -49,6 +49,6 @@ def test_a_process_that_has_ended_is_passed_over(process):
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
     ],
 )
-def test_threads_look_for_work_a_moment_unless_the_user_said_otherwise(before, after, monkeypatch):
+def test_openmp_waits_actively_for_1000_iterations_unless_the_user_set_a_variable(before, after, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(before))
     assert openmp_environment() == after == openmp_environment()

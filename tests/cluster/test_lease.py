@@ -18,7 +18,7 @@ def quick(monkeypatch):
 
 
 @both
-def test_while_one_run_lives_another_is_refused_and_afterwards_let_in(place):
+def test_a_second_run_is_refused_during_the_first_and_accepted_after_it(place):
     with (
         lease.hold(place, "dataset=x") as first,
         pytest.raises(CappyError, match=r"dataset=x: a run on .* is working there; wait for it, stop it"),
@@ -31,7 +31,7 @@ def test_while_one_run_lives_another_is_refused_and_afterwards_let_in(place):
         assert time.monotonic() - start < 1
 
 
-def test_a_killed_process_of_this_machine_is_succeeded_at_once(tmp_path):
+def test_the_lease_of_a_killed_process_of_this_machine_is_taken_without_a_wait(tmp_path):
     # The context manager is kept: collected as garbage, it would release the lease.
     take = f"from cluster import lease\nholder = lease.hold({str(tmp_path)!r}, 'x')\nholder.__enter__()\nimport os; os._exit(9)"
     assert subprocess.run([sys.executable, "-c", take]).returncode == 9
@@ -42,7 +42,7 @@ def test_a_killed_process_of_this_machine_is_succeeded_at_once(tmp_path):
         assert time.monotonic() - start < 1
 
 
-def test_a_silent_run_elsewhere_is_succeeded_after_a_while_and_learns_of_it(tmp_path, monkeypatch):
+def test_the_lease_of_a_silent_run_elsewhere_is_taken_after_the_timeout_and_lost_for_it(tmp_path, monkeypatch):
     with lease.hold(str(tmp_path), "x") as silent:
         monkeypatch.setattr(lease, "HEARTBEAT_S", 1000)
         time.sleep(0.3)
@@ -57,14 +57,14 @@ def test_a_silent_run_elsewhere_is_succeeded_after_a_while_and_learns_of_it(tmp_
 
 
 @both
-def test_of_two_at_the_same_moment_one_wins(place, monkeypatch):
-    monkeypatch.setattr(storage, "list_files", lambda uri: {})  # both saw nobody
+def test_one_of_two_concurrent_runs_gets_the_lease(place, monkeypatch):
+    monkeypatch.setattr(storage, "list_files", lambda uri: {})  # both find no lease
     with lease.hold(place, "x"), pytest.raises(CappyError, match="another run started there at the same moment"), lease.hold(place, "x"):
         raise AssertionError("two hold it")
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock in seconds that only the test advances."""
 
     def __init__(self):
         self.now = 1000.0
@@ -85,7 +85,7 @@ def files_of(place):
 
 
 @both
-def test_a_lease_is_lost_by_the_holders_own_clock_though_nobody_took_over(place, no_heartbeat):
+def test_a_lease_is_lost_by_the_clock_of_the_holder_without_a_takeover(place, no_heartbeat):
     clock = Clock()
     with lease.hold(place, "dataset=x", clock) as held:
         clock.now += 30
@@ -93,14 +93,14 @@ def test_a_lease_is_lost_by_the_holders_own_clock_though_nobody_took_over(place,
         taken = files_of(place)
         clock.now += 1
         with pytest.raises(LeaseLost, match=r"dataset=x: lease lost: no heartbeat for 31 s \(the limit is 30 s\)"):
-            held.check(look=False)
+            held.check(read_store=False)
         clock.now -= 31
         with pytest.raises(LeaseLost):  # once lost it stays lost
             held.check()
     assert files_of(place) == taken  # nor did the release write
 
 
-def test_a_heartbeat_counts_from_when_its_write_began(tmp_path, monkeypatch):
+def test_a_heartbeat_counts_from_the_start_of_its_write(tmp_path, monkeypatch):
     clock = Clock()
     with lease.hold(str(tmp_path), "x", clock) as held:
         monkeypatch.setattr(lease, "TIMEOUT_S", 30.0)
@@ -118,12 +118,12 @@ def test_a_lost_lease_never_writes_its_file_again(tmp_path, no_heartbeat):
         before = files_of(str(tmp_path))
         clock.now += 31
         with pytest.raises(LeaseLost):
-            held._write()  # what the heartbeat does
+            held._write()  # a heartbeat
         assert files_of(str(tmp_path)) == before
 
 
 @both
-def test_a_successor_is_noticed_before_any_heartbeat(place, no_heartbeat):
+def test_a_successor_is_detected_before_the_next_heartbeat(place, no_heartbeat):
     with lease.hold(place, "dataset=x") as held:
         storage.create_json(f"{place}/000002.json", {"run": "other"})
         with pytest.raises(LeaseLost, match="another run took over"):
@@ -134,7 +134,7 @@ def test_a_successor_is_noticed_before_any_heartbeat(place, no_heartbeat):
 
 @both
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "taken anew"])
-def test_a_successor_that_finished_and_left_no_trace_is_noticed(place, again, no_heartbeat):
+def test_a_successor_that_finished_and_removed_its_lease_is_detected(place, again, no_heartbeat):
     with lease.hold(place, "dataset=x") as held:
         storage.delete(place)
         if again:
@@ -155,7 +155,7 @@ def test_a_run_that_finished_leaves_no_lease(place):
     assert not storage.exists(place)
 
 
-def test_runs_have_names_of_their_own(tmp_path):
+def test_each_run_has_a_different_id(tmp_path):
     with lease.hold(str(tmp_path), "x") as first:
         pass
     with lease.hold(str(tmp_path), "x") as second:

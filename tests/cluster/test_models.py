@@ -23,7 +23,7 @@ def test_the_embedded_encoder_loads():
 
 
 @pytest.mark.slow
-def test_the_embedded_llm_loads_and_knows_paris():
+def test_the_embedded_llm_loads_and_answers_a_question():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = models.resolve("smollm2-135m-instruct", "sampler.model")
@@ -34,11 +34,11 @@ def test_the_embedded_llm_loads_and_knows_paris():
     assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
 
 
-def test_a_local_folder_is_taken_as_it_is(folder):
+def test_a_local_folder_is_used_directly(folder):
     assert models.resolve(str(folder), "scorer.encoder") == folder
 
 
-def test_an_s3_folder_is_copied_and_copied_again_once_it_changes(folder, bucket, tmp_path, monkeypatch):
+def test_an_s3_folder_is_copied_again_after_a_change(folder, bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("CAPPY_CACHE", str(tmp_path))
     storage.upload_folder(folder, f"{bucket}/model")
     first = models.resolve(f"{bucket}/model", "scorer.encoder")
@@ -58,12 +58,12 @@ def test_a_folder_without_weights_is_refused(call, folder, tmp_path):
 
 @pytest.mark.parametrize("call", [models.resolve, models.check_model])
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nor/this"])
-def test_a_path_that_is_not_there_is_refused(call, name):
+def test_a_missing_path_is_refused(call, name):
     with pytest.raises(UsageError, match="no such folder; give a folder with model weights, a hub name or one of smollm2-135m-instruct"):
         call(name, "sampler.model")
 
 
-def test_a_hub_name_that_cannot_be_fetched_says_what_else_works():
+def test_the_error_for_an_unreachable_hub_name_lists_the_alternatives():
     with pytest.raises(CappyError, match=r"sampler.model=nobody/nothing: the hub .*; give a local folder"):
         models.resolve("nobody/nothing", "sampler.model")
 

@@ -19,7 +19,7 @@ def test_a_free_port_can_be_listened_on_and_a_taken_one_is_named():
 
 @pytest.mark.parametrize(
     ("host", "message"),
-    [("no.such.host.invalid", "is no address; use 127.0.0.1"), ("192.0.2.99", "cannot be bound: Cannot assign requested address")],
+    [("no.such.host.invalid", "is not an address; use 127.0.0.1"), ("192.0.2.99", "cannot be bound: Cannot assign requested address")],
 )
 def test_a_host_that_is_not_this_machines_is_refused(host, message):
     with pytest.raises(UsageError, match=rf"^generate\.metrics_host={host} {message}"):

@@ -1,7 +1,7 @@
 from cluster.progress import Bar
 
 
-def test_a_line_has_rates_and_an_eta_only_once_there_is_a_pace(monkeypatch, capsys):
+def test_a_line_has_rates_and_an_eta_after_the_second_result(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     with Bar("sampling", 40, "rows") as bar:

@@ -6,7 +6,7 @@ from cluster.runtime import find_cappy_error, ray_session
 
 
 @pytest.mark.parametrize("kind", [CappyError, UsageError])
-def test_of_a_task_that_failed_the_one_line_is_shown_and_not_its_traceback(kind):
+def test_the_error_of_a_failed_task_is_one_line_without_a_traceback(kind):
     raised = RayTaskError("write", "Traceback (most recent call last):\n  deep inside", kind("x=1: too small; raise it"))
     for error in (raised, raised.as_instanceof_cause()):
         found = find_cappy_error(error)
@@ -15,7 +15,7 @@ def test_of_a_task_that_failed_the_one_line_is_shown_and_not_its_traceback(kind)
 
 
 @pytest.mark.slow
-def test_an_embedded_ray_is_its_own_though_another_cluster_runs_on_the_machine(monkeypatch, no_ray):
+def test_ray_in_this_process_does_not_join_another_cluster_on_the_machine(monkeypatch, no_ray):
     import ray
     from ray.cluster_utils import Cluster
 

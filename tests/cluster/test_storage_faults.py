@@ -1,4 +1,4 @@
-"""What object storage does to whole objects when the wire is bad: the same bytes, or a clear refusal."""
+"""Whole objects on a faulty network: they arrive unchanged, or the call raises a clear error."""
 
 import os
 
@@ -11,7 +11,7 @@ from tests.faults import KINDS, FaultyProxy
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_objects_arrive_whole_or_are_asked_for_again(kind, bucket, monkeypatch):
+def test_damaged_transfers_of_objects_are_repeated(kind, bucket, monkeypatch):
     objects = {f"{bucket}/o/{number}": os.urandom(20_000) for number in range(12)}
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], (kind,), rate=0.3, seed=3) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -21,7 +21,7 @@ def test_objects_arrive_whole_or_are_asked_for_again(kind, bucket, monkeypatch):
         assert proxy.spoiled[kind] >= 3
 
 
-def test_a_file_goes_up_and_down_whole(bucket, monkeypatch, tmp_path):
+def test_a_file_is_uploaded_and_downloaded_complete(bucket, monkeypatch, tmp_path):
     (tmp_path / "file").write_bytes(os.urandom(300_000))
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], KINDS, rate=0.3, seed=5) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -32,7 +32,7 @@ def test_a_file_goes_up_and_down_whole(bucket, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["unavailable", "reset", "lost_answer", "truncated"])
-def test_listing_and_deleting_ask_again(kind, bucket, monkeypatch):
+def test_listing_and_deleting_are_repeated(kind, bucket, monkeypatch):
     names = [f"d/{number:02d}" for number in range(6)]
     for name in [*names, "d2"]:
         storage.write_bytes(f"{bucket}/o/{name}", b"x")
@@ -47,7 +47,7 @@ def test_listing_and_deleting_ask_again(kind, bucket, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv", "rows.json"])
-def test_a_source_that_others_uploaded_is_read_whole_on_a_bad_wire(name, bucket, monkeypatch, tmp_path):
+def test_a_source_from_another_tool_is_read_complete_on_a_faulty_network(name, bucket, monkeypatch, tmp_path):
     import boto3
     import pandas
 
@@ -67,7 +67,7 @@ def test_a_source_that_others_uploaded_is_read_whole_on_a_bad_wire(name, bucket,
 
 
 @pytest.mark.parametrize("kind", ["unavailable", "reset", "lost_answer", "flipped_request"])
-def test_of_many_writers_of_one_file_exactly_one_wins_on_a_bad_wire(kind, bucket, monkeypatch):
+def test_exactly_one_of_many_writers_succeeds_on_a_faulty_network(kind, bucket, monkeypatch):
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], (kind,), rate=0.4, seed=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         for number in range(6):
@@ -76,7 +76,7 @@ def test_of_many_writers_of_one_file_exactly_one_wins_on_a_bad_wire(kind, bucket
         assert proxy.spoiled[kind] >= 3
 
 
-def test_a_store_that_never_answers_is_named_and_so_is_the_object(bucket, monkeypatch):
+def test_the_error_for_a_store_without_answers_names_store_and_object(bucket, monkeypatch):
     monkeypatch.setattr(s3, "_ATTEMPTS", 2)
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], ("unavailable",), rate=1.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -85,7 +85,7 @@ def test_a_store_that_never_answers_is_named_and_so_is_the_object(bucket, monkey
 
 
 @pytest.mark.parametrize("kind", ["unavailable", "reset", "lost_answer", "flipped_request"])
-def test_a_conditional_write_arrives_once_on_a_bad_wire(kind, bucket, monkeypatch, tmp_path):
+def test_a_conditional_write_succeeds_once_on_a_faulty_network(kind, bucket, monkeypatch, tmp_path):
     folder = folder_writer.FolderWriter(bucket, lambda: None)
     with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], (kind,), rate=0.3, seed=6) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)

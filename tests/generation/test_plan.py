@@ -2,7 +2,6 @@ import json
 
 import pytest
 
-from cappy import display
 from cluster import storage
 from cluster.config import DEMO_TASKS, load
 from cluster.errors import UsageError
@@ -11,17 +10,6 @@ from generation.cost_model import Count
 from tests.cappy.test_cli import error_line
 from tests.conftest import cappy
 from tests.generation.made_set import publish
-
-
-def test_durations_and_sizes_have_readable_units():
-    assert [display.duration(hours) for hours in (0.5 / 3600, 12 / 3600, 0.5, 7.25, 100)] == [
-        "0.5 s",
-        "12 s",
-        "30.0 min",
-        "7.2 h",
-        "4.2 days",
-    ]
-    assert [display.size(count) for count in (283_000, 1.4e6, 21e9, 2.5e12)] == ["283.0 kB", "1.4 MB", "21.0 GB", "2.5 TB"]
 
 
 def rows_file(folder, count=30):

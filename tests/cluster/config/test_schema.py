@@ -56,7 +56,7 @@ def test_a_shipped_file_names_the_schema_beside_it_and_satisfies_it(path, valida
         "nothing: 1",
     ],
 )
-def test_the_schema_accepts_what_the_config_accepts(text, validator):
+def test_the_schema_accepts_the_same_files_as_the_config(text, validator):
     tree = yaml.safe_load(text)
     try:
         Config.model_validate(tree)
