@@ -66,8 +66,8 @@ test-all: setup  ## all tests, also those marked `full`
 test-fast: setup  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m 'not slow and not full'
 
-check: setup  ## lint, types and the map of modules in CONTRIBUTING.md
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m tools.module_map --check
+check: setup  ## lint, types, plain English, and the map of modules in CONTRIBUTING.md
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m tools.prose && $(BIN)/python -m tools.module_map --check
 
 module-map: setup  ## write the map of modules in CONTRIBUTING.md again
 	@$(BIN)/python -m tools.module_map

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tools.module_map import ROOT
 
-
 # The tests may themselves run below a `make`, whose variables would change the output of this one.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
