@@ -51,7 +51,7 @@ def test_the_lease_of_a_silent_run_elsewhere_is_taken_after_the_timeout_and_lost
         with lease.hold(str(tmp_path), "x"):
             assert time.monotonic() - start >= 1
             monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
-            silent._live()
+            silent._send_heartbeats()
             with pytest.raises(LeaseLost, match=r"x: lease lost: "):
                 silent.check()
 
