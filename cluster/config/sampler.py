@@ -101,8 +101,9 @@ class VLLMConfig(Section):
     """Use CUDA graphs and torch.compile. null means yes on GPU and no on CPU. On CPU the start then takes up to a minute longer, for
     about 10 % more tokens per second."""
     share_prefill: bool | None = None
-    """Prefill the end of a prompt once for all its candidates (CPU only, `tensor_parallel` 1). The default (null) does so
-    with vLLM versions that it was tested with. With `true` it is used with every version, with `false` never. The candidates are the same in all cases."""
+    """Prefill the end of a prompt once for all its candidates (CPU only, `tensor_parallel` 1). The default
+    (null) does so with vLLM versions that it was tested with. With `true` it is used with every version, with `false` never.
+    The candidates are the same in all cases."""
 
     decides: ClassVar = ("kind", "dtype", "max_model_len")
     """The settings that change the candidates. A run can be resumed only with the same values."""
