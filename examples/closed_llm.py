@@ -63,7 +63,8 @@ with nullcontext(address) if address else local_server() as base_url:
     sampler = {"sampler.model": os.environ["OPENAI_MODEL"], "sampler.prompt.form": "chat", "sampler.engine": engine}
     config = cappy.load_config("examples/tiny.yaml", {"workspace": "runs/examples-closed", **sampler})
     made = cappy.generate(config)
-    print(f"set      {made['uri']}: {made['sources']['sampled']} sampled responses for ${made['cost']['dollars']:.4f}")
+    dollars = cappy.RegressionSet(made["uri"]).manifest["cost"]["dollars"]
+    print(f"set      {made['uri']}: {made['sources']['sampled']} sampled responses for ${dollars:.4f}")
     cappy.train(config)
 
     # Best-of-4: sample from the service, choose with the scorer.
