@@ -12,12 +12,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import httpx
 import openai
 
 import cappy
 from cluster import models, ports
+
+LOG = Path("runs/vllm.log")
 
 
 @contextmanager
@@ -29,12 +32,13 @@ def local_server() -> Iterator[str]:
     # The last two options avoid a crash of vLLM 0.32 on CPU with seeded requests.
     command += ["--enforce-eager", "--max-model-len=512", "--max-num-batched-tokens=2048", "--no-enable-chunked-prefill"]
     environment = {"VLLM_API_KEY": "local", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with open("vllm.log", "w") as log:  # noqa: PTH123
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("w") as log:
         server = subprocess.Popen(command, env={**environment, **os.environ}, stdout=log, stderr=log)
     try:
         while not answers(f"http://127.0.0.1:{port}/health"):
             if server.poll() is not None:
-                sys.exit("the vLLM server stopped while it started; see vllm.log")
+                sys.exit(f"the vLLM server stopped during its start; see {LOG}")
             time.sleep(1)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
