@@ -245,6 +245,10 @@ def test_serve_runs_an_exported_config_and_answers_with_the_scorer_of_each_task(
     port = ports.free_port()
     tree = exported(old, base_url=llm.url)
     tree["http_options"]["port"] = port
+    # The first answer waits until the scorer is loaded, which takes more than 30 s on a busy machine.
+    tree["applications"][0]["args"]["serving"]["scorer_timeout_s"] = 300.0
+    tree["applications"][0]["args"]["serving"]["timeout_s"] = 400.0
+    tree["http_options"]["request_timeout_s"] = 410.0
     file, log = tmp_path / "serve.yaml", tmp_path / "serve.log"
     file.write_text(yaml.safe_dump(tree))
     with log.open("w") as output:
@@ -253,7 +257,7 @@ def test_serve_runs_an_exported_config_and_answers_with_the_scorer_of_each_task(
             [str(Path(sys.executable).with_name("serve")), "run", "--app-dir", root, str(file)], stdout=output, stderr=output
         )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=420) as http:
             while not _answers(http):
                 assert server.poll() is None, log.read_text()[-3000:]
             assert {each["id"] for each in http.get("/v1/models").json()["data"]} >= {"cappy", "cappy+a", "cappy+b", "cappy-llm", "a", "b"}

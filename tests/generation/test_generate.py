@@ -152,7 +152,7 @@ def launch(overrides, log):
 
 
 def wait_for_units(place, driver, count=3):
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 540
     while len(storage.list_files(f"{place}/_staging/units")) < count:
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)

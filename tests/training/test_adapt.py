@@ -192,7 +192,7 @@ def _ended(config: Config, name: str) -> bool:
 
 def _meanwhile(config: Config, names: list[str], killed: list[int]) -> None:
     """Kill the worker of the first task, and send SIGTERM to this process once the task is finished after its restart."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 540
     while time.monotonic() < deadline and not killed:
         for process in _adapting():
             with suppress(psutil.NoSuchProcess):

@@ -236,14 +236,14 @@ def wait_for_step(process: subprocess.Popen[str], config: Config, step: int) -> 
 
 
 def wait_for(process: subprocess.Popen[str], config: Config, reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 540
     while not reached():
         assert process.poll() is None and time.monotonic() < deadline, Path(config.scorer_uri).with_name("log").read_text()
         time.sleep(0.05)
 
 
 def _terminate_me_after(config: Config, step: int) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 540
     while last_step(config) < step and time.monotonic() < deadline:
         time.sleep(0.05)
     if last_step(config) >= step:
