@@ -38,6 +38,7 @@ def show_plan(result: dict[str, Any], console: Console) -> None:
     tokens = totals["sampled_tokens"]
     lines = [
         ("left out", f"{result['dead_letters']:,} rows of the source that cannot be used"),
+        ("merged", f"{result['merged']:,} repeated rows"),
         ("instructions", f"{totals['instructions']:,}, {totals['sampled_instructions']:,} of them sampled"),
         ("pairs", f"{totals['pairs']:,}: " + ", ".join(f"{name} {count:,}" for name, count in totals["pairs_by_source"].items())),
         ("prompt tokens", f"{totals['prompt_tokens']:,}"),
@@ -51,6 +52,8 @@ def show_plan(result: dict[str, Any], console: Console) -> None:
             lines.append((f"time on {int(count):,} GPU{'s' if count != '1' else ''}", duration(wall) if wall is not None else "too few"))
     lines.append(("dollars", f"{result['dollars']['expected']:,.2f} expected, {result['dollars']['most']:,.2f} at most"))
     _print_pairs(lines, console)
+    for warning in result["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"))
     console.print()
     console.print("assumed")
     assumed = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -159,6 +162,8 @@ def _show_dataset(summary: dict[str, Any], console: Console) -> None:
     console.print(table)
     _show_datasets(summary["datasets"], console)
     _show_labels(summary, console)
+    if summary.get("merged"):
+        console.print(f"{summary['merged']:,} repeated rows of the source were merged")
     if summary["dead_letters"]:
         console.print(
             Text(f"{summary['dead_letters']:,} rows left out, with their reasons: {summary['uri']}/{_DEAD_LETTERS}", style="yellow")

@@ -170,7 +170,7 @@ SHA-256; `cappy inspect` verifies them.
 - prompt: {prompt["form"]} form, {prompt["shots"]} shots{", with a system message" if prompt["system"] else ""}
 - labels: {_metric_name(metric)} ({metric["mode"]} mode, version {metric["version"]})
 - seed: {config["seed"]}
-{_made_from_line(manifest)}
+{_merged_line(summary)}{_unseen_line(summary, metric)}{_made_from_line(manifest)}
 {decodings}
 
 ## Instructions by dataset
@@ -260,6 +260,21 @@ def _find_sources(tree: Any) -> list[Mapping[str, Any]]:
         return []
     below = [leaf for each in tree.values() for leaf in _find_sources(each)]
     return below or ([tree] if "kind" in tree else [])
+
+
+def _merged_line(summary: Mapping[str, Any]) -> str:
+    merged = summary.get("merged", 0)
+    return f"- {merged:,} repeated rows of the source were merged; their references are united\n" if merged else ""
+
+
+def _unseen_line(summary: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+    unseen = summary.get("unseen_references", 0)
+    if not unseen or metric["mode"] != "paper":
+        return ""
+    return (
+        f"- **labels too low**: {unseen:,} instructions have references that {_metric_name(metric)} in paper mode cannot see, because it\n"
+        f"  reads Latin letters and digits only; `cappy annotate` with `generate.label.mode=unicode` computes their labels again\n"
+    )
 
 
 def _made_from_line(manifest: Mapping[str, Any]) -> str:

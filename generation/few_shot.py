@@ -1,27 +1,32 @@
 """Prepare instruction rows: select their few-shot examples (shots) and their mismatched references. Imports no Ray.
 
-A source is read twice, streaming: first for the pools, from which shots and mismatched references are drawn, then for the
-rows. Mixtures that sample their parts are read one more time before, to count the rows. A row that cannot be used becomes a
-dead letter with its location and the reason; it raises no exception. Each draw depends only on the seed of the run and the
-id of the row. Memory holds the pools, which are bounded, and 8 bytes per validation row.
+The rows of a source are read and merged (`sources.merge`), then passed twice: first for the pools, from which shots and mismatched
+references are drawn, then for the rows. A row that cannot be used becomes a dead letter with its location and the reason; it
+raises no exception. Each draw depends only on the seed of the run and the id of the row. Memory holds the pools, which are
+bounded, and 8 bytes per validation row.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import Config, FilesSource
+from generation import labels
+from generation.mismatched import draw_mismatched
 from generation.sources import files, split
 from generation.sources.decontaminate import NgramIndex
+from generation.sources.merge import merge_rows
 from generation.sources.reader import read_rows, row_reader
 from generation.sources.row import DeadLetter, Instruction, dead_letter
 from generation.tfidf import TfidfIndex
 
 POOL_ROWS = 256
 """Maximum number of train rows in the pool of one (dataset, template)."""
+_BLOCK_ROWS = 256
 
 
 class Pools:
@@ -102,19 +107,43 @@ class Pools:
         return list(nearest.values())[::-1]
 
 
-def prepare_rows(config: Config, evaluation: NgramIndex | None = None) -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
-    """Yield `(split, row)` for every usable instruction and a `DeadLetter` for every other, in the order of the source.
+@dataclass
+class PreparationCounts:
+    """Counts of the rows that `prepare_rows` has yielded; complete after its last row."""
 
-    A row has the columns of `schema.PREPARED`, and `part`. Train rows that overlap `evaluation` are left out and counted in
-    it; None means the files of `config.decontaminate`. A train row whose instruction is also in the validation split becomes
-    a dead letter, so no instruction is in both splits. Raises `UsageError` or `CappyError` if the source cannot be read.
+    merged: int = 0
+    """Rows of the source that were merged into an earlier, equal row."""
+    sampled: int = 0
+    """Rows to sample: rows without answer choices."""
+    split_by_hash: int = 0
+    """Rows whose split was chosen by a hash."""
+    unseen_references: int = 0
+    """Rows to sample with a reference that the label metric cannot see."""
+
+    def add(self, row: Instruction, config: Config) -> None:
+        """Count a prepared row."""
+        self.split_by_hash += row.split_by_hash
+        if row.answer_choices is None:
+            self.sampled += 1
+            self.unseen_references += any(labels.has_unseen_words(text, config.generate.label) for text in row.references)
+
+
+def prepare_rows(
+    config: Config, evaluation: NgramIndex | None = None, counts: PreparationCounts | None = None
+) -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
+    """Yield `(split, row)` for every usable instruction and a `DeadLetter` for every other; the rows are in the order of the source.
+
+    A row has the columns of `schema.PREPARED`, and `part`. Repeated rows are merged. Train rows that overlap `evaluation` are
+    left out and counted in it; None means the files of `config.decontaminate`. A train row whose instruction is also in the
+    validation split becomes a dead letter, so no instruction is in both splits. Raises `UsageError` or `CappyError` if the
+    source cannot be read.
     """
     evaluation = evaluation or load_contamination(config)
+    counts = counts or PreparationCounts()
     held_out = split.HeldOutTexts()
-    rows = row_reader(config.source, config.seed)
 
     def with_held_out_recorded() -> Iterator[Instruction | DeadLetter]:
-        for row in rows():
+        for row in rows:
             if isinstance(row, Instruction) and row.split == "validation":
                 held_out.add(row.instruction)
             yield row
@@ -122,16 +151,24 @@ def prepare_rows(config: Config, evaluation: NgramIndex | None = None) -> Iterat
     def is_excluded(row: Instruction) -> bool:
         return row.instruction in held_out or evaluation.find_overlap(row.instruction) is not None
 
-    pools = Pools(with_held_out_recorded(), config.seed, is_excluded)
-    for each in rows():
-        if isinstance(each, DeadLetter):
-            yield each
-        elif each.split == "train" and each.instruction in held_out:
-            yield dead_letter(
-                each.id, "the same instruction is in the validation split", {"dataset": each.dataset, "instruction": each.instruction}
-            )
-        elif each.split == "validation" or not evaluation.check_row(each):
-            yield each.split, prepare_row(each, pools, config)
+    with merge_rows(row_reader(config.source, config.seed)()) as rows:
+        counts.merged = rows.merged
+        pools = Pools(with_held_out_recorded(), config.seed, is_excluded)
+        block: list[Instruction] = []
+        for each in rows:
+            if isinstance(each, DeadLetter):
+                yield each
+            elif each.split == "train" and each.instruction in held_out:
+                yield dead_letter(
+                    each.id, "the same instruction is in the validation split", {"dataset": each.dataset, "instruction": each.instruction}
+                )
+            elif each.split == "validation" or not evaluation.check_row(each):
+                counts.add(each, config)
+                block.append(each)
+                if len(block) == _BLOCK_ROWS:
+                    yield from _prepare_block(block, pools, config)
+                    block = []
+        yield from _prepare_block(block, pools, config)
 
 
 def load_contamination(config: Config) -> NgramIndex:
@@ -140,37 +177,26 @@ def load_contamination(config: Config) -> NgramIndex:
     return NgramIndex([(uri, read_rows(FilesSource(path=uri), config.seed)) for uri in uris], config.decontaminate.n)
 
 
-def prepare_row(row: Instruction, pools: Pools, config: Config) -> dict[str, Any]:
-    """Return a row with its shots and mismatched references (the columns of `schema.PREPARED`, and `part`)."""
-    draw = random.Random(f"{config.seed}:{row.id}")
-    mismatched: list[str] = []
-    # The wrong answers of a classification row are its other choices (paper, section 3.1); only other rows need them drawn.
-    if row.answer_choices is None:
-        for pool, each in ((pools.dataset(row), config.generate.mismatched), (pools.template(row), config.generate.hard_mismatched)):
-            mismatched += _draw_references(pool, each * len(row.references), {*row.references, *mismatched}, draw)
-    prompt = config.sampler.prompt
-    return {
-        "id": row.id,
-        "dataset": row.dataset,
-        "template": row.template,
-        "instruction": row.instruction,
-        "references": list(row.references),
-        "answer_choices": list(row.answer_choices) if row.answer_choices is not None else None,
-        "shots": [
-            {"instruction": shot.instruction, "response": shot.references[0]} for shot in pools.shots(row, prompt.shots, prompt.shots_by)
-        ],
-        "mismatched": mismatched,
-        "part": row.part,
-    }
+def _prepare_block(rows: Sequence[Instruction], pools: Pools, config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the splits and rows of a block with their shots and mismatched references (the columns of `schema.PREPARED`, and `part`)."""
+    generate, prompt = config.generate, config.sampler.prompt
 
+    def sources_of(row: Instruction) -> list[tuple[list[Instruction], int]]:
+        return [(pools.dataset(row), generate.mismatched), (pools.template(row), generate.hard_mismatched)]
 
-def _draw_references(pool: list[Instruction], count: int, known: set[str], draw: random.Random) -> list[str]:
-    """Draw up to `count` distinct references from a pool, none of which is in `known`; at most 4 draws per reference."""
-    found: list[str] = []
-    for _ in range(4 * count if pool else 0):
-        text = draw.choice(draw.choice(pool).references)
-        if text not in known and text not in found:
-            found.append(text)
-            if len(found) == count:
-                break
-    return found
+    for row, mismatched in zip(rows, draw_mismatched(rows, sources_of, config), strict=True):
+        shots = pools.shots(row, prompt.shots, prompt.shots_by)
+        yield (
+            row.split,
+            {
+                "id": row.id,
+                "dataset": row.dataset,
+                "template": row.template,
+                "instruction": row.instruction,
+                "references": list(row.references),
+                "answer_choices": list(row.answer_choices) if row.answer_choices is not None else None,
+                "shots": [{"instruction": shot.instruction, "response": shot.references[0]} for shot in shots],
+                "mismatched": mismatched,
+                "part": row.part,
+            },
+        )

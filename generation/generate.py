@@ -15,13 +15,10 @@ units in progress are finished.
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
-
-import pyarrow as pa
+from typing import Any
 
 from cluster import artifacts, folder_writer, lease, storage
 from cluster.config import Config, differences, fingerprint
@@ -29,13 +26,12 @@ from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Lease, LeaseLost
 from cluster.progress import Bar, log
 from cluster.runtime import on_sigterm, ray_session
-from generation import dataset, dataset_card, engines, few_shot, labels, prometheus, shards, units
+from generation import dataset, dataset_card, engines, labels, prepared_units, prometheus, shards, units
+from generation.prepared_units import PreparedUnits
 from generation.prometheus import GenerateMetrics
-from generation.sampler import LoadLLM
-from generation.schema import DATASET, PREPARED, SPLITS
+from generation.sampler import LoadLLM, NoLLM
+from generation.schema import DATASET, SPLITS
 from generation.shards import MergedShard
-from generation.sources import reader
-from generation.sources.row import DeadLetter
 
 # Minimum number of rows before the share of dead letters is checked during sampling; fewer rows are too few to judge a run.
 _ERROR_RATE_ROWS = 200
@@ -43,19 +39,6 @@ _ERROR_RATE_ROWS = 200
 _BLOCKS = 1000
 _LEASE = "_lease"
 _OWNED = artifacts.OwnedFiles("dataset", "generate", dataset.WORKING_FILES, r"_staging/(units|letters)/.+", dataset.RESULT_FILES)
-
-
-class PreparedUnits(TypedDict):
-    """The counts of the prepared units; `_staging/prepared.json` has them as JSON."""
-
-    units: dict[str, int]
-    """Number of units, by split."""
-    counts: dict[str, int]
-    """Number of instructions, by split."""
-    rows: int
-    """Number of instructions of all splits."""
-    dead_letters: int
-    """Number of rows of the source that cannot be used."""
 
 
 def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = engines.load_engine) -> dict[str, Any]:
@@ -79,7 +62,8 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
         staging = storage.join(uri, "_staging")
         run_lease.check()
         _claim_destination(staging, config)
-        prepared = _prepare(staging, config, run_lease)
+        prepared = prepared_units.prepare(staging, config, run_lease)
+        prepared_units.warn_about_labels(prepared, config)
         stages = {"reading": time.monotonic() - start}
         try:
             with ray_session():
@@ -87,7 +71,7 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
                 stages["sampling"] = time.monotonic() - start - sum(stages.values())
                 merged = _merge(uri, staging, prepared, config, run_lease)
                 stages["merging"] = time.monotonic() - start - sum(stages.values())
-            summary = _publish(uri, staging, merged, rates, config, stages, run_lease)
+            summary = _publish(uri, staging, prepared, merged, rates, config, stages, run_lease)
         except LeaseLost:
             shards.remove_own(uri, run_lease.run)
             raise
@@ -125,78 +109,15 @@ def _claim_destination(staging: str, config: Config) -> None:
         )
 
 
-def _prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
-    """Write the prepared units, unless an earlier attempt wrote them; return their counts."""
-    record = storage.join(staging, "prepared.json")
-    if storage.exists(record):
-        found: PreparedUnits = storage.read_json(record)
-        return found
-    pending: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    numbers = dict.fromkeys(SPLITS, 0)
-    counts = dict.fromkeys(SPLITS, 0)
-    failed = 0
-
-    def flush(split: str) -> None:
-        run_lease.check(read_store=False)
-        units.write_unit(
-            units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(pending[split], PREPARED)
-        )
-        numbers[split] += 1
-        counts[split] += len(pending[split])
-        bar.advance(len(pending[split]), note=f"{failed} dead letters" if failed else "")
-        pending[split].clear()
-
-    with _dead_letter_file() as letters, Bar(f"reading {describe_source(config)}", None, "instructions") as bar:
-        evaluation = few_shot.load_contamination(config)
-        for each in few_shot.prepare_rows(config, evaluation):
-            if isinstance(each, DeadLetter):
-                letters.write(each.to_json() + "\n")
-                failed += 1
-                continue
-            split, row = each
-            pending[split].append(row)
-            if len(pending[split]) == config.generate.unit_rows:
-                flush(split)
-        for split in SPLITS:
-            if pending[split]:
-                flush(split)
-        letters.flush()
-        run_lease.check()
-        storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
-    _check_error_rate(failed, failed + sum(counts.values()), config)
-    storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
-    result: PreparedUnits = {"units": numbers, "counts": counts, "rows": sum(counts.values()), "dead_letters": failed}
-    run_lease.check()
-    storage.write_json(record, dict(result))
-    return result
-
-
-def _dead_letter_file() -> Any:
-    """Open a local file that collects dead letters before the upload, because memory may not suffice for them."""
-    return tempfile.NamedTemporaryFile("w+", prefix="cappy-dead-letters-", suffix=".jsonl", encoding="utf-8")
-
-
-def describe_source(config: Config) -> str:
-    """Return a phrase that names the source of the instructions, for progress lines."""
-    source = config.source
-    if source.kind == "mixture":
-        return f"a mixture of {len(source.parts)} sources"
-    return f"BIG-bench ({', '.join(source.tasks)})" if source.kind == "bigbench" else reader.part_name(source)
-
-
-def _unit_names(prepared: PreparedUnits) -> list[str]:
-    return [f"{split}-{number:06d}" for split in SPLITS for number in range(prepared["units"][split])]
-
-
 def _sample(
     staging: str, prepared: PreparedUnits, config: Config, load: LoadLLM, run_lease: Lease, progress: GenerateMetrics
 ) -> dict[str, Any]:
     """Sample and label every unit that is not finished; return the rates of this attempt, empty if all were finished."""
-    names = _unit_names(prepared)
+    names = prepared_units.unit_names(prepared)
     finished = {name.removesuffix(".parquet") for name in storage.list_files(storage.join(staging, "units"))}
     pending = [name for name in names if name not in finished]
     total = prepared["rows"]
-    done = total - _count_rows(pending, prepared, config.generate.unit_rows)
+    done = total - prepared_units.count_rows(pending, prepared, config.generate.unit_rows)
     progress.start(total, done)
     if finished:
         log(f"{len(finished)} of {len(names)} units are finished already; resuming")
@@ -205,7 +126,11 @@ def _sample(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    log(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
+    if prepared.get("sampled_rows") == 0:
+        load = NoLLM
+        log("no LLM is started: every row has answer_choices, which are its candidates")
+    else:
+        log(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
     ceiling = engines.cost_limit(config.sampler)
     spent = units.dollars_spent(staging, sorted(finished)) if ceiling is not None else 0.0
     # On the node of the driver: if the gate were on a worker node, the loss of that node would end the run.
@@ -222,7 +147,7 @@ def _sample(
             note = "  ".join([f"{failed} dead letters"] * bool(failed) + [f"${spent:,.4f}"] * bool(spent))
             bar.advance(result["rows"], note=note, candidates=result["candidates"], tokens=result["tokens"])
             if bar.done - done >= _ERROR_RATE_ROWS:
-                _check_error_rate(failed, bar.done - done, config)
+                prepared_units.check_error_rate(failed, bar.done - done, config)
         state = f"{bar.done:,} of {total:,} instructions are finished and saved"
         if stop_requested.is_set():
             raise Stopped(f"stopped on SIGTERM; {state}; run the same command again to resume")
@@ -249,17 +174,8 @@ def build_plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
-        **engines.actor_resources(config.sampler, ray.cluster_resources().get("GPU", 0)),
+        **engines.actor_resources(config.sampler, 0 if load is NoLLM else ray.cluster_resources().get("GPU", 0)),
     )
-
-
-def _check_error_rate(letters: int, rows: int, config: Config) -> None:
-    """Raise `CappyError` if the share of dead letters exceeds `generate.max_error_rate`."""
-    if rows and letters / rows > config.generate.max_error_rate:
-        raise CappyError(
-            f"{letters} of {rows} rows failed, above generate.max_error_rate={config.generate.max_error_rate}; "
-            f"the reasons are in {config.dataset_uri}/_staging; fix the source or raise the rate"
-        )
 
 
 def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, run_lease: Lease) -> dict[str, MergedShard]:
@@ -272,7 +188,7 @@ def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, run_
     tasks: dict[Any, str] = {}
     for split in SPLITS:
         # The names come from the prepared units: a unit that is missing in the listing must be an error.
-        of_split = {name: sizes.get(f"{name}.parquet", 0) for name in _unit_names(prepared) if name.startswith(f"{split}-")}
+        of_split = {name: sizes.get(f"{name}.parquet", 0) for name in prepared_units.unit_names(prepared) if name.startswith(f"{split}-")}
         for number, names in enumerate(shards.group_by_size(of_split, config.generate.shard_mib << 20)):
             name = shards.shard_path(split, number, run_lease.run)
             target = storage.join(uri, name)
@@ -289,13 +205,14 @@ def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, run_
     if rows != prepared["rows"]:
         raise CappyError(f"{uri}: {prepared['rows']} instructions were prepared, but the units have {rows}; run again with --overwrite")
     not_sampled = sum(shard["letters"] for shard in merged.values())
-    _check_error_rate(prepared["dead_letters"] + not_sampled, prepared["dead_letters"] + prepared["rows"], config)
+    prepared_units.check_error_rate(prepared["dead_letters"] + not_sampled, prepared["dead_letters"] + prepared["rows"], config)
     return dict(sorted(merged.items()))
 
 
 def _publish(
     uri: str,
     staging: str,
+    prepared: PreparedUnits,
     merged: dict[str, MergedShard],
     rates: dict[str, Any],
     config: Config,
@@ -317,7 +234,7 @@ def _publish(
         raise CappyError(f"{uri}: every row failed, so nothing is published; the reasons are in {staging}; fix the source or sampler.*")
     dead_letters = 0
     folder = folder_writer.FolderWriter(uri, run_lease.check)
-    with _dead_letter_file() as letters:
+    with prepared_units.dead_letter_file() as letters:
         for place in [
             storage.join(staging, "prepared", "dead_letters.jsonl"),
             *(shards.dead_letters_uri(staging, name) for name in merged),
@@ -332,7 +249,8 @@ def _publish(
     files["decontamination.json"] = folder.write_json("decontamination.json", overlap)
     files |= {name: shard["entry"] for name, shard in merged.items()}
     left_out = {"dead_letters": dead_letters, "decontaminated": overlap["train_rows_left_out"]}
-    summary = {"uri": uri, **total, "splits": counts, **left_out, "seconds": round(sum(stages.values()), 1)}
+    found = {"merged": prepared.get("merged", 0), "unseen_references": prepared.get("unseen_references", 0)}
+    summary = {"uri": uri, **total, "splits": counts, **left_out, **found, "seconds": round(sum(stages.values()), 1)}
 
     def describe(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:
         manifest = dataset_card.write_card(uri, manifest, run_lease.check)
@@ -358,13 +276,3 @@ def _publish(
     )
     artifacts.cleanup(staging, run_lease.check)
     return summary
-
-
-def _count_rows(units: Sequence[str], prepared: PreparedUnits, size: int) -> int:
-    """Return the number of instructions in `units`: each has `size`, except the last unit of each split."""
-    last = {
-        f"{split}-{number - 1:06d}": prepared["counts"][split] - (number - 1) * size
-        for split, number in prepared["units"].items()
-        if number
-    }
-    return sum(last.get(unit, size) for unit in units)

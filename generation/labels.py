@@ -106,6 +106,26 @@ def compute_labels(responses: pa.ListArray, references: pa.ListArray, config: La
     return metric.labels(responses, references, config.mode) if metric.by_words else metric.labels(responses, references)
 
 
+def are_right(texts: Sequence[str], references: Sequence[Sequence[str]], config: LabelConfig) -> list[bool]:
+    """Return whether each text can be a right answer to its references: the metric, or the words of every script, give it 1.
+
+    Words of every script (Rouge-L in `unicode` mode) have no case, punctuation or Unicode form.
+    """
+    if not texts:
+        return []
+    columns = pa.array([[text] for text in texts], TEXTS), pa.array(references, TEXTS)
+    best = np.maximum(compute_labels(*columns, config), rouge_l_batch(*columns, mode="unicode"))
+    return [value > 1 - 1e-9 for value in best.tolist()]
+
+
+def has_unseen_words(text: str, config: LabelConfig) -> bool:
+    """Return whether the metric cannot see most of a text: in `paper` mode, words of scripts other than Latin, and symbols."""
+    if config.mode != "paper" or not METRICS[config.metric].by_words:
+        return False
+    seen = sum(character.isascii() and character.isalnum() for character in text)
+    return 2 * seen < sum(map(str.isalnum, text)) or not seen
+
+
 def warm_up(config: LabelConfig) -> None:
     """Compile the metric of a config, or load its compiled code, before the first labels are computed."""
     text = pa.array([["a"]], TEXTS)

@@ -1,6 +1,6 @@
 """`cappy plan`: count the source of a config, find the rates, and estimate the run with `generation.cost_model`.
 
-Reads the source once, streaming; memory holds only counts per dataset. Tokens are counted for a sample of the rows. Reads a
+Reads the source once and merges its repeated rows; memory holds counts per dataset. Tokens are counted for a sample of the rows. Reads a
 tokenizer, a published set or a benchmark result where the config has them. Writes no files, imports no Ray, loads no LLM.
 """
 
@@ -13,15 +13,18 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster import artifacts, models, storage
 from cluster.config import Config
 from cluster.errors import CappyError, UsageError
 from cluster.progress import log
-from generation import cost_model, prompts
+from generation import cost_model, prepared_units, prompts
 from generation.cost_model import Count, Rates
+from generation.few_shot import PreparationCounts
+from generation.schema import SPLITS
 from generation.sources import reader
+from generation.sources.merge import merge_rows
 from generation.sources.row import DeadLetter, Instruction
 
 CountTokens = Callable[[Sequence[str]], list[int]]
@@ -31,18 +34,38 @@ _LOG_INTERVAL_S = 10.0
 
 
 def run_plan(config: Config) -> dict[str, Any]:
-    """Return the plan of a config: the result of `cost_model.estimate_plan`, and `dead_letters`, the number of unusable rows.
+    """Return the plan of a config: the result of `cost_model.estimate_plan`, and counts of the source.
 
-    Raises `UsageError` or `CappyError` if the source or `plan.rates_from` cannot be read.
+    `dead_letters` are unusable rows, `merged` are repeated rows. `warnings` are sentences about problems of the source that the
+    run would have. Raises `UsageError` or `CappyError` if the source or `plan.rates_from` cannot be read.
     """
     rates = find_rates(config)
     prompt_tokens, text_tokens, tokens_from = _token_counters(config)
-    counts, letters = count_source(config, prompt_tokens, text_tokens)
-    return {**cost_model.estimate_plan(counts, config, rates, tokens_from), "dead_letters": letters}
+    source = count_source(config, prompt_tokens, text_tokens)
+    plan = cost_model.estimate_plan(source.counts, config, rates, tokens_from)
+    unseen, sampled = source.found.unseen_references, source.found.sampled
+    warnings = [prepared_units.describe_unseen(unseen, sampled, config.generate.label.metric)] if unseen else []
+    splits = {split: sum(getattr(count, split) for count in source.counts.values()) for split in SPLITS}
+    try:
+        prepared_units.check_splits(splits, source.found, 0, config)
+    except UsageError as error:
+        warnings.append(f"`cappy generate` would stop: {error}")
+    return {**plan, "dead_letters": source.dead_letters, "merged": source.found.merged, "warnings": warnings}
 
 
-def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountTokens) -> tuple[dict[str, Count], int]:
-    """Return a `Count` for each dataset (or part of a mixture), and the number of unusable rows.
+class SourceCounts(NamedTuple):
+    """The counts of a source."""
+
+    counts: dict[str, Count]
+    """A `Count` for each dataset (or part of a mixture)."""
+    dead_letters: int
+    """Number of unusable rows."""
+    found: PreparationCounts
+    """The counts of repeated rows, rows to sample and their references."""
+
+
+def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountTokens) -> SourceCounts:
+    """Count the rows of the source of a config, without repeated rows.
 
     Tokens are counted for the first `plan.sample_rows` sampled rows of each; the tokens of the others are estimated from
     their bytes.
@@ -52,22 +75,26 @@ def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountT
         prompt_tokens: Returns the number of tokens of the prompt of each instruction.
         text_tokens: Returns the number of tokens of each plain text.
     """
-    found: dict[str, _DatasetCounter] = {}
+    counters: dict[str, _DatasetCounter] = {}
+    found = PreparationCounts()
     letters = rows = 0
     start = last_log = time.monotonic()
-    for row in reader.read_rows(config.source, config.seed):
-        if isinstance(row, DeadLetter):
-            letters += 1
-            continue
-        name = row.part if config.source.kind == "mixture" else row.dataset
-        if name not in found:
-            found[name] = _DatasetCounter(config.plan.sample_rows, prompt_tokens, text_tokens)
-        found[name].add(row)
-        rows += 1
-        if rows % 1000 == 0 and time.monotonic() - last_log >= _LOG_INTERVAL_S:
-            last_log = time.monotonic()
-            log(f"counting: {rows:,} rows  {rows / (last_log - start):,.0f} rows/s")
-    return {name: each.result() for name, each in sorted(found.items())}, letters
+    with merge_rows(reader.read_rows(config.source, config.seed)) as unique:
+        found.merged = unique.merged
+        for row in unique:
+            if isinstance(row, DeadLetter):
+                letters += 1
+                continue
+            name = row.part if config.source.kind == "mixture" else row.dataset
+            if name not in counters:
+                counters[name] = _DatasetCounter(config.plan.sample_rows, prompt_tokens, text_tokens)
+            counters[name].add(row)
+            found.add(row, config)
+            rows += 1
+            if rows % 1000 == 0 and time.monotonic() - last_log >= _LOG_INTERVAL_S:
+                last_log = time.monotonic()
+                log(f"counting: {rows:,} rows  {rows / (last_log - start):,.0f} rows/s")
+    return SourceCounts({name: each.result() for name, each in sorted(counters.items())}, letters, found)
 
 
 class _DatasetCounter:

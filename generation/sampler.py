@@ -7,6 +7,7 @@ the engine busy during the last tokens of a unit.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -34,6 +35,27 @@ SAMPLED = pa.list_(
 
 
 LoadLLM = Callable[[SamplerConfig], LLM]
+
+
+class NoLLM:
+    """The LLM of a run without rows to sample: a source of classification rows only. It loads nothing."""
+
+    dead = False
+
+    def __init__(self, config: SamplerConfig) -> None:
+        self._config = config
+
+    def encode(self, turns: Sequence[prompts.Message], form: str, room: int) -> Any:
+        raise CappyError(f"sampler.model={self._config.model} was not loaded, because no row is sampled")
+
+    async def sample(self, prompt: Any, decoding: DecodingConfig, seed: int | None, request_id: str) -> list[Candidate]:
+        raise CappyError(f"sampler.model={self._config.model} was not loaded, because no row is sampled")
+
+    def max_cost(self, prompt: Any, decoding: DecodingConfig) -> float:
+        return 0.0
+
+    def pop_cost(self, request_id: str) -> float:
+        return 0.0
 
 
 class Sampler:
@@ -115,6 +137,13 @@ class Sampler:
         seed = contract.request_seed(self.seed, row_id, decoding.name)
         request_id = f"{row_id}-{contract.request_identity(self.config.model, turns, decoding, seed)}"
         try:
-            return await self.llm.sample(prompt, decoding, seed, request_id), None, self.llm.pop_cost(request_id)
+            found = await self.llm.sample(prompt, decoding, seed, request_id)
+            return [_without_undefined_logprob(candidate) for candidate in found], None, self.llm.pop_cost(request_id)
         except Exception as error:
             return [], error, self.llm.pop_cost(request_id)
+
+
+def _without_undefined_logprob(candidate: Candidate) -> Candidate:
+    """Return a candidate whose log-probability is None if it is NaN or infinite, so that sums and JSON stay defined."""
+    logprob = candidate["logprob"]
+    return candidate if logprob is None or math.isfinite(logprob) else {**candidate, "logprob": None}

@@ -1,6 +1,7 @@
 """Read an instruction source: checked rows in order, with limits, splits and mixtures applied. Imports no Ray.
 
 Rows are streamed. A row that cannot be used becomes a dead letter with its location and the reason; it raises no exception.
+Files and hub datasets are read one more time before, to find the texts that do not distinguish their rows (`split.SharedTexts`).
 The t0 policy reads its sources one more time to count their rows, and so does the weights policy.
 """
 
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from cluster.config import BigBenchSource, FilesSource, HubSource, MixtureSource, RowsSource, Source
@@ -91,23 +92,14 @@ def _bigbench_rows(source: BigBenchSource, seed: int) -> Iterator[Instruction]:
 
 
 def _file_or_hub_rows(source: FilesSource | HubSource, seed: int) -> Iterator[Instruction | DeadLetter]:
-    name, renderer = None, None
-    if source.templates is not None:
-        name, templates = promptsource.load_templates(source.templates)
-        renderer = promptsource.TemplateRenderer(templates, seed)
+    shared = _find_shared_texts(source, seed)
     first: DeadLetter | None = None
     usable = False
-    for default, raws in _raw_rows(source):
-        if renderer is not None:
-            converted = chain.from_iterable(renderer.render_rows(where, raw) for where, raw in raws)
-        else:
-            merged = formats.merge_choices(raws) if source.format in ("auto", "p3") else raws
-            converted = chain.from_iterable(formats.convert_row(where, raw, source.format) for where, raw in merged)
-        for where, row in converted:
-            parsed = row if isinstance(row, DeadLetter) else parse_row(row, where, name or default, source)
-            usable |= isinstance(parsed, Instruction)
-            first = first or (parsed if isinstance(parsed, DeadLetter) else None)
-            yield parsed
+    for where, row, name in _converted_rows(source, seed):
+        parsed = row if isinstance(row, DeadLetter) else parse_row(row, where, name, source, shared)
+        usable |= isinstance(parsed, Instruction)
+        first = first or (parsed if isinstance(parsed, DeadLetter) else None)
+        yield parsed
     if not usable:
         setting = f"source.path={source.path}" if isinstance(source, FilesSource) else f"source.name={source.name}"
         raise UsageError(
@@ -115,6 +107,38 @@ def _file_or_hub_rows(source: FilesSource | HubSource, seed: int) -> Iterator[In
             f'e.g. {{"instruction": "...", "references": ["..."]}}, or the columns of another source.format'
             + (f"; the first error: {first.reason} at {first.where}" if first else "; the source has no rows")
         )
+
+
+def _find_shared_texts(source: FilesSource | HubSource, seed: int) -> split.SharedTexts:
+    """Read the rows within `source.limit` whose split a hash decides, and return the texts that many of them share."""
+    shared = split.SharedTexts()
+    if source.split_by == "dataset" or not source.validation_fraction:
+        return shared
+    usable = (
+        (row, source.dataset or row.get("dataset") or name)
+        for _, row, name in _converted_rows(source, seed)
+        if not isinstance(row, DeadLetter) and row_error(row) is None
+    )
+    for row, dataset in islice(usable, source.limit):
+        if not row.get("split"):
+            shared.add(dataset, row.get("template"), row["instruction"], row.get("example"))
+    return shared
+
+
+def _converted_rows(source: FilesSource | HubSource, seed: int) -> Iterator[tuple[str, Any, str]]:
+    """Yield `(place, row in this project's columns or dead letter, default dataset name)`."""
+    name, renderer = None, None
+    if source.templates is not None:
+        name, templates = promptsource.load_templates(source.templates)
+        renderer = promptsource.TemplateRenderer(templates, seed)
+    for default, raws in _raw_rows(source):
+        if renderer is not None:
+            converted = chain.from_iterable(renderer.render_rows(where, raw) for where, raw in raws)
+        else:
+            merged = formats.merge_choices(raws) if source.format in ("auto", "p3") else raws
+            converted = chain.from_iterable(formats.convert_row(where, raw, source.format) for where, raw in merged)
+        for where, row in converted:
+            yield where, row, name or default
 
 
 def _raw_rows(source: FilesSource | HubSource) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
@@ -126,20 +150,28 @@ def _raw_rows(source: FilesSource | HubSource) -> Iterator[tuple[str, Iterable[t
         yield uri.rsplit("/", 1)[-1].split(".")[0], files.read_rows(uri)
 
 
-def parse_row(row: Mapping[str, Any], where: str, dataset: str, source: RowsSource) -> Instruction | DeadLetter:
+def parse_row(
+    row: Mapping[str, Any], where: str, dataset: str, source: RowsSource, shared: split.SharedTexts | None = None
+) -> Instruction | DeadLetter:
     """Return the instruction of a row in Cappy's own columns, or a dead letter with the field, its value and the fix."""
     reason = row_error(row)
     if reason:
         return dead_letter(where, reason, row)
-    instruction = row["instruction"]
+    instruction, template = row["instruction"], row.get("template")
     choices = row.get("answer_choices")
     dataset = source.dataset or row.get("dataset") or dataset
-    key = dataset if source.split_by == "dataset" else row.get("example") or split.longest_sentence(instruction)
+    side = row.get("split")
+    if not side:
+        key = dataset
+        if source.split_by == "example":
+            key = (shared or split.SharedTexts()).distinguish(dataset, template, instruction, row.get("example"))
+        side = split.assign_split(key, source.validation_fraction)
     return Instruction(
         dataset=dataset,
-        template=row.get("template"),
-        split=row.get("split") or split.assign_split(key, source.validation_fraction),
+        template=template,
+        split=side,
         instruction=instruction,
         references=tuple(dict.fromkeys(row["references"])),
         answer_choices=tuple(dict.fromkeys(choices)) if choices is not None else None,
+        split_by_hash=not row.get("split") and source.validation_fraction > 0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,11 +40,20 @@ class Instruction:
     answer_choices: tuple[str, ...] | None = None
     part: str = ""
     """Name of the source of the row: the part of a mixture, or the only source."""
+    split_by_hash: bool = False
+    """Whether the hash of the example chose the split; otherwise the row of the source has it."""
+    also_right: tuple[str, ...] = ()
+    """References of other rows with the same instruction, of any dataset, template, split and choices."""
+    id_has_choices: bool = False
+    """Whether the id includes the choices, because an earlier row differs in its choices only."""
 
     @property
     def id(self) -> str:
         """Return 32 hex digits that hash dataset, template, instruction and references. They do not depend on the split."""
-        return hash_text(json.dumps([self.dataset, self.template, self.instruction, self.references], ensure_ascii=False), 16).hex()
+        identity: list[Any] = [self.dataset, self.template, self.instruction, self.references]
+        if self.id_has_choices:
+            identity.append(self.answer_choices)
+        return hash_text(json.dumps(identity, ensure_ascii=False), 16).hex()
 
 
 def row_error(row: Any) -> str | None:
@@ -99,6 +109,11 @@ def dead_letter(location: str, reason: str, row: Any) -> DeadLetter:
     """Return the dead letter of a row that was rejected while reading, with stage `read`."""
     text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=True, default=str)
     return DeadLetter(where=location, stage="read", reason=reason, row=text[:500])
+
+
+def fold_text(text: str) -> str:
+    """Return a text in NFKC without case, its white space collapsed: equal for two spellings of the same instruction."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def hash_text(text: str, size: int) -> bytes:

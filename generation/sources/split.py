@@ -2,7 +2,8 @@
 
 All instructions made from one example get the same split. The key of a row is its `example` field, if it has one. That is the
 longest text of a raw row for PromptSource, and the input of an instance for task files. A rendered row has no `example`, so its
-longest sentence is the key. The longest sentence mostly comes from the passage or question and not from the template.
+longest sentence is the key. The longest sentence mostly comes from the passage or question and not from the template. A text that
+more than a third of the rows share (`SharedTexts`) is not a key; the next longest sentence is.
 `python -m benchmarks.split_leak` measures how often.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,6 +21,10 @@ from generation.sources.row import hash_text, hash_to_unit_interval
 # A colon ends a sentence too: the text before a colon is mostly a word of the template, e.g. `Review:` or `Question:`.
 _SENTENCE_END = re.compile(r'[.!?:]+(?=\s|$)|["\n]')
 _WORD = re.compile(r"[^\W_]+")
+# Sentences of a row that can be its key, and the number of counters: counts are too low by at most 16 / 512 of the rows.
+_KEY_SENTENCES, _COUNTERS = 16, 512
+# A text in so few rows can be an example with several questions, also in a small set.
+_MIN_SHARED = 4
 
 
 def assign_split(key: str, validation_fraction: float) -> str:
@@ -31,8 +37,52 @@ def longest_sentence(text: str) -> str:
 
     A text without words is returned stripped.
     """
-    sentences = [" ".join(_WORD.findall(sentence)) for sentence in _SENTENCE_END.split(text.lower())]
-    return max(sentences, key=lambda sentence: (len(sentence), sentence)) or text.strip()
+    return split_sentences(text)[0]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Return the distinct sentences, quotations and lines of a text as in `longest_sentence`, the longest first."""
+    sentences = {" ".join(_WORD.findall(sentence)) for sentence in _SENTENCE_END.split(text.lower())} - {""}
+    return sorted(sentences, key=lambda sentence: (len(sentence), sentence), reverse=True) or [text.strip()]
+
+
+class SharedTexts:
+    """The example texts and sentences that more than a third of the rows of a (dataset, template) share.
+
+    Such a text (a system prompt, a fixed instruction) does not distinguish rows. It would put all of them in one split.
+    Memory is bounded: a Misra-Gries summary of `_COUNTERS` texts for each (dataset, template). Its counts are too low by at
+    most 3 % of the rows.
+    """
+
+    def __init__(self) -> None:
+        self._rows: Counter[tuple[str, str | None]] = Counter()
+        self._counts: dict[tuple[str, str | None], dict[bytes, int]] = {}
+
+    def add(self, dataset: str, template: str | None, instruction: str, example: str | None) -> None:
+        """Count the texts of a row."""
+        self._rows[dataset, template] += 1
+        counts = self._counts.setdefault((dataset, template), {})
+        for text in _key_texts(instruction, example):
+            digest = hash_text(text, 8)
+            if digest in counts or len(counts) < _COUNTERS:
+                counts[digest] = counts.get(digest, 0) + 1
+            else:
+                for other in [each for each in counts if counts[each] == 1]:
+                    del counts[other]
+                for other in counts:
+                    counts[other] -= 1
+
+    def distinguish(self, dataset: str, template: str | None, instruction: str, example: str | None) -> str:
+        """Return the example or the longest sentence of a row that is not shared, or the whole instruction if all are shared."""
+        rows, counts = self._rows[dataset, template], self._counts.get((dataset, template), {})
+        most = max(_MIN_SHARED, rows // 3)
+        texts = (text for text in _key_texts(instruction, example) if counts.get(hash_text(text, 8), 0) <= most)
+        return next(texts, instruction.strip())
+
+
+def _key_texts(instruction: str, example: str | None) -> list[str]:
+    """Return the texts that can be the key of a row, the best first."""
+    return [*([example] if example else []), *split_sentences(instruction)[:_KEY_SENTENCES]]
 
 
 class HeldOutTexts:

@@ -318,3 +318,15 @@ def test_shard_names_have_the_run_id_and_the_manifest_lists_them(unbroken):
     assert all(re.fullmatch(r"data/(train|validation)/part-\d{5}-[0-9a-f]{8}\.parquet", name) for name in names)
     assert sorted(storage.glob(f"{uri}/data/*/*.parquet")) == sorted(f"{uri}/{name}" for name in names)
     assert [shard for split in ("train", "validation") for shard in opened.shards(split)] == sorted(f"{uri}/{name}" for name in names)
+
+
+def refuse_to_load(config):
+    raise AssertionError("the LLM was loaded")
+
+
+def test_a_source_of_classification_rows_starts_no_llm(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"is {n} even?", "references": ["yes"], "answer_choices": ["yes", "no"]} for n in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    summary = generate.run_generate(config_for(path, tmp_path / "set"), load=refuse_to_load)
+    assert summary["sources"] == {"choice": 12, "reference": 12} and summary["merged"] == 1

@@ -27,7 +27,7 @@ def test_all_rows_are_counted_and_tokens_are_counted_for_a_sample(tmp_path):
         seen.extend(texts)
         return [10] * len(texts)
 
-    counts, letters = plan.count_source(config, ten_tokens_each, lambda texts: [4] * len(texts))
+    counts, letters, _ = plan.count_source(config, ten_tokens_each, lambda texts: [4] * len(texts))
     assert letters == 1 and counts["choice"] == Count(train=1, references=1, choices=2)
     assert counts["a"].train == counts["a"].sampled_rows == counts["a"].sampled_references == 15
     assert sorted(seen) == [f"say number {n}" for n in range(6)]  # three of each sampled dataset

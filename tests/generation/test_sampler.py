@@ -1,4 +1,5 @@
 import asyncio
+import math
 
 import pyarrow as pa
 import pytest
@@ -50,6 +51,16 @@ def test_failed_rows_have_an_error_and_the_others_are_sampled():
 def test_a_classification_row_is_not_sampled():
     (row,) = sample(table("fox?", choices=["yes", "no"]))
     assert (row["sampled"], row["error"]) == ([], None)
+
+
+@pytest.mark.parametrize("logprob", [math.nan, -math.inf, math.inf])
+def test_an_undefined_log_probability_is_null(logprob):
+    class Undefined(FixedLLM):
+        async def sample(self, *arguments):
+            return [{**each, "logprob": logprob} for each in await super().sample(*arguments)]
+
+    (row,) = sample(table("one"), Undefined)
+    assert [each["logprob"] for each in row["sampled"]] == [None] * 4 and row["error"] is None
 
 
 def test_a_temporary_failure_is_retried():

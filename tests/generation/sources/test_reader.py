@@ -149,7 +149,8 @@ def test_bigbench_task_files_are_read_unchanged(tmp_path):
 def test_a_weighted_mixture_has_its_ratio_and_is_deterministic(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", ROWS)
     source = f"source: {{kind: files, path: '{path}'}}"
-    parts = f"[{{name: a, weight: 3, {source}}}, {{name: b, weight: 1, {source}}}]"
+    other = source.replace("kind", "dataset: e, kind")
+    parts = f"[{{name: a, weight: 3, {source}}}, {{name: b, weight: 1, {other}}}]"
     config = load(None, [f"source={{kind: mixture, policy: weights, rows: 40, parts: {parts}}}"])
     names = [row["part"] for _, row in few_shot.prepare_rows(config)]
     assert (names.count("a"), names.count("b"), names[:8].count("a")) == (30, 10, 6)

@@ -1,0 +1,180 @@
+"""Prepared units: read the source of a run, write its rows as units of `generate.unit_rows`, and count them. Imports no Ray."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import pyarrow as pa
+
+from cluster import storage
+from cluster.config import Config, MixtureSource
+from cluster.errors import CappyError, UsageError
+from cluster.lease import Lease
+from cluster.progress import Bar, log
+from generation import few_shot, units
+from generation.few_shot import PreparationCounts
+from generation.schema import PREPARED, SPLITS
+from generation.sources import reader
+from generation.sources.row import DeadLetter
+
+
+class PreparedUnits(TypedDict):
+    """The counts of the prepared units; `_staging/prepared.json` has them as JSON."""
+
+    units: dict[str, int]
+    """Number of units, by split."""
+    counts: dict[str, int]
+    """Number of instructions, by split."""
+    rows: int
+    """Number of instructions of all splits."""
+    dead_letters: int
+    """Number of rows of the source that cannot be used."""
+    merged: NotRequired[int]
+    """Number of repeated rows of the source that were merged into other rows. Runs of older versions have no such count."""
+    sampled_rows: NotRequired[int]
+    """Number of instructions to sample: the instructions without answer choices."""
+    unseen_references: NotRequired[int]
+    """Number of sampled instructions with a reference that the label metric cannot see."""
+
+
+def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
+    """Write the prepared units, unless an earlier attempt wrote them; return their counts."""
+    record = storage.join(staging, "prepared.json")
+    if storage.exists(record):
+        earlier: PreparedUnits = storage.read_json(record)
+        return earlier
+    pending: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    numbers = dict.fromkeys(SPLITS, 0)
+    counts = dict.fromkeys(SPLITS, 0)
+    failed = 0
+    found = PreparationCounts()
+
+    def flush(split: str) -> None:
+        run_lease.check(read_store=False)
+        units.write_unit(
+            units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(pending[split], PREPARED)
+        )
+        numbers[split] += 1
+        counts[split] += len(pending[split])
+        bar.advance(len(pending[split]), note=f"{failed} dead letters" if failed else "")
+        pending[split].clear()
+
+    with dead_letter_file() as letters, Bar(f"reading {describe_source(config)}", None, "instructions") as bar:
+        evaluation = few_shot.load_contamination(config)
+        for each in few_shot.prepare_rows(config, evaluation, found):
+            if isinstance(each, DeadLetter):
+                letters.write(each.to_json() + "\n")
+                failed += 1
+                continue
+            split, row = each
+            pending[split].append(row)
+            if len(pending[split]) == config.generate.unit_rows:
+                flush(split)
+        for split in SPLITS:
+            if pending[split]:
+                flush(split)
+        letters.flush()
+        run_lease.check()
+        storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
+    check_error_rate(failed, failed + sum(counts.values()), config)
+    check_splits(counts, found, evaluation.left_out, config)
+    storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
+    result: PreparedUnits = {
+        "units": numbers,
+        "counts": counts,
+        "rows": sum(counts.values()),
+        "dead_letters": failed,
+        "merged": found.merged,
+        "sampled_rows": found.sampled,
+        "unseen_references": found.unseen_references,
+    }
+    if found.merged:
+        log(f"{found.merged:,} repeated rows of the source were merged")
+    run_lease.check()
+    storage.write_json(record, dict(result))
+    return result
+
+
+def dead_letter_file() -> Any:
+    """Open a local file that collects dead letters before the upload, because memory may not suffice for them."""
+    return tempfile.NamedTemporaryFile("w+", prefix="cappy-dead-letters-", suffix=".jsonl", encoding="utf-8")
+
+
+def describe_source(config: Config) -> str:
+    """Return a phrase that names the source of the instructions, for progress lines."""
+    source = config.source
+    if source.kind == "mixture":
+        return f"a mixture of {len(source.parts)} sources"
+    return f"BIG-bench ({', '.join(source.tasks)})" if source.kind == "bigbench" else reader.part_name(source)
+
+
+def unit_names(prepared: PreparedUnits) -> list[str]:
+    """Return the names of all units, in order."""
+    return [f"{split}-{number:06d}" for split in SPLITS for number in range(prepared["units"][split])]
+
+
+def check_error_rate(letters: int, rows: int, config: Config) -> None:
+    """Raise `CappyError` if the share of dead letters exceeds `generate.max_error_rate`."""
+    if rows and letters / rows > config.generate.max_error_rate:
+        raise CappyError(
+            f"{letters} of {rows} rows failed, above generate.max_error_rate={config.generate.max_error_rate}; "
+            f"the reasons are in {config.dataset_uri}/_staging; fix the source or raise the rate"
+        )
+
+
+def check_splits(counts: dict[str, int], found: PreparationCounts, left_out: int, config: Config) -> None:
+    """Raise `UsageError` if a split is empty although a hash distributes the rows over both splits.
+
+    Args:
+        counts: number of instructions, by split.
+        found: the counts of the rows.
+        left_out: number of train rows that overlap with evaluation rows.
+        config: the config, for the error.
+    """
+    empty = next((split for split in SPLITS if not counts.get(split)), None)
+    if empty is None or not found.split_by_hash:
+        return
+    rows = sum(counts.values())
+    if empty == "train" and left_out:
+        raise UsageError(
+            f"decontaminate.files: all {left_out} train instructions overlap with evaluation rows, so the split train is empty; "
+            f"use other rows, or raise decontaminate.n={config.decontaminate.n}"
+        )
+    for number, source in enumerate([part.source for part in config.source.parts] if config.source.kind == "mixture" else [config.source]):
+        if source.kind == "bigbench" or not source.validation_fraction:
+            continue
+        name = f"source.parts.{number}.source" if isinstance(config.source, MixtureSource) else "source"
+        if source.split_by == "dataset":
+            setting, way = f"{name}.split_by=dataset", "use split_by=example"
+        else:
+            setting = f"{name}.validation_fraction={source.validation_fraction:g}"
+            way = "lower it" if empty == "train" else "raise it, or set it to 0 for a set without validation rows"
+        raise UsageError(f"{setting} leaves the split {empty} empty ({rows} instructions); {way}, or give each row its `split`")
+
+
+def warn_about_labels(prepared: PreparedUnits, config: Config) -> None:
+    """Log a warning if the label metric cannot see references of the set."""
+    unseen = prepared.get("unseen_references", 0)
+    if unseen:
+        log(f"warning: {describe_unseen(unseen, prepared.get('sampled_rows', 0), config.generate.label.metric)}")
+
+
+def describe_unseen(unseen: int, sampled: int, metric: str) -> str:
+    """Return a sentence about references that the label metric cannot see, with the setting to change."""
+    return (
+        f"{unseen:,} of {sampled:,} sampled instructions have references that {metric} in mode paper cannot see, because it reads "
+        f"Latin letters and digits only. The labels of their responses are too low; set generate.label.mode=unicode"
+    )
+
+
+def count_rows(units: Sequence[str], prepared: PreparedUnits, size: int) -> int:
+    """Return the number of instructions in `units`: each has `size`, except the last unit of each split."""
+    last = {
+        f"{split}-{number - 1:06d}": prepared["counts"][split] - (number - 1) * size
+        for split, number in prepared["units"].items()
+        if number
+    }
+    return sum(last.get(unit, size) for unit in units)
