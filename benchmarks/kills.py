@@ -1,10 +1,14 @@
-"""Kill drivers, sampling actors and worker nodes of `cappy generate` at random times; count lost rows and rows sampled twice.
+"""Kill or pause drivers, sampling actors and worker nodes of `cappy generate` at random times; count lost rows and rows sampled twice.
 
     python -m benchmarks.kills --kills 10 --workspace s3://bucket/kills --json -
 
 The LLM needs no weights and takes half a second per instruction. A killed driver is started again with the same command; Ray replaces
 a killed actor or node. Afterwards the set must equal the set of an undisturbed run, as a multiset of rows. A row counts as sampled
 twice if it is sampled after its unit was found in the store. The store is listed ten times per second.
+
+A paused driver gets SIGSTOP with all its processes. The same command then runs a second time; it takes the lease after the silence limit
+and publishes. The paused processes then get SIGCONT. Until the first run has ended, every file of the published set is verified
+repeatedly. Rows that the paused run had sampled without saving their unit do not count as sampled twice.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.synthetic import SyntheticLLM
 from cluster import artifacts, storage
 from cluster.config import DecodingConfig, load
@@ -36,7 +42,7 @@ from generation import generate, units
 from generation.dataset import RegressionSet
 from generation.engines.contract import Candidate
 
-VICTIMS = ("driver", "actor", "node")
+VICTIMS = ("driver", "actor", "node", "pause")
 _SETTINGS = ["generate.unit_rows=5", "sampler.prompt.form=raw", "generate.shard_mib=1"]
 _ALL_S = 300.0
 
@@ -127,17 +133,59 @@ def one_run(victim: str, source: str, place: str, folder: Path, moment: float) -
             os.kill(actor_of(log), signal.SIGKILL)
     elif kill_node:
         kill_node()
-    code = driver.wait(_ALL_S)
+    if victim == "pause" and midway:
+        code, damage, first_code = _pause(driver, lambda: launch(source, place, log), place)
+    else:
+        code, damage, first_code = driver.wait(_ALL_S), list[str](), None
     if victim == "driver" and midway:
         code = launch(source, place, log).wait(_ALL_S)
     watch.end()
     if tear_down:
         tear_down()
+    for problem in damage:
+        log_line(f"{victim}: {problem}")
     if code:
         log_line(f"{victim}: exit code {code}: {Path(f'{log}.stderr').read_text()[-2000:]}")
     lines = [line.split() for line in log.read_text().splitlines()]
     again = sum(float(when) > watch.committed.get(row, float("inf")) for row, when, _ in lines)
-    return {"victim": victim, "code": code, "midway": midway, "content": content(place) if code == 0 else None, "sampled_twice": again}
+    return {
+        "victim": victim,
+        "code": code,
+        "first_code": first_code,
+        "midway": midway,
+        "content": content(place) if code == 0 else None,
+        "sampled_twice": again,
+        "damage": damage,
+    }
+
+
+def _pause(driver: subprocess.Popen[bytes], launch_second: Callable[[], subprocess.Popen[bytes]], place: str) -> tuple[int, list[str], int]:
+    """Pause a driver and its processes until a second run has published, then resume them.
+
+    Return the exit code of the second run, each problem that its published files had until the first run ended, and the exit code of the
+    first run.
+    """
+    paused = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+    _send(paused, signal.SIGSTOP)
+    code = launch_second().wait(_ALL_S)
+    manifest = RegressionSet(place).manifest if code == 0 else None
+    _send(paused, signal.SIGCONT)
+    damage: list[str] = []
+    deadline = time.monotonic() + _ALL_S
+    while manifest and driver.poll() is None and time.monotonic() < deadline:
+        damage += [problem for problem in artifacts.verify(place, manifest) if problem not in damage]
+        time.sleep(0.2)
+    first_code = driver.wait(_ALL_S)
+    if manifest:
+        damage += [problem for problem in artifacts.verify(place, manifest) if problem not in damage]
+        damage += [] if RegressionSet(place).manifest == manifest else ["the manifest changed"]
+    return code, damage, first_code
+
+
+def _send(processes: list[psutil.Process], signal_: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal_)
 
 
 def _nodes() -> tuple[str, Callable[[], None], Callable[[], None]]:
@@ -189,14 +237,20 @@ def main() -> int:
             "midway": sum(each["victim"] == victim and each["midway"] for each in results),
             "same_set": sum(each["victim"] == victim and each["content"] == expected for each in results),
             "sampled_twice": sum(each["sampled_twice"] for each in results if each["victim"] == victim),
+            "damaged": sum(bool(each["damage"]) for each in results if each["victim"] == victim),
+            "refused": sum(bool(each["first_code"]) for each in results if each["victim"] == victim),
         }
         for victim in options.victims
     }
     for victim, count in counts.items():
-        print(f"{victim}: {count['kills']} kills, same set {count['same_set']}, committed rows sampled again {count['sampled_twice']}")
+        print(
+            f"{victim}: {count['kills']} kills, same set {count['same_set']}, committed rows sampled again {count['sampled_twice']}, "
+            f"committed sets damaged {count['damaged']}, paused runs refused {count['refused']}"
+        )
     if options.json:
         print(json.dumps(counts))
-    return 0 if all(count["same_set"] == count["kills"] and not count["sampled_twice"] for count in counts.values()) else 1
+    kept = (each["same_set"] == each["kills"] and not each["sampled_twice"] and not each["damaged"] for each in counts.values())
+    return 0 if all(kept) else 1
 
 
 if __name__ == "__main__":
