@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypedDict, cast
 
@@ -79,7 +79,7 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
             f"training.objective: pairwise={objective.pairwise:g}, listwise={objective.listwise:g}, labels={objective.labels} compares an "
             f"instruction's candidates, but `cappy adapt` trains on single pairs; set pairwise=0, listwise=0 and labels=plain or power"
         )
-    config = paths.absolute(config)
+    given, config = config, paths.absolute(config)
     config = config.model_copy(update={"dataset": storage.check_uri(config.dataset_uri, "dataset"), "adapted_path": config.adapted_uri})
     uri = storage.check_uri(config.adapted_uri, "adapted_path")
     base = _load_base(config)
@@ -87,7 +87,7 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
         if not storage.exists(storage.join(config.dataset_uri, artifacts.MANIFEST)):
             generate.run_generate(config, load=load)
         dataset = RegressionSet(config.dataset_uri)
-        _log_differences(config, dataset)
+        _log_differences((given, config), dataset)
         _refuse_foreign_results(uri)
         tasks = _select_tasks(config, dataset, base, uri)
         outcomes = {} if overwrite else _finished_outcomes(tasks)
@@ -151,10 +151,16 @@ def _load_base(config: Config) -> Base:
     return base
 
 
-def _log_differences(config: Config, dataset: RegressionSet) -> None:
-    """Log the settings in which an existing set differs from the set of this config."""
+def _log_differences(configs: Sequence[Config], dataset: RegressionSet) -> None:
+    """Log the settings in which an existing set differs from the set of this config.
+
+    `configs` has this config with the paths as given and with absolute paths; a set may have been generated with either.
+    """
     made = dataset.manifest.get("lineage")
-    changes = [change.split(":")[0] for change in differences(made, generate.result_settings(config))] if made else []
+    if not made:
+        return
+    found = min((differences(made, generate.result_settings(config)) for config in configs), key=len)
+    changes = [change.split(":")[0] for change in found]
     if changes:
         log(f"dataset={dataset.uri} exists and is used; it was generated with other values of {', '.join(changes)} than this config has")
 

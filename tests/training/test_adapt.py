@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from rich.console import Console
 
 from cappy.display import show_adapted
 from cluster import artifacts, storage
-from cluster.config import Config, FilesSource, load
+from cluster.config import Config, FilesSource, load, paths
 from cluster.errors import CappyError, Stopped, UsageError
 from evaluation.evaluate import score_rows_by_task
+from generation import generate
 from tests.generation.fixed_llm import FixedLLM
 from tests.training.test_adapt_one import publish_tasks, published_scorer, settings, task_rows
 from training import adapt, adapt_one
@@ -35,6 +37,28 @@ def test_folder_names_of_tasks_are_valid_and_distinct():
     folders = [adapt.folder_name(name) for name in names]
     assert folders[0] == "tense" and len(set(folders)) == len(names)
     assert all("/" not in folder and not folder.startswith((".", "_")) and folder != "results.json" for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("made", "now", "message"),
+    [
+        ("rows.jsonl", "rows.jsonl", ""),
+        ("/here/rows.jsonl", "rows.jsonl", ""),
+        ("rows.jsonl", "other.jsonl", "source.path"),
+        ("/there/rows.jsonl", "rows.jsonl", "source.path"),
+    ],
+)
+def test_a_set_of_another_source_is_reported_and_a_relative_path_is_not_another_source(
+    made: str, now: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(os, "getcwd", lambda: "/here")
+    lineage = generate.result_settings(Config(source=FilesSource(path=made)))
+    given = Config(source=FilesSource(path=now))
+    dataset = SimpleNamespace(uri="/sets/a", manifest={"lineage": lineage})
+    adapt._log_differences((given, paths.absolute(given)), dataset)  # type: ignore[arg-type]
+    assert capsys.readouterr().err == (
+        f"dataset=/sets/a exists and is used; it was generated with other values of {message} than this config has\n" if message else ""
+    )
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
