@@ -1,4 +1,4 @@
-"""Each promise in docs/guarantees.md names code, tests and benchmarks that exist."""
+"""Each guarantee in docs/guarantees.md names code, tests and benchmarks that exist."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def promises() -> dict[str, tuple[list[str], list[str]]]:
-    """Return the names in the second and third cell of each row of the table, by the promise in the first one."""
+def guarantees() -> dict[str, tuple[list[str], list[str]]]:
+    """Return the names in the second and third cell of each row of the table, by the guarantee in the first one."""
     section = (ROOT / "docs/guarantees.md").read_text().split("\n## ")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
-    return {promise: (re.findall(r"`([^`]+)`", code), re.findall(r"`([^`]+)`", attack)) for promise, code, attack in rows[2:]}
+    return {guarantee: (re.findall(r"`([^`]+)`", code), re.findall(r"`([^`]+)`", attack)) for guarantee, code, attack in rows[2:]}
 
 
 def functions(path: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 
 
-def test_the_table_has_all_promises():
-    assert len(promises()) == 25
+def test_the_table_has_all_guarantees():
+    assert len(guarantees()) == 25
 
 
-@pytest.mark.parametrize("promise", promises())
-def test_the_code_and_the_attack_of_a_promise_exist(promise: str):
-    code, attacks = promises()[promise]
+@pytest.mark.parametrize("guarantee", guarantees())
+def test_the_code_and_the_attack_of_a_guarantee_exist(guarantee: str):
+    code, attacks = guarantees()[guarantee]
     assert code and attacks
     for path in code:
         assert (ROOT / path).is_file(), path
