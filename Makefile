@@ -57,7 +57,7 @@ COVERAGE_CORE = $$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_i
 test: setup  ## the tests of every change, with real small models and a real S3 server (20 minutes on 2 cores)
 	@status=0; \
 	  COVERAGE_CORE=$(COVERAGE_CORE) $(PYTEST) -m 'not slow and not full' --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE_FLOOR) || status=1; \
-	  $(PYTEST) -m 'slow and not full' || status=1; \
+	  $(PYTEST) -m 'slow and not full' --durations=15 || status=1; \
 	  exit $$status
 
 test-all: setup  ## all tests, also those marked `full`
