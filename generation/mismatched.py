@@ -1,8 +1,8 @@
 """Draw mismatched references: right answers of other instructions, which are wrong answers of this one. No Ray, no files.
 
-A text is not drawn if it can be right. This is so if its row has the same instruction, or if a metric gives it 1
-against a reference. The metrics are the label metric, and Rouge-L over the words of every script. Such words have no case, punctuation or Unicode form,
-so "Yes." is not drawn for "yes". The references of other rows with the same instruction count as references.
+A text is not drawn if it can be right. This is so if its row has the same instruction, or if a metric gives it 1 against a
+reference. The metrics are the label metric, and Rouge-L over the words of every script. Such words have no case, punctuation
+or Unicode form, so "Yes." is not drawn for "yes". The references of other rows with the same instruction count as references.
 """
 
 from __future__ import annotations
