@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
-from cluster.errors import CappyError, typed_first_line
+from cluster.errors import CappyError, describe_disk_error, find_disk_error, typed_first_line
 from cluster.progress import log
 
 app = typer.Typer(
@@ -351,6 +351,8 @@ def main() -> None:
     except Exception as error:
         if options.debug:
             raise
+        if full := find_disk_error(error):
+            _fail(describe_disk_error(full, str(full.filename or "a file")), 1, error, options)
         _fail(f"{typed_first_line(error)} (a bug, or a fault of the machine; --debug shows the traceback)", 1, error, options)
 
 

@@ -40,20 +40,26 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
         result |= {key: manifest[key] for key in ("metric", "lineage", "schema")}
         result |= {key: manifest[key] for key in ("rates", "cost", "copied_from", "made_from") if key in manifest}
         if not result["problems"]:
+            first = min((name for name in manifest["files"] if name.startswith("data/")), default=None)
+            if first and samples and not verify:  # a damaged footer can end the process that reads it
+                _verify_file(uri, first, manifest)
             try:
                 result["dead_letters"] = _reasons(storage.join(uri, _DEAD_LETTERS)) if _DEAD_LETTERS in manifest["files"] else {}
-                result["samples"] = _first_rows(uri, manifest, samples)
+                result["samples"] = _first_rows(storage.join(uri, first), samples) if first and samples else []
             except (OSError, ValueError) as error:
                 raise CappyError(f"{uri} is damaged ({first_line(error)}); copy or make it again") from None
     return result
 
 
-def _first_rows(uri: str, manifest: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """Return the first rows of the first shard."""
-    shard = min((name for name in manifest["files"] if name.startswith("data/")), default=None)
-    if shard is None or not count:
-        return []
-    fs, path = storage.filesystem(storage.join(uri, shard))
+def _verify_file(uri: str, name: str, manifest: Mapping[str, Any]) -> None:
+    problems = artifacts.verify(uri, {"files": {name: manifest["files"][name]}})
+    if problems:
+        raise CappyError(f"{uri} is damaged ({problems[0]}); copy or make it again")
+
+
+def _first_rows(shard: str, count: int) -> list[dict[str, Any]]:
+    """Return the first rows of a shard."""
+    fs, path = storage.filesystem(shard)
     with fs.open_input_file(path) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         return list(next(parquet.iter_batches(batch_size=count)).to_pylist())

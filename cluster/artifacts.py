@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from cluster.config import Config
+from cluster.disk import final_name
 from cluster.errors import CappyError, UsageError
 from cluster.progress import log
 from cluster.runtime import code_version
@@ -48,8 +49,6 @@ from cluster.storage import (
 MANIFEST = "_MANIFEST.json"
 WITHDRAWN = "_WITHDRAWN.json"
 """A copy of the manifest during `withdraw`. After an interruption it lists the files that are still to be deleted."""
-# The temporary name of a file in an atomic write.
-_TEMPORARY = re.compile(r"(^|.*/)\.([^/]+)\.[0-9a-f]{32}")
 
 
 class FileEntry(TypedDict):
@@ -211,6 +210,7 @@ def publish_folder(
     if describe:
         manifest = describe(uri, manifest)
     check()
+    remove_temporaries(uri, manifest["files"])
     return publish(uri, manifest)
 
 
@@ -222,6 +222,12 @@ def publish(uri: str, manifest: Mapping[str, Any]) -> Manifest:
     if not create_json(join(uri, MANIFEST), dict(manifest)):
         raise _already_published_error(uri)
     return cast(Manifest, manifest)
+
+
+def remove_temporaries(uri: str, names: Collection[str]) -> None:
+    """Delete the temporary files of the files `names` and of the manifest, which killed runs left. Only a disk has such files."""
+    if not is_s3(uri):
+        delete_files(uri, [name for name in list_files(uri) if final_name(name) in {*names, MANIFEST}])
 
 
 def refuse_published(uri: str, setting: str, verb: str) -> None:
@@ -332,7 +338,7 @@ def _list_own_files(uri: str, setting: str, owned: OwnedFiles, overwrite: bool) 
     def is_own(name: str) -> bool:
         return name in (MANIFEST, WITHDRAWN) or name in listed or one_of(name, expected)
 
-    own = [name for name, plain in found.items() if plain and (is_own(name) or is_own(_TEMPORARY.sub(r"\1\2", name)))]
+    own = [name for name, plain in found.items() if plain and (is_own(name) or is_own(final_name(name) or name))]
     foreign = sorted(found.keys() - set(own))
     if not overwrite:
         # A run empties its working folders at its end, and readers of `data/*` read every file in `data/`.

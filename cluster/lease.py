@@ -12,7 +12,10 @@ such as SIGSTOP. A run never compares its clock with the clock of another proces
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
 import socket
 import threading
 import time
@@ -20,13 +23,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from cluster import folder_writer, storage
-from cluster.errors import CappyError
+from cluster.disk import final_name
+from cluster.errors import CappyError, first_line
 from cluster.progress import log
 
 HEARTBEAT_S = 5.0
@@ -66,8 +71,8 @@ class Claim:
     def check(self) -> None:
         """Read the store, and raise `LeaseLost` if another run has the lease, or finished and removed it."""
         try:
-            mine = storage.read_json(self.file).get("run") == self.run
-        except (FileNotFoundError, ValueError):
+            mine = _parse_holder(storage.read_bytes(self.file)).get("run") == self.run
+        except FileNotFoundError:
             mine = False
         if not mine or storage.exists(self.successor):
             raise LeaseLost(
@@ -85,9 +90,10 @@ class Lease:
         self._last, self._clock = taken, clock
         self._beat = 0
         self._lost: str | None = None
+        self._failure = ""
         self._finished = False
         self._ended = threading.Event()
-        self._file = folder_writer.FolderWriter(claim.uri, self.check)
+        self._file = folder_writer.FolderWriter(claim.uri, self.check, sync=False)
         self._thread = threading.Thread(target=self._send_heartbeats, name="cappy-lease", daemon=True)
         self._thread.start()
 
@@ -119,17 +125,25 @@ class Lease:
         self._ended.set()
         self._thread.join()
         with suppress(CappyError, OSError):  # on failure the next run waits for `TIMEOUT_S`
-            if self._finished:
+            if self._finished or not self._mark_released():
                 self._remove()
-            else:
-                self._write(released=True)
+
+    def _mark_released(self) -> bool:
+        """Mark the lease as released; return whether the file could be written. The disk can be full; a deletion needs no space."""
+        try:
+            self._write(released=True)
+        except LeaseLost:
+            raise
+        except (CappyError, OSError):
+            return False
+        return True
 
     def _check_clock(self) -> None:
         silent = self._clock() - self._last
         if self._lost is None and silent > TIMEOUT_S:
             self._lost = (
                 f"{self.claim.setting}: lease lost: no heartbeat for {silent:.0f} s (the limit is {TIMEOUT_S:g} s), so another run may "
-                f"have taken over; this run stops, the same command resumes it"
+                f"have taken over; this run stops, the same command resumes it{self._failure}"
             )
         if self._lost is not None:
             raise LeaseLost(self._lost)
@@ -142,33 +156,41 @@ class Lease:
                 self._check_clock()  # a write that took too long does not renew the lease
             except LeaseLost:
                 return
-            except (CappyError, OSError):  # the store does not answer: retry with the next heartbeat
+            except Exception as error:  # the disk is full or the store does not answer: retry with the next heartbeat
+                self._failure = f"; the last heartbeat failed: {first_line(error)}"
                 continue
-            self._last = began
+            self._last, self._failure = began, ""
 
     def _write(self, **more: Any) -> None:
         self._beat += 1
         self._file.write_json(_file_name(self.claim.number), {**_this_process(), "run": self.run, "beat": self._beat, **more})
 
     def _remove(self) -> None:
-        """Delete the files of this lease and of earlier leases. A later lease belongs to another run."""
-        numbers = [number for number in _lease_numbers(self.claim.uri) if number <= self.claim.number]
+        """Delete the files of this lease and of earlier leases, with their temporary files. A later lease belongs to another run."""
+        names = [
+            name for name in storage.list_files(self.claim.uri) if (_number(final_name(name) or name) or math.inf) <= self.claim.number
+        ]
         self.check()
-        storage.delete_files(self.claim.uri, [_file_name(number) for number in numbers])
+        storage.delete_files(self.claim.uri, names)
         storage.remove_empty_folder(self.claim.uri)
 
 
 @contextmanager
-def hold(uri: str, setting: str, clock: Callable[[], float] = clock) -> Iterator[Lease]:
+def hold(uri: str, setting: str, clock: Callable[[], float] = clock, *, keep: bool = True) -> Iterator[Lease]:
     """Hold the lease kept at `uri` inside the block; `setting` names the destination in errors, e.g. `dataset=s3://...`.
 
-    `clock` returns monotonic time in seconds. Raises `CappyError` if another run holds the lease and is alive.
+    `clock` returns monotonic time in seconds. Without `keep` a run that fails deletes the lease too, and the folder around it if it
+    is empty. Raises `CappyError` if another run holds the lease and is alive.
     """
     lease = _acquire(uri, setting, clock)
     try:
         yield lease
     finally:
+        if not keep:
+            lease.finish()
         lease.release()
+        if not keep:
+            storage.remove_empty_folder(uri.rpartition("/")[0])
 
 
 def _acquire(uri: str, setting: str, clock: Callable[[], float]) -> Lease:
@@ -183,48 +205,83 @@ def _acquire(uri: str, setting: str, clock: Callable[[], float]) -> Lease:
 
 
 def _wait_until_ended(place: str, setting: str) -> None:
+    """Return once the lease in the file `place` has ended. Raises `CappyError` if the file is rewritten meanwhile."""
     try:
-        holder = storage.read_json(place)
+        content = storage.read_bytes(place)
+        holder = _parse_holder(content)
         if _has_ended(holder):
             return
-        log(f"{setting}: a run on {holder['host']} (process {holder['pid']}) has a lease; waiting up to {TIMEOUT_S:g} s for its heartbeat")
+        name = f"a run on {holder['host']} (process {holder['pid']})" if holder else f"a run with an unreadable lease file ({place})"
+        log(f"{setting}: {name} has a lease; waiting up to {TIMEOUT_S:g} s for its heartbeat")
         deadline = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline:
             time.sleep(min(1.0, HEARTBEAT_S / 2))
-            now = storage.read_json(place)
-            if _has_ended(now):
+            now = storage.read_bytes(place)
+            if _has_ended(_parse_holder(now)):
                 return
-            if now["beat"] != holder["beat"]:
-                raise CappyError(
-                    f"{setting}: a run on {holder['host']} (process {holder['pid']}) is working there; "
-                    f"wait for it, stop it, or choose another destination"
-                )
+            if now != content:
+                raise CappyError(f"{setting}: {name} is working there; wait for it, stop it, or choose another destination")
     except FileNotFoundError:  # the holder finished
         return
 
 
+def _parse_holder(content: bytes) -> dict[str, Any]:
+    """Return the content of a lease file; empty if it is not complete, e.g. after a power loss."""
+    try:
+        holder = json.loads(content)
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) and "host" in holder and isinstance(holder.get("pid"), int) else {}
+
+
 def _has_ended(holder: dict[str, Any]) -> bool:
-    """Return whether a holder released the lease, or was a process of this machine that no longer exists."""
+    """Return whether a holder released the lease, or was a process of this machine that no longer exists.
+
+    Process ids are compared only within one PID namespace. In another namespace (a container), or in a lease of an older version
+    that has no namespace, only the heartbeat shows whether the holder is alive.
+    """
     if holder.get("released"):
         return True
     me = _this_process()
-    if (holder["host"], holder["boot"]) != (me["host"], me["boot"]):
+    if not holder or me["namespace"] is None or any(holder.get(key) != me[key] for key in ("host", "boot", "namespace")):
         return False
     try:
-        process = psutil.Process(holder["pid"])
-        return bool(process.create_time() != holder["since"] or process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+        os.kill(holder["pid"], 0)
+        state, ticks = _process_state(holder["pid"])
+    except (ProcessLookupError, FileNotFoundError):
         return True
+    except OSError:  # the process of another user; /proc may not show it
+        return False
+    return state in "ZX" or ticks != holder.get("ticks")
 
 
-def _this_process() -> dict[str, Any]:
+@cache
+def _process_identity(pid: int) -> dict[str, Any]:
     boot = Path("/proc/sys/kernel/random/boot_id")
+    namespace = ticks = since = None
+    # /proc may be missing, or belong to another PID namespace. Then only the heartbeat shows whether this process is alive.
+    with suppress(OSError, psutil.Error):
+        if str(Path("/proc/self").readlink()) == str(pid):
+            since, ticks = psutil.Process(pid).create_time(), _process_state(pid)[1]
+            namespace = str(Path("/proc/self/ns/pid").readlink())
     return {
         "host": socket.gethostname(),
         "boot": boot.read_text().strip() if boot.exists() else None,
-        "pid": os.getpid(),
-        "since": psutil.Process().create_time(),
+        "namespace": namespace,
+        "pid": pid,
+        "since": since,
+        "ticks": ticks,
     }
+
+
+def _this_process() -> dict[str, Any]:
+    return _process_identity(os.getpid())
+
+
+def _process_state(pid: int) -> tuple[str, int]:
+    """Return the state letter of a process and its start in clock ticks since boot, which a change of the clock does not move."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[19])
 
 
 def _file_uri(uri: str, number: int) -> str:
@@ -237,4 +294,8 @@ def _file_name(number: int) -> str:
 
 def _lease_numbers(uri: str) -> list[int]:
     """Return the numbers of the leases below `uri`. Temporary files of unfinished writes have other names."""
-    return [int(name[:6]) for name in storage.list_files(uri) if name[:6].isdigit() and name[6:] == ".json"]
+    return [number for name in storage.list_files(uri) if (number := _number(name))]
+
+
+def _number(name: str) -> int | None:
+    return int(name[:-5]) if re.fullmatch(r"[0-9]{6,}\.json", name) else None

@@ -12,7 +12,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from cluster import artifacts, cache, storage
+from cluster import artifacts, cache, cache_eviction, storage
 from cluster.errors import CappyError, UsageError
 
 EMBEDDED = {
@@ -81,15 +81,24 @@ def _check_weights(folder: Path, name: str, setting: str, adapters: bool) -> Pat
 def _from_s3(uri: str, setting: str) -> Path:
     """Copy an s3:// folder to the cache, once for each version of its content."""
     storage.check_uri(uri, setting)
-    files = storage.list_files(uri)
-    if not files:
+    versions = storage.list_versions(uri)
+    if not versions:
         raise CappyError(f"{setting}={uri}: the folder is empty; give the s3:// folder of a model")
-    for name in files:
+    for name in versions:
         storage.check_relative_path(name, f"{setting}={uri}")
     manifest = storage.join(uri, artifacts.MANIFEST)
-    state = storage.read_bytes(manifest) if artifacts.MANIFEST in files else json.dumps(files).encode()
-    key = hashlib.sha256(uri.encode() + state).hexdigest()[:24]
-    return cache.build_once(f"models/s3/{key}", lambda target: storage.download_folder(uri, target))
+    state = storage.read_bytes(manifest) if artifacts.MANIFEST in versions else b""
+    key = hashlib.sha256(uri.encode() + state + json.dumps(versions).encode()).hexdigest()[:24]
+    entry = cache.folder() / "models" / "s3" / key
+
+    def copy(target: Path) -> None:
+        cache_eviction.make_room(entry.parent, sum(storage.list_files(uri).values()))
+        storage.download_folder(uri, target)
+        if storage.list_versions(uri) != versions:
+            raise CappyError(f"{setting}={uri}: its files changed during the copy to the cache; run the same command again")
+
+    cache_eviction.use(entry, uri)
+    return cache.build_once(f"models/s3/{key}", copy)
 
 
 def _from_hub(name: str, setting: str) -> Path:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import tenacity
 
 from cluster.cpu import openmp_environment
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError, UsageError, describe_disk_error, find_disk_error
 from cluster.progress import log, silence_stderr
 
 
@@ -92,23 +93,29 @@ def code_version() -> str:
 
 
 def find_cappy_error(error: BaseException) -> CappyError | None:
-    """Return the `CappyError` inside an exception of Ray, or None if there is none.
+    """Return the `CappyError` inside an exception of Ray, or None if there is none. A full or broken disk gives one too.
 
     Ray wraps the exception of a task, as `cause`, in an error that is a `CappyError` too. Its message is the whole traceback of
     the worker. Of an actor that failed to start, Ray keeps only the text.
     """
     seen: BaseException | None = error
+    full: OSError | None = None
     while seen is not None:
         cause = getattr(seen, "cause", None)
         if isinstance(seen, CappyError) and cause is None:
             return seen
+        full = find_disk_error(seen) or full
         seen = cause or seen.__cause__
     found = re.findall(r"(CappyError|UsageError): (.+)", str(error))
     if not found:
-        return None
+        place = full and (full.filename or f"a temporary file in TMPDIR={tempfile.gettempdir()}")
+        return CappyError(describe_disk_error(full, str(place))) if full else None
     kind, message = found[-1]
     return (UsageError if kind == "UsageError" else CappyError)(message.strip())
 
 
 # Address and region of the store, but no credentials: nodes have separate credentials, by a role or by their environment.
-FORWARDED_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "CAPPY_CACHE", "HF_HUB_OFFLINE")
+FORWARDED_VARIABLES = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    *("CAPPY_CACHE", "CAPPY_CACHE_LIMIT_GB", "HF_HUB_OFFLINE"),
+)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import uuid
@@ -22,7 +21,8 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from cluster.errors import CappyError, UsageError
+from cluster import disk
+from cluster.errors import CappyError, UsageError, describe_disk_error, find_disk_error
 from cluster.s3 import (
     arrow_filesystem,
     bucket_and_key,
@@ -124,6 +124,13 @@ def list_files(uri: str) -> dict[str, int]:
     return dict(sorted(files.items()))
 
 
+def list_versions(uri: str) -> dict[str, str]:
+    """Return a text for every object below an s3:// folder that changes with its content, by relative path, sorted."""
+    start = len(key_prefix(uri))
+    objects = {each["Key"][start:]: each for each in list_objects(uri) if not each["Key"].endswith("/")}
+    return {name: f"{each['Size']} {each.get('ETag') or each.get('LastModified')}" for name, each in sorted(objects.items())}
+
+
 def check_relative_path(name: str, uri: str) -> str:
     """Return `name`, the path of a file below `uri` in a listing or a manifest, after a check.
 
@@ -175,11 +182,7 @@ def write_bytes(uri: str, data: bytes) -> dict[str, Any]:
     if is_s3(uri):
         call_with_retries(uri, partial(put_object, uri, data))
     else:
-        target = Path(absolute(uri))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        temporary.write_bytes(data)
-        temporary.replace(target)
+        disk.replace(Path(absolute(uri)), data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -201,17 +204,7 @@ def create_json(uri: str, value: dict[str, Any]) -> bool:
     """
     value = {**value, "writer": uuid.uuid4().hex}
     if not is_s3(uri):
-        target = Path(filesystem(uri)[1])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{value['writer']}")
-        temporary.write_bytes(json_bytes(value))
-        try:
-            os.link(temporary, target)
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink()
-        return True
+        return disk.create(Path(absolute(uri)), json_bytes(value))
     from botocore.exceptions import ClientError
 
     try:
@@ -282,11 +275,7 @@ def upload_file(file: Path, uri: str) -> dict[str, Any]:
         extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": entry["sha256"]}}
         call_with_retries(uri, partial(upload_object, str(file), bucket, key, extra))
         return entry
-    target = Path(absolute(uri))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    shutil.copyfile(file, temporary)
-    temporary.replace(target)
+    disk.copy(file, Path(absolute(uri)))
     return entry
 
 
@@ -302,18 +291,6 @@ def version(uri: str) -> str | None:
         return None
 
 
-@contextmanager
-def temporary_file_beside(uri: str) -> Iterator[Path]:
-    """Yield a temporary path beside a file on disk, for a rename. A file with this path is deleted after the block."""
-    target = Path(absolute(uri))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def download_folder(uri: str, folder: Path) -> None:
     """Copy every file below `uri` into a local folder.
 
@@ -325,10 +302,15 @@ def download_folder(uri: str, folder: Path) -> None:
 
 def download_file(uri: str, file: Path) -> str:
     """Copy `uri` to a local file and return its SHA-256. Raises `CappyError` if all attempts got damaged bytes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if is_s3(uri):
-        return call_with_retries(uri, partial(download_object, uri, file))
-    shutil.copyfile(absolute(uri), file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if is_s3(uri):
+            return call_with_retries(uri, partial(download_object, uri, file))
+        shutil.copyfile(absolute(uri), file)
+    except OSError as error:
+        if full := find_disk_error(error):
+            raise CappyError(describe_disk_error(full, str(file))) from None
+        raise
     return sha256(str(file))
 
 
@@ -341,7 +323,7 @@ def local_file(uri: str) -> Iterator[Path]:
     if not is_s3(uri):
         yield Path(absolute(uri))
         return
-    with tempfile.TemporaryDirectory(prefix="cappy-copy-") as folder:
+    with temporary_folder("copy") as folder:
         copy = Path(folder, check_relative_path(uri.rsplit("/", 1)[-1], uri))
         download_file(uri, copy)
         yield copy
@@ -349,4 +331,24 @@ def local_file(uri: str) -> Iterator[Path]:
 
 def new_temporary_folder(purpose: str) -> Path:
     """Return a fresh folder for intermediate files; the caller removes it."""
-    return Path(tempfile.mkdtemp(prefix=f"cappy-{purpose}-"))
+    with disk.errors_of(f"TMPDIR={tempfile.gettempdir()}"):
+        return Path(tempfile.mkdtemp(prefix=f"cappy-{purpose}-"))
+
+
+@contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """Yield a fresh folder for intermediate files, which is removed after the block.
+
+    Raises `CappyError`, which names the folder, for a write inside the block that fails because its disk is full or broken.
+    """
+    folder = new_temporary_folder(purpose)
+    try:
+        yield folder
+    except CappyError:
+        raise
+    except Exception as error:
+        if full := find_disk_error(error):
+            raise CappyError(describe_disk_error(full, f"TMPDIR={folder.parent}")) from None
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

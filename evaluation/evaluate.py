@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cluster import artifacts, folder_writer, storage
+from cluster import artifacts, folder_writer, lease, storage
 from cluster.config import Config
 from cluster.errors import CappyError
+from cluster.lease import Lease
 from cluster.progress import Bar, log
 from cluster.runtime import code_version
 from evaluation import report
@@ -30,8 +31,13 @@ VERSION = 1
 _COLUMNS = ("id", "dataset", "instruction", "references", "candidates")
 _PAIRS_AT_ONCE = 512
 _RUN_MARKER = "_staging/run.json"
+_LEASE = "_lease"
 _OWNED = artifacts.OwnedFiles(
-    "evaluation", "evaluate", (r"_staging/run\.json",), r"_staging/run\.json", (r"results\.json|rows\.parquet|report\.html|config\.yaml",)
+    "evaluation",
+    "evaluate",
+    (r"_lease/\d+\.json", r"_staging/run\.json"),
+    r"_staging/run\.json",
+    (r"results\.json|rows\.parquet|report\.html|config\.yaml",),
 )
 
 _CANDIDATE = pa.struct(
@@ -65,7 +71,7 @@ def load_scorer(config: Config) -> PairScorer:
 def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Config], PairScorer] = load_scorer) -> dict[str, Any]:
     """Evaluate the scorer on `config.evaluation.split` and publish to `config.evaluation_uri`; return the summary.
 
-    Writes `results.json`, `rows.parquet`, `report.html` and `config.yaml`, then the manifest.
+    Writes `results.json`, `rows.parquet`, `report.html` and `config.yaml`, then the manifest. A lease (`_lease`) excludes a second run.
 
     Args:
         config: the whole config.
@@ -73,12 +79,22 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
         load: loads the scorer of a config.
 
     Raises `UsageError` if the folder holds other files, or a published evaluation and `overwrite` is false. Raises `CappyError` if the
-    set or the scorer cannot be used.
+    set or the scorer cannot be used, or another run holds the lease.
     """
     uri = storage.check_uri(config.evaluation_uri, "evaluation_path")
     if not overwrite:
         artifacts.refuse_published(uri, "evaluation_path", "evaluate")
     artifacts.refuse_foreign(uri, "evaluation_path", _OWNED, overwrite=overwrite)
+    with lease.hold(storage.join(uri, _LEASE), f"evaluation_path={uri}", keep=False) as held:
+        if not overwrite:
+            artifacts.refuse_published(uri, "evaluation_path", "evaluate")
+        artifacts.refuse_foreign(uri, "evaluation_path", _OWNED, overwrite=overwrite)
+        results, table = _compare(config, uri, load)
+        return _publish(config, uri, results, table, overwrite, held)
+
+
+def _compare(config: Config, uri: str, load: Callable[[Config], PairScorer]) -> tuple[dict[str, Any], pa.Table]:
+    """Score the rows of the split; return the content of `results.json` and of `rows.parquet`."""
     dataset = RegressionSet(config.dataset_uri)
     rows, without = read_rows(dataset, config.evaluation.split)
     base = pick_baselines(rows, dataset.manifest["config"]["sampler"]["decodings"])
@@ -99,15 +115,18 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
         "skipped": {"without_samples": without, "incomplete": base.incomplete},
         "made": {**_provenance(config, dataset, uri), "adapted": sorted(adapted.values())},
     }
-    table = to_table(scored, compared)
-    page = report.render_report(results, table, config.evaluation.examples)
+    return results, to_table(scored, compared)
 
+
+def _publish(config: Config, uri: str, results: dict[str, Any], table: pa.Table, overwrite: bool, held: Lease) -> dict[str, Any]:
+    """Write the files, then the manifest; return the summary. With `overwrite` an earlier evaluation is deleted first."""
+    page = report.render_report(results, table, config.evaluation.examples)
     if overwrite:
-        artifacts.withdraw(uri, "evaluation_path", _OWNED)
-    artifacts.finish_withdrawal(uri, "evaluation_path", _OWNED)
+        artifacts.withdraw(uri, "evaluation_path", _OWNED, keep=_LEASE, check=held.check)
+    artifacts.finish_withdrawal(uri, "evaluation_path", _OWNED, keep=_LEASE, check=held.check)
+    folder = folder_writer.FolderWriter(uri, held.check)
     # If this run stops before the manifest exists, this file shows the next run that the other files belong to an evaluation.
-    storage.write_json(storage.join(uri, _RUN_MARKER), {"scorer": config.scorer_uri, "dataset": config.dataset_uri})
-    folder = folder_writer.FolderWriter(uri)
+    folder.write_json(_RUN_MARKER, {"scorer": config.scorer_uri, "dataset": config.dataset_uri})
     files = {
         "results.json": folder.write_json("results.json", results),
         "rows.parquet": folder.write_bytes("rows.parquet", _parquet(table)),
@@ -126,8 +145,9 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
         summary=summary,
         config=config,
         files=files,
+        check=held.check,
     )
-    artifacts.cleanup(storage.join(uri, "_staging"))
+    artifacts.cleanup(storage.join(uri, "_staging"), held.check)
     return summary
 
 

@@ -9,8 +9,8 @@ with another source or metric is refused. Loads no LLM.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from cluster import artifacts, folder_writer, storage
+from cluster import artifacts, folder_writer, lease, storage
 from cluster.config import Config, LabelConfig, differences
 from cluster.errors import CappyError, UsageError
+from cluster.lease import Lease
 from cluster.progress import Bar
 from cluster.runtime import ray_session
 from generation import dataset, dataset_card, labels
@@ -30,6 +31,7 @@ from generation.dataset import RegressionSet
 from generation.schema import DATASET
 
 _OWNED = artifacts.OwnedFiles("dataset", "annotate", dataset.WORKING_FILES, r"_staging/run\.json", dataset.RESULT_FILES)
+_LEASE = "_lease"
 # Rows labelled per call; limits the memory of a task.
 _BATCH_ROWS = 1024
 
@@ -49,23 +51,30 @@ def run_annotate(config: Config, *, src: str, dst: str, overwrite: bool = False)
     """Publish the set at `src` at `dst`, with labels by `config.generate.label`; return the summary of the new set.
 
     Raises `UsageError` if `dst` equals, contains or is inside `src`, or if it has a finished run or a run with another
-    source or metric. Raises `CappyError` if `src` is not published or a file of it is damaged.
+    source or metric. Raises `CappyError` if `src` is not published, if a file of it is damaged, or if another run holds the lease.
     """
     start = time.monotonic()
     source = RegressionSet(src, "SRC")
     uri = storage.check_uri(dst, "DST")
     _refuse_nested(source.uri, uri)
-    if overwrite:
-        artifacts.withdraw(uri, "DST", _OWNED)
-    artifacts.refuse_published(uri, "DST", "annotate")
-    artifacts.refuse_foreign(uri, "DST", _OWNED, overwrite=False)
-    artifacts.finish_withdrawal(uri, "DST", _OWNED)
-    origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
-    metric = labels.describe_metric(config.generate.label)
-    _claim_destination(uri, {"relabelled_from": origin, "metric": metric})
-    with ray_session():
-        shards = _write_shards(source, uri, config.generate.label)
-    return _publish(uri, source, shards, origin, config.generate.label, time.monotonic() - start)
+    if not overwrite:
+        artifacts.refuse_published(uri, "DST", "annotate")
+    artifacts.refuse_foreign(uri, "DST", _OWNED, overwrite=overwrite)
+    with lease.hold(storage.join(uri, _LEASE), f"DST={uri}") as held:
+        if overwrite:
+            artifacts.withdraw(uri, "DST", _OWNED, keep=_LEASE, check=held.check)
+        artifacts.finish_withdrawal(uri, "DST", _OWNED, keep=_LEASE, check=held.check)
+        artifacts.refuse_published(uri, "DST", "annotate")
+        artifacts.refuse_foreign(uri, "DST", _OWNED, overwrite=False)
+        origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
+        metric = labels.describe_metric(config.generate.label)
+        held.check()
+        _claim_destination(uri, {"relabelled_from": origin, "metric": metric})
+        with ray_session():
+            shards = _write_shards(source, uri, config.generate.label, held)
+        summary = _publish(uri, source, shards, origin, config.generate.label, time.monotonic() - start, held)
+        held.finish()
+    return summary
 
 
 def replace_labels(table: pa.Table, config: LabelConfig) -> pa.Table:
@@ -106,28 +115,30 @@ def _claim_destination(uri: str, work: dict[str, Any]) -> None:
         )
 
 
-def _write_shards(source: RegressionSet, uri: str, config: LabelConfig) -> list[AnnotatedShard]:
+def _write_shards(source: RegressionSet, uri: str, config: LabelConfig, held: Lease) -> list[AnnotatedShard]:
     """Write every shard in a separate Ray task; return the results, sorted by name."""
     import ray
 
     entries = {name: entry for name, entry in source.manifest["files"].items() if name.startswith("data/")}
     task = ray.remote(num_cpus=1)(_write_shard)
-    pending = [task.remote(source.uri, uri, name, entry["sha256"], config) for name, entry in entries.items()]
+    check = held.claim.check
+    pending = [task.remote(source.uri, uri, name, entry["sha256"], config, check) for name, entry in entries.items()]
     shards = []
     with Bar("labelling", sum(entry["rows"] for entry in entries.values()), "instructions") as bar:
         while pending:
             (ready, *_), pending = ray.wait(pending)
+            held.check(read_store=False)
             shard: AnnotatedShard = ray.get(ready)
             shards.append(shard)
             bar.advance(shard["entry"]["rows"], pairs=shard["statistics"]["pairs"])
     return sorted(shards, key=lambda shard: shard["name"])
 
 
-def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelConfig) -> AnnotatedShard:
-    """Download a shard, verify it, write it with new labels."""
+def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelConfig, check: Callable[[], None]) -> AnnotatedShard:
+    """Download a shard, verify it, write it with new labels. `check` raises if another run has the destination."""
     statistics: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="cappy-relabel-") as folder:
-        old, new = Path(folder, "old.parquet"), Path(folder, "new.parquet")
+    with storage.temporary_folder("relabel") as folder:
+        old, new = folder / "old.parquet", folder / "new.parquet"
         try:
             found = storage.download_file(storage.join(source, name), old)
         except FileNotFoundError:
@@ -142,7 +153,7 @@ def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelCon
                 for table in tables:
                     statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
                 writer.write_table(pa.concat_tables(tables))
-        entry = folder_writer.FolderWriter(uri).upload_file(new, name) | {"rows": statistics["instructions"]}
+        entry = folder_writer.FolderWriter(uri, check).upload_file(new, name) | {"rows": statistics["instructions"]}
     return {"name": name, "entry": entry, "statistics": statistics}
 
 
@@ -151,14 +162,20 @@ def _damaged(source: str, name: str, problem: str) -> CappyError:
 
 
 def _publish(
-    uri: str, source: RegressionSet, shards: list[AnnotatedShard], origin: dict[str, Any], label: LabelConfig, seconds: float
+    uri: str,
+    source: RegressionSet,
+    shards: list[AnnotatedShard],
+    origin: dict[str, Any],
+    label: LabelConfig,
+    seconds: float,
+    held: Lease,
 ) -> dict[str, Any]:
     """Write the files beside the shards, then the manifest; return the summary of the set."""
     manifest = source.manifest
     config = {**manifest["config"], "generate": {**manifest["config"]["generate"], "label": label.model_dump(mode="json")}}
     config_yaml = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
     kept = {}
-    folder = folder_writer.FolderWriter(uri)
+    folder = folder_writer.FolderWriter(uri, held.check)
     for name in ("dead_letters.jsonl", "decontamination.json"):
         data = storage.read_bytes(storage.join(source.uri, name))
         if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
@@ -183,7 +200,8 @@ def _publish(
         summary=summary,
         config=config,
         files=files,
-        describe=dataset_card.write_card,
+        describe=lambda uri, manifest: dataset_card.write_card(uri, manifest, held.check),
+        check=held.check,
     )
-    artifacts.cleanup(storage.join(uri, "_staging"))
+    artifacts.cleanup(storage.join(uri, "_staging"), held.check)
     return summary

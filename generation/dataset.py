@@ -8,6 +8,7 @@ folder without a manifest is not opened. Imports Ray, `datasets` and pandas only
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from cluster import artifacts, storage
 from cluster.errors import CappyError, first_line
+from cluster.progress import Bar
 from generation.schema import PAIRS
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import pandas
     import ray.data
 
+_VERIFY_THREADS = 8
 LABEL_BINS = 10
 """Number of equal bins of [0, 1] in which labels are counted."""
 WORKING_FILES = (
@@ -63,17 +66,43 @@ class Pairs:
 class RegressionSet:
     """A published regression set, opened for reading.
 
-    Raises `CappyError` if `uri` has no finished set. `setting` is the name of the setting that errors report.
+    Each shard is compared with its SHA-256 in the manifest before its first read. `verified` leaves this out, for the workers of a run
+    whose driver called `verify`. Raises `CappyError` if `uri` has no finished set. `setting` is the name of the setting that errors
+    report.
     """
 
-    def __init__(self, uri: str, setting: str = "dataset") -> None:
+    def __init__(self, uri: str, setting: str = "dataset", *, verified: bool = False) -> None:
         self.uri = storage.check_uri(uri, setting)
         self.manifest: dict[str, Any] = dict(artifacts.read_manifest(self.uri, "dataset", "generate"))
+        self._verified = {storage.join(self.uri, name) for name in self.manifest["files"] if verified}
 
     def shards(self, split: str) -> list[str]:
         """Return the URIs of the Parquet files of a split, in order."""
         prefix = f"data/{split}/"
         return [storage.join(self.uri, name) for name in sorted(self.manifest["files"]) if name.startswith(prefix)]
+
+    def verify(self, *splits: str) -> None:
+        """Compare every shard of the splits with its SHA-256 in the manifest, once for this object.
+
+        A Parquet file has no checksum for its footer. Raises `CappyError`, which names the shard.
+        """
+        pending = [uri for split in splits for uri in self.shards(split) if uri not in self._verified]
+        if pending:
+            with ThreadPoolExecutor(_VERIFY_THREADS) as pool, Bar("checking", len(pending), "shards") as bar:
+                for _ in pool.map(self.verify_shard, pending):
+                    bar.advance()
+
+    def verify_shard(self, uri: str) -> None:
+        """Compare one shard with its SHA-256 in the manifest, as `verify` does."""
+        if uri in self._verified:
+            return
+        try:
+            found = storage.sha256(uri)
+        except OSError as error:
+            raise _damaged(uri, first_line(error)) from None
+        if found != self.manifest["files"][uri.removeprefix(f"{self.uri}/")]["sha256"]:
+            raise _damaged(uri, "its SHA-256 differs from the manifest")
+        self._verified.add(uri)
 
     def rows(self, split: str) -> int:
         """Return the number of instructions of a split."""
@@ -88,11 +117,12 @@ class RegressionSet:
         """Yield the rows of a split in order, as tables of at most `rows` rows; memory holds one table at a time.
 
         With `only`, yield only the rows of that dataset; `columns` must then include `dataset`. Row groups whose statistics
-        exclude the dataset are not read. Raises `CappyError` if a shard is missing, its page checksums do not match, or the
-        number of rows differs from the manifest.
+        exclude the dataset are not read. Raises `CappyError` if a shard is missing, its SHA-256 or its page checksums do not match,
+        or the number of rows differs from the manifest.
         """
         seen = 0
         for uri in self.shards(split):
+            self.verify_shard(uri)
             with open_shard(uri) as parquet:
                 groups = [parquet.metadata.row_group(number) for number in range(parquet.num_row_groups)]
                 selected = [number for number, group in enumerate(groups) if only is None or _may_contain(group, only)]
@@ -137,6 +167,7 @@ class RegressionSet:
         """
         import ray.data
 
+        self.verify(split)
         located = [storage.filesystem(uri) for uri in self.shards(split)]
         if not located:
             raise CappyError(f"{self.uri} has no split {split!r}; it has {', '.join(self.manifest['counts'])}")
@@ -153,8 +184,12 @@ def open_shard(uri: str) -> Iterator[pq.ParquetFile]:
     try:
         with fs.open_input_file(path) as file:
             yield pq.ParquetFile(file, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CappyError(f"{uri} is damaged or missing ({first_line(error)}); copy or generate the set again") from None
+    except (OSError, pa.ArrowException, ValueError, KeyError, OverflowError) as error:
+        raise _damaged(uri, first_line(error)) from None
+
+
+def _damaged(uri: str, reason: str) -> CappyError:
+    return CappyError(f"{uri} is damaged or missing ({reason}); copy or generate the set again")
 
 
 def concat_tables(tables: Iterable[pa.Table], limit: int, size: Callable[[pa.Table], int] = len) -> Iterator[pa.Table]:

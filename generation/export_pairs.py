@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import artifacts, storage
+from cluster import artifacts, disk, storage
 from cluster.config import fingerprint
-from cluster.copying import CopySession, copy_summary, is_already_copied, refuse_other_files
+from cluster.copying import CopySession, copy_summary, hold_destination, is_already_copied, refuse_other_files
 from cluster.errors import CappyError
 from generation import dataset_card
 from generation.dataset import RegressionSet, concat_tables, pair_table
@@ -40,14 +40,16 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
     made_from = {"uri": source, "fingerprint": fingerprint(manifest["files"])}
     if is_already_copied(destination, lambda there: there.get("made_from", {}).get("fingerprint") == made_from["fingerprint"]):
         return copy_summary(destination, "pairs", source, shards, ())
-    refuse_other_files(destination, {*shards, "config.yaml", "README.md", "labels.svg"})
+    names = {*shards, "config.yaml", "README.md", "labels.svg"}
+    refuse_other_files(destination, names)
     start = time.monotonic()
-    with CopySession(destination, len(shards)) as copying:
+    with hold_destination(destination, names) as check, CopySession(destination, len(shards), check) as copying:
 
         def export_shard(name: str) -> dict[str, Any]:
             with copying.scratch() as shard, copying.scratch() as pairs:
                 copying.fetch(storage.join(source, name), shards[name], shard)
-                rows = _write_pairs(shard, pairs)
+                with disk.errors_of(pairs.parent):
+                    rows = _write_pairs(shard, pairs)
                 entry = {"bytes": pairs.stat().st_size, "sha256": storage.sha256(str(pairs)), "rows": rows}
                 copying.place(pairs, name)
             return entry
@@ -57,28 +59,29 @@ def export_pairs(source: str, destination: str) -> dict[str, Any]:
         with copying.scratch() as file:
             copying.fetch(storage.join(source, "config.yaml"), settings, file)
             copying.place(file, "config.yaml")
-    for split, counts in manifest["counts"].items():
-        found = sum(entry["rows"] for name, entry in written.items() if name.startswith(f"data/{split}/"))
-        if found != counts["pairs"]:
-            raise CappyError(
-                f"SRC={source} has {found} pairs in split {split}, its manifest has {counts['pairs']}; copy or generate the set again"
-            )
-    summary = {**manifest["summary"], "uri": destination, "dead_letters": 0, "seconds": round(time.monotonic() - start, 1)}
-    artifacts.publish_folder(
-        destination,
-        "pairs",
-        version=manifest["version"],
-        command="cappy push --pairs",
-        made_from=made_from,
-        counts=manifest["counts"],
-        metric=manifest["metric"],
-        lineage=manifest["lineage"],
-        schema={field.name: str(field.type) for field in PAIRS},
-        summary=summary,
-        config=manifest["config"],
-        files=written | {"config.yaml": settings},
-        describe=dataset_card.write_card,
-    )
+        for split, counts in manifest["counts"].items():
+            found = sum(entry["rows"] for name, entry in written.items() if name.startswith(f"data/{split}/"))
+            if found != counts["pairs"]:
+                raise CappyError(
+                    f"SRC={source} has {found} pairs in split {split}, its manifest has {counts['pairs']}; copy or generate the set again"
+                )
+        summary = {**manifest["summary"], "uri": destination, "dead_letters": 0, "seconds": round(time.monotonic() - start, 1)}
+        artifacts.publish_folder(
+            destination,
+            "pairs",
+            version=manifest["version"],
+            command="cappy push --pairs",
+            made_from=made_from,
+            counts=manifest["counts"],
+            metric=manifest["metric"],
+            lineage=manifest["lineage"],
+            schema={field.name: str(field.type) for field in PAIRS},
+            summary=summary,
+            config=manifest["config"],
+            files=written | {"config.yaml": settings},
+            describe=lambda uri, manifest: dataset_card.write_card(uri, manifest, check),
+            check=check,
+        )
     return copy_summary(destination, "pairs", source, written, written, time.monotonic() - start)
 
 

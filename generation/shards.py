@@ -7,15 +7,14 @@ Ray: `generation.generate` runs `write_shard` as a Ray task.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
+from cluster.disk import final_name
 from cluster.errors import CappyError, first_line
 from generation import dataset, units
 from generation.schema import DATASET, SPLITS
@@ -57,26 +56,25 @@ def shard_path(split: str, number: int, run: str) -> str:
 
 
 def remove_superseded(uri: str, published: Iterable[str], check: Callable[[], None]) -> None:
-    """Delete the shards that earlier runs wrote and did not publish; keep the paths in `published`.
+    """Delete the shards, and their temporary files, that earlier runs wrote and did not publish; keep the paths in `published`.
 
     `check` raises if the run has lost its lease. It is called after the listing and before the deletion. Shards that
     another run writes later have other names and are not deleted.
     """
-    superseded = sorted(name for name in _list_data_files(uri).difference(published) if _NAME.fullmatch(name))
+    superseded = sorted(name for name in _list_data_files(uri).difference(published) if _NAME.fullmatch(final_name(name) or name))
     check()
     storage.delete_files(uri, superseded)
 
 
 def remove_own(uri: str, run: str) -> None:
     """Delete the shards that the run `run` wrote; a run calls it after it has lost its lease."""
-    found = {name: _NAME.fullmatch(name) for name in _list_data_files(uri)}
+    found = {name: _NAME.fullmatch(final_name(name) or name) for name in _list_data_files(uri)}
     storage.delete_files(uri, [name for name, match in found.items() if match and match[1] == run])
 
 
 def _list_data_files(uri: str) -> set[str]:
-    """Return the paths of the files below `data/`, without the temporary files of writes in progress."""
-    names = {f"data/{name}" for name in storage.list_files(storage.join(uri, "data"))}
-    return {name for name in names if not name.split("/")[-1].startswith(".")}
+    """Return the paths of the files below `data/`, with the temporary files that killed runs left."""
+    return {f"data/{name}" for name in storage.list_files(storage.join(uri, "data"))}
 
 
 def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows: int, check: Callable[[], None]) -> MergedShard:
@@ -105,8 +103,8 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
             statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
             yield table.replace_schema_metadata(None).cast(DATASET)
 
-    with tempfile.TemporaryDirectory(prefix="cappy-shard-") as folder:
-        file = Path(folder, "shard.parquet")
+    with storage.temporary_folder("shard") as folder:
+        file = folder / "shard.parquet"
         with pq.ParquetWriter(file, DATASET, compression="zstd", write_page_checksum=True) as writer:
             for table in dataset.concat_tables(read_units(), row_group_rows):
                 writer.write_table(table, row_group_size=row_group_rows)

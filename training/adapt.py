@@ -87,6 +87,7 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
         if not storage.exists(storage.join(config.dataset_uri, artifacts.MANIFEST)):
             generate.run_generate(config, load=load)
         dataset = RegressionSet(config.dataset_uri)
+        dataset.verify(*dataset.manifest["counts"])
         _log_differences((given, config), dataset)
         _refuse_foreign_results(uri)
         tasks = _select_tasks(config, dataset, base, uri)

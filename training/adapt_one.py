@@ -95,7 +95,7 @@ def adapt_task(
     earlier = read_outcome(task)
     if earlier and earlier["identity"] == task.identity:  # Ray repeats a task whose node was lost at its end
         return earlier
-    dataset = RegressionSet(config.dataset_uri)
+    dataset = RegressionSet(config.dataset_uri, verified=True)  # by the driver
     pairs, train_rows = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed)
     if not len(pairs):
         raise CappyError(f"no train rows of {task.name} in dataset={dataset.uri}; generate some, or remove the task from adapt.tasks")

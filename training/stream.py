@@ -92,6 +92,7 @@ def _blocks(pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 def _pieces(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[pa.Table]:
     """Yield a split's rows as small tables, round-robin from `_LANES` row groups."""
+    dataset.verify(split)
     groups = [(uri, group) for uri in dataset.shards(split) for group in range(_row_groups(uri))]
     order = np.random.default_rng([seed, epoch, 0]).permutation(len(groups))
     pending = iter([groups[number] for number in order])

@@ -49,7 +49,7 @@ class _Worker:
         self.config, self.size, self.channel = config, Size(*job["size"]), job["channel"]
         self.device: torch.device = ray.train.torch.get_device()
         self.dtype = pick_dtype(config.scorer.dtype, self.device)
-        self.dataset = RegressionSet(config.dataset_uri)
+        self.dataset = RegressionSet(config.dataset_uri, verified=True)  # by the driver
         folder = models.resolve(config.scorer.encoder, "scorer.encoder")
         self.model = new_model(folder, config.scorer, config.training, config.seed).to(self.device)
         self.tokenizer = load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -160,3 +161,61 @@ def test_each_run_has_a_different_id(tmp_path):
         pass
     with lease.hold(str(tmp_path), "x") as second:
         assert first.run != second.run and len(second.run) == 8
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"host": "el', b"[]", b"null", b'{"run": "12345678"}', b'{"host": "h", "pid": "x"}', b"\xff\xfe"]
+)
+def test_an_incomplete_lease_file_is_taken_after_the_timeout(content, tmp_path, capfd):
+    storage.write_bytes(f"{tmp_path}/000003.json", content)
+    (tmp_path / f".000004.json.{'a' * 32}").write_bytes(b"")  # a kill between write and rename
+    start = time.monotonic()
+    with lease.hold(str(tmp_path), "dataset=x") as held:
+        assert held.claim.number == 4 and time.monotonic() - start >= 1
+        held.finish()
+    assert "dataset=x: a run with an unreadable lease file" in capfd.readouterr().err
+    assert not tmp_path.exists()  # with all temporary files
+
+
+def test_an_incomplete_lease_file_that_is_rewritten_belongs_to_a_live_run(tmp_path):
+    storage.write_bytes(f"{tmp_path}/000001.json", b"")
+    rewrite = threading.Timer(0.3, storage.write_bytes, (f"{tmp_path}/000001.json", b'{"beat": 2'))
+    rewrite.start()
+    with (
+        pytest.raises(CappyError, match=r"dataset=x: a run with an unreadable lease file .* is working there"),
+        lease.hold(str(tmp_path), "dataset=x"),
+    ):
+        raise AssertionError("two hold it")
+    rewrite.join()
+
+
+# The names of this machine in another container on it: the same host and boot id, but other process ids.
+OTHER_NAMESPACE = ["unshare", "--pid", "--fork", "--mount-proc"]
+
+
+@pytest.mark.parametrize("command", [OTHER_NAMESPACE, OTHER_NAMESPACE[:-1]], ids=["own /proc", "/proc of the machine"])
+def test_a_live_lease_is_not_taken_from_another_pid_namespace(command, tmp_path):
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("a PID namespace is not permitted here")
+    limits = "from cluster import lease\nlease.HEARTBEAT_S, lease.TIMEOUT_S = 0.1, 20.0\n"
+    take = f"{limits}with lease.hold({str(tmp_path)!r}, 'x'): print('taken')"
+    with lease.hold(str(tmp_path), "x"):
+        other = subprocess.run([*command, sys.executable, "-c", take], capture_output=True, text=True)
+        assert other.stdout == "" and "is working there" in other.stderr
+    other = subprocess.run([*command, sys.executable, "-c", take], capture_output=True, text=True)
+    assert other.stdout == "taken\n"
+
+
+def test_the_lease_of_an_older_version_without_a_namespace_is_taken_only_without_a_heartbeat(tmp_path):
+    me = {key: value for key, value in lease._this_process().items() if key not in ("namespace", "ticks")}
+    storage.write_json(f"{tmp_path}/000001.json", {**me, "pid": 2**22 + 1, "run": "a", "beat": 1})  # no process has this id
+    start = time.monotonic()
+    with lease.hold(str(tmp_path), "x"):
+        assert time.monotonic() - start >= 1
+
+
+def test_a_change_of_the_clock_does_not_end_a_live_lease(tmp_path, monkeypatch):
+    with lease.hold(str(tmp_path), "x"):
+        holder = storage.read_json(f"{tmp_path}/000001.json")
+        assert not lease._has_ended({**holder, "since": holder["since"] + 60})
+        assert lease._has_ended({**holder, "ticks": holder["ticks"] - 1})  # an earlier process with the same id

@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from cluster import models, storage
+from cluster import artifacts, cache_eviction, models, storage
 from cluster.errors import CappyError, UsageError
 from tests.faults import KeyStore
 
@@ -46,6 +46,50 @@ def test_an_s3_folder_is_copied_again_after_a_change(folder, bucket, tmp_path, m
     assert models.resolve(f"{bucket}/model", "scorer.encoder") == first
     storage.write_bytes(f"{bucket}/model/extra.json", b"{}")
     assert models.resolve(f"{bucket}/model", "scorer.encoder") != first
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_file_that_changed_but_kept_its_size_is_copied_again(published, folder, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("CAPPY_CACHE", str(tmp_path))
+    files = storage.upload_folder(folder, f"{bucket}/model")
+    if published:
+        artifacts.publish(f"{bucket}/model", {"kind": "scorer", "files": files})
+    first = models.resolve(f"{bucket}/model", "scorer.encoder")
+    changed = bytearray((folder / "model.safetensors").read_bytes())
+    changed[-1] ^= 1
+    storage.write_bytes(f"{bucket}/model/model.safetensors", bytes(changed))
+    second = models.resolve(f"{bucket}/model", "scorer.encoder")
+    assert (second / "model.safetensors").read_bytes() == changed and second != first
+
+
+def test_a_folder_that_changes_during_the_copy_is_not_kept(folder, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("CAPPY_CACHE", str(tmp_path))
+    storage.upload_folder(folder, f"{bucket}/model")
+    real = storage.download_folder
+
+    def download(uri, target):
+        real(uri, target)
+        storage.write_bytes(f"{bucket}/model/config.json", b"{}")
+
+    monkeypatch.setattr(storage, "download_folder", download)
+    with pytest.raises(CappyError, match=rf"scorer.encoder={bucket}/model: its files changed during the copy to the cache; run"):
+        models.resolve(f"{bucket}/model", "scorer.encoder")
+    assert not any((tmp_path / "models" / "s3").glob("[!.]*"))
+
+
+def test_the_copies_of_models_stay_within_the_limit_of_the_cache(folder, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("CAPPY_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache_eviction, "_used", {})
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    monkeypatch.setenv("CAPPY_CACHE_LIMIT_GB", str(1.5 * size / 1e9))
+    storage.upload_folder(folder, f"{bucket}/model")
+    first = models.resolve(f"{bucket}/model", "scorer.encoder")
+    storage.write_bytes(f"{bucket}/model/extra.json", b"{}")
+    second = models.resolve(f"{bucket}/model", "scorer.encoder")
+    assert second.exists() and not first.exists()
+    storage.upload_folder(folder, f"{bucket}/other")
+    models.resolve(f"{bucket}/other", "scorer.encoder")
+    assert second.exists()  # it is in use
 
 
 @pytest.mark.parametrize("call", [models.resolve, models.check_model])

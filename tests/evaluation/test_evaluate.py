@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from cappy.display import show_evaluation
-from cluster import artifacts, storage
+from cluster import artifacts, lease, storage
 from cluster import config as configs
 from cluster.errors import CappyError, UsageError
 from evaluation.evaluate import run_evaluate, score_rows
@@ -182,3 +182,46 @@ def test_the_table_fits_80_columns_and_marks_the_best_method_without_colour(publ
         assert line.count("*") >= 1
     assert f"{summary['averages']['scorer']['mean']:.1f}*" in text
     assert "of the oracle gap closed" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("kind", ["disk", "s3"])
+def test_a_second_evaluation_at_one_destination_is_refused_and_its_files_stay(kind, published, rows, request, monkeypatch):
+    place = f"{request.getfixturevalue('bucket')}/evaluation" if kind == "s3" else published.evaluation_uri
+    config = published.model_copy(update={"evaluation_path": place})
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
+
+    class Second(NoisyScorer):
+        def score(self, instructions, responses):
+            with pytest.raises(CappyError, match=rf"evaluation_path={place}: a run on .* is working there"):
+                run_evaluate(config, load=lambda _: NoisyScorer(rows, noise=0))
+            return super().score(instructions, responses)
+
+    run_evaluate(config, load=lambda _: Second(rows))
+    manifest = artifacts.read_manifest(place, "evaluation", "evaluate")
+    assert artifacts.verify(place, manifest) == []
+    assert set(storage.list_files(place)) == {*manifest["files"], "_MANIFEST.json"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_evaluation_that_lost_its_lease_leaves_the_files_of_the_winner(overwrite, published, rows, monkeypatch):
+    place = published.evaluation_uri
+    if overwrite:
+        run_evaluate(published, load=lambda _: NoisyScorer(rows))
+
+    class Paused(NoisyScorer):
+        """While it scores, its process is paused, and another run takes the lease and publishes."""
+
+        def score(self, instructions, responses):
+            if not self.over:
+                self.over = True
+                (held,) = storage.list_files(f"{place}/_lease")
+                storage.delete(f"{place}/_lease/{held}")
+                run_evaluate(published, overwrite=overwrite, load=lambda _: NoisyScorer(rows, noise=0))
+                self.files = {name: storage.read_bytes(f"{place}/{name}") for name in storage.list_files(place)}
+            return super().score(instructions, responses)
+
+    late = Paused(rows, noise=2)
+    late.over = False
+    with pytest.raises(CappyError, match="lease lost: another run took over"):
+        run_evaluate(published, overwrite=overwrite, load=lambda _: late)
+    assert {name: storage.read_bytes(f"{place}/{name}") for name in storage.list_files(place)} == late.files

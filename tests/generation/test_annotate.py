@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from cappy import jobs
 from cappy.cli import app
-from cluster import artifacts, storage
+from cluster import artifacts, lease, storage
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
 from generation import annotate, generate
@@ -165,3 +165,52 @@ def test_the_command_labels_again_and_prints_its_summary(made, tmp_path):
     assert "labelling" in result.stderr
     shown = CliRunner(env={"COLUMNS": "150"}).invoke(app, ["inspect", str(tmp_path / "new")])
     assert "labels exact_match (version 1)" in shown.stdout
+
+
+@both
+def test_a_second_run_at_one_destination_is_refused(made, place, monkeypatch):
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
+    with lease.hold(f"{place}/_lease", "DST"), pytest.raises(CappyError, match=rf"DST={place}: a run on .* is working there"):
+        annotate.run_annotate(CHRF, src=made, dst=place)
+    assert {name.split("/")[0] for name in storage.list_files(place)} == {"_lease"}
+    annotate.run_annotate(CHRF, src=made, dst=place)
+    assert set(storage.list_files(place)) == {*RegressionSet(place).manifest["files"], "_MANIFEST.json"}  # and no lease
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_lost_its_lease_leaves_the_files_of_the_winner(made, overwrite, tmp_path, monkeypatch):
+    place = str(tmp_path / "new")
+    if overwrite:
+        annotate.run_annotate(load(), src=made, dst=place)
+    files = {}
+    real = annotate._write_shards
+
+    def paused(*arguments):
+        """After the shards the process is paused, and another run takes the lease and publishes."""
+        written = real(*arguments)
+        if not files:
+            files["_"] = b""
+            for name in storage.list_files(place):
+                storage.delete(f"{place}/{name}")
+            annotate.run_annotate(load(None, ["generate.label.metric=exact_match"]), src=made, dst=place, overwrite=overwrite)
+            files.update({name: storage.read_bytes(f"{place}/{name}") for name in storage.list_files(place)})
+        return written
+
+    monkeypatch.setattr(annotate, "_write_shards", paused)
+    with pytest.raises(CappyError, match="lease lost: another run took over"):
+        annotate.run_annotate(CHRF, src=made, dst=place, overwrite=overwrite)
+    assert {"_": b""} | {name: storage.read_bytes(f"{place}/{name}") for name in storage.list_files(place)} == files
+    assert artifacts.verify(place, RegressionSet(place).manifest) == []
+
+
+def test_a_full_disk_in_a_task_names_the_path_and_the_same_command_resumes(made, small_disk):
+    place = f"{small_disk.folder}/new"
+    small_disk.fill()
+    with (small_disk.folder / "filler").open("r+b") as filler:
+        filler.truncate(filler.seek(0, 2) - 12_000)  # room for the lease and the record, not for the shards
+    with pytest.raises(CappyError, match=rf"^{place}/.* cannot be written \(No space left on device\); free some space there") as caught:
+        jobs.run_verb("annotate", CHRF, src=made, dst=place)
+    assert "\n" not in str(caught.value) and "data/train" in str(caught.value)
+    small_disk.free()
+    jobs.run_verb("annotate", CHRF, src=made, dst=place)
+    assert set(storage.list_files(place)) == {*RegressionSet(place).manifest["files"], "_MANIFEST.json"}

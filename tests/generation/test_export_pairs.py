@@ -5,7 +5,7 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import artifacts, copying, storage
+from cluster import artifacts, copying, lease, storage
 from cluster.errors import CappyError
 from generation import export_pairs
 from generation.dataset import RegressionSet
@@ -13,6 +13,7 @@ from tests.cluster.test_copying import SHARD, endpoints, flip
 from tests.generation.made_set import LABELS, publish
 
 __all__ = ["endpoints"]  # a fixture
+both = pytest.mark.parametrize("place", ["disk", "s3"], indirect=True)
 
 
 def test_each_candidate_is_a_row_with_its_origin(endpoints):
@@ -66,3 +67,53 @@ def test_hugging_face_and_pandas_open_pushed_and_pulled_data(pairs, tmp_path, bu
     assert opened["train"]["id"] == list(frame["id"]) and len(frame) == (70 if pairs else 10)
     fs, path = storage.filesystem(f"{bucket}/a/data/train")
     assert pandas.read_parquet(path, filesystem=fs).equals(frame)
+
+
+@pytest.mark.parametrize("push", [export_pairs.export_pairs, copying.copy_folder], ids=["pairs", "set"])
+@both
+def test_a_second_push_to_one_destination_is_refused(push, place, tmp_path, monkeypatch):
+    source, destination = f"{tmp_path}/source", place
+    publish(source)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.1)
+    with lease.hold(f"{destination}/_lease", "DST"), pytest.raises(CappyError, match=rf"DST={destination}: a run on .* is working there"):
+        push(source, destination)
+    assert {name.split("/")[0] for name in storage.list_files(destination)} == {"_lease"}
+    push(source, destination)
+    manifest = artifacts.read_any_manifest(destination, "DST")
+    assert set(storage.list_files(destination)) == {*manifest["files"], "_MANIFEST.json"}  # and no lease
+
+
+@pytest.mark.parametrize("push", [export_pairs.export_pairs, copying.copy_folder], ids=["pairs", "set"])
+@both
+def test_a_push_that_lost_its_lease_leaves_the_files_of_the_winner(push, place, tmp_path, monkeypatch):
+    source, destination = f"{tmp_path}/source", place
+    publish(source)
+    publish(f"{source}2", train=(2, 2))
+    files = {}
+    real = copying.CopySession.each
+
+    def paused(session, work, names, threads):
+        """After the first copies the process is paused, and another run takes the lease and publishes another set."""
+        yield from real(session, work, names, threads)
+        if not files:
+            files["_"] = b""
+            for name in storage.list_files(destination):
+                storage.delete(f"{destination}/{name}")
+            push(f"{source}2", destination)
+            files.update({name: storage.read_bytes(f"{destination}/{name}") for name in storage.list_files(destination)})
+
+    monkeypatch.setattr(copying.CopySession, "each", paused)
+    with pytest.raises(CappyError, match=r"lease lost|published by another run meanwhile"):
+        push(source, destination)
+    assert {"_": b""} | {name: storage.read_bytes(f"{destination}/{name}") for name in storage.list_files(destination)} == files
+
+
+@pytest.mark.parametrize("push", [export_pairs.export_pairs, copying.copy_folder], ids=["pairs", "set"])
+def test_temporary_files_of_a_killed_copy_are_removed(push, tmp_path):
+    publish(f"{tmp_path}/a")
+    for name in (SHARD, "README.md", "_MANIFEST.json", "_lease/000001.json"):
+        folder, _, file = name.rpartition("/")
+        storage.write_bytes(f"{tmp_path}/b/{folder}/.{file}.{'0' * 32}", b"cut")
+    push(f"{tmp_path}/a", f"{tmp_path}/b")
+    manifest = artifacts.read_any_manifest(f"{tmp_path}/b", "DST")
+    assert set(storage.list_files(f"{tmp_path}/b")) == {*manifest["files"], "_MANIFEST.json"}
