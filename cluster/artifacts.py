@@ -26,6 +26,7 @@ from cluster.config import Config
 from cluster.disk import final_name
 from cluster.errors import CappyError, UsageError
 from cluster.progress import log
+from cluster.redaction import redact_tree
 from cluster.runtime import code_version
 from cluster.s3 import failure_reason
 from cluster.storage import (
@@ -204,7 +205,7 @@ def publish_folder(
         "code_version": code_version(),
         **facts,
         "summary": dict(summary),
-        "config": config.model_dump(mode="json") if isinstance(config, Config) else dict(config),
+        "config": redact_tree(config.model_dump(mode="json") if isinstance(config, Config) else dict(config)),
         "files": dict(files),
     }
     if describe:

@@ -1,9 +1,11 @@
-"""The errors that an operator can act on, and one-line texts for the errors of libraries. Imports nothing else of Cappy."""
+"""The errors that an operator can act on, and one-line texts for the errors of libraries. Imports `cluster.redaction` only."""
 
 from __future__ import annotations
 
 import errno
 import os
+
+from cluster.redaction import redact_text
 
 # Errors of a full or broken disk.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
@@ -13,10 +15,14 @@ class CappyError(Exception):
     """A failure the operator can act on. Exit code 1.
 
     The message is one line: the failure, the setting with its value, and the fix. It is the only positional argument:
-    Ray pickles exceptions by their `args`, so a second argument would be lost.
+    Ray pickles exceptions by their `args`, so a second argument would be lost. Credentials in URLs are replaced: an error reaches logs,
+    dead letters and clients.
     """
 
     exit_code = 1
+
+    def __init__(self, *message: object) -> None:
+        super().__init__(*(redact_text(part) if isinstance(part, str) else part for part in message))
 
 
 class UsageError(CappyError):
@@ -33,7 +39,7 @@ class Stopped(CappyError):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return redact_text(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def typed_first_line(error: BaseException) -> str:

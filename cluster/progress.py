@@ -1,6 +1,6 @@
 """Progress and log lines on standard error: a live bar on a terminal, else a line every ten seconds.
 
-Standard output is reserved for the result of a verb. Imports nothing else of Cappy.
+Standard output is reserved for the result of a verb. Imports `cluster.redaction` only.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from cluster.redaction import redact_text
+
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _LINE_EVERY_S = 10.0
 
 
 def log(text: str) -> None:
-    """Print one line to standard error."""
-    console.print(text, markup=False)
+    """Print one line to standard error. Credentials in URLs are replaced."""
+    console.print(redact_text(text), markup=False)
 
 
 @contextmanager

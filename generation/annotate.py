@@ -25,6 +25,7 @@ from cluster.config import Config, LabelConfig, differences
 from cluster.errors import CappyError, UsageError
 from cluster.lease import Lease
 from cluster.progress import Bar
+from cluster.redaction import redact_tree
 from cluster.runtime import ray_session
 from generation import dataset, dataset_card, labels
 from generation.dataset import RegressionSet
@@ -173,7 +174,7 @@ def _publish(
     """Write the files beside the shards, then the manifest; return the summary of the set."""
     manifest = source.manifest
     config = {**manifest["config"], "generate": {**manifest["config"]["generate"], "label": label.model_dump(mode="json")}}
-    config_yaml = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    config_yaml = yaml.safe_dump(redact_tree(config), sort_keys=False, allow_unicode=True).encode()
     kept = {}
     folder = folder_writer.FolderWriter(uri, held.check)
     for name in ("dead_letters.jsonl", "decontamination.json"):

@@ -11,7 +11,7 @@ decides how the messages become text:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Message(TypedDict):
@@ -19,6 +19,10 @@ class Message(TypedDict):
 
     role: str
     content: str
+    name: NotRequired[str]
+    """Name of the participant, for chat templates that read it."""
+    reasoning_content: NotRequired[str]
+    """The reasoning of an earlier answer, for chat templates that read it."""
 
 
 class Shot(TypedDict):

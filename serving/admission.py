@@ -3,38 +3,63 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from serving.backend import ApiError
 
 
 class AdmissionQueue:
-    """An asynchronous context manager that runs up to `max_running` requests, queues up to `max_waiting` and rejects the rest."""
+    """Runs up to `max_running` requests, queues up to `max_waiting` and rejects the rest.
+
+    A request has a place from the start of its body to its end, so that slow bodies also count.
+    """
 
     def __init__(self, max_running: int, max_waiting: int) -> None:
-        self._slots = asyncio.Semaphore(max_running)
+        self.slots = asyncio.Semaphore(max_running)
         self._capacity = max_running + max_waiting
+        # Requests whose body arrives or is checked.
+        self.arriving = 0
         # Requests that are running or queued.
         self.active = 0
 
     @property
     def has_capacity(self) -> bool:
         """Whether the queue accepts another request."""
-        return self.active < self._capacity
+        return self.arriving + self.active < self._capacity
 
-    def check_capacity(self) -> None:
-        """Raise `ApiError` (503) if the queue is full."""
+    @contextmanager
+    def reserve(self) -> Iterator[Place]:
+        """Give the request in the block a place. If `Place.run` starts in the block, the place is free when that has ended.
+
+        Raises `ApiError` (503) if the queue is full.
+        """
         if not self.has_capacity:
-            raise ApiError(f"the server is full: {self.active} requests are running or queued; retry later", 503, code="overloaded")
-
-    async def __aenter__(self) -> None:
-        self.check_capacity()
-        self.active += 1
+            taken = self.arriving + self.active
+            raise ApiError(f"the server is full: {taken} requests are running, queued or arriving; retry later", 503, code="overloaded")
+        place = Place(self)
+        self.arriving += 1
         try:
-            await self._slots.acquire()
-        except BaseException:
-            self.active -= 1
-            raise
+            yield place
+        finally:
+            if not place.started:
+                self.arriving -= 1
 
-    async def __aexit__(self, *_: object) -> None:
-        self._slots.release()
-        self.active -= 1
+
+class Place:
+    """The place of one request in an `AdmissionQueue`; `AdmissionQueue.reserve` makes it."""
+
+    def __init__(self, queue: AdmissionQueue) -> None:
+        self._queue, self.started = queue, False
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        """Wait until the request may run, and run the block. The place is free after it, or if the wait is cancelled."""
+        self.started = True
+        self._queue.arriving -= 1
+        self._queue.active += 1
+        try:
+            async with self._queue.slots:
+                yield
+        finally:
+            self._queue.active -= 1

@@ -26,6 +26,7 @@ from serving.deployments import LLM, UNAVAILABLE, Scorer, get_result, translate_
 from serving.gateway import build_api
 from serving.model_registry import additional_scorers
 from serving.prometheus import Metrics
+from serving.readiness import build_probe
 
 APPLICATION = "cappy"
 _READY_TIMEOUT_S = 5.0
@@ -125,6 +126,11 @@ class Gateway:
         self.config, self.additional, self.metrics = config, additional, Metrics()
         self.backend = ServeBackend(llm, scorer, config.serving, self.metrics)
 
+    async def answers_test_request(self) -> bool:
+        """Send a test request through the graph and return whether it succeeds; True if the config allows none."""
+        probe = build_probe(self.config, self.backend)
+        return probe is None or await probe.check()
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self.config, self.backend, self.additional, self.metrics, proxied=True)
 
@@ -150,9 +156,12 @@ def build_application(config: Config) -> serve.Application:
     surge = {"max_surge_percent": 100}
     # The gateway limits the requests; the margin is for health checks.
     max_calls = serving.max_concurrency + 8
+    gateway_calls = 4 * (serving.max_concurrency + serving.max_queue) + 16
     llm = serve.deployment(LLM).options(
         name="LLM",
         max_ongoing_requests=max_calls,
+        # A request has one call for each candidate at most: one for each prompt, or for each decoding with `cappy.progress`.
+        max_queued_requests=serving.max_concurrency * serving.max_candidates,
         ray_actor_options=resources,
         **replica_options(serving.llm_replicas),
         **({} if resources["num_gpus"] else surge),
@@ -161,6 +170,8 @@ def build_application(config: Config) -> serve.Application:
     scorer = serve.deployment(Scorer).options(
         name="Scorer",
         max_ongoing_requests=max_calls,
+        # A request has one call for each candidate or pair at most.
+        max_queued_requests=serving.max_concurrency * max(serving.max_candidates, serving.max_pairs),
         ray_actor_options={"num_cpus": 1, "num_gpus": serving.scorer_gpus},
         **replica_options(serving.scorer_replicas),
         **surge,
@@ -169,7 +180,9 @@ def build_application(config: Config) -> serve.Application:
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
         # Above the gateway's own limits: the gateway rejects excess requests immediately, with an error in OpenAI's format.
-        max_ongoing_requests=4 * (serving.max_concurrency + serving.max_queue) + 16,
+        max_ongoing_requests=gateway_calls,
+        # The proxy's queue; a request above it gets the proxy's own 503.
+        max_queued_requests=gateway_calls,
         ray_actor_options={"num_cpus": 0},
         **replica_options(serving.gateway_replicas),
         # The gateway writes a more detailed access log (`serving.access_log`).

@@ -1,104 +1,45 @@
 """Request models of the chat and text completions, and the parsing of request bodies. Imports neither Ray nor a web framework.
 
-A body is JSON (`json_limits`). It becomes a `ChatRequest` or a `TextRequest`, from which `build_prompt` makes the LLM's prompt. An
-invalid body is an `ApiError` with status 400 that names the field, its value and the correction.
+A body is JSON (`json_limits`) with supported fields (`request_fields`). It becomes a `ChatRequest` or a `TextRequest`, from which
+`build_prompt` makes the LLM's prompt. An invalid body is an `ApiError` with status 400 that names the field, its value and the
+correction.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.config import Fallback
 from generation.prompts import Message
-from serving import json_limits
+from serving import json_limits, messages, request_fields
+from serving.api_model import ApiModel, make_model_optional
 from serving.backend import ApiError
+from serving.messages import Messages
+from serving.request_fields import json_preview
+from serving.structured_outputs import StructuredOutputs
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-class ApiModel(BaseModel):
-    """Base of the request and response models; the docstrings of their fields become descriptions in the OpenAPI schema."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-
-# Fields of OpenAI's API and vLLM's server that would change the answer and are not supported, each with the values that change
-# nothing. Other values are refused, because an answer that ignores them would appear correct. Fields that are not listed,
-# such as `user` and `metadata`, change no answer and are ignored.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "best_of": (None,),
-    "top_k": (None, -1, 0),
-    "min_p": (None, 0),
-}
-_UNSUPPORTED_TEXT: dict[str, tuple[Any, ...]] = {**_UNSUPPORTED, "echo": (None, False), "suffix": (None, ""), "best_of": (None, 1)}
-
-
-def _join_text_parts(content: Any) -> Any:
-    """Return OpenAI's text parts joined by line breaks, or a text unchanged. Raises `ValueError` for other content."""
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise ValueError(f"a part of type {json_preview(kind)} is not supported; send parts {{'type': 'text', 'text': ...}}")
-        content = "\n".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise ValueError("send a text or a list of text parts")
-    return content
-
-
-def _unwrap_prompt(prompt: Any) -> Any:
-    """Return the text in a list of one prompt; other values are returned unchanged, and the field's type checks them."""
-    if not isinstance(prompt, list):
-        return prompt
-    if any(isinstance(each, int | list) for each in prompt):
+def _list_prompts(prompt: Any) -> Any:
+    """Return the prompts of a request as a list. Raises `ValueError` for token ids; the field's type checks all other values."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(prompts, list) and any(isinstance(each, int | list) for each in prompts):
         raise ValueError("token ids are not supported; send the prompt as a text")
-    if len(prompt) != 1:
-        raise ValueError(f"{len(prompt)} prompts in one request are not supported; send one request per prompt")
-    return prompt[0]
+    return prompts
 
 
 def _stop_strings(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class TextPart(ApiModel):
-    """A part of a message; the parts are joined by line breaks."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(ApiModel):
-    """One turn of the conversation."""
-
-    model_config = ConfigDict(strict=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_join_text_parts, json_schema_input_type=str | list[TextPart])]
-
-
 _StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 _StopStrings = Annotated[list[_StopString], Field(max_length=16, fail_fast=True)]
+_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Prompts = Annotated[list[str], Field(min_length=1, max_length=256, fail_fast=True)]
 
 
 class CappyOptions(ApiModel):
@@ -129,9 +70,13 @@ class CappyOptions(ApiModel):
 class StreamOptions(ApiModel):
     """Options of a stream."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool | None = None
     """Whether a last chunk reports the usage."""
+    continuous_usage_stats: Literal[False] | None = None
+    """Not supported: a chunk before the last has no usage."""
+    include_obfuscation: bool | None = None
+    """Without effect: this server adds no random fields to its chunks."""
 
 
 class SampleRequest(ApiModel):
@@ -139,16 +84,27 @@ class SampleRequest(ApiModel):
 
     id_prefix: ClassVar[str]
     """Prefix of the answer's id."""
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    unsupported: ClassVar[request_fields.Harmless]
+    """Fields of other servers that this model lacks; see `request_fields`."""
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, json_schema_extra=make_model_optional)
     model: str
+    """Name of a model of the server; absent or null means `serving.model_name`."""
     n: int = Field(1, ge=1)
     """Choices returned, best first."""
     max_tokens: int | None = Field(None, ge=1)
     """Limit of a candidate's tokens; null means the limit of each decoding."""
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """Same as `max_tokens`, and takes precedence over it."""
+    min_tokens: int | None = Field(None, ge=0)
+    """Smallest length of a candidate in tokens; null means that of each decoding. vLLM and transformers support it."""
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stop: Annotated[_StopStrings, BeforeValidator(_stop_strings, json_schema_input_type=_StopString | _StopStrings)] | None = None
     """Strings that end a candidate, in addition to those of the server's decodings."""
+    stop_token_ids: Annotated[list[_TokenId], Field(max_length=64, fail_fast=True)] | None = None
+    """Ids of tokens that end a candidate. Only an LLM on vLLM supports it."""
+    structured_outputs: StructuredOutputs | None = None
+    """A form that every candidate must have, as in vLLM's server. Only an LLM on vLLM supports it."""
     seed: int | None = None
     """The same request with the same seed samples the same candidates, except for numerical differences from the engine's batching."""
     stream: bool = False
@@ -162,11 +118,16 @@ class SampleRequest(ApiModel):
         return cls.model_fields[info.field_name].get_default() if value is None else value
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> SampleRequest:
+    def _check_combinations(self) -> SampleRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options requires stream=true; set it or leave stream_options out")
         if self.cappy.progress and not self.stream:
             raise ValueError("cappy.progress requires stream=true; set it or leave cappy.progress out")
+        name, limit = self.token_limit
+        if self.min_tokens is not None and limit is not None and self.min_tokens > limit:
+            raise ValueError(f"min_tokens={self.min_tokens} is above {name}={limit}; lower it")
+        if self.min_tokens and self.structured_outputs is not None:
+            raise ValueError("min_tokens and structured_outputs exclude each other; leave one of them out")
         return self
 
     @property
@@ -177,93 +138,121 @@ class SampleRequest(ApiModel):
     @property
     def token_limit(self) -> tuple[str, int | None]:
         """Name and value of the field that limits a candidate's tokens."""
+        if self.max_completion_tokens:
+            return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens
 
     @property
     @abstractmethod
     def instruction(self) -> str:
-        """The instruction that the scorer reads."""
+        """The instruction that the scorer reads with `serving.scorer_context=last`."""
+
+    @property
+    @abstractmethod
+    def conversation(self) -> str:
+        """The text that the scorer reads with `serving.scorer_context=conversation`."""
 
 
 class ChatRequest(SampleRequest):
     """The body of POST /v1/chat/completions."""
 
     id_prefix = "chatcmpl"
-    messages: list[ChatMessage] = Field(min_length=1, max_length=2048, fail_fast=True)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    """Same as `max_tokens`, and takes precedence over it."""
+    unsupported = request_fields.CHAT
+    messages: Messages
+    """The conversation. Its last message may have any role."""
 
     @model_validator(mode="after")
-    def _check_last_message(self) -> ChatRequest:
-        last = self.messages[-1]
-        if last.role != "user":
-            raise ValueError(f"messages must end with the instruction, a message of role='user'; the last message has role={last.role!r}")
-        if not last.content.strip():
-            raise ValueError("messages must end with an instruction; the last message is empty")
+    def _check_text(self) -> ChatRequest:
+        if not any(message.content.strip() for message in self.messages):
+            raise ValueError("messages are all empty; send an instruction")
         return self
 
     @property
-    def token_limit(self) -> tuple[str, int | None]:
-        return ("max_completion_tokens", self.max_completion_tokens) if self.max_completion_tokens else super().token_limit
+    def instruction(self) -> str:
+        """The text of the last user message, or of the last message if no user message has text."""
+        return messages.last_instruction(self.messages)
 
     @property
-    def instruction(self) -> str:
-        """The text of the last message."""
-        return self.messages[-1].content.strip()
+    def conversation(self) -> str:
+        """All messages as one text."""
+        return messages.conversation_text(self.messages)
 
 
 class TextRequest(SampleRequest):
-    """The body of POST /v1/completions: a prompt that the LLM continues without a chat template."""
+    """The body of POST /v1/completions: prompts that the LLM continues without a chat template."""
 
     id_prefix = "cmpl"
-    prompt: Annotated[str, BeforeValidator(_unwrap_prompt)]
-    """A text, or a list of one text."""
+    unsupported = request_fields.TEXT
+    prompts: Annotated[_Prompts, BeforeValidator(_list_prompts, json_schema_input_type=str | _Prompts)] = Field(validation_alias="prompt")
+    """A text or a list of texts. The choices of all prompts are one list, in the order of the prompts."""
 
     @model_validator(mode="after")
-    def _check_prompt(self) -> TextRequest:
-        if not self.prompt.strip():
-            raise ValueError("prompt is empty; send the text to continue")
+    def _check_prompts(self) -> TextRequest:
+        for index, prompt in enumerate(self.prompts):
+            if not prompt.strip():
+                raise ValueError(f"prompt {f'{index} ' if len(self.prompts) > 1 else ''}is empty; send the text to continue")
+        if len(self.prompts) > 1 and self.cappy.progress:
+            raise ValueError("cappy.progress reports the candidates of one prompt; send one prompt or leave cappy.progress out")
         return self
+
+    def split(self) -> list[TextRequest]:
+        """Return one request for each prompt."""
+        return [self.model_copy(update={"prompts": [prompt]}) for prompt in self.prompts]
 
     @property
     def instruction(self) -> str:
+        """The whole prompt. A request of several prompts has none; see `split`."""
+        (prompt,) = self.prompts
+        return prompt.strip()
+
+    @property
+    def conversation(self) -> str:
         """The whole prompt."""
-        return self.prompt.strip()
+        return self.instruction
 
 
-def parse_chat_request(body: bytes) -> ChatRequest:
+def parse_chat_request(body: bytes, default_model: str | None = None) -> ChatRequest:
     """Return the chat request in `body`. Raises `ApiError` (400) for an invalid body; see `parse_request`."""
-    return parse_request(ChatRequest, body, _UNSUPPORTED)
+    return parse_request(ChatRequest, body, ChatRequest.unsupported, default_model)
 
 
-def parse_text_request(body: bytes) -> TextRequest:
+def parse_text_request(body: bytes, default_model: str | None = None) -> TextRequest:
     """Return the request for a text completion in `body`. Raises `ApiError` (400) for an invalid body; see `parse_request`."""
-    return parse_request(TextRequest, body, _UNSUPPORTED_TEXT)
+    return parse_request(TextRequest, body, TextRequest.unsupported, default_model)
 
 
-def parse_request(kind: type[ModelT], body: bytes, unsupported: Mapping[str, tuple[Any, ...]]) -> ModelT:
+def parse_request(kind: type[ModelT], body: bytes, unsupported: request_fields.Harmless, default_model: str | None = None) -> ModelT:
     """Return the request of type `kind` in `body`.
 
-    `unsupported` lists fields that would change the answer, each with the values that change nothing. Raises `ApiError` (400) that
-    names the field, its value and the correction.
+    Args:
+        kind: The model of the request.
+        body: JSON.
+        unsupported: Fields that `kind` lacks, each with the values that change nothing; see `request_fields.check_fields`.
+        default_model: The value of `model` if the request has none; None requires the field.
+
+    Raises `ApiError` (400) that names the field, its value and the correction.
     """
     try:
         tree = json_limits.parse_json(body)
     except ValueError as error:
         raise ApiError(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(tree, dict):
-        wanted = " and ".join(f"`{name}`" for name, field in kind.model_fields.items() if field.is_required())
+        wanted = " and ".join(f"`{_field_names(kind, name)[0]}`" for name, field in kind.model_fields.items() if field.is_required())
         raise ApiError(f"the body is a JSON {type(tree).__name__}; send an object with {wanted}", code="invalid_json")
-    for name, harmless in unsupported.items():
-        if name in tree and not any(_equal_in_json(tree[name], value) for value in harmless):
-            raise ApiError(
-                f"{name}={json_preview(tree[name])} is not supported yet; leave {name} out", param=name, code="unsupported_parameter"
-            )
+    request_fields.check_fields(tree, {each for name in kind.model_fields for each in _field_names(kind, name)}, unsupported)
+    if default_model is not None and tree.get("model") is None:
+        tree["model"] = default_model
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         path, message = _describe_error(error)
         raise ApiError(message, param=path or None, code="invalid_value") from None
+
+
+def _field_names(kind: type[BaseModel], name: str) -> list[str]:
+    """Return the names that a request may use for a field."""
+    alias = kind.model_fields[name].validation_alias
+    return [str(each) for each in alias.choices] if isinstance(alias, AliasChoices) else [str(alias or name)]
 
 
 def build_prompt(request: SampleRequest, system: str | None) -> list[Message] | str:
@@ -272,32 +261,17 @@ def build_prompt(request: SampleRequest, system: str | None) -> list[Message] | 
     `system` is the server's system message; it is not added to a text.
     """
     if isinstance(request, TextRequest):
-        return request.prompt
+        (prompt,) = request.prompts
+        return prompt
     assert isinstance(request, ChatRequest)
-    return build_messages(request, system)
+    return messages.build_messages(request.messages, system)
 
 
-def build_messages(request: ChatRequest, system: str | None) -> list[Message]:
-    """Return the client's messages for the LLM; `system` is inserted first if the client sent no system message."""
-    messages: list[Message] = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.content.strip()}
-        for message in request.messages
-    ]
-    if system and all(message["role"] != "system" for message in messages):
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
-
-
-def _equal_in_json(value: Any, harmless: Any) -> bool:
-    """Return whether two values are equal in JSON, where `false` and `0` differ."""
-    return bool(value == harmless) and isinstance(value, bool) == isinstance(harmless, bool)
-
-
-def json_preview(value: Any) -> str:
-    """Return a value as JSON, cut to 80 characters, for an error message."""
-    # 81 encoded pieces have at least 81 characters. A client's value may be as large as a whole body.
-    text = "".join(itertools.islice(json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value), 81))
-    return text if len(text) <= 80 else f"{text[:77]}..."
+_CLOSED_OBJECTS: dict[str, type[BaseModel]] = {
+    "cappy": CappyOptions,
+    "stream_options": StreamOptions,
+    "structured_outputs": StructuredOutputs,
+}
 
 
 def _describe_error(error: ValidationError) -> tuple[str, str]:
@@ -311,7 +285,9 @@ def _describe_error(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "missing":
         return path, f"{path} is missing{more}"
     if first["type"] == "extra_forbidden":
-        return path, f"{path} is not a field of `cappy`; its fields are {', '.join(CappyOptions.model_fields)}{more}"
+        parent = str(first["loc"][0])
+        fields = ", ".join(field.alias or name for name, field in _CLOSED_OBJECTS[parent].model_fields.items())
+        return path, f"{path} is not a field of `{parent}`; its fields are {fields}{more}"
     if not path:  # an error of the whole request; its message starts with the name of the field
-        return message.split()[0], f"{message}{more}"
+        return message.split()[0].partition("=")[0], f"{message}{more}"
     return path, f"{path}={json_preview(first['input'])}: {message}{more}"

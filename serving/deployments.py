@@ -22,7 +22,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from cluster.config import DecodingConfig, SamplerConfig, ServingConfig
 from cluster.errors import CappyError
 from generation import engines
-from generation.engines.contract import Candidate, EngineUnavailable, PromptTooLong, RowError
+from generation.engines.contract import Candidate, ConstraintRefused, EngineUnavailable, PromptTooLong, RowError
 from generation.prompts import Message
 from serving.backend import ApiError, OnFinished, Sampled, Scored
 from serving.ledger import Ledger
@@ -162,6 +162,8 @@ class LLM:
             return ApiError("the LLM stopped during the request and is being replaced; retry", 503, code=UNAVAILABLE)
         if isinstance(error, PromptTooLong):
             return ApiError(str(error), param=param, code="context_length_exceeded")
+        if isinstance(error, ConstraintRefused):
+            return ApiError(str(error), param=str(error).split()[0].rstrip(":"), code="invalid_value")
         if isinstance(error, EngineUnavailable):
             logger.warning("the LLM's endpoint: %s", error)
             if error.timed_out:

@@ -7,46 +7,31 @@ rejected immediately with 503.
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from cluster import ports
-from cluster.config import Config, DecodingConfig, Fallback
-from serving import best_of_n, openapi, request_body, sampling_policy, scoring_api
-from serving.admission import AdmissionQueue
+from cluster.config import Config
+from serving import boosted, openapi, readiness, request_body, sampling_policy, scoring_api, streaming
+from serving.admission import AdmissionQueue, Place
 from serving.api_keys import Keyring
-from serving.backend import ApiError, Backend, Scored, merge_scored
-from serving.completions_api import ChatRequest, SampleRequest, TextRequest, build_prompt, parse_chat_request, parse_text_request
+from serving.backend import ApiError, Backend, Scored
+from serving.completions_api import ChatRequest, SampleRequest, TextRequest, parse_chat_request, parse_text_request
 from serving.middleware import AuthMiddleware, RequestLimitsMiddleware, RequestLogMiddleware, internal_error
 from serving.model_registry import ModelRegistry
 from serving.prometheus import Metrics
-from serving.responses import (
-    ChatCompletion,
-    Completion,
-    Latency,
-    Model,
-    ModelList,
-    TextCompletion,
-    build_chunks,
-    build_completion,
-    build_progress_chunk,
-    fallback_ranking_scores,
-    ranking_scores,
-)
+from serving.responses import ChatCompletion, Completion, Model, ModelList, TextCompletion
 from serving.web_ui import build_page
 
-logger = logging.getLogger("ray.serve")
-_PAIRS_PER_CALL = 64
-"""Pairs in one call of the scorer. A long list is spread over the replicas, and pairs of other requests are scored in between."""
 _EARLY_SCORING_LOAD = 0.25
 """Share of `serving.max_concurrency` up to which a request's candidates are scored as they finish.
 
@@ -56,6 +41,8 @@ _ROUTES = (
     "POST /v1/chat/completions, /v1/completions, /v1/score, /v1/rerank, /v2/rerank, /v1/classify, "
     "GET /, /v1/models, /health, /ready, /metrics"
 )
+_PROBE_WAIT_S = 5.0
+"""Time that `/ready` waits for a test request."""
 T = TypeVar("T")
 
 
@@ -80,11 +67,13 @@ def build_api(
     metrics = metrics or Metrics()
     metrics.requests_in_progress.set_function(lambda: admission.active)
 
-    async def run_admitted(work: Callable[[], Awaitable[T]]) -> T:
-        """Run `work` through the queue and within the time limit, and measure both times."""
+    probe = readiness.build_probe(config, backend)
+
+    async def run_admitted(place: Place, work: Callable[[], Awaitable[T]]) -> T:
+        """Run `work` when the queue allows it and within the time limit, and measure both times."""
         start = time.monotonic()
         try:
-            async with asyncio.timeout(serving.timeout_s), admission:
+            async with asyncio.timeout(serving.timeout_s), place.run():
                 metrics.observe_seconds("queue", time.monotonic() - start)
                 return await work()
         except TimeoutError:
@@ -93,32 +82,39 @@ def build_api(
         finally:
             metrics.observe_seconds("total", time.monotonic() - start)
 
-    async def read_body(http: Request) -> bytes:
-        # Checked before the body is read, so that a rejected request costs the running ones no time.
-        admission.check_capacity()
-        return await request_body.read_body(http, serving)
-
-    async def complete(http: Request, request: SampleRequest) -> Response:
+    async def complete(http: Request, place: Place, request: SampleRequest, prompts: int = 1) -> Response:
         """Answer a chat or text completion with one body or a stream."""
         scorer = registry.find_selection_scorer(request)
-        decodings = sampling_policy.select_decodings(request, config, scored=scorer is not None)
-        http.scope["caller"].count_candidates(sum(decoding.n for decoding in decodings))
+        decodings = sampling_policy.select_decodings(request, config, scored=scorer is not None, prompts=prompts)
+        http.scope["caller"].count_candidates(prompts * sum(decoding.n for decoding in decodings))
         events: asyncio.Queue[str | None] = asyncio.Queue()
 
-        def run() -> Awaitable[Completion]:
+        async def run() -> Completion:
             early = admission.active <= _EARLY_SCORING_LOAD * serving.max_concurrency
-            return _complete(request, scorer, decodings, config, backend, metrics, events, early=early)
+            answer = await boosted.complete_request(
+                request,
+                scorer,
+                decodings,
+                config,
+                backend,
+                metrics,
+                lambda chunk: events.put_nowait(streaming.format_event(chunk)),
+                early=early,
+            )
+            if probe and scorer:
+                probe.record_success()
+            return answer
 
-        task = asyncio.ensure_future(run_admitted(run))
+        task = asyncio.ensure_future(run_admitted(place, run))
         task.add_done_callback(lambda _: events.put_nowait(None))
         try:
             # The stream starts with its first event, so that an error before it still has its own HTTP status.
-            first = await _next_event(events, serving.keep_alive_s if request.stream else None)
+            first = await streaming.next_event(events, serving.keep_alive_s if request.stream else None)
         except asyncio.CancelledError:
             task.cancel()
             raise
         if request.stream and not (task.done() and task.exception()):
-            stream = _stream_events(first, events, task, request, serving.keep_alive_s, http)
+            stream = streaming.stream_events(first, events, task, request, serving.keep_alive_s, lambda error: internal_error(http, error))
             return StreamingResponse(stream, media_type="text/event-stream")
         answer = task.result()
         return JSONResponse(answer.model_dump(exclude={"cappy"} if answer.cappy is None else None))
@@ -126,21 +122,25 @@ def build_api(
     @api.post("/v1/chat/completions", **openapi.describe_route(ChatRequest, ChatCompletion, streams=True))
     async def chat(http: Request) -> Response:
         """Sample candidates for the last message, score them, and return the best."""
-        request = parse_chat_request(await read_body(http))
-        sampling_policy.check_prompt_length((message.content for message in request.messages), config, "messages")
-        return await complete(http, request)
+        # The place comes before the body, so that a rejected request costs the running ones no time.
+        with admission.reserve() as place:
+            request = parse_chat_request(await request_body.read_body(http, serving), serving.model_name)
+            sampling_policy.check_prompt_length((message.content for message in request.messages), config, "messages")
+            return await complete(http, place, request)
 
     @api.post("/v1/completions", **openapi.describe_route(TextRequest, TextCompletion, streams=True))
     async def text(http: Request) -> Response:
-        """Sample continuations of a prompt, score them, and return the best."""
-        request = parse_text_request(await read_body(http))
-        sampling_policy.check_prompt_length([request.prompt], config, "prompt")
-        return await complete(http, request)
+        """Sample continuations of each prompt, score them, and return the best."""
+        with admission.reserve() as place:
+            request = parse_text_request(await request_body.read_body(http, serving), serving.model_name)
+            sampling_policy.check_prompt_length(request.prompts, config, "prompt")
+            return await complete(http, place, request, prompts=len(request.prompts))
 
     async def score_request(kind: type[scoring_api.RequestT], http: Request) -> tuple[scoring_api.RequestT, Scored]:
-        request = scoring_api.parse_scoring_request(kind, await read_body(http), serving)
-        scorer = registry.find_scorer(request.model)
-        return request, await run_admitted(lambda: _score(backend, scorer, *request.pairs()))
+        with admission.reserve() as place:
+            request = scoring_api.parse_scoring_request(kind, await request_body.read_body(http, serving), serving)
+            scorer = registry.find_scorer(request.model)
+            return request, await run_admitted(place, lambda: boosted.score_pairs(backend, scorer, *request.pairs()))
 
     @api.post("/v1/score", **openapi.describe_route(scoring_api.ScoreRequest, scoring_api.ScoreAnswer))
     @api.post("/score", response_model=scoring_api.ScoreAnswer, include_in_schema=False)
@@ -199,8 +199,11 @@ def build_api(
 
     @api.get("/ready", response_model=dict[str, str | bool], responses=openapi.error_responses() | unavailable)
     async def ready() -> JSONResponse:
-        """Return 200 if both models can answer and the queue accepts another request."""
-        up = {**await backend.ready(), "room": admission.has_capacity}
+        """Return 200 if both models can answer, requests succeed (`serving.probe_s`), and the queue accepts another request."""
+        models_ready = await backend.ready()
+        # A model that is down is reported immediately, without a test request that would wait for it.
+        answers = all(models_ready.values()) and (probe is None or await probe.check(_PROBE_WAIT_S))
+        up = {**models_ready, "answers": answers, "room": admission.has_capacity}
         return JSONResponse({"status": "ready" if all(up.values()) else "busy", **up}, 200 if all(up.values()) else 503)
 
     @api.get("/metrics", response_class=PlainTextResponse, responses=openapi.error_responses())
@@ -208,147 +211,37 @@ def build_api(
         """Return the metrics in Prometheus' text format."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    _add_head_and_options(api)
     own_names = frozenset({*ports.LOOPBACK, serving.host}) if not serving.api_keys and ports.is_loopback(serving.host) else None
-    openapi.complete_schema(api, keys=bool(serving.api_keys), own_names=own_names is not None)
-    api.add_middleware(AuthMiddleware, keyring=Keyring(serving.api_keys), own_names=own_names)
+    public = ("/", "/health", *(("/ready",) if serving.probes_without_key else ()))
+    openapi.complete_schema(api, keys=bool(serving.api_keys), own_names=own_names is not None, public=public)
+    api.add_middleware(AuthMiddleware, keyring=Keyring(serving.api_keys), own_names=own_names, public=public)
     api.add_middleware(RequestLimitsMiddleware)
+    if serving.cors_origins:
+        # Before the authentication: a browser sends a preflight without the key.
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=serving.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     api.add_middleware(RequestLogMiddleware, metrics=metrics, access_log=serving.access_log, proxied=proxied)
     api.add_exception_handler(ApiError, _handle_api_error)
     api.add_exception_handler(HTTPException, _handle_http_error)
     return api
 
 
-async def _complete(
-    request: SampleRequest,
-    scorer: str | None,
-    decodings: list[DecodingConfig],
-    config: Config,
-    backend: Backend,
-    metrics: Metrics,
-    events: asyncio.Queue[str | None],
-    *,
-    early: bool,
-) -> Completion:
-    """Sample and score the candidates and return the answer with the best.
+def _add_head_and_options(api: FastAPI) -> None:
+    """Answer HEAD and OPTIONS on every GET route, as HTTP requires and as probes and load balancers send."""
 
-    `events` receives the progress of a stream, if the request has `cappy.progress`. For `early` see `best_of_n.draw_pool`.
-    """
-    completion_id, created = uuid.uuid4().hex, int(time.time())
-    prompt = build_prompt(request, config.sampler.prompt.system)
+    async def options() -> Response:
+        return Response(status_code=204, headers={"Allow": "GET, HEAD, OPTIONS"})
 
-    def report_progress(pool: best_of_n.Pool) -> None:
-        chunk = build_progress_chunk(request, pool.candidates, pool.scores, completion_id=completion_id, created=created)
-        events.put_nowait(_format_event(chunk))
-
-    def score(responses: Sequence[str]) -> Awaitable[Scored]:
-        assert scorer is not None
-        return _score(backend, scorer, [request.instruction] * len(responses), responses)
-
-    logprobs = sampling_policy.needs_logprobs(request, config, scored=scorer is not None)
-    pool = await best_of_n.draw_pool(
-        decodings,
-        lambda drawn, seeds, on_finished: backend.sample(prompt, drawn, seeds, logprobs, on_finished),
-        score if scorer else None,
-        seed=request.seed,
-        n=request.n,
-        stopping=sampling_policy.select_stopping_rule(request, config) if scorer else None,
-        scorer_timeout_s=config.serving.scorer_timeout_s,
-        early=early,
-        on_progress=report_progress if request.cappy.progress else None,
-    )
-    metrics.observe_pool(pool)
-    fallback = _fallback(request, pool, config)
-    if fallback:
-        metrics.count_fallback(fallback)
-    if fallback or scorer is None:
-        ranking = fallback_ranking_scores(pool.candidates, fallback or "first")
-    else:
-        weight = pool.logprob_weight if config.serving.selection == "blend" else None
-        ranking = ranking_scores(pool.candidates, pool.scores, weight)
-    answer = build_completion(
-        request,
-        pool.candidates,
-        pool.scores,
-        ranking,
-        prompt_tokens=pool.prompt_tokens,
-        scorer=scorer,
-        version=pool.version,
-        latency=Latency(sampling_s=round(pool.sampling_s, 4), scoring_s=round(pool.scoring_s, 4)),
-        completion_id=completion_id,
-        created=created,
-        fallback=fallback,
-        cost=pool.cost,
-        stopped=pool.stop_reason,
-    )
-    if answer.cappy and answer.cappy.abstained:
-        metrics.count_abstention()
-    return answer
-
-
-def _fallback(request: SampleRequest, pool: best_of_n.Pool, config: Config) -> Fallback | None:
-    """Return the fallback that selects if the scorer failed before it scored any candidate, else None.
-
-    Raises `ApiError` (503) if the scorer failed and the fallback is `none`.
-    """
-    if pool.scorer_error is None or pool.has_scores:
-        return None
-    fallback = sampling_policy.select_fallback(request, config)
-    if fallback != "none":
-        return fallback
-    if isinstance(pool.scorer_error, ApiError):
-        raise pool.scorer_error
-    message = f"the scorer gave no answer within serving.scorer_timeout_s={config.serving.scorer_timeout_s:g}; retry"
-    raise ApiError(message, 503, code="scorer_late")
-
-
-async def _next_event(events: asyncio.Queue[str | None], keep_alive_s: float | None) -> str | None:
-    """Return the next event of a stream, None after the last one, or a keep-alive comment if none arrives in time."""
-    try:
-        async with asyncio.timeout(keep_alive_s):
-            return await events.get()
-    except TimeoutError:
-        return ": sampling\n\n"
-
-
-async def _stream_events(
-    first: str | None,
-    events: asyncio.Queue[str | None],
-    task: asyncio.Task[Completion],
-    request: SampleRequest,
-    keep_alive_s: float,
-    http: Request,
-) -> AsyncIterator[str]:
-    """Yield server-sent events: progress and keep-alives until the answer is complete, its chunks, and the end mark.
-
-    An error is the last event of its stream. A client that disconnects cancels `task`.
-    """
-    try:
-        event = first
-        while event is not None:
-            yield event
-            event = await _next_event(events, keep_alive_s)
-        try:
-            answer = task.result()
-        except Exception as error:
-            failure = error if isinstance(error, ApiError) else internal_error(http, error)
-            yield _format_event(failure.body)
-            return
-        for chunk in build_chunks(answer, usage=request.include_usage):
-            yield _format_event(chunk)
-        yield "data: [DONE]\n\n"
-    finally:
-        task.cancel()
-
-
-def _format_event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
-
-
-async def _score(backend: Backend, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
-    """Score pairs in concurrent calls of up to `_PAIRS_PER_CALL` each; see `merge_scored` for the result."""
-    slices = [slice(start, start + _PAIRS_PER_CALL) for start in range(0, len(responses), _PAIRS_PER_CALL)]
-    parts = await asyncio.gather(*(backend.score(scorer, instructions[part], responses[part]) for part in slices))
-    return merge_scored(parts)
+    for route in list(api.routes):
+        if isinstance(route, APIRoute) and route.methods == {"GET"}:
+            api.add_api_route(route.path, route.endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)
+            api.add_api_route(route.path, options, methods=["OPTIONS"], include_in_schema=False)
 
 
 async def _handle_api_error(_: Request, error: Exception) -> JSONResponse:

@@ -7,6 +7,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Collection
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -33,8 +34,6 @@ in some of them.
 PROXY_CONTROL_PREFIX = "x-serve-router-"
 """Prefix of the headers that Serve's load balancer sends to its router."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_PUBLIC_PATHS = ("/", "/health")
-"""Paths that need no key: they expose no data and use no model."""
 _SERVE_LOG = {"skip_context_filter": True, "log_to_stderr": False}
 """Fields of a log record that Ray Serve reads: keep the record's other fields, and write it to the replica's log file only."""
 _CLIENT_CLOSED = 499
@@ -45,7 +44,8 @@ class RequestLogMiddleware:
     """Gives each request an id, counts the response, and writes one line to the access log.
 
     The id is the client's `X-Request-Id` if that is a plain name, or else a random one. The response carries it in the same header.
-    `proxied` is true behind Ray Serve's proxy. The proxy adds an id to a request without one, and copies it to the response.
+    `proxied` is true behind Ray Serve's proxy. The proxy adds an id to a request without one, and always copies the client's header to
+    the response. So an odd header comes back as it was, and only the log has the random id.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool, proxied: bool) -> None:
@@ -64,7 +64,7 @@ class RequestLogMiddleware:
             size += len(message.get("body", b""))
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if not (self.proxied and scope["request_id"] == client_id):
+                if not self.proxied:
                     MutableHeaders(scope=message)["X-Request-Id"] = scope["request_id"]
             await send(message)
 
@@ -94,17 +94,17 @@ class RequestLogMiddleware:
 
 
 class AuthMiddleware:
-    """Rejects requests without a valid key, except for /health and the web page, and sets the scope's `caller`.
+    """Rejects requests without a valid key, except on the `public` paths, and sets the scope's `caller`.
 
     With `own_names` the Host header must be one of them. A server without keys needs this check against DNS rebinding. In that
     attack a web site points its own name at this machine and sends requests from its visitor's browser.
     """
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, own_names: frozenset[str] | None) -> None:
-        self.app, self.keyring, self.own_names = app, keyring, own_names
+    def __init__(self, app: ASGIApp, keyring: Keyring, own_names: frozenset[str] | None, public: Collection[str]) -> None:
+        self.app, self.keyring, self.own_names, self.public = app, keyring, own_names, public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _PUBLIC_PATHS:
+        if scope["type"] == "http" and scope["path"] not in self.public:
             headers = Headers(scope=scope)
             try:
                 if self.own_names and _host_name(headers.get("host", "")) not in self.own_names:

@@ -6,6 +6,7 @@ FastAPI cannot derive these parts, because the handlers read their bodies withou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -148,13 +149,14 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer, "description": ERROR_DESCRIPTIONS[status]} for status in sorted({*statuses, *_EVERY_ROUTE})}
 
 
-def complete_schema(api: FastAPI, *, keys: bool, own_names: bool) -> None:
+def complete_schema(api: FastAPI, *, keys: bool, own_names: bool, public: Sequence[str]) -> None:
     """Add models of the request bodies, examples and authentication to the schema of `api`, in place.
 
     Args:
         api: The application, with all its routes.
         keys: Whether the server has API keys.
         own_names: Whether a request must name this machine in its Host header (`middleware.AuthMiddleware`).
+        public: The paths that need no key.
     """
     tree = api.openapi()  # FastAPI caches this object and serves it
     models = tree["components"]["schemas"]
@@ -187,4 +189,5 @@ def complete_schema(api: FastAPI, *, keys: bool, own_names: bool) -> None:
             "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
         }
         tree["security"] = [{"bearer": []}, {"header": []}]
-        tree["paths"]["/health"]["get"]["security"] = []
+        for path in set(public) & tree["paths"].keys():
+            tree["paths"][path]["get"]["security"] = []

@@ -1,4 +1,4 @@
-"""Response bodies of the OpenAI routes, the selection of the choices, and the chunks of a stream.
+"""Response bodies of the OpenAI routes, the selection of the choices.
 
 Imports neither Ray nor a web framework. `drawn` in the API means sampled.
 """
@@ -15,7 +15,8 @@ import numpy as np
 from cluster.config import Fallback
 from generation.engines.contract import Candidate
 from generation.logprobs import mean_logprob
-from serving.completions_api import ApiModel, SampleRequest, TextRequest
+from serving.api_model import ApiModel
+from serving.completions_api import SampleRequest, TextRequest
 from serving.early_stopping import StopReason
 from training.blend import blend_scores
 
@@ -305,7 +306,7 @@ def build_completion(
     if request.cappy.model_fields_set or fallback or abstained or stopped or cost is not None:
         shown = rank_candidates(candidates, ranking) if request.cappy.return_candidates else []
         answer.cappy = CappyAnswer(
-            candidates=[_scored_candidate(candidates[position], scores[position], position in chosen) for position in shown],
+            candidates=[build_scored_candidate(candidates[position], scores[position], position in chosen) for position in shown],
             fallback=fallback,
             abstained=abstained,
             drawn=len(candidates),
@@ -335,31 +336,43 @@ def _text_choices(winners: Sequence[Candidate]) -> list[TextChoice]:
     ] or [TextChoice(index=0, text="", finish_reason="stop")]
 
 
-def _scored_candidate(candidate: Candidate, score: float, chosen: bool) -> ScoredCandidate:
-    return ScoredCandidate(**candidate, score=score if math.isfinite(score) else None, chosen=chosen)
+def build_scored_candidate(candidate: Candidate, score: float, chosen: bool) -> ScoredCandidate:
+    """Return a candidate as the answer lists it; a score that is not finite is null."""
+    # JSON has no NaN and no infinity.
+    logprob = candidate["logprob"] if candidate["logprob"] is not None and math.isfinite(candidate["logprob"]) else None
+    return ScoredCandidate(**{**candidate, "logprob": logprob}, score=score if math.isfinite(score) else None, chosen=chosen)
 
 
-def build_progress_chunk(
-    request: SampleRequest, candidates: Sequence[Candidate], scores: Sequence[float], *, completion_id: str, created: int
-) -> dict[str, Any]:
-    """Return a chunk that reports the candidates so far, in the order of sampling. It has no choices."""
-    kind = TextCompletion.chunk if isinstance(request, TextRequest) else ChatCompletion.chunk
-    common = {"id": f"{request.id_prefix}-{completion_id}", "object": kind, "created": created, "model": request.model}
-    common |= {"usage": None} if request.include_usage else {}
-    reported = [_scored_candidate(candidate, score, False).model_dump() for candidate, score in zip(candidates, scores, strict=True)]
-    return {**common, "choices": [], "cappy": {"progress": reported}}
+def merge_completions(answers: Sequence[Completion]) -> Completion:
+    """Return one answer from the answers to the prompts of a request: all choices and candidates in the order of the prompts.
 
-
-def build_chunks(answer: Completion, *, usage: bool) -> list[dict[str, Any]]:
-    """Return an answer as OpenAI's chunks: the choices in order, one word in each chunk.
-
-    With `usage` one more chunk without choices follows. The last chunk carries `cappy`, if the answer has it.
+    Tokens and costs are sums, and latencies are those of the slowest prompt. Other fields of `cappy` are those of the first prompt
+    for which they are set.
     """
-    common = {"id": answer.id, "object": answer.chunk, "created": answer.created, "model": answer.model}
-    common |= {"usage": None} if usage else {}
-    chunks: list[dict[str, Any]] = [{**common, "choices": [delta]} for choice in answer.choices for delta in choice.deltas()]
-    if usage:
-        chunks.append({**common, "choices": [], "usage": answer.usage.model_dump()})
-    if answer.cappy is not None:
-        chunks[-1]["cappy"] = answer.cappy.model_dump()
-    return chunks
+    first, *others = answers
+    if not others:
+        return first
+    choices: list[Any] = [choice for answer in answers for choice in answer.choices]
+    usage = Usage(**{name: sum(getattr(answer.usage, name) for answer in answers) for name in Usage.model_fields})
+    update = {"choices": [choice.model_copy(update={"index": index}) for index, choice in enumerate(choices)], "usage": usage}
+    extras = [answer.cappy for answer in answers if answer.cappy is not None]
+    return first.model_copy(update=update | {"cappy": _merge_extras(extras) if extras else None})
+
+
+def _merge_extras(extras: Sequence[CappyAnswer]) -> CappyAnswer:
+    """Return one `cappy` object for several prompts; see `merge_completions`."""
+    costs = [each.cost for each in extras if each.cost is not None]
+    return CappyAnswer(
+        candidates=[candidate for each in extras for candidate in each.candidates],
+        fallback=next((each.fallback for each in extras if each.fallback), None),
+        abstained=any(each.abstained for each in extras),
+        drawn=sum(each.drawn for each in extras),
+        stopped=next((each.stopped for each in extras if each.stopped), None),
+        scorer=extras[0].scorer,
+        scorer_version=next((each.scorer_version for each in extras if each.scorer_version), None),
+        sampled_tokens=sum(each.sampled_tokens for each in extras),
+        cost=sum(costs) if costs else None,
+        latency=Latency(
+            sampling_s=max(each.latency.sampling_s for each in extras), scoring_s=max(each.latency.scoring_s for each in extras)
+        ),
+    )

@@ -6,10 +6,13 @@ Pure functions of a request and the config; imports neither Ray nor a web framew
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cluster.config import AdaptiveConfig, Config, DecodingConfig, Fallback
+from generation.engines.contract import RequestDecoding
 from serving.backend import ApiError
-from serving.completions_api import SampleRequest, json_preview
+from serving.completions_api import SampleRequest
+from serving.request_fields import json_preview
 
 
 def check_prompt_length(texts: Iterable[str], config: Config, param: str) -> None:
@@ -95,12 +98,18 @@ def find_named_decodings(request: SampleRequest, config: Config) -> list[Decodin
     return [decoding for decoding in config.sampler.decodings if decoding.name in names]
 
 
-def select_decodings(request: SampleRequest, config: Config, scored: bool = True) -> list[DecodingConfig]:
-    """Return the decodings for the request's pool of candidates; the sum of their `n` is the size of the pool.
+def scorer_instruction(request: SampleRequest, config: Config) -> str:
+    """Return the text that the scorer reads as the instruction; see `serving.scorer_context`."""
+    return request.conversation if config.serving.scorer_context == "conversation" else request.instruction
+
+
+def select_decodings(request: SampleRequest, config: Config, scored: bool = True, prompts: int = 1) -> list[DecodingConfig]:
+    """Return the decodings for the pool of candidates of one prompt; the sum of their `n` is the size of the pool.
 
     The decodings are the sampler's, or the subset that the request names. Greedy ones give one candidate each, and the others share
     the rest of the pool equally. With `temperature` or `top_p` one decoding with these values fills the pool. Raises `ApiError` (400)
-    for a decoding that the server does not have, and for candidates or tokens above the server's limits.
+    for a decoding or a constraint that the server does not have, and for candidates or tokens of all `prompts` together above the
+    server's limits.
     """
     named = find_named_decodings(request, config)
     size = choose_pool_size(request, config, named, scored)
@@ -121,10 +130,17 @@ def select_decodings(request: SampleRequest, config: Config, scored: bool = True
         counts = [(decoding, 1) for decoding in greedy]
         counts += [(decoding, share + (position < extra)) for position, decoding in enumerate(others)]
     decodings = [_apply_request(decoding, count, request, config) for decoding, count in counts if count]
-    tokens, limit = sum(decoding.n * decoding.max_tokens for decoding in decodings), config.serving.max_sampled_tokens
+    if prompts > 1 and prompts * size > config.serving.max_candidates:
+        raise ApiError(
+            f"prompt: {prompts} prompts with {size} candidates each are above this server's limit of {config.serving.max_candidates} "
+            "candidates (serving.max_candidates); send fewer prompts or set cappy.candidates",
+            param="prompt",
+            code="invalid_value",
+        )
+    tokens, limit = prompts * sum(decoding.n * decoding.max_tokens for decoding in decodings), config.serving.max_sampled_tokens
     if tokens > limit:
         raise ApiError(
-            f"max_tokens: {size} candidates may have {tokens:,} tokens together, above this server's limit of {limit:,} "
+            f"max_tokens: {prompts * size} candidates may have {tokens:,} tokens together, above this server's limit of {limit:,} "
             f"(serving.max_sampled_tokens); request fewer or shorter candidates",
             param=request.token_limit[0],
             code="invalid_value",
@@ -167,11 +183,41 @@ def _apply_request(decoding: DecodingConfig, count: int, request: SampleRequest,
         raise ApiError(
             f"{name}={max_tokens} is above the {limit} tokens of the model's context; request fewer", param=name, code="invalid_value"
         )
-    return decoding.model_copy(
+    min_tokens = decoding.min_tokens if request.min_tokens is None else request.min_tokens
+    if request.min_tokens is not None and min_tokens > max_tokens:
+        raise ApiError(
+            f"min_tokens={min_tokens} is above the {max_tokens} tokens of decoding {decoding.name}; lower it or raise {name}",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    applied = decoding.model_copy(
         update={
             "n": count,
             "max_tokens": max_tokens,
-            "min_tokens": min(decoding.min_tokens, max_tokens),
+            "min_tokens": min(min_tokens, max_tokens),
             "stop": tuple(dict.fromkeys((*decoding.stop, *(request.stop or ())))),
         }
     )
+    if request.structured_outputs is not None:
+        # The constraint alone ends a candidate: a shortest length could forbid the only allowed end, and a stop string could cut JSON.
+        applied = applied.model_copy(update={"min_tokens": 0, "stop": tuple(request.stop or ())})
+    return _apply_constraints(applied, request, config.sampler.engine.kind)
+
+
+def _apply_constraints(decoding: DecodingConfig, request: SampleRequest, engine: str) -> DecodingConfig:
+    """Return a decoding with the request's `stop_token_ids` and `structured_outputs`. Raises `ApiError` (400) unless the engine is vLLM."""
+    constraints: dict[str, Any] = {}
+    if request.stop_token_ids:
+        constraints["stop_token_ids"] = tuple(request.stop_token_ids)
+    if request.structured_outputs is not None:
+        constraints["structured_outputs"] = request.structured_outputs.to_engine()
+    if not constraints:
+        return decoding
+    if engine != "vllm":
+        field = next(iter(constraints))
+        raise ApiError(
+            f"{field} is not supported, because this server's LLM does not run on vLLM; leave {field} out",
+            param=field,
+            code="unsupported_parameter",
+        )
+    return RequestDecoding.model_construct(**dict(decoding), **constraints)

@@ -8,6 +8,7 @@ the answer. A score is the scorer's raw logit: an estimate of Rouge-L that can b
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,20 +16,14 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
 
 from cluster.config import ServingConfig
-from serving import completions_api
+from serving import completions_api, request_fields
+from serving.api_model import ApiModel, make_model_optional
 from serving.backend import ApiError, Scored
-from serving.completions_api import ApiModel
 
-# Fields of vLLM's, Jina's and Cohere's requests that would change a score, each with the values that change nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "truncate_prompt_tokens": (None,),
-    "max_tokens_per_doc": (None,),
-    "max_chunks_per_doc": (None, 1),
-    "activation": (None, False),
-    "use_activation": (None, False),
-    "rank_fields": (None, ["text"]),
-    "chat_template": (None,),
-}
+_NO_TOKEN_LIMIT = 4096
+"""Cohere's default of `max_tokens_per_doc`. From this value on the scorer's own limit of a pair applies."""
+_DOCUMENTS_PER_SEARCH = 100
+"""Documents of one search unit in Cohere's billing."""
 
 
 def _as_list(texts: Any) -> Any:
@@ -36,10 +31,18 @@ def _as_list(texts: Any) -> Any:
 
 
 def _document_text(documents: Any) -> Any:
-    """Replace `{"text": ...}` documents of Cohere and Jina by their text; other values are unchanged, and the field's type checks them."""
+    """Replace `{"text": ...}` documents of Cohere and Jina by their text; other values are unchanged, and the field's type checks them.
+
+    A document with an image or another medium beside its text is unchanged, so that it is refused.
+    """
     if not isinstance(documents, list):
         return documents
-    return [each["text"] if isinstance(each, dict) and isinstance(each.get("text"), str) else each for each in documents]
+    return [
+        each["text"]
+        if isinstance(each, dict) and isinstance(each.get("text"), str) and request_fields.MEDIA_KEYS.isdisjoint(each)
+        else each
+        for each in documents
+    ]
 
 
 class Document(ApiModel):
@@ -54,15 +57,62 @@ Texts = Annotated[_Texts, BeforeValidator(_as_list, json_schema_input_type=str |
 Documents = Annotated[_Texts, BeforeValidator(_document_text, json_schema_input_type=Annotated[list[str | Document], Field(min_length=1)])]
 
 
-class ScoreRequest(ApiModel):
+class ScoringRequest(ApiModel):
+    """Fields that all routes share."""
+
+    model_config = ConfigDict(strict=True, json_schema_extra=make_model_optional)
+    model: str
+    """Name of a scorer or of a model with one; absent or null means `serving.scorer_name`."""
+
+    @abstractmethod
+    def pairs(self) -> tuple[list[str], list[str]]:
+        """Return the instructions and the responses, of equal length."""
+
+
+class TokenLimits(ScoringRequest):
+    """Limits of vLLM and Cohere for one text. A scorer cuts long pairs itself, so a limit may only be one that cuts nothing."""
+
+    max_tokens_per_query: int | None = Field(None, ge=0)
+    """0, a value of 4096 or more, or a value that no query exceeds."""
+    max_tokens_per_doc: int | None = Field(None, ge=0)
+    """0, a value of 4096 or more, or a value that no document exceeds."""
+
+    @model_validator(mode="after")
+    def _check_token_limits(self) -> TokenLimits:
+        for (name, limit), texts in zip(
+            (("max_tokens_per_query", self.max_tokens_per_query), ("max_tokens_per_doc", self.max_tokens_per_doc)),
+            self.pairs(),
+            strict=True,
+        ):
+            # A text has at most as many tokens as bytes.
+            if limit and limit < _NO_TOKEN_LIMIT and any(len(text.encode()) > limit for text in set(texts)):
+                raise ValueError(
+                    f"{name}={limit} is not supported, because it could cut a text; shorten the texts, or use 0 for the scorer's own limit"
+                )
+        return self
+
+
+class ScoreRequest(TokenLimits):
     """The body of POST /v1/score in vLLM's format: one text with one or many others, or two lists of equal length."""
 
-    model_config = ConfigDict(strict=True)
-    model: str
-    text_1: Texts = Field(validation_alias=AliasChoices("text_1", "queries"))
-    """Instructions; `queries` is an alias."""
-    text_2: Texts = Field(validation_alias=AliasChoices("text_2", "documents"))
-    """Responses; `documents` is an alias."""
+    text_1: Texts = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
+    """Instructions; `queries` and `data_1` are aliases."""
+    text_2: Texts = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
+    """Responses; `documents`, `items` and `data_2` are aliases."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_two_names(cls, tree: Any) -> Any:
+        for field in ("text_1", "text_2"):
+            alias = cls.model_fields[field].validation_alias
+            assert isinstance(alias, AliasChoices)
+            given = [str(name) for name in alias.choices if tree.get(name) is not None]
+            if len(given) > 1:
+                raise ValueError(f"{given[0]} and {given[1]} are names of the same field; send one of them")
+            for name in alias.choices:  # null is absent
+                if name in tree and tree[name] is None:
+                    tree = {key: value for key, value in tree.items() if key != name}
+        return tree
 
     @model_validator(mode="after")
     def _check_lengths(self) -> ScoreRequest:
@@ -77,11 +127,9 @@ class ScoreRequest(ApiModel):
         return (self.text_1 if len(self.text_1) > 1 else self.text_1 * len(self.text_2)), self.text_2
 
 
-class RerankRequest(ApiModel):
+class RerankRequest(TokenLimits):
     """The body of POST /v1/rerank (Jina, vLLM) and /v2/rerank (Cohere): documents to rank as responses to a query."""
 
-    model_config = ConfigDict(strict=True)
-    model: str
     query: str = Field(min_length=1)
     documents: Documents
     top_n: int | None = Field(None, ge=0)
@@ -94,11 +142,9 @@ class RerankRequest(ApiModel):
         return [self.query] * len(self.documents), self.documents
 
 
-class ClassifyRequest(ApiModel):
+class ClassifyRequest(ScoringRequest):
     """The body of POST /v1/classify: an instruction and the choices to select from."""
 
-    model_config = ConfigDict(strict=True)
-    model: str
     instruction: str = Field(min_length=1)
     choices: list[Annotated[str, Field(min_length=1)]] = Field(min_length=2, fail_fast=True)
 
@@ -107,7 +153,7 @@ class ClassifyRequest(ApiModel):
         # A count takes linear time. A client's list may be as long as a body.
         choice, times = Counter(self.choices).most_common(1)[0]
         if times > 1:
-            raise ValueError(f"choices contains {completions_api.json_preview(choice)} {times} times; send each choice once")
+            raise ValueError(f"choices contains {request_fields.json_preview(choice)} {times} times; send each choice once")
         return self
 
     def pairs(self) -> tuple[list[str], list[str]]:
@@ -161,7 +207,7 @@ class RerankAnswer(ApiModel):
     """Best first; equal scores stay in the order of the request."""
     usage: ScoreUsage
     meta: dict[str, Any]
-    """Fields that Cohere's client reads: the API version, and one billed search per request."""
+    """Fields that Cohere's client and proxies read: the API version, the tokens, and one billed search for each 100 documents."""
 
 
 class Classification(ApiModel):
@@ -185,7 +231,7 @@ RequestT = TypeVar("RequestT", ScoreRequest, RerankRequest, ClassifyRequest)
 
 def parse_scoring_request(kind: type[RequestT], body: bytes, serving: ServingConfig) -> RequestT:
     """Return the request in `body`. Raises `ApiError` (400) for an invalid body or for pairs above the server's limits."""
-    request = completions_api.parse_request(kind, body, _UNSUPPORTED)
+    request = completions_api.parse_request(kind, body, request_fields.SCORING, serving.scorer_name)
     instructions, responses = request.pairs()
     if (count := len(responses)) > (limit := serving.max_pairs):
         raise ApiError(
@@ -217,8 +263,13 @@ def build_rerank_answer(request: RerankRequest, scored: Scored, answer_id: str, 
         )
         for index in best_first
     ]
-    meta = {"api_version": {"version": str(version)}, "billed_units": {"search_units": 1}}
-    return RerankAnswer(id=f"rerank-{answer_id}", model=request.model, results=results, usage=_usage(scored), meta=meta)
+    usage = _usage(scored)
+    meta = {
+        "api_version": {"version": str(version)},
+        "billed_units": {"search_units": math.ceil(len(request.documents) / _DOCUMENTS_PER_SEARCH)},
+        "tokens": {"input_tokens": usage.prompt_tokens, "output_tokens": 0},
+    }
+    return RerankAnswer(id=f"rerank-{answer_id}", model=request.model, results=results, usage=usage, meta=meta)
 
 
 def build_classification(request: ClassifyRequest, scored: Scored, answer_id: str, created: int) -> Classification:

@@ -17,7 +17,8 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import ProxyLocation
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
 
 from cluster import artifacts, models, ports, progress, storage
 from cluster.config import Config, ServingConfig
@@ -27,7 +28,8 @@ from generation import engines
 from serving.app import APPLICATION, build_application, http_options
 from serving.backend import ApiError
 from serving.client import curl_command
-from serving.completions_api import ChatMessage, ChatRequest
+from serving.completions_api import ChatRequest
+from serving.messages import ChatMessage
 from serving.model_registry import additional_scorers
 from serving.sampling_policy import select_decodings
 
@@ -47,7 +49,15 @@ def run_serve(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """
     serving = config.serving
     check_access_and_limits(config)
-    ports.check_port(serving.host, serving.port, "serving.")
+    joined = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
+    port_error = None
+    try:
+        ports.check_port(serving.host, serving.port, "serving.")
+    except CappyError as error:
+        # On an existing cluster the port may be in use by the proxy of the Serve that this server joins.
+        if not joined:
+            raise
+        port_error = error
     check_scorer(config)
     additional = additional_scorers(config)
     engines.check_sampler_config(config.sampler)
@@ -57,10 +67,11 @@ def run_serve(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     # By default Serve's controller checks its deployments every 0.1 s, which uses 2 % of a core that an LLM on CPU needs.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
-    joined = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
     progress.log(f"serve: loading {config.sampler.model} and the scorer {config.scorer_uri}")
     # Ray installs signal handlers when it starts, so the handlers of this process come after it.
     with ray_session(), _stop_on_signals():
+        if joined:
+            check_proxy_address(serving, running_http_options(), port_error)
         try:
             _start(config)
             progress.log(ready_message(config, url, tuple(additional)))
@@ -136,15 +147,44 @@ def _check_limits(config: Config) -> None:
         raise UsageError(f"the server would refuse every request: {error}") from None
 
 
+def running_http_options() -> HTTPOptions | None:
+    """Return the options of the proxy of the Serve that runs on this Ray cluster, None if none runs."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return client and client.http_config
+
+
+def check_proxy_address(serving: ServingConfig, running: HTTPOptions | None, port_error: CappyError | None = None) -> None:
+    """Raise `CappyError` if Serve runs already and its proxy has another address than the config.
+
+    Serve would ignore the config's address, so the checks of host and keys would not hold. Without a running Serve, `port_error`, the
+    error of the port's check, is raised if there is one.
+    """
+    if running is None:
+        if port_error is not None:
+            raise port_error
+    elif (running.host, running.port) != (serving.host, serving.port):
+        raise CappyError(
+            f"serving.host={serving.host} and serving.port={serving.port}, but the cluster's Serve runs already and its proxy listens on "
+            f"{running.host}:{running.port}; set serving.host and serving.port to that address, or run `serve shutdown` first"
+        )
+
+
 def _start(config: Config) -> None:
-    """Start the proxy and the application; return when every replica answers."""
-    serving = config.serving
+    """Start the proxy and the application; return when every replica answers and a test request has succeeded.
+
+    Raises `CappyError` if a replica does not start or the test request fails.
+    """
     # Serve's logs stay in Ray's session folder. They hold routes and statuses, never bodies.
-    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http_options(serving))
+    serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=http_options(config.serving))
     try:
-        serve.run(build_application(config), name=APPLICATION, route_prefix="/")
+        handle = serve.run(build_application(config), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         raise _start_error(error) from None
+    if not handle.answers_test_request.remote().result():
+        raise CappyError(
+            f"the server started, but a test request failed (serving.probe_timeout_s={config.serving.probe_timeout_s:g}); "
+            "see the logs/serve folder of Ray's session for the reason, or set serving.probe_s=null to start without one"
+        )
 
 
 def _start_error(error: RuntimeError) -> CappyError:

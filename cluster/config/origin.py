@@ -1,12 +1,11 @@
 """A resolved config with the origin of each value: the default, a line of the YAML file, or `--set`.
 
-Imports `cluster.config` only. Hashes of API keys, and passwords and query values in URLs, are replaced by `REDACTED`.
+Imports `cluster.config` and `cluster.redaction` only. Hashes of API keys and credentials in URLs are replaced by `REDACTED`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,12 @@ from typing import Any
 import yaml
 
 from cluster import config as configuration
-
-REDACTED = "<redacted>"
+from cluster.redaction import REDACTED, redact_text
 
 Keys = tuple[str, ...]
 """The keys and list positions that lead to a value, from the root of the tree."""
 
 _SECRET_KEYS = {"sha256"}
-_URL_SECRETS = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=[?&])(?P<name>[^=&#\s]+)=[^&#\s]*")
 
 
 def show(source: str | Path | None, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -64,9 +61,7 @@ def redact(value: Any) -> Any:
         return {key: REDACTED if key in _SECRET_KEYS and inner else redact(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [redact(inner) for inner in value]
-    if isinstance(value, str) and "://" in value:
-        return _URL_SECRETS.sub(lambda match: f"{match['name']}={REDACTED}" if match["name"] else REDACTED, value)
-    return value
+    return redact_text(value) if isinstance(value, str) else value
 
 
 def leaves(value: Any, keys: Keys = ()) -> Iterator[tuple[Keys, Any]]:

@@ -12,6 +12,7 @@ from cluster.config.sampler import SamplerConfig
 from cluster.config.serving import ServingConfig
 from cluster.config.sources import BigBenchSource, DecontaminationConfig, Source
 from cluster.config.training import AdaptConfig, ScorerConfig, TrainingConfig
+from cluster.redaction import redact_tree
 
 
 class Config(Section):
@@ -76,5 +77,5 @@ class Config(Section):
         return self.evaluation_path or f"{self.workspace.rstrip('/')}/evaluation"
 
     def to_yaml(self) -> str:
-        """Return the resolved tree as YAML; `load` reads it back to an equal tree."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """Return the resolved tree as YAML; `load` reads it back to an equal tree. Credentials in URLs are replaced."""
+        return yaml.safe_dump(redact_tree(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)

@@ -94,6 +94,11 @@ class ServingConfig(Section):
     """Port that the server listens on."""
     api_keys: tuple[ApiKeyConfig, ...] = ()
     """The clients. Without any entry, every client that can reach `host` is accepted."""
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s*]+)$")], ...] = ()
+    """Origins of web pages whose scripts may use the API from a browser, e.g. `https://app.example.org`; `*` is every origin. A server
+    without keys cannot have `*`: every page that a user of this machine visits could use the LLM."""
+    probes_without_key: bool = False
+    """Answer `/ready` without an API key, for the probes of an orchestrator. `/health` and the web page never need a key."""
     allow_no_keys: bool = False
     """Allow a `host` that other machines can reach without API keys, e.g. behind your own gateway."""
     model_name: str = "cappy"
@@ -127,6 +132,9 @@ class ServingConfig(Section):
     """Largest size of a request body, in bytes."""
     body_timeout_s: float = Field(10.0, gt=0)
     """Time limit for receiving a request body, in seconds."""
+    scorer_context: Literal["last", "conversation"] = "last"
+    """Instruction that the scorer reads for a chat: `last` is the last user message alone, as in training. `conversation` is all
+    messages as one text, in the form of `sampler.prompt.form=raw`."""
     selection: Literal["scorer", "blend"] = "scorer"
     """`scorer` selects by the score alone. `blend` adds the mean log-probability of the LLM, at the weight that was fitted with the
     scorer; without a weight or a log-probability it selects by the score alone."""
@@ -160,6 +168,12 @@ class ServingConfig(Section):
     first candidate, `none` rejects the request with status 503."""
     keep_alive_s: float = Field(5.0, gt=0)
     """Interval between keep-alive comments of a streamed answer during sampling and scoring, in seconds."""
+    probe_s: float | None = Field(60.0, gt=0)
+    """Interval between test requests in seconds. A test request samples two candidates and scores them. Without a successful request
+    in this time, `/ready` waits for a test request and reports 503 if it fails. null disables it. An LLM behind an endpoint, or with
+    scale to zero, gets no test requests, because they would cost money or keep it running."""
+    probe_timeout_s: float = Field(60.0, gt=0)
+    """Time limit of a test request, in seconds."""
     access_log: bool = True
     """Write one line of JSON for each request to the `logs/serve` folder of Ray, without prompts and keys."""
     adaptive: AdaptiveConfig = AdaptiveConfig()
@@ -174,6 +188,8 @@ class ServingConfig(Section):
             raise ValueError(f"api_keys has the name {twice[0]!r} twice; give each key a different name")
         if self.gateway_replicas.min == 0:
             raise ValueError("gateway_replicas.min=0: no gateway would accept the first request; use at least 1")
+        if "*" in self.cors_origins and not self.api_keys:
+            raise ValueError("cors_origins=['*'] without api_keys lets every web page use the server; name the origins")
         check_names(self, [scorer.name for scorer in self.scorers])
         return self
 

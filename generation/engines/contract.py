@@ -13,6 +13,15 @@ from cluster.errors import CappyError, UsageError
 from generation.prompts import Message
 
 
+class RequestDecoding(DecodingConfig):
+    """A decoding with constraints that a request of a server sets and a config cannot. Only the vLLM engine supports them."""
+
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids of tokens that end a candidate."""
+    structured_outputs: dict[str, Any] | None = None
+    """The arguments of vLLM's `StructuredOutputsParams`."""
+
+
 class Candidate(TypedDict):
     """One sampled response."""
 
@@ -37,6 +46,10 @@ class RowError(CappyError):
 
 class PromptTooLong(RowError):
     """The prompt does not fit in the context of the engine with enough tokens left for a candidate."""
+
+
+class ConstraintRefused(RowError):
+    """The engine refuses the `stop_token_ids` or `structured_outputs` of a request."""
 
 
 class EngineUnavailable(RowError):

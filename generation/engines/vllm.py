@@ -22,7 +22,7 @@ from cluster.errors import CappyError, first_line
 from cluster.progress import log
 from generation import prompts
 from generation.engines import prompt_encoding
-from generation.engines.contract import Candidate, OnCandidate, PromptTooLong, has_gpu
+from generation.engines.contract import Candidate, ConstraintRefused, OnCandidate, PromptTooLong, RequestDecoding, has_gpu
 
 PREFILL_SHARING_VERSIONS = ("0.32.0",)
 """vLLM versions that `vllm_prefill_sharing.py` is tested with: it depends on details of vLLM's scheduler."""
@@ -119,8 +119,13 @@ class VLLMEngine:
         """Return the candidates of one request to vLLM."""
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+        constraints: dict[str, Any] = {}
+        if isinstance(decoding, RequestDecoding):
+            constraints["stop_token_ids"] = list(decoding.stop_token_ids)
+            if decoding.structured_outputs is not None:
+                constraints["structured_outputs"] = StructuredOutputsParams(**decoding.structured_outputs)
         params = SamplingParams(
             n=n,
             temperature=decoding.temperature,
@@ -132,8 +137,14 @@ class VLLMEngine:
             seed=seed,
             logprobs=0 if logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            **constraints,
         )
-        (step,) = [step async for step in self.llm.generate(tokens_input(list(token_ids)), params, request_id)]
+        try:
+            (step,) = [step async for step in self.llm.generate(tokens_input(list(token_ids)), params, request_id)]
+        except ValueError as error:  # vLLM checks the constraints before the request reaches its scheduler
+            if not constraints:
+                raise
+            raise ConstraintRefused(f"{' and '.join(constraints)}: {first_line(error)[:200]}; correct it or leave it out") from None
         return [
             Candidate(
                 response=output.text.strip(),

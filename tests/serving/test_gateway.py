@@ -98,7 +98,7 @@ async def test_a_fitted_weight_blends_the_log_probability_with_selection_blend(s
         ("POST", "/v1/classify", {"model": "cappy", "instruction": "q"}, 400, "invalid_value", "choices is missing"),
         ("POST", "/v1/chat/completions", {**BODY, "model": "cappy-scorer"}, 404, "model_not_found", "use one of: cappy, cappy-llm"),
         ("POST", "/v1/chat/completions", {**BODY, "cappy": {"scorer": "x"}}, 404, "model_not_found", "use one of: cappy-scorer"),
-        ("POST", "/v1/completions", {**BODY, "prompt": [1, 2]}, 400, "invalid_value", "token ids are not supported"),
+        ("POST", "/v1/completions", {"model": "cappy", "prompt": [1, 2]}, 400, "invalid_value", "token ids are not supported"),
         (
             "POST",
             "/v1/classify",
@@ -607,7 +607,7 @@ async def test_metrics_count_requests_stages_tokens_and_scores():
 
 async def test_ready_is_503_while_the_queue_is_full_or_a_model_is_down():
     async with client(Echo(wait=0.4), max_concurrency=1, max_queue=0) as http:
-        assert (await http.get("/ready")).json() == {"status": "ready", "llm": True, "scorer": True, "room": True}
+        assert (await http.get("/ready")).json() == {"status": "ready", "llm": True, "scorer": True, "answers": True, "room": True}
         busy = asyncio.ensure_future(http.post("/v1/chat/completions", json=BODY))
         await asyncio.sleep(0.1)
         full = await http.get("/ready")
@@ -623,3 +623,142 @@ async def test_health_is_ok_only_while_both_models_are_ready():
     async with client(Echo(up=False)) as http:
         response = await http.get("/health")
     assert (response.status_code, response.json()["llm"]) == (503, False)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/score", "/v1/rerank", "/v1/classify"])
+async def test_a_body_that_arrives_slowly_has_a_place_in_the_queue_and_get_requests_need_none(path):
+    arrives = asyncio.Event()
+
+    async def slow():
+        yield b"{"
+        await arrives.wait()
+        yield b"}"
+
+    async with client(Echo(), max_concurrency=1, max_queue=1) as http:
+        http.headers["Content-Type"] = "application/json"
+        slow_ones = [asyncio.ensure_future(http.post(path, content=slow())) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        refused = await http.post("/v1/chat/completions", json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert (await http.get("/v1/models")).status_code == 200
+        assert (await http.get("/ready")).json()["room"] is False
+        arrives.set()
+        assert [each.status_code for each in await asyncio.gather(*slow_ones)] == [400, 400]
+        assert (await http.post("/v1/chat/completions", json=BODY)).status_code == 200
+
+
+async def test_several_prompts_give_their_choices_in_order_in_one_answer():
+    class Continues(Echo):
+        async def sample(self, prompt, decodings, seeds, logprobs, on_finished=None):
+            sampled = await super().sample(prompt, decodings, seeds, logprobs, on_finished)
+            for each in sampled["candidates"]:
+                each["text"] = f"{prompt}{each['response']}"
+            return sampled
+
+    body = {"prompt": ["a", "b", "c"], "n": 2, "cappy": {"candidates": 4, "return_candidates": True}}
+    async with client(Continues()) as http:
+        answer = (await http.post("/v1/completions", json=body)).json()
+        data, _ = events((await http.post("/v1/completions", json={**body, "stream": True})).text)
+    assert [(each["index"], each["text"]) for each in answer["choices"]] == list(enumerate(["axxx", "axx", "bxxx", "bxx", "cxxx", "cxx"]))
+    assert answer["usage"] == {"prompt_tokens": 12, "completion_tokens": 15, "total_tokens": 27}
+    assert (answer["cappy"]["drawn"], len(answer["cappy"]["candidates"]), answer["model"]) == (12, 12, "cappy")
+    texts = [choice for each in map(json.loads, data[:-1]) for choice in each["choices"]]
+    assert [each["text"] for each in texts if each["text"]] == [each["text"] for each in answer["choices"]]
+    assert {each["index"] for each in texts} == set(range(6))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "model"),
+    [
+        ("/v1/chat/completions", {"messages": BODY["messages"]}, "cappy"),
+        ("/v1/completions", {"prompt": "x", "model": None}, "cappy"),
+        ("/v1/score", {"data_1": "q", "data_2": "x"}, "cappy-scorer"),
+        ("/score", {"queries": "q", "items": ["x"]}, "cappy-scorer"),
+        ("/v1/rerank", {"query": "q", "documents": ["x"], "max_tokens_per_doc": 4096}, "cappy-scorer"),
+        ("/v2/rerank", {"query": "q", "documents": ["x"]}, "cappy-scorer"),
+        ("/v1/classify", {"instruction": "q", "choices": ["x", "xx"]}, "cappy-scorer"),
+    ],
+)
+async def test_without_a_model_the_servers_own_answers(path, body, model):
+    async with client(Echo()) as http:
+        answer = await http.post(path, json=body)
+    assert answer.status_code == 200 and answer.json()["model"] == model
+
+
+async def test_a_stream_has_no_line_separators_inside_an_event():
+    class Odd(Echo):
+        async def sample(self, prompt, decodings, seeds, logprobs, on_finished=None):
+            sampled = await super().sample(prompt, decodings, seeds, logprobs, on_finished)
+            for each in sampled["candidates"]:
+                each["response"] = "a\u2028b\u2029c\u0085d\x1ce\x0bf"
+            return sampled
+
+    async with client(Odd()) as http:
+        body = {**BODY, "stream": True, "cappy": {"progress": True, "return_candidates": True}}
+        text = (await http.post("/v1/chat/completions", json=body)).text
+    lines = [line for line in text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    answer = "".join(choice["delta"].get("content", "") for each in chunks for choice in each["choices"])
+    assert answer == "a\u2028b\u2029c\u0085d\x1ce\x0bf"
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("-inf"), None])
+async def test_a_log_probability_that_is_not_a_number_is_null(logprob):
+    class Odd(Echo):
+        async def sample(self, prompt, decodings, seeds, logprobs, on_finished=None):
+            sampled = await super().sample(prompt, decodings, seeds, logprobs, on_finished)
+            for each in sampled["candidates"]:
+                each["logprob"] = logprob
+            return sampled
+
+    async with client(Odd()) as http:
+        answer = await http.post("/v1/chat/completions", json={**BODY, "cappy": {"return_candidates": True}})
+    assert answer.status_code == 200 and {each["logprob"] for each in answer.json()["cappy"]["candidates"]} == {None}
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/models", "/v1/models/cappy", "/metrics"])
+async def test_head_and_options_are_answered_on_every_get_route(path):
+    async with client(Echo()) as http:
+        head, options = await http.head(path), await http.options(path)
+    assert head.status_code == 200
+    assert (options.status_code, options.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
+
+
+async def test_ready_needs_a_key_unless_probes_without_key_is_set():
+    entry = {"name": "a", "sha256": "0" * 64}
+    async with client(Echo(), api_keys=[entry]) as http:
+        assert [(await http.request(method, "/ready")).status_code for method in ("GET", "HEAD", "OPTIONS")] == [401] * 3
+    async with client(Echo(), api_keys=[entry], probes_without_key=True) as http:
+        assert [(await http.request(method, "/ready")).status_code for method in ("GET", "HEAD", "OPTIONS")] == [200, 200, 204]
+        assert [(await http.get(path)).status_code for path in ("/metrics", "/v1/models", "/ready/")] == [401] * 3
+
+
+PREFLIGHT = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
+@pytest.mark.parametrize(("origins", "allowed"), [(["https://app.example"], True), (["https://other.example"], False)])
+async def test_a_preflight_is_answered_without_a_key_for_an_allowed_origin(origins, allowed):
+    async with client(Echo(), cors_origins=origins, api_keys=[{"name": "a", "sha256": "0" * 64}]) as http:
+        preflight = await http.options("/v1/chat/completions", headers=PREFLIGHT)
+        refused = await http.post("/v1/chat/completions", json=BODY, headers={"Origin": "https://app.example"})
+    assert (preflight.status_code == 200) is allowed
+    assert preflight.headers.get("access-control-allow-origin") == ("https://app.example" if allowed else None)
+    assert "x-request-id" in preflight.headers
+    # Pages can read an error too.
+    assert refused.status_code == 401 and (refused.headers.get("access-control-allow-origin") is not None) is allowed
+
+
+async def test_without_cors_origins_a_preflight_is_refused():
+    async with client(Echo()) as http:
+        preflight = await http.options("/v1/chat/completions", headers=PREFLIGHT)
+    assert preflight.status_code == 405 and "access-control-allow-origin" not in preflight.headers
+
+
+def test_every_origin_needs_api_keys():
+    with pytest.raises(ValueError, match=r"cors_origins=\['\*'\] without api_keys"):
+        ServingConfig(cors_origins=["*"])
+    assert ServingConfig(cors_origins=["*"], api_keys=[{"name": "a", "sha256": "0" * 64}]).cors_origins == ("*",)
+    for wrong in ("app.example", "https://app.example/", "https://*.example", "ftp://x"):
+        with pytest.raises(ValueError, match="cors_origins"):
+            ServingConfig(cors_origins=[wrong])

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -48,6 +49,9 @@ def test_max_depth_is_accepted_and_one_more_level_is_rejected(pair):
         (b'{"a": 1, "a": 1}', "the name 'a' occurs 2 times in one object; send it once"),
         (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the name 'b' occurs 2 times"),
         (json.dumps(dict.fromkeys(map(str, range(1001)))).encode(), "an object has 1001 names, above the limit of 1000"),
+        (b"[" + b"{}," * 20_000 + b"{}]", "20002 arrays and objects are above the limit of 20000"),
+        (b"[" + b'{"a":1,"b":2,"c":3},' * 17_000 + b"0]", "51000 names in objects are above the limit of 50000"),
+        (b'[{"a":[{"\\u0061\\"":1,"a\\"":2}]}]', "occurs 2 times"),
         (b'"\\udfff"', "lone leading surrogate in hex escape at line 1 column 7"),
     ],
 )
@@ -55,3 +59,26 @@ def test_a_rejected_body_gives_its_reason_in_one_line(body, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse_json(body)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+FILLERS = [b'{"a":{}}', b"{}", b"[]", b'""', b"0", b'"x"', b"1e5", b"null"]
+
+
+@pytest.mark.parametrize("filler", FILLERS)
+def test_a_large_body_is_checked_without_a_python_call_for_each_value(filler):
+    """The gateway's event loop parses bodies, so their checks must not run Python code for each of a million values."""
+    body = b'{"model": [' + b",".join([filler] * ((1 << 20) // (len(filler) + 1))) + b"]}"
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        parse_json(body)
+    except ValueError:
+        pass
+    finally:
+        sys.setprofile(None)
+    assert calls < 500

@@ -8,6 +8,7 @@ import logging
 
 import httpx
 import pytest
+from ray.serve._private import http_util
 
 from cluster.config import Config
 from serving.api_keys import create_key
@@ -131,3 +132,15 @@ async def test_the_session_header_may_have_another_name(monkeypatch):
     assert (
         answers[0].json()["error"]["message"] == "the header x-my-session is reserved for the server's proxy; send the request without it"
     )
+
+
+@pytest.mark.parametrize("sent", ["a b" * 99, "", "my-1", None, "\u00e9", "x" * 65])
+async def test_behind_serves_proxy_an_answer_has_one_request_id(sent):
+    """The proxy adds an id to a request that has none, and copies the client's header to the answer."""
+    api = http_util.RequestIdMiddleware(build_api(Config(), Echo(), proxied=True))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as http:
+        headers = {} if sent is None else {"X-Request-Id": sent.encode("latin-1")}
+        answer = await http.get("/v1/models", headers=headers)
+    assert answer.status_code == 200
+    (returned,) = answer.headers.get_list("x-request-id")
+    assert sent is None or returned == sent

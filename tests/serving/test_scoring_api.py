@@ -85,7 +85,7 @@ def test_classify_returns_the_first_choice_with_the_highest_score():
             "the request has 11 pairs to score, this server's limit is 10 (serving.max_pairs); send fewer",
         ),
         (RerankRequest, {"query": "q" * 101, "documents": ["a"] * 10}, "the request's 10 pairs have 1,020 characters"),
-        (ScoreRequest, {"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 9}, "truncate_prompt_tokens=9 is not supported yet"),
+        (ScoreRequest, {"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 9}, "truncate_prompt_tokens=9 is not supported"),
         (RerankRequest, {"query": "q", "documents": [{"image": "b"}]}, 'documents[0]={"image": "b"}: Input should be a valid string'),
         (RerankRequest, {"query": "q", "documents": "a"}, 'documents="a": Input should be a valid list'),
         (RerankRequest, {"query": "q", "documents": ["a"], "top_n": -1}, "top_n=-1"),
@@ -109,3 +109,43 @@ def test_a_score_that_is_not_finite_is_a_500_with_the_pair():
     with pytest.raises(ApiError, match="score of pair 1 is not a finite number") as caught:
         scoring_api.build_classification(request, scored(0.1, float("nan")), "1", 5)
     assert caught.value.status == 500
+
+
+@pytest.mark.parametrize("first", ["text_1", "queries", "data_1"])
+@pytest.mark.parametrize("second", ["text_2", "documents", "items", "data_2"])
+def test_each_pair_of_names_is_taken_and_two_names_of_one_field_are_refused(first, second):
+    assert parse(ScoreRequest, **{first: "a", second: ["b", "c"]}).pairs() == (["a", "a"], ["b", "c"])
+    others = {"text_1", "queries", "data_1"} - {first}
+    assert parse(ScoreRequest, **{first: "a", second: "b"}, **dict.fromkeys(others)).pairs() == (["a"], ["b"])
+    for other in others:
+        with pytest.raises(ApiError, match="are names of the same field; send one of them"):
+            parse(ScoreRequest, **{first: "a", other: "a", second: "b"})
+
+
+@pytest.mark.parametrize("limit", [0, 4096, 10_000, 3, None])
+@pytest.mark.parametrize("name", ["max_tokens_per_doc", "max_tokens_per_query"])
+def test_a_token_limit_that_cuts_nothing_is_taken(name, limit):
+    assert parse(RerankRequest, query="abc", documents=["abc", "a"], **{name: limit}).query == "abc"
+
+
+@pytest.mark.parametrize("name", ["max_tokens_per_doc", "max_tokens_per_query"])
+def test_a_token_limit_that_could_cut_a_text_is_refused(name):
+    with pytest.raises(ApiError, match=f"{name}=2 is not supported, because it could cut a text") as caught:
+        parse(RerankRequest, query="abc", documents=["abc"], **{name: 2})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("medium", ["image", "image_url", "audio", "content", "multi_modal"])
+def test_a_document_with_a_medium_beside_its_text_is_refused(medium):
+    with pytest.raises(ApiError, match=r"documents\[0\]="):
+        parse(RerankRequest, query="q", documents=[{"text": "a", medium: "data:"}])
+
+
+@pytest.mark.parametrize(("documents", "units"), [(1, 1), (100, 1), (101, 2), (1000, 10)])
+def test_a_rerank_answer_has_the_usage_under_every_name_that_proxies_read(documents, units):
+    body = json.dumps({"query": "q", "documents": ["a"] * documents}).encode()
+    request = scoring_api.parse_scoring_request(RerankRequest, body, ServingConfig())
+    answer = scoring_api.build_rerank_answer(request, scored(*[0.5] * documents), "1", version=2)
+    assert answer.meta["billed_units"] == {"search_units": units}
+    assert answer.meta["tokens"] == {"input_tokens": 7 * documents, "output_tokens": 0}
+    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (7 * documents, 7 * documents)

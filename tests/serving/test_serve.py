@@ -4,9 +4,10 @@ import os
 import signal
 
 import pytest
+from ray.serve.config import HTTPOptions
 
 from cluster.config import Config, ServingConfig
-from cluster.errors import UsageError
+from cluster.errors import CappyError, UsageError
 from serving import serve
 
 
@@ -55,3 +56,20 @@ def test_the_first_signal_stops_the_server_and_later_ones_do_not_disturb_the_shu
             raise
     assert steps == ["shutdown completed"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("running", [{"host": "0.0.0.0"}, {"host": "127.0.0.1", "port": 9000}, {"host": "10.0.0.1", "port": 8000}])
+def test_a_running_serve_with_another_address_is_refused(running):
+    with pytest.raises(
+        CappyError, match=r"serving\.host=127\.0\.0\.1 and serving\.port=8000, .* listens on .*; set serving\.host"
+    ) as caught:
+        serve.check_proxy_address(ServingConfig(), HTTPOptions(**running))
+    assert f"{running['host']}:{running.get('port', 8000)}" in str(caught.value)
+
+
+def test_a_running_serve_with_the_same_address_is_joined_although_its_port_is_in_use():
+    in_use = CappyError("in use")
+    serve.check_proxy_address(ServingConfig(), HTTPOptions(), in_use)
+    serve.check_proxy_address(ServingConfig(), None)
+    with pytest.raises(CappyError, match="in use"):
+        serve.check_proxy_address(ServingConfig(), None, in_use)

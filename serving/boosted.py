@@ -1,0 +1,145 @@
+"""Boosted decoding of one request: sample the candidates, score them, select the choices. Imports neither Ray nor a web framework."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from cluster.config import Config, DecodingConfig, Fallback
+from serving import best_of_n, sampling_policy
+from serving.backend import ApiError, Backend, Scored, merge_scored
+from serving.completions_api import SampleRequest, TextRequest, build_prompt
+from serving.prometheus import Metrics
+from serving.responses import Completion, Latency, build_completion, fallback_ranking_scores, merge_completions, ranking_scores
+from serving.streaming import build_progress_chunk
+
+_PAIRS_PER_CALL = 64
+"""Pairs in one call of the scorer. A long list is spread over the replicas, and pairs of other requests are scored in between."""
+OnProgress = Callable[[dict[str, Any]], None]
+"""Receives the chunks that report the progress of a stream."""
+
+
+async def complete_request(
+    request: SampleRequest,
+    scorer: str | None,
+    decodings: list[DecodingConfig],
+    config: Config,
+    backend: Backend,
+    metrics: Metrics,
+    on_progress: OnProgress,
+    *,
+    early: bool,
+) -> Completion:
+    """Return the answer to a request. The prompts of a text completion are sampled concurrently, each with its own pool.
+
+    Args:
+        request: The parsed request.
+        scorer: Name of the scorer, None for the LLM alone.
+        decodings: The decodings of each prompt.
+        config: The settings of the server.
+        backend: The LLM and the scorers.
+        metrics: Counts the pools.
+        on_progress: Called during sampling if the request has `cappy.progress`.
+        early: See `best_of_n.draw_pool`.
+    """
+    parts = request.split() if isinstance(request, TextRequest) else [request]
+    tasks = [
+        asyncio.ensure_future(_complete_prompt(part, scorer, decodings, config, backend, metrics, on_progress, early=early))
+        for part in parts
+    ]
+    try:
+        return merge_completions(await asyncio.gather(*tasks))
+    finally:
+        # If one prompt failed, or the client disconnected, the other answers are not needed.
+        for task in tasks:
+            task.cancel()
+
+
+async def _complete_prompt(
+    request: SampleRequest,
+    scorer: str | None,
+    decodings: list[DecodingConfig],
+    config: Config,
+    backend: Backend,
+    metrics: Metrics,
+    on_progress: OnProgress,
+    *,
+    early: bool,
+) -> Completion:
+    """Sample and score the candidates of one prompt and return the answer with the best."""
+    completion_id, created = uuid.uuid4().hex, int(time.time())
+    prompt = build_prompt(request, config.sampler.prompt.system)
+    instruction = sampling_policy.scorer_instruction(request, config)
+
+    def report_progress(pool: best_of_n.Pool) -> None:
+        on_progress(build_progress_chunk(request, pool.candidates, pool.scores, completion_id=completion_id, created=created))
+
+    def score(responses: Sequence[str]) -> Awaitable[Scored]:
+        assert scorer is not None
+        return score_pairs(backend, scorer, [instruction] * len(responses), responses)
+
+    logprobs = sampling_policy.needs_logprobs(request, config, scored=scorer is not None)
+    pool = await best_of_n.draw_pool(
+        decodings,
+        lambda drawn, seeds, on_finished: backend.sample(prompt, drawn, seeds, logprobs, on_finished),
+        score if scorer else None,
+        seed=request.seed,
+        n=request.n,
+        stopping=sampling_policy.select_stopping_rule(request, config) if scorer else None,
+        scorer_timeout_s=config.serving.scorer_timeout_s,
+        early=early,
+        on_progress=report_progress if request.cappy.progress else None,
+    )
+    metrics.observe_pool(pool)
+    fallback = _fallback(request, pool, config)
+    if fallback:
+        metrics.count_fallback(fallback)
+    if fallback or scorer is None:
+        ranking = fallback_ranking_scores(pool.candidates, fallback or "first")
+    else:
+        weight = pool.logprob_weight if config.serving.selection == "blend" else None
+        ranking = ranking_scores(pool.candidates, pool.scores, weight)
+    answer = build_completion(
+        request,
+        pool.candidates,
+        pool.scores,
+        ranking,
+        prompt_tokens=pool.prompt_tokens,
+        scorer=scorer,
+        version=pool.version,
+        latency=Latency(sampling_s=round(pool.sampling_s, 4), scoring_s=round(pool.scoring_s, 4)),
+        completion_id=completion_id,
+        created=created,
+        fallback=fallback,
+        cost=pool.cost,
+        stopped=pool.stop_reason,
+    )
+    if answer.cappy and answer.cappy.abstained:
+        metrics.count_abstention()
+    return answer
+
+
+def _fallback(request: SampleRequest, pool: best_of_n.Pool, config: Config) -> Fallback | None:
+    """Return the fallback that selects if the scorer failed before it scored any candidate, else None.
+
+    Raises `ApiError` (503) if the scorer failed and the fallback is `none`.
+    """
+    if pool.scorer_error is None or pool.has_scores:
+        return None
+    fallback = sampling_policy.select_fallback(request, config)
+    if fallback != "none":
+        return fallback
+    if isinstance(pool.scorer_error, ApiError):
+        raise pool.scorer_error
+    message = f"the scorer gave no answer within serving.scorer_timeout_s={config.serving.scorer_timeout_s:g}; retry"
+    raise ApiError(message, 503, code="scorer_late")
+
+
+async def score_pairs(backend: Backend, scorer: str, instructions: Sequence[str], responses: Sequence[str]) -> Scored:
+    """Score pairs in concurrent calls of up to `_PAIRS_PER_CALL` each; see `merge_scored` for the result."""
+    slices = [slice(start, start + _PAIRS_PER_CALL) for start in range(0, len(responses), _PAIRS_PER_CALL)]
+    parts = await asyncio.gather(*(backend.score(scorer, instructions[part], responses[part]) for part in slices))
+    return merge_scored(parts)
