@@ -35,6 +35,8 @@ SAMPLED = pa.list_(
 
 
 LoadLLM = Callable[[SamplerConfig], LLM]
+Sampled = tuple[list[Candidate], str | None, float]
+"""The candidates of a row, the reason why it has none or None, and its cost in dollars."""
 
 
 class NoLLM:
@@ -70,7 +72,7 @@ class Sampler:
     sampled, because their choices are their candidates.
 
     Raises the engine's `CappyError` if the cause is not the row, for example a rejected API key; the run then ends. If the
-    engine process has crashed, this process exits. Ray then starts a new actor and runs the unit again.
+    engine process has crashed, this process exits. Ray then starts a new actor and runs the unit again; see `attempts`.
     """
 
     def __init__(self, config: SamplerConfig, seed: int, load: LoadLLM = engines.load_engine) -> None:
@@ -80,13 +82,7 @@ class Sampler:
         self._max_new_tokens = max(decoding.max_tokens for decoding in config.decodings)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
-        results = await asyncio.gather(*(self._sample_row(row) for row in batch.to_pylist()))
-        sampled, errors, costs = zip(*results, strict=True) if results else ((), (), ())
-        yield (
-            batch.append_column("sampled", pa.array(sampled, SAMPLED))
-            .append_column("error", pa.array(errors, pa.string()))
-            .append_column("cost", pa.array(costs, pa.float64()))
-        )
+        yield append_results(batch, await asyncio.gather(*(self.sample_row(row) for row in batch.to_pylist())))
 
     def max_cost(self, rows: Sequence[dict[str, Any]]) -> float:
         """Return an upper bound of the cost of sampling these rows, in dollars, failed attempts included."""
@@ -102,8 +98,8 @@ class Sampler:
     def _turns(self, row: dict[str, Any]) -> list[prompts.Message]:
         return prompts.messages(row["instruction"], row["shots"], self.config.prompt.system)
 
-    async def _sample_row(self, row: dict[str, Any]) -> tuple[list[Candidate], str | None, float]:
-        """Return the candidates of a row, its error or None, and its cost in dollars."""
+    async def sample_row(self, row: dict[str, Any]) -> Sampled:
+        """Sample one row, with the errors and retries of the class."""
         if row["answer_choices"] is not None:
             return [], None, 0.0
         turns, cost = self._turns(row), 0.0
@@ -141,6 +137,16 @@ class Sampler:
             return [_without_undefined_logprob(candidate) for candidate in found], None, self.llm.pop_cost(request_id)
         except Exception as error:
             return [], error, self.llm.pop_cost(request_id)
+
+
+def append_results(batch: pa.Table, results: Sequence[Sampled]) -> pa.Table:
+    """Return a table with the columns `sampled`, `error` and `cost` of its rows."""
+    sampled, errors, costs = zip(*results, strict=True) if results else ((), (), ())
+    return (
+        batch.append_column("sampled", pa.array(sampled, SAMPLED))
+        .append_column("error", pa.array(errors, pa.string()))
+        .append_column("cost", pa.array(costs, pa.float64()))
+    )
 
 
 def _without_undefined_logprob(candidate: Candidate) -> Candidate:

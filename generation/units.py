@@ -3,6 +3,7 @@
 A unit is a group of prepared rows. Its result is one Parquet object with the labelled rows; the metadata of the object has
 the counts and the dead letters. The object is written in one operation, so a partial object never exists. A unit whose
 object exists is never sampled again, neither by a resumed run nor by an actor that gets the unit from Ray a second time.
+`generation.attempts` handles units whose sampling ends the process.
 
 Imports no Ray: `generation.generate` starts the actors.
 """
@@ -24,8 +25,9 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.config import Config
 from generation import engines, labels
+from generation.attempts import EngineAccess, UnitAttempts
 from generation.budget import Budget
-from generation.sampler import LoadLLM, Sampler
+from generation.sampler import LoadLLM, Sampler, append_results
 from generation.schema import DATASET
 from generation.sources.row import DeadLetter
 
@@ -119,6 +121,7 @@ class UnitWorker:
 
     def __init__(self, staging: str, config: Config, load: LoadLLM, gate: Any) -> None:
         self.staging, self.config, self.gate = staging, config, gate
+        self.access = EngineAccess()
         self.limited = engines.cost_limit(config.sampler) is not None
         with ThreadPoolExecutor(1) as pool:  # compiles the metric while the engine loads
             warm = pool.submit(labels.warm_up, config.generate.label)
@@ -143,11 +146,20 @@ class UnitWorker:
         if not admitted:
             return None
         reservation = await asyncio.to_thread(write_reservation, self.staging, unit, max_cost) if max_cost else None
-        async for sampled in self.sampler(prepared):
-            counts = await asyncio.to_thread(save_unit, self.staging, unit, sampled, self.config)
+        sampled = await self._sample_prepared(unit, prepared)
+        counts = await asyncio.to_thread(save_unit, self.staging, unit, sampled, self.config)
         if reservation:
             await asyncio.to_thread(storage.delete, reservation)
         return counts
+
+    async def _sample_prepared(self, unit: str, prepared: pa.Table) -> pa.Table:
+        """Return the output of the sampler for a unit: as a whole, or row by row if its sampling ended the process several times."""
+        attempts = await asyncio.to_thread(UnitAttempts, self.staging, unit)
+        if attempts.batches < self.config.sampler.max_attempts:
+            async with self.access.shared(), attempts.record("batch"):
+                return await anext(self.sampler(prepared))
+        async with self.access.alone():
+            return append_results(prepared, await attempts.sample_singly(self.sampler, prepared.to_pylist()))
 
 
 def unit_uri(staging: str, folder: str, unit: str) -> str:

@@ -17,6 +17,7 @@ from cluster.errors import CappyError, UsageError
 from generation import generate, units
 from generation.dataset import RegressionSet
 from generation.labels import rouge_l
+from tests.generation.engine_process import ProcessLLM
 from tests.generation.fixed_llm import FixedLLM
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -330,3 +331,18 @@ def test_a_source_of_classification_rows_starts_no_llm(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
     summary = generate.run_generate(config_for(path, tmp_path / "set"), load=refuse_to_load)
     assert summary["sources"] == {"choice": 12, "reference": 12} and summary["merged"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killer", [True, False], ids=["one row kills the engine", "the engine is killed at random"])
+def test_a_run_with_killed_engines_loses_only_the_row_that_kills_them(killer, tmp_path):
+    texts = [f"say {n}" for n in range(199)] + (["KILL"] if killer else ["say 199"])
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"instruction": text, "references": ["x"], "split": "train"}) + "\n" for text in texts))
+    config = config_for(path, tmp_path / "set", "generate.unit_rows=32", "sampler.decodings=[{name: greedy, temperature: 0}]")
+    plan = () if killer else (20, 90, 150, 155, 240, 333)
+    summary = generate.run_generate(config, load=functools.partial(ProcessLLM, log=tmp_path / "log", plan=plan))
+    assert (summary["instructions"], summary["dead_letters"]) == ((199, 1) if killer else (200, 0))
+    letters = [json.loads(line) for line in (tmp_path / "set" / "dead_letters.jsonl").read_text().splitlines()]
+    assert [("ended 2 times" in letter["reason"], "KILL" in letter["row"]) for letter in letters] == [(True, True)] * killer
+    assert set(storage.list_files(str(tmp_path / "set"))) == {*RegressionSet(str(tmp_path / "set")).manifest["files"], artifacts.MANIFEST}
