@@ -110,7 +110,7 @@ class UnitAttempts:
         Raises `CappyError` if several processes in succession ended without an answer to any row.
         """
         if len(self.unanswered) >= _MAX_UNANSWERED:
-            # The next run must be able to try again with another engine.
+            # The next run can have another engine, so it starts with a count of 0.
             await asyncio.to_thread(self._forget_unanswered)
             raise CappyError(
                 f"sampler.model={sampler.config.model}: the sampling engine ended {_MAX_UNANSWERED} times in succession without an answer "

@@ -36,7 +36,7 @@ SAMPLED = pa.list_(
 
 LoadLLM = Callable[[SamplerConfig], LLM]
 Sampled = tuple[list[Candidate], str | None, float]
-"""The candidates of a row, the reason why it has none or None, and its cost in dollars."""
+"""The candidates of a row, the error if it has none, and its cost in dollars."""
 
 
 class NoLLM:

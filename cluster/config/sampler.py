@@ -227,8 +227,8 @@ class SamplerConfig(Section):
     replicas: int = Field(1, ge=1)
     """Number of sampling actors, each with one engine."""
     max_attempts: int = Field(3, ge=1)
-    """Attempts for a row before it goes to the dead-letter file. After as many sampling processes that ended during a unit, the rows of
-    the unit are sampled one by one, and a row that ends two more processes goes to the dead-letter file."""
+    """Attempts for a row before it goes to the dead-letter file. After as many engine crashes during a unit, its rows are sampled one by
+    one. A row that then crashes two engines goes to the dead-letter file."""
 
     @field_validator("decodings")
     @classmethod

@@ -114,7 +114,7 @@ def test_engines_that_are_killed_again_and_again_reject_no_row(step, tmp_path):
     assert result(str(tmp_path)) == (texts, [])
 
 
-def test_an_engine_without_any_answer_ends_the_run_and_the_next_run_tries_again(tmp_path):
+def test_an_engine_without_any_answer_ends_the_run_and_the_next_run_retries(tmp_path):
     texts = [f"say {n}" for n in range(8)]
     write_rows(str(tmp_path), texts)
     count, error = run(str(tmp_path), functools.partial(ProcessLLM, log=tmp_path / "log", plan=["all"]))
