@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import Config, FilesSource
+from cluster.progress import log
 from generation import labels
 from generation.mismatched import draw_mismatched
 from generation.sources import files, split
@@ -174,7 +175,13 @@ def prepare_rows(
 def load_contamination(config: Config) -> NgramIndex:
     """Return the word n-grams of the evaluation rows in the files of `config.decontaminate`; empty without files."""
     uris = [uri for path in config.decontaminate.files for uri in files.find_data_files(path, "decontaminate.files")]
-    return NgramIndex([(uri, read_rows(FilesSource(path=uri), config.seed)) for uri in uris], config.decontaminate.n)
+    index = NgramIndex([(uri, read_rows(FilesSource(path=uri), config.seed)) for uri in uris], config.decontaminate.n)
+    if index.first_unreadable:
+        log(
+            f"warning: decontaminate.files: {index.unreadable:,} evaluation rows cannot be read, so only the first 500 characters of each are "
+            f"compared; the first error: {index.first_unreadable.reason} at {index.first_unreadable.where}"
+        )
+    return index
 
 
 def _prepare_block(rows: Sequence[Instruction], pools: Pools, config: Config) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,10 +2,12 @@
 
 The index holds a hash of each distinct n-gram of the evaluation rows (10 bytes each); train rows are streamed. A word is a
 lower-cased sequence of letters and digits. A text with fewer than n words is one n-gram, which overlaps only with an equal text.
+An evaluation row that cannot be read is counted, and the texts of its dead letter are compared.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -19,6 +21,7 @@ MAX_EXAMPLES = 50
 """Overlapping rows in the report, at most."""
 
 _WORD = re.compile(r"[^\W_]+")
+_JSON_TEXT = re.compile(r'"((?:[^"\\]|\\.)*)')
 _Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
@@ -35,6 +38,9 @@ class NgramIndex:
         self._factors = np.random.default_rng(13).integers(1, 2**63, n, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._files: list[str] = []
         self._rows: list[int] = []
+        self._unreadable: list[int] = []
+        self.first_unreadable: DeadLetter | None = None
+        """The first evaluation row that could not be read."""
         self._hashes: _Hashes = np.empty(0, np.uint64)
         self._file_of = np.empty(0, np.uint16)
         self._checked = 0
@@ -46,20 +52,27 @@ class NgramIndex:
     def _add_file(self, name: str, rows: Iterable[Instruction | DeadLetter]) -> None:
         """Add the n-grams of the rows of one file, in chunks of about a million hashes."""
         number = len(self._files)
-        count = 0
+        count = unreadable = 0
         buffer: list[_Hashes] = []
         buffered = 0
         for row in rows:
             if isinstance(row, Instruction):
                 count += 1
-                buffer.append(self.hash_ngrams(row.instruction))
+                texts = [row.instruction]
+            else:
+                unreadable += 1
+                self.first_unreadable = self.first_unreadable or row
+                texts = _json_texts(row.row)
+            for text in texts:
+                buffer.append(self.hash_ngrams(text))
                 buffered += len(buffer[-1])
-                if buffered > 1 << 20:
-                    self._merge(buffer, number)
-                    buffer, buffered = [], 0
+            if buffered > 1 << 20:
+                self._merge(buffer, number)
+                buffer, buffered = [], 0
         self._merge(buffer, number)
         self._files.append(name)
         self._rows.append(count)
+        self._unreadable.append(unreadable)
 
     def _merge(self, buffer: list[_Hashes], number: int) -> None:
         """Add the hashes of file `number` to the sorted index."""
@@ -118,6 +131,11 @@ class NgramIndex:
         """Train rows that overlapped so far."""
         return self._overlaps.total()
 
+    @property
+    def unreadable(self) -> int:
+        """Evaluation rows that could not be read."""
+        return sum(self._unreadable)
+
     def report(self) -> dict[str, Any]:
         """Return the content of `decontamination.json`: the compared files and the train rows left out, by dataset and file."""
         datasets: dict[str, dict[str, int]] = {}
@@ -125,7 +143,11 @@ class NgramIndex:
             datasets.setdefault(dataset, {})[name] = count
         return {
             "n": self.n,
-            "files": [{"file": name, "rows": rows} for name, rows in zip(self._files, self._rows, strict=True)],
+            "files": [
+                {"file": name, "rows": rows, "unreadable": unreadable}
+                for name, rows, unreadable in zip(self._files, self._rows, self._unreadable, strict=True)
+            ],
+            "unreadable_rows": self.unreadable,
             "runs": len(self._hashes),
             "train_rows_checked": self._checked,
             "train_rows_left_out": self.left_out,
@@ -136,3 +158,18 @@ class NgramIndex:
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
+
+
+def _json_texts(row: str) -> list[str]:
+    """Return the texts in the JSON of a row, which can be cut off, or the row itself if it is not JSON."""
+    if not row.startswith(("{", "[", '"')):
+        return [row]
+    return [_unescape(text) for text in _JSON_TEXT.findall(row)]
+
+
+def _unescape(text: str) -> str:
+    """Return a text without the escapes of JSON."""
+    try:
+        return str(json.loads(f'"{text}"'))
+    except ValueError:  # an escape that is cut off
+        return text

@@ -1,7 +1,11 @@
+from pathlib import Path
+
 from generation import few_shot
 from generation.few_shot import Pools
 from generation.sources.row import DeadLetter, Instruction
 from tests.generation.sources.row_files import ROWS, files_config, write_jsonl
+
+ODD = Path(__file__).parents[1] / "data" / "odd"
 
 
 def rows_for_pools():
@@ -87,3 +91,18 @@ def test_train_rows_that_overlap_evaluation_rows_are_left_out_and_reported(tmp_p
     assert [row["instruction"] for row in rows if shared.title() in row["instruction"]] == [leaky[1]["instruction"]]
     assert report.report()["datasets"] == {"d": {str(evaluation): 1}} and report.left_out == 1
     assert report.report()["examples"][0]["words"] == shared
+
+
+def test_an_evaluation_row_that_cannot_be_read_is_counted_warned_about_and_compared(tmp_path, capsys):
+    bad = {"question_text": "Which city is the capital of France and largest?", "gold": 3}
+    evaluation = write_jsonl(tmp_path / "e.jsonl", [bad, {"instruction": "q", "references": ["z"]}])
+    config = files_config(ODD / "train_cont.jsonl", f"decontaminate.files=['{evaluation}']")
+    index = few_shot.load_contamination(config)
+    assert [row["instruction"] for _, row in few_shot.prepare_rows(config, index)] == ["other"]
+    assert (index.left_out, index.report()["unreadable_rows"]) == (1, 1)
+    assert "1 evaluation rows cannot be read" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_odd_evaluation_file_leaves_no_train_row_that_overlaps():
+    config = files_config(ODD / "train_cont.jsonl", f"decontaminate.files=['{ODD}/evalset2.jsonl']")
+    assert [row["instruction"] for _, row in few_shot.prepare_rows(config)] == ["other"]

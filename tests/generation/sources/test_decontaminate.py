@@ -1,7 +1,7 @@
 import pytest
 
 from generation.sources.decontaminate import NgramIndex
-from generation.sources.row import Instruction
+from generation.sources.row import Instruction, dead_letter
 
 RUN = "a b c d e f g h i j k l m"
 
@@ -35,7 +35,7 @@ def test_n_is_configurable_and_the_first_file_with_the_ngram_is_returned():
 
 def test_an_empty_index_has_no_overlap():
     assert NgramIndex([], 13).find_overlap(RUN) is None
-    assert NgramIndex([("e", [])], 13).report()["files"] == [{"file": "e", "rows": 0}]
+    assert NgramIndex([("e", [])], 13).report()["files"] == [{"file": "e", "rows": 0, "unreadable": 0}]
 
 
 def test_the_report_counts_overlapping_rows_by_dataset_and_file():
@@ -44,3 +44,26 @@ def test_the_report_counts_overlapping_rows_by_dataset_and_file():
     report = index.report()
     assert (report["train_rows_checked"], report["train_rows_left_out"], report["datasets"]) == (3, 2, {"d": {"e": 2}})
     assert report["examples"][1] == {"dataset": "d", "file": "e", "words": RUN, "instruction": f"{RUN} n"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": f"Read: {RUN}!", "label": 3},
+        {"turns": [{"text": f"x {RUN}"}]},
+        {"question": f'the "{RUN}" é'},
+        {"question": f"{RUN} é\n" + "long " * 200},
+        f'{{"question": "{RUN}", ',
+        f"{RUN}\n",
+    ],
+)
+def test_the_texts_of_an_evaluation_row_that_cannot_be_read_are_compared_and_the_row_is_counted(row):
+    index = NgramIndex([("e", [*rows("other"), dead_letter("e:2", "no references", row)])], 13)
+    assert index.find_overlap(f"see {RUN}") == ("e", RUN)
+    assert index.report()["files"] == [{"file": "e", "rows": 1, "unreadable": 1}] and index.report()["unreadable_rows"] == 1
+    assert index.first_unreadable.where == "e:2"
+
+
+def test_a_short_text_of_an_unreadable_row_overlaps_only_with_an_equal_text():
+    index = NgramIndex([("e", [dead_letter("e:1", "bad", {"prompt": "Où est la ville ?"})])], 13)
+    assert index.find_overlap("où est la ville") and index.find_overlap("où est la ville de X") is None
