@@ -178,8 +178,8 @@ def load_contamination(config: Config) -> NgramIndex:
     index = NgramIndex([(uri, read_rows(FilesSource(path=uri), config.seed)) for uri in uris], config.decontaminate.n)
     if index.first_unreadable:
         log(
-            f"warning: decontaminate.files: {index.unreadable:,} evaluation rows cannot be read, so only the first 500 characters of each are "
-            f"compared; the first error: {index.first_unreadable.reason} at {index.first_unreadable.where}"
+            f"warning: decontaminate.files: {index.unreadable:,} evaluation rows cannot be read, so only the first 500 characters of each "
+            f"are compared; the first error: {index.first_unreadable.reason} at {index.first_unreadable.where}"
         )
     return index
 
