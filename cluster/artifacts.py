@@ -28,7 +28,7 @@ from cluster.errors import CappyError, UsageError
 from cluster.progress import log
 from cluster.redaction import redact_tree
 from cluster.runtime import code_version
-from cluster.s3 import failure_reason
+from cluster.s3 import abort_upload, failure_reason, list_uploads
 from cluster.storage import (
     absolute,
     check_relative_path,
@@ -231,6 +231,26 @@ def remove_temporaries(uri: str, names: Collection[str]) -> None:
         delete_files(uri, [name for name in list_files(uri) if final_name(name) in {*names, MANIFEST}])
 
 
+def abort_uploads(uri: str, is_own: Callable[[str], bool], check: Callable[[], None]) -> None:
+    """Abort the multipart uploads that killed runs left at a destination. The parts of such uploads are stored but not listed.
+
+    Call it right after the lease is taken, before the first write: every upload then belongs to an earlier run. `is_own` returns whether
+    a verb writes a file with this path; other uploads continue. `check` raises if another run has the lease. A failure is logged.
+    """
+    if not is_s3(uri):
+        return
+    try:
+        aborted: set[tuple[str, str]] = set()
+        # Again until nothing is left: SeaweedFS lists only the first page correctly.
+        while left := {(name, upload) for name, upload in list_uploads(uri) if is_own(name)} - aborted:
+            check()
+            for name, upload in sorted(left):
+                abort_upload(join(uri, name), upload)
+            aborted |= left
+    except CappyError as error:
+        log(f"incomplete uploads below {uri} could not be removed: {error}")
+
+
 def refuse_published(uri: str, setting: str, verb: str) -> None:
     """Raise `UsageError` if `uri` already holds a finished run."""
     if exists(join(uri, MANIFEST)):
@@ -297,6 +317,10 @@ class OwnedFiles:
     """The files of `working` that an unfinished run writes before its first result."""
     results: tuple[str, ...]
     """Files with common names such as `README.md`. They belong to the verb if the manifest lists them or a `begun` file exists."""
+
+    def includes(self, name: str) -> bool:
+        """Return whether the verb writes a file with this path."""
+        return any(re.fullmatch(pattern, name) for pattern in (*self.working, *self.results))
 
 
 def refuse_foreign(uri: str, setting: str, owned: OwnedFiles, *, overwrite: bool) -> None:

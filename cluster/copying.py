@@ -78,6 +78,7 @@ def hold_destination(destination: str, names: Collection[str]) -> Iterator[Calla
         check()
         refuse_other_files(destination, names)
         artifacts.remove_temporaries(destination, names)
+        artifacts.abort_uploads(destination, lambda name: name in names, check)
         yield check
 
 

@@ -24,22 +24,20 @@ import pyarrow.fs as pafs
 from cluster import disk
 from cluster.errors import CappyError, UsageError, describe_disk_error, find_disk_error
 from cluster.s3 import (
-    arrow_filesystem,
     bucket_and_key,
     call_with_retries,
+    check_access,
     delete_objects,
     download_object,
-    endpoint_hint,
-    environment,
-    failure_reason,
     get_object,
     key_prefix,
     list_objects,
     list_page,
     put_object,
-    s3_client,
+    read_with_retries,
     upload_object,
 )
+from cluster.s3_session import arrow_filesystem, endpoint_hint, environment, s3_client
 
 
 def is_s3(uri: str) -> bool:
@@ -70,11 +68,11 @@ def check_uri(uri: str, setting: str) -> str:
         if not bucket:
             raise UsageError(f"{setting}={uri} names no bucket; write s3://bucket/prefix")
         try:
-            info = filesystem(uri)[0].get_file_info(bucket)
-        except OSError as error:
-            raise CappyError(f"{setting}={uri}: {failure_reason(error)}") from None
-        if info.type == pafs.FileType.NotFound:
-            raise CappyError(f"{setting}={uri}: bucket {bucket!r} does not exist{endpoint_hint()}; create it or change {setting}")
+            check_access(uri)
+        except FileNotFoundError:
+            raise CappyError(f"{setting}={uri}: bucket {bucket!r} does not exist{endpoint_hint()}; create it or change {setting}") from None
+        except CappyError as error:
+            raise CappyError(f"{setting}={uri}: {str(error).removeprefix(f'{uri}: ')}") from None
     return absolute(uri)
 
 
@@ -100,7 +98,7 @@ def is_file(uri: str) -> bool:
     if not key:
         return False
     try:
-        call_with_retries(uri, lambda: s3_client().head_object(Bucket=bucket, Key=key))
+        read_with_retries(uri, lambda: s3_client().head_object(Bucket=bucket, Key=key))
     except FileNotFoundError:
         return False
     return True
@@ -168,7 +166,7 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 def read_bytes(uri: str) -> bytes:
     """Return the bytes of a file. Raises `FileNotFoundError` if it does not exist, `Damaged` if all attempts got damaged bytes."""
     if is_s3(uri):
-        return call_with_retries(uri, partial(get_object, uri))
+        return read_with_retries(uri, partial(get_object, uri))
     return Path(absolute(uri)).read_bytes()
 
 
@@ -256,7 +254,7 @@ def remove_empty_folder(uri: str) -> None:
 def sha256(uri: str) -> str:
     """Return the SHA-256 of a file in hex, read in blocks. Raises `CappyError` if all attempts got damaged bytes."""
     if is_s3(uri):
-        return call_with_retries(uri, partial(download_object, uri, None))
+        return read_with_retries(uri, partial(download_object, uri, None))
     with Path(absolute(uri)).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -284,7 +282,7 @@ def version(uri: str) -> str | None:
     try:
         if is_s3(uri):
             bucket, key = bucket_and_key(uri)
-            return str(call_with_retries(uri, lambda: s3_client().head_object(Bucket=bucket, Key=key))["ETag"])
+            return str(read_with_retries(uri, lambda: s3_client().head_object(Bucket=bucket, Key=key))["ETag"])
         state = Path(absolute(uri)).stat()
         return f"{state.st_ino}-{state.st_mtime_ns}-{state.st_size}"
     except FileNotFoundError:
@@ -305,7 +303,7 @@ def download_file(uri: str, file: Path) -> str:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if is_s3(uri):
-            return call_with_retries(uri, partial(download_object, uri, file))
+            return read_with_retries(uri, partial(download_object, uri, file))
         shutil.copyfile(absolute(uri), file)
     except OSError as error:
         if full := find_disk_error(error):

@@ -124,6 +124,7 @@ def _publish(config: Config, uri: str, results: dict[str, Any], table: pa.Table,
     if overwrite:
         artifacts.withdraw(uri, "evaluation_path", _OWNED, keep=_LEASE, check=held.check)
     artifacts.finish_withdrawal(uri, "evaluation_path", _OWNED, keep=_LEASE, check=held.check)
+    artifacts.abort_uploads(uri, _OWNED.includes, held.check)
     folder = folder_writer.FolderWriter(uri, held.check)
     # If this run stops before the manifest exists, this file shows the next run that the other files belong to an evaluation.
     folder.write_json(_RUN_MARKER, {"scorer": config.scorer_uri, "dataset": config.dataset_uri})

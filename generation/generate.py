@@ -59,6 +59,7 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
         artifacts.finish_withdrawal(uri, "dataset", _OWNED, keep=_LEASE, check=run_lease.check)
         artifacts.refuse_published(uri, "dataset", "generate")
         artifacts.refuse_foreign(uri, "dataset", _OWNED, overwrite=False)
+        artifacts.abort_uploads(uri, _OWNED.includes, run_lease.check)
         staging = storage.join(uri, "_staging")
         run_lease.check()
         _claim_destination(staging, config)

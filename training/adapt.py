@@ -223,6 +223,7 @@ def _delete_earlier_files(tasks: list[Task], check: Callable[[], None] = lambda:
         artifacts.refuse_foreign(uri, "adapted_path", own, overwrite=True)
     for uri, own in owned:
         artifacts.withdraw(uri, "adapted_path", own, check=check)
+        artifacts.abort_uploads(uri, _OWNED.includes, check)
 
 
 def _deletable_files(task: Task) -> artifacts.OwnedFiles:

@@ -88,6 +88,7 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worke
             artifacts.withdraw(uri, "scorer_path", _OWNED, keep=lease_folder, check=held.check)
         artifacts.finish_withdrawal(uri, "scorer_path", _OWNED, keep=lease_folder, check=held.check)
         artifacts.refuse_published(uri, "scorer_path", "train")
+        artifacts.abort_uploads(uri, _OWNED.includes, held.check)
         dataset.verify("train", "validation")
         run_folder = storage.join(checkpoints, run_name)
         size = _count_pairs(dataset, storage.join(run_folder, "size.json"))
