@@ -125,7 +125,10 @@ def compare(folder: Path, instructions: Sequence[str], responses: Sequence[str],
 
 
 def by_transformers(folder: Path, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).eval(),
+    )
     with torch.inference_mode():
         logits = [model(**tokenizer([one], [two], return_tensors="pt")).logits.item() for one, two in pairs]
     return np.array(logits)

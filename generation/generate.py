@@ -83,12 +83,10 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
 def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that determine the content of the set; other settings (replicas, sizes) may change on resume."""
     tree = config.model_dump(mode="json")
-    sampler = {key: tree["sampler"][key] for key in ("model", "prompt", "decodings")}
-    engine = {key: tree["sampler"]["engine"][key] for key in config.sampler.engine.decides}
     generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "max_per_bin", "unit_rows")}
     generate["label"] = labels.describe_metric(config.generate.label)
     source = {key: tree[key] for key in ("source", "decontaminate")}
-    return {"seed": config.seed, **source, "sampler": {**sampler, "engine": engine}, "generate": generate}
+    return {"seed": config.seed, **source, "sampler": config.sampler.result_settings(), "generate": generate}
 
 
 def _claim_destination(staging: str, config: Config) -> None:

@@ -6,12 +6,42 @@ baselines, the blend and the report use.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+# The lowest finite value that is a log-probability: servers send -9999 for minus infinity.
+_LOWEST = -9999.0
+# Rounding can put a log-probability slightly above 0.
+_HIGHEST = 0.01
+
+
+def sum_logprobs(values: Iterable[Any]) -> float | None:
+    """Return the sum of the log-probabilities of sampled tokens, in nats; None if one of them is null or not a log-probability.
+
+    A sampled token has a probability above 0, so NaN, infinities and values of -9999 and below are not log-probabilities.
+    """
+    total = 0.0
+    for value in values:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        if not _LOWEST < number <= _HIGHEST:
+            return None
+        total += number
+    return total
+
+
+def finite_or_none(logprob: float) -> float | None:
+    """Return a sum of log-probabilities, or None if it is NaN or infinite."""
+    return float(logprob) if math.isfinite(logprob) else None
 
 
 def mean_logprob(logprob: float | None, tokens: int | None) -> float | None:

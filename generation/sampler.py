@@ -19,7 +19,7 @@ from cluster.config import DecodingConfig, SamplerConfig
 from cluster.errors import CappyError
 from generation import engines, prompts
 from generation.engines import contract
-from generation.engines.contract import LLM, Candidate, RowError
+from generation.engines.contract import LLM, Candidate, ContentFiltered, RowError
 
 SAMPLED = pa.list_(
     pa.struct(
@@ -112,8 +112,10 @@ class Sampler:
             else:
                 cost += sum(spent for _, _, spent in draws)
                 failures = [error for _, error, _ in draws if error]
-                if not failures:
-                    return [candidate for pool, _, _ in draws for candidate in pool], None, cost
+                pool = [candidate for drawn, _, _ in draws for candidate in drawn]
+                # A content filter that stopped some candidates does not take the others from the row.
+                if not failures or (pool and all(isinstance(error, ContentFiltered) for error in failures)):
+                    return pool, None, cost
                 failure = failures[0]
             if isinstance(failure, RowError):
                 return [], str(failure), cost

@@ -64,7 +64,8 @@ def save_adapters(wrapped: Any, base: dict[str, Any], folder: Path) -> None:
 
     `base` has the base scorer's `uri`, the `sha256` of its weights and the `writer` of its manifest.
     """
-    wrapped.peft_config["default"].base_model_name_or_path = base["uri"]
+    config = wrapped.peft_config["default"]
+    config.base_model_name_or_path, config.revision = models.split_revision(base["uri"])
     # The vocabulary is unchanged; without this argument peft would compare it with the base's, on the hub.
     wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
@@ -74,7 +75,9 @@ def read_base(folder: Path) -> dict[str, Any]:
     """Return the base of a folder of adapters: its `uri` and, when `save_adapters` wrote the folder, `sha256` and `writer`."""
     if (folder / BASE).exists():
         return dict(json.loads((folder / BASE).read_text(encoding="utf-8")))
-    return {"uri": json.loads((folder / models.ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]}
+    config = json.loads((folder / models.ADAPTER).read_text(encoding="utf-8"))
+    name, revision = config["base_model_name_or_path"], config.get("revision")
+    return {"uri": f"{name}@{revision}" if revision and "@" not in name else name}
 
 
 def merge_adapters(model: Any, folder: Path, setting: str) -> Any:

@@ -9,9 +9,37 @@ from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, fiel
 
 from cluster.config.base import Section
 
+# Arguments of `apply_chat_template` that are not variables of a template.
+_TEMPLATE_ARGUMENTS = frozenset(
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        "tokenizer_kwargs",
+    )
+)
 
-class PromptConfig(Section):
+
+class _ExtendedSection(Section):
+    """A section that got settings after the first runs. They are left out of its dump while they have their default.
+
+    So runs from before them keep their fingerprint.
+    """
+
+    added: ClassVar[tuple[str, ...]] = ()
+    """The names of these settings."""
+
+    @model_serializer(mode="wrap")
+    def _without_added_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = write(self)
+        fields = type(self).model_fields
+        unset = {name for name in self.added if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
+        return {name: value for name, value in tree.items() if name not in unset}
+
+
+class PromptConfig(_ExtendedSection):
     """The prompt of the LLM. The scorer always reads the instruction alone."""
+
+    added: ClassVar = ("chat_template_kwargs",)
 
     form: Literal["chat", "raw"] = "chat"
     """`chat` applies the model's chat template; `raw` continues plain text."""
@@ -22,6 +50,16 @@ class PromptConfig(Section):
     shots_by: Literal["seed", "similarity"] = "seed"
     """`seed` draws the examples once for all rows of a template, so that the prefix cache can be used; `similarity` takes the most
     similar examples of each row."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, for example `{enable_thinking: false}`. An endpoint gets them in each request."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_variables(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(_TEMPLATE_ARGUMENTS & variables.keys())
+        if taken:
+            raise ValueError(f"{', '.join(taken)} is not a variable of the template, because Cappy sets it; leave it out")
+        return variables
 
 
 class DecodingConfig(Section):
@@ -77,8 +115,16 @@ _DEFAULT_DECODINGS = {
 }
 
 
-class VLLMConfig(Section):
+RequestOption = Literal[
+    "n", "logprobs", "seed", "max_tokens", "chat_template_kwargs", "min_tokens", "top_k", "stop", "top_p", "temperature"
+]
+"""The parameters that a request to an endpoint can lack, in the order in which a refusal is compared with them."""
+
+
+class VLLMConfig(_ExtendedSection):
     """A vLLM engine in each sampling or serving replica, for decoder-only models."""
+
+    added: ClassVar = ("share_prefill",)
 
     kind: Literal["vllm"] = "vllm"
     """Selects the vLLM engine."""
@@ -119,12 +165,6 @@ class VLLMConfig(Section):
             raise ValueError(f"share_prefill=true with tensor_parallel={self.tensor_parallel}: use tensor_parallel=1 or share_prefill=null")
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_default_share_prefill(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `share_prefill` out if it is null: runs from before this setting keep their fingerprint."""
-        tree: dict[str, Any] = write(self)
-        return {name: value for name, value in tree.items() if name != "share_prefill" or value is not None}
-
 
 class Seq2SeqConfig(Section):
     """A transformers encoder-decoder in each sampling replica, e.g. T5, FLAN-T5, T0 or BART0."""
@@ -146,8 +186,10 @@ class Seq2SeqConfig(Section):
         return self.max_prompt_tokens - 1
 
 
-class EndpointConfig(Section):
+class EndpointConfig(_ExtendedSection):
     """A server with the OpenAI protocol. The key is read from the environment of the sampler."""
+
+    added: ClassVar = ("max_pauses", "max_retry_after_s", "omit")
 
     kind: Literal["endpoint"]
     """Selects an endpoint."""
@@ -164,7 +206,17 @@ class EndpointConfig(Section):
     timeout_s: float = Field(120.0, gt=0)
     """Time limit of a request, in seconds; after it the request is sent again."""
     tries: int = Field(6, ge=1)
-    """Attempts for a request before its row goes to the dead-letter file."""
+    """Attempts for a request before its row goes to the dead-letter file. An answer with `Retry-After` counts too, unless the server
+    answered another request in the meantime."""
+    max_pauses: int = Field(50, ge=1)
+    """Answers with `Retry-After` to one request before its row goes to the dead-letter file."""
+    max_retry_after_s: float = Field(300.0, ge=1)
+    """Longest `Retry-After` that a run waits for, in seconds. After a longer one it retries with short back-off, and stops if the server
+    answers no request; the same command resumes it."""
+    omit: tuple[RequestOption, ...] = ()
+    """Parameters that no request has, because the server rejects them, e.g. `[temperature, logprobs]`. Without `stop`, the candidates
+    are cut here. Instead of `max_tokens`, requests have `max_completion_tokens`. Parameters that a server names in a refusal are left
+    out without this setting."""
     logprobs: bool = True
     """Request log-probabilities. They are null if the server has none."""
     price_per_million_prompt: float | None = Field(None, ge=0)
@@ -175,7 +227,7 @@ class EndpointConfig(Section):
     """Budget of the whole run with all its interrupted parts, in dollars; for `serve`, of all servers of a workspace. The run stops
     before it can exceed the budget. A higher budget resumes it."""
 
-    decides: ClassVar = ("kind", "base_url")
+    decides: ClassVar = ("kind", "base_url", "logprobs", "omit")
 
     @property
     def most_tokens(self) -> int | None:
@@ -213,11 +265,14 @@ def _default_decodings(data: dict[str, Any]) -> tuple[DecodingConfig, ...]:
     return _DEFAULT_DECODINGS[engine.kind if engine else "vllm"]
 
 
-class SamplerConfig(Section):
+class SamplerConfig(_ExtendedSection):
     """The LLM, its prompt, its engine and its decodings."""
 
+    added: ClassVar = ("reasoning", "max_empty_share")
+
     model: str = "smollm2-135m-instruct"
-    """The LLM: an embedded name, a hub name, a local folder or an s3:// folder. For an endpoint, the name of the model there."""
+    """The LLM: an embedded name, a hub name, a local folder or an s3:// folder. A hub name can be pinned to a commit, tag or branch:
+    `name@revision`. For an endpoint, the name of the model there."""
     prompt: PromptConfig = PromptConfig()
     """The prompt of the LLM."""
     engine: EngineConfig = VLLMConfig()
@@ -227,8 +282,17 @@ class SamplerConfig(Section):
     replicas: int = Field(1, ge=1)
     """Number of sampling actors, each with one engine."""
     max_attempts: int = Field(3, ge=1)
+<<<<<<< HEAD
     """Attempts for a row before it goes to the dead-letter file. After as many engine crashes during a unit, its rows are sampled one by
     one. A row that then crashes two engines goes to the dead-letter file."""
+=======
+    """Attempts for a row before it goes to the dead-letter file."""
+    reasoning: Literal["strip", "keep"] = "strip"
+    """`strip` removes reasoning that the model writes into its response, for example `<think>...</think>`. `keep` leaves it in the
+    response, so that it is labelled and scored too."""
+    max_empty_share: float = Field(0.5, ge=0, le=1)
+    """Largest share of sampled responses without text. Above it the run ends with an error and publishes nothing."""
+>>>>>>> 7d81d01 (Endpoints: odd answers, refused parameters, flagged rows and Retry-After; reasoning, revisions, safetensors only)
 
     @field_validator("decodings")
     @classmethod
@@ -255,3 +319,12 @@ class SamplerConfig(Section):
         if self.engine.kind == "endpoint" and self.replicas > 1:
             raise ValueError(f"replicas={self.replicas} would each have separate rate limits; use 1 and raise engine.concurrency")
         return self
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the settings that decide the candidates. A run can be resumed only with the same values."""
+        tree = self.model_dump(mode="json")
+        engine = {name: tree["engine"][name] for name in self.engine.decides if name in tree["engine"]}
+        # Runs from before this rule have no `logprobs` in their record.
+        if engine.get("logprobs"):
+            del engine["logprobs"]
+        return {name: tree[name] for name in ("model", "prompt", "decodings", "reasoning") if name in tree} | {"engine": engine}

@@ -13,6 +13,7 @@ prompt with one decoding. Calls may run concurrently; the engine batches them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from cluster import models
 from cluster.config import SamplerConfig
@@ -26,24 +27,27 @@ def load_engine(config: SamplerConfig, max_wait_s: float = math.inf) -> ServedLL
         config: the sampler settings.
         max_wait_s: seconds that a request may wait for the rate limits of an endpoint; local engines ignore it.
     """
+    options: dict[str, Any] = {"keep_reasoning": config.reasoning == "keep", "template_kwargs": config.prompt.chat_template_kwargs}
     # Imported here, because a process needs only one of the engines.
     if config.engine.kind == "transformers":
         from generation.engines.seq2seq import Seq2SeqEngine
 
-        return Seq2SeqEngine(config.model, config.engine)
+        return Seq2SeqEngine(config.model, config.engine, **options)
     if config.engine.kind == "endpoint":
         from generation.engines.endpoint import EndpointEngine
 
-        return EndpointEngine(config.model, config.engine, max_wait_s)
+        return EndpointEngine(config.model, config.engine, max_wait_s, **options)
     from generation.engines.vllm import VLLMEngine
 
-    return VLLMEngine(config.model, config.engine)
+    return VLLMEngine(config.model, config.engine, **options)
 
 
 def check_sampler_config(config: SamplerConfig) -> None:
     """Check model or API key without loading anything. Raises the `UsageError` that `load_engine` would raise."""
     if config.engine.kind == "endpoint":
-        read_api_key(config.engine.api_key_env)
+        from generation.engines.endpoint_client import open_http
+
+        open_http(config.engine, read_api_key(config.engine.api_key_env))
     else:
         models.check_model(config.model, "sampler.model")
 

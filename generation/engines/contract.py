@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict
 
@@ -26,7 +27,7 @@ class Candidate(TypedDict):
     """One sampled response."""
 
     response: str
-    """The text without leading and trailing white space."""
+    """The text without reasoning (`sampler.reasoning`), and without leading and trailing white space."""
     text: NotRequired[str]
     """The exact continuation of the prompt, white space included, if the engine keeps it."""
     decoding: str
@@ -37,11 +38,15 @@ class Candidate(TypedDict):
     """`stop` (end of text or a stop string) or `length` (max_tokens reached)."""
     logprob: float | None
     """Sum of the natural log-probabilities of the sampled tokens under the model at temperature 1. None if an endpoint does not
-    return them or the caller did not request them."""
+    return them, the caller did not request them, or one of them is not finite. With reasoning stripped it includes the reasoning."""
 
 
 class RowError(CappyError):
     """This row cannot be sampled, and a retry would fail too."""
+
+
+class ContentFiltered(RowError):
+    """A content filter stopped all candidates of one decoding, or refused the prompt. Other decodings may have candidates."""
 
 
 class PromptTooLong(RowError):
@@ -136,13 +141,18 @@ class ServedLLM(LLM, Protocol):
 def read_api_key(name: str | None) -> str | None:
     """Return the API key in environment variable `name`, or None if `name` is None.
 
-    Raises `UsageError` if the variable is not set or blank.
+    Raises `UsageError` if the variable is not set or blank, or has characters that no header can hold.
     """
     if name is None:
         return None
     key = os.environ.get(name, "").strip()
     if not key:
         raise UsageError(f"sampler.engine.api_key_env={name}: the variable is not set on the machine of the sampler; export it there")
+    if not re.fullmatch(r"[!-~]+", key):
+        raise UsageError(
+            f"sampler.engine.api_key_env={name}: the key has spaces, control or non-ASCII characters, which no HTTP header can hold; "
+            f"copy the key again"
+        )
     return key
 
 

@@ -16,9 +16,10 @@ import asyncio
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from cluster.errors import CappyError
 from generation import prompts
 from generation.engines import prompt_encoding
 from generation.engines.contract import Candidate, OnCandidate, PromptTooLong, has_gpu
+from generation.engines.reasoning import strip_reasoning
+from generation.logprobs import sum_logprobs
 
 # Time to collect requests for a batch: all requests of one row arrive within it, and a batch runs far longer.
 _GATHER_S = 0.002
@@ -58,18 +61,29 @@ class _Request:
 class Seq2SeqEngine:
     """An encoder-decoder model on one GPU, or on all CPU cores of a machine without a GPU."""
 
-    def __init__(self, model: str, config: Seq2SeqConfig, setting: str = "sampler.model") -> None:
+    def __init__(
+        self,
+        model: str,
+        config: Seq2SeqConfig,
+        setting: str = "sampler.model",
+        *,
+        keep_reasoning: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Load the model.
 
         Args:
             model: a hub name, a local folder or an s3:// folder.
             config: the settings of the engine.
             setting: name of the setting that `model` comes from, for error messages.
+            keep_reasoning: whether responses keep the reasoning that the model writes into them.
+            template_kwargs: variables of the chat template.
 
         Raises `CappyError` for a model that is not an encoder-decoder, and for more `max_prompt_tokens` than the model has positions.
         """
         from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
+        self._keep_reasoning, self._template_kwargs = keep_reasoning, template_kwargs
         folder = models.resolve(model, setting)
         kind = AutoConfig.from_pretrained(folder)
         if not kind.is_encoder_decoder:
@@ -88,7 +102,9 @@ class Seq2SeqEngine:
         bfloat16 = gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         dtype = torch.bfloat16 if config.dtype == "bfloat16" or (config.dtype == "auto" and bfloat16) else torch.float32
         self.device = torch.device("cuda" if gpu else "cpu")
-        self.model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        with models.one_line_errors(model, setting):
+            loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        self.model = loaded.to(self.device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         own = self.model.generation_config
         start = own.decoder_start_token_id if own.decoder_start_token_id is not None else kind.decoder_start_token_id
@@ -112,7 +128,7 @@ class Seq2SeqEngine:
         `room` is ignored: the decoder has its own positions. `drop_shots=False` drops no turn. Raises `PromptTooLong` if the prompt
         does not fit.
         """
-        ids = prompt_encoding.encode_prompt(self.tokenizer, turns, form, self.max_prompt_tokens, drop_shots)
+        ids = prompt_encoding.encode_prompt(self.tokenizer, turns, form, self.max_prompt_tokens, drop_shots, self._template_kwargs)
         if len(ids) > self.max_prompt_tokens:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens, above max_prompt_tokens={self.max_prompt_tokens}; "
@@ -340,12 +356,13 @@ class Seq2SeqEngine:
         """Return the candidate of the first `length` tokens; length 0 is a candidate that did not finish and has all tokens."""
         drawn = ids[: length or None]
         text = self._text_before_stop(drawn, decoding)
+        text = self._text(drawn) if text is None else text
         return Candidate(
-            response=(self._text(drawn) if text is None else text).strip(),
+            response=(text if self._keep_reasoning else strip_reasoning(text)).strip(),
             decoding=decoding.name,
             tokens=len(drawn),
             finish_reason="stop" if length else "length",
-            logprob=sum(logprobs[: len(drawn)]),
+            logprob=sum_logprobs(logprobs[: len(drawn)]),
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from cluster.progress import log
 from generation import prompts
 from generation.engines import prompt_encoding
 from generation.engines.contract import Candidate, ConstraintRefused, OnCandidate, PromptTooLong, RequestDecoding, has_gpu
+from generation.engines.finish_reasons import read_end
+from generation.engines.reasoning import strip_reasoning
+from generation.logprobs import finite_or_none
 
 PREFILL_SHARING_VERSIONS = ("0.32.0",)
 """vLLM versions that `vllm_prefill_sharing.py` is tested with: it depends on details of vLLM's scheduler."""
@@ -31,16 +34,27 @@ PREFILL_SHARING_VERSIONS = ("0.32.0",)
 class VLLMEngine:
     """A vLLM `AsyncLLM` and its tokenizer."""
 
-    def __init__(self, model: str, config: VLLMConfig, setting: str = "sampler.model") -> None:
+    def __init__(
+        self,
+        model: str,
+        config: VLLMConfig,
+        setting: str = "sampler.model",
+        *,
+        keep_reasoning: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Load the model.
 
         Args:
             model: an embedded name, a hub name, a local folder or an s3:// folder.
             config: the settings of the engine.
             setting: name of the setting that `model` comes from, for error messages.
+            keep_reasoning: whether responses keep the reasoning that the model writes into them.
+            template_kwargs: variables of the chat template.
 
         Raises `CappyError` if vLLM rejects the model or a setting.
         """
+        self._keep_reasoning, self._template_kwargs = keep_reasoning, template_kwargs
         folder = models.resolve(model, setting)
         gpu = has_gpu()
         set_environment(config, gpu)
@@ -71,7 +85,7 @@ class VLLMEngine:
         fewer than `room` tokens are left.
         """
         limit = self.max_model_len - room
-        ids = prompt_encoding.encode_prompt(self.tokenizer, turns, form, limit, drop_shots)
+        ids = prompt_encoding.encode_prompt(self.tokenizer, turns, form, limit, drop_shots, self._template_kwargs)
         if len(ids) > limit:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens and leaves less than {room} of max_model_len={self.max_model_len} for a candidate; "
@@ -146,14 +160,7 @@ class VLLMEngine:
                 raise
             raise ConstraintRefused(f"{' and '.join(constraints)}: {first_line(error)[:200]}; correct it or leave it out") from None
         return [
-            Candidate(
-                response=output.text.strip(),
-                text=output.text,
-                decoding=decoding.name,
-                tokens=len(output.token_ids),
-                finish_reason=output.finish_reason or "stop",
-                logprob=float(output.cumulative_logprob or 0.0) if logprobs else None,
-            )
+            to_candidate(output, decoding, logprobs, self._keep_reasoning)
             for output in sorted(step.outputs, key=lambda output: output.index)
         ]
 
@@ -179,6 +186,22 @@ class VLLMEngine:
         self.llm.shutdown()
 
 
+def to_candidate(output: Any, decoding: DecodingConfig, logprobs: bool, keep_reasoning: bool) -> Candidate:
+    """Return the candidate of an output of vLLM (`CompletionOutput`). Raises `RuntimeError` if vLLM stopped it before its end."""
+    end = read_end(output.finish_reason)
+    if end == "failed":
+        raise RuntimeError(f"vLLM stopped the request before its end: {output.finish_reason}")
+    text = output.text if keep_reasoning else strip_reasoning(output.text)
+    return Candidate(
+        response=text.strip(),
+        text=text,
+        decoding=decoding.name,
+        tokens=len(output.token_ids),
+        finish_reason="length" if end == "length" else "stop",
+        logprob=finite_or_none(output.cumulative_logprob or 0.0) if logprobs else None,
+    )
+
+
 def engine_arguments(folder: Path, config: VLLMConfig, gpu: bool) -> dict[str, Any]:
     """Return the arguments of vLLM's engine for the model in `folder`, named as in vLLM's own server."""
     eager = not config.compile if config.compile is not None else not gpu
@@ -202,6 +225,8 @@ def engine_arguments(folder: Path, config: VLLMConfig, gpu: bool) -> dict[str, A
         "enforce_eager": eager,
         "disable_log_stats": True,
         "trust_remote_code": False,
+        # With the default, vLLM loads pickled .bin files if a folder has no safetensors.
+        "load_format": "safetensors",
         **options,
     }
 

@@ -1,3 +1,6 @@
+import shutil
+
+import huggingface_hub.constants
 import pytest
 from transformers import AutoModelForSequenceClassification, BertConfig
 
@@ -125,3 +128,38 @@ def test_a_model_whose_keys_lead_out_of_the_cache_is_refused(key, setting, tmp_p
             models.resolve("s3://bucket/m", setting)
     assert repr(key.removeprefix("m/")) in str(caught.value)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    """A hub cache with two commits of `org/model`, used offline: branch `main`, and the older one under tag `v1` and `refs/pr/1`."""
+    model = tmp_path / "models--org--model"
+    for commit, names in (("b" * 40, ["main"]), ("a" * 40, ["v1", "refs/pr/1"])):
+        shutil.copytree(folder, model / "snapshots" / commit)
+        for name in names:
+            (model / "refs" / name).parent.mkdir(parents=True, exist_ok=True)
+            (model / "refs" / name).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "commit"),
+    [("org/model", "b"), ("org/model@main", "b"), ("org/model@v1", "a"), ("org/model@refs/pr/1", "a"), (f"org/model@{'a' * 40}", "a")],
+)
+def test_a_hub_name_can_have_a_revision(hub, name, commit):
+    models.check_model(name, "scorer.encoder")
+    assert models.resolve(name, "scorer.encoder").name == commit * 40
+
+
+@pytest.mark.parametrize(("name", "message"), [("org/model@", "no revision after the @"), ("org/model@v9", "org/model@v9: the hub cannot")])
+def test_a_revision_that_does_not_exist_is_refused(hub, name, message):
+    with pytest.raises(CappyError, match=message):
+        models.resolve(name, "scorer.encoder")
+
+
+def test_a_local_folder_may_have_an_at_sign(folder, tmp_path):
+    path = shutil.copytree(folder, tmp_path / "model@v1")
+    assert models.resolve(str(path), "scorer.encoder") == path
+    assert models.split_revision(str(path)) == (str(path), None)
+    assert models.split_revision("org/model@v1") == ("org/model", "v1")

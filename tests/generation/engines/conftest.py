@@ -1,7 +1,8 @@
-"""Fixtures: folders with a tiny T5 or BART (random weights, word-level tokenizer) that `from_pretrained` loads."""
+"""Fixtures: folders with a tiny T5 or BART (random weights, word-level tokenizer), and a loopback server with the OpenAI API."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from tests.generation.engines.openai_server import OpenAIServer, good
+
 WORDS = ["say", "after", "me", "a", "the", "please", "now", "red", "green", "blue", "fox", "cat", "dog", "hen", "owl", "bee"]
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 VOCABULARY = len(WORDS) + len(SPECIALS)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Save a word-level tokenizer of `WORDS` to a folder."""
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*SPECIALS, *WORDS])}, unk_token="<unk>"))
+def write_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> None:
+    """Save a word-level tokenizer of `words` to a folder."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate([*SPECIALS, *words])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     PreTrainedTokenizerFast(
@@ -47,3 +50,18 @@ def write_seq2seq(folder: Path, kind: str) -> None:
         model.generation_config.update(forced_bos_token_id=0, no_repeat_ngram_size=3, num_beams=4)
     model.save_pretrained(folder)
     write_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[OpenAIServer]:
+    server = OpenAIServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def server(running: OpenAIServer) -> OpenAIServer:
+    """Return a server that answers every request; a test sets `reply`."""
+    running.reset()
+    running.reply, running.delay_s = (lambda body, number: good(body)), 0.0
+    return running

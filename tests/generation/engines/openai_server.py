@@ -70,7 +70,9 @@ class OpenAIServer:
         self.times: list[float] = []
         self.billed = [0, 0]
         """Prompt and sampled tokens of all answers without an error, as a provider would charge them."""
-        self.max_in_flight = self._in_flight = 0
+        self.max_in_flight = 0
+        # A list, so that requests from before the reset count down another one.
+        self._in_flight = [0]
         self.together = 1
 
     def close(self) -> None:
@@ -91,8 +93,9 @@ class OpenAIServer:
         self.bodies.append(body)
         self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
         self.paths.append(scope["path"])
-        self._in_flight += 1
-        self.max_in_flight = max(self.max_in_flight, self._in_flight)
+        in_flight = self._in_flight
+        in_flight[0] += 1
+        self.max_in_flight = max(self.max_in_flight, in_flight[0])
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(60):
@@ -101,7 +104,7 @@ class OpenAIServer:
             await asyncio.sleep(self.delay_s)
             status, headers, answer = self.reply(body, number)
         finally:
-            self._in_flight -= 1
+            in_flight[0] -= 1
         raw = json.dumps(answer).encode() if not isinstance(answer, bytes) else answer
         if status in (0, 200) and isinstance(answer, dict) and "usage" in answer:
             self.billed[0] += answer["usage"]["prompt_tokens"]

@@ -3,54 +3,18 @@ import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
-import httpx
 import pytest
 
-from cluster.config import DecodingConfig, EndpointConfig, SamplerConfig
+from cluster.config import EndpointConfig, SamplerConfig
 from cluster.errors import CappyError, UsageError
 from generation.budget import Budget
 from generation.engines import actor_resources, load_engine
 from generation.engines.contract import PromptTooLong, RowError
-from generation.engines.endpoint import EndpointEngine, RateLimiter, parse_retry_after
-from generation.prompts import messages
+from generation.engines.endpoint import EndpointEngine
 from generation.sampler import Sampler
-from tests.generation.engines.openai_server import OpenAIServer, error, good
+from tests.generation.engines.endpoint_calls import ONE, TURNS, WARM, endpoint, sample, samples
+from tests.generation.engines.openai_server import error, good
 from tests.generation.test_sampler import table
-
-WARM = DecodingConfig(name="warm", n=3, temperature=0.7, top_p=0.9, max_tokens=8, stop=("\n",))
-ONE = DecodingConfig(name="one", max_tokens=8)
-TURNS = messages("Which fox?", system="Be brief.")
-
-
-@pytest.fixture(scope="module")
-def running():
-    server = OpenAIServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def server(running):
-    running.reset()
-    running.reply, running.delay_s = (lambda body, number: good(body)), 0.0
-    return running
-
-
-def endpoint(server, **settings):
-    return EndpointEngine("fox-1", EndpointConfig(kind="endpoint", base_url=server.url, **settings))
-
-
-def samples(llm, *decodings, form="chat", seed=5, **how):
-    """Return the candidates of the same prompt for each decoding, from consecutive calls."""
-
-    async def collect():
-        return [await llm.sample(llm.encode(TURNS, form, 8), decoding, seed, "row-1", **how) for decoding in decodings]
-
-    return asyncio.run(collect())
-
-
-def sample(llm, decoding=ONE, form="chat"):
-    return samples(llm, decoding, form=form)[0]
 
 
 def test_a_chat_request_has_all_options_of_the_decoding(server, monkeypatch):
@@ -158,12 +122,14 @@ def test_a_server_that_always_fails_fails_the_row_and_not_the_run(server):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_rejected_key_ends_the_run_with_the_name_of_its_variable(server, status, monkeypatch):
+@pytest.mark.parametrize("body", [False, True])
+def test_a_rejected_key_ends_the_run_with_the_name_of_its_variable(server, status, body, monkeypatch):
     monkeypatch.setenv("FOX_KEY", "very-secret")
-    server.reply = lambda body, number: error(status, "Incorrect API key provided: very-secret")
+    answer = error(status, "Incorrect API key provided: very-secret", code=str(status))
+    server.reply = lambda _, number: (200, *answer[1:]) if body else answer
     with pytest.raises(CappyError, match=rf"base_url={server.url} answered {status}: it rejected the key in api_key_env=FOX_KEY") as caught:
         sample(endpoint(server, api_key_env="FOX_KEY"))
-    assert not isinstance(caught.value, RowError) and "very-secret" not in str(caught.value)
+    assert not isinstance(caught.value, RowError) and "very-secret" not in str(caught.value) and len(server.bodies) == 1
 
 
 def test_an_error_never_contains_the_key(server, monkeypatch):
@@ -277,62 +243,6 @@ def test_the_rate_limit_spaces_requests(server):
     # 300 per minute is one each 0.2 s; the first one is sent immediately.
     sent_after_s = [at - start for at in sorted(server.times)]
     assert all(after_s >= 0.2 * number - 0.01 for number, after_s in enumerate(sent_after_s))
-
-
-class Clock:
-    """A clock that a test sets."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def start_times(limiter, clock, amounts):
-    """Wait for each amount as the engine does; return the times since the start at which it may be used."""
-    start, times = clock.now, []
-    for amount in amounts:
-        clock.now += limiter.reserve(amount)
-        times.append(clock.now - start)
-    return times
-
-
-def test_a_rate_limiter_spaces_reservations_by_their_amounts():
-    clock = Clock()
-    assert start_times(RateLimiter(6000, clock), clock, [10, 20, 10]) == pytest.approx([0, 0.1, 0.3])
-    assert start_times(RateLimiter(None, clock), clock, [1e9] * 3) == [0, 0, 0]
-
-
-def test_concurrent_reservations_add_their_waits():
-    clock = Clock()
-    limiter = RateLimiter(60, clock)
-    assert [limiter.reserve() for _ in range(3)] == pytest.approx([0, 1, 2])
-    clock.now += 2.5
-    assert limiter.delay_s == pytest.approx(0.5)
-
-
-def test_a_released_amount_shortens_the_next_wait():
-    clock = Clock()
-    limiter = RateLimiter(600, clock)
-    limiter.reserve(100)
-    limiter.release(99)
-    assert start_times(limiter, clock, [1]) == pytest.approx([0.1])
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({"Retry-After": "7"}, 7.0),
-        ({"Retry-After": "0.5"}, 0.5),
-        ({"Retry-After": "Sat, 21 Nov 2026 07:00:09 GMT", "Date": "Sat, 21 Nov 2026 07:00:02 GMT"}, 7.0),
-        ({"Retry-After": "Sat, 21 Nov 2020 07:00:00 GMT"}, 0.0),
-        ({"Retry-After": "soon"}, None),
-        ({}, None),
-    ],
-)
-def test_retry_after_is_parsed_as_seconds_or_a_date(headers, seconds):
-    assert parse_retry_after(httpx.Response(429, headers=headers)) == seconds
 
 
 def sampler(server, **settings):

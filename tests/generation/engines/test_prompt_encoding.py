@@ -43,6 +43,13 @@ def test_the_chat_form_applies_the_template_once_and_adds_no_special_tokens(toke
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "say", "a", "hen", "<s>"]
 
 
+def test_variables_reach_the_chat_template(tokenizer):
+    tokenizer.chat_template = "{% if thinking %}red{% else %}blue{% endif %} {{ messages[0]['content'] }}"
+    for thinking, word in ((True, "red"), (False, "blue")):
+        ids = encode_prompt(tokenizer, messages("hen"), "chat", 1000, template_kwargs={"thinking": thinking})
+        assert words(tokenizer, ids) == f"{word} hen"
+
+
 def test_the_chat_form_of_a_model_without_a_template_is_an_error(tokenizer):
     with pytest.raises(CappyError, match=r"sampler\.prompt\.form=chat: the model has no chat template; set sampler\.prompt\.form=raw"):
         encode_prompt(tokenizer, TURNS, "chat", 1000)

@@ -1,4 +1,5 @@
 import asyncio
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cluster.errors import CappyError
 from generation.engines.contract import PromptTooLong
 from generation.engines.seq2seq import Seq2SeqEngine, choose_tokens
 from generation.prompts import messages
+from tests.generation.engines.conftest import WORDS, write_tokenizer
 
 TEXTS = ["say after me", "a red fox", "the", "please say the green owl now please", "a blue cat say", "me me me me me me bee"]
 GREEDY = DecodingConfig(name="greedy", temperature=0, max_tokens=12)
@@ -197,3 +199,40 @@ def test_a_decoder_only_model_is_rejected_with_the_engine_kind_to_use():
         CappyError, match=r"sampler\.model=smollm2-135m-instruct is a llama and not an encoder-decoder; set sampler\.engine\.kind=vllm"
     ):
         engine("smollm2-135m-instruct")
+
+
+def test_pickled_weights_beside_other_safetensors_are_not_loaded(seq2seq, tmp_path):
+    folder = shutil.copytree(seq2seq, tmp_path / "decoy")
+    (folder / "model.safetensors").rename(folder / "decoy.safetensors")
+    torch.save(AutoModelForSeq2SeqLM.from_pretrained(seq2seq).state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(CappyError, match=r"sampler\.model=.*decoy cannot be loaded: .*model\.safetensors") as caught:
+        engine(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_weight_file_is_one_line(seq2seq, tmp_path):
+    folder = shutil.copytree(seq2seq, tmp_path / "damaged")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(CappyError, match=r"sampler\.model=.*damaged cannot be loaded: ") as caught:
+        engine(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, DecodingConfig(name="b", temperature=0, beams=2, max_tokens=4)])
+def test_a_log_probability_that_is_not_finite_is_null(seq2seq, decoding):
+    llm = engine(seq2seq)
+    next(llm.model.decoder.parameters() if hasattr(llm.model, "decoder") else llm.model.model.decoder.parameters()).data.fill_(torch.nan)
+    ((candidate,),) = draw(llm, ["a red fox"], decoding)
+    assert candidate["logprob"] is None and candidate["tokens"] > 0
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_reasoning_is_removed_unless_the_config_keeps_it(seq2seq, tmp_path, keep):
+    folder = shutil.copytree(seq2seq, tmp_path / "thinker")
+    plain = draw(engine(folder), ["a red fox"], GREEDY)[0][0]["response"]
+    write_tokenizer(folder, [f"<think>hm</think>{word}" for word in WORDS])
+    config = Seq2SeqConfig(kind="transformers", dtype="float32", max_prompt_tokens=64)
+    llm = Seq2SeqEngine(str(folder), config, keep_reasoning=keep)
+    ids = engine(seq2seq).encode(messages("a red fox"), "raw", 16)
+    (candidate,) = asyncio.run(llm.sample(ids, GREEDY, 7, "0"))
+    assert plain and candidate["response"] == ("<think>hm</think>" + plain.replace(" ", " <think>hm</think>") if keep else plain)

@@ -1,8 +1,10 @@
 """The vLLM engine: its settings, and vLLM in this process with the real small model."""
 
 import asyncio
+import math
 import os
 from itertools import pairwise
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from cluster.config import DecodingConfig, SamplerConfig, VLLMConfig, fingerprint
 from cluster.errors import CappyError
 from generation.engines import vllm
-from generation.engines.vllm import PREFILL_SHARING_VERSIONS, VLLMEngine, use_prefill_sharing
+from generation.engines.vllm import PREFILL_SHARING_VERSIONS, VLLMEngine, to_candidate, use_prefill_sharing
 from generation.prompts import messages
 
 WARM = DecodingConfig(name="warm", n=4, max_tokens=24, stop=["."])
@@ -53,6 +55,38 @@ def test_share_prefill_stays_out_of_the_fingerprint_while_it_has_its_default():
     assert VLLMConfig(share_prefill=False).model_dump()["share_prefill"] is False
     # The value of the commit before this setting.
     assert fingerprint(plain) == "e2c9e85e51a66424"
+
+
+def output(text, finish_reason="stop", logprob=-1.5):
+    """Return an output with the fields of vLLM's `CompletionOutput` that the engine reads."""
+    return SimpleNamespace(text=text, token_ids=[1, 2], finish_reason=finish_reason, cumulative_logprob=logprob)
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "expected"), [("stop", "stop"), ("length", "length"), (None, "stop"), ("repetition_truncation", "length")]
+)
+def test_an_output_of_vllm_becomes_a_candidate_without_its_reasoning(finish_reason, expected):
+    thought = output("<think>hm</think> fox", finish_reason)
+    assert to_candidate(thought, WARM, logprobs=True, keep_reasoning=False) == {
+        **{"response": "fox", "text": " fox", "decoding": "warm", "tokens": 2},
+        **{"finish_reason": expected, "logprob": -1.5},
+    }
+    assert to_candidate(thought, WARM, logprobs=True, keep_reasoning=True)["text"] == thought.text
+
+
+@pytest.mark.parametrize(("logprob", "expected"), [(math.nan, None), (-math.inf, None), (-20_000.0, -20_000.0)])
+def test_a_log_probability_of_vllm_that_is_not_finite_is_null(logprob, expected):
+    assert to_candidate(output("fox", logprob=logprob), WARM, logprobs=True, keep_reasoning=False)["logprob"] == expected
+
+
+@pytest.mark.parametrize("finish_reason", ["abort", "error"])
+def test_an_output_that_vllm_broke_off_is_not_a_candidate(finish_reason):
+    with pytest.raises(RuntimeError, match=f"vLLM stopped the request before its end: {finish_reason}"):
+        to_candidate(output("fo", finish_reason), WARM, logprobs=True, keep_reasoning=False)
+
+
+def test_vllm_loads_safetensors_only(tmp_path):
+    assert vllm.engine_arguments(tmp_path, VLLMConfig(), gpu=False)["load_format"] == "safetensors"
 
 
 @pytest.mark.slow
