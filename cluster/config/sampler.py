@@ -282,17 +282,13 @@ class SamplerConfig(_ExtendedSection):
     replicas: int = Field(1, ge=1)
     """Number of sampling actors, each with one engine."""
     max_attempts: int = Field(3, ge=1)
-<<<<<<< HEAD
     """Attempts for a row before it goes to the dead-letter file. After as many engine crashes during a unit, its rows are sampled one by
     one. A row that then crashes two engines goes to the dead-letter file."""
-=======
-    """Attempts for a row before it goes to the dead-letter file."""
     reasoning: Literal["strip", "keep"] = "strip"
     """`strip` removes reasoning that the model writes into its response, for example `<think>...</think>`. `keep` leaves it in the
     response, so that it is labelled and scored too."""
     max_empty_share: float = Field(0.5, ge=0, le=1)
     """Largest share of sampled responses without text. Above it the run ends with an error and publishes nothing."""
->>>>>>> 7d81d01 (Endpoints: odd answers, refused parameters, flagged rows and Retry-After; reasoning, revisions, safetensors only)
 
     @field_validator("decodings")
     @classmethod
