@@ -88,6 +88,11 @@ def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str],
     batch = tokenizer(instructions, responses, return_token_type_ids=typed, return_attention_mask=False, truncation=False, verbose=False)
     ids: list[list[int]] = batch["input_ids"]
     types: list[list[int]] | None = batch["token_type_ids"] if typed else None
+    for row, tokens in enumerate(ids):
+        if not tokens:  # two empty texts, and a tokenizer that adds no special tokens: a model needs at least one token
+            ids[row] = [_filler_id(tokenizer)]
+            if types:
+                types[row] = [0]
     cut_pairs = cut_responses = 0
     for row, tokens in enumerate(ids):
         excess = len(tokens) - max_length
@@ -106,6 +111,12 @@ def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str],
         if types:
             types[row] = [types[row][position] for position in kept]
     return _concatenate(ids, types, cut_pairs, cut_responses)
+
+
+def _filler_id(tokenizer: Any) -> int:
+    """Return the token that stands for an empty pair."""
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return next((token for token in known if token is not None), 0)
 
 
 def _concatenate(ids: list[list[int]], types: list[list[int]] | None, cut_pairs: int, cut_responses: int) -> Encoded:

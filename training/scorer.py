@@ -152,6 +152,7 @@ class Scorer:
         self.device = device or next(model.parameters()).device
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
+        set_pad_token(model, tokenizer)
         self.max_length = max_length
         """Limit of instruction plus response, in tokens."""
         self.dtype = pick_dtype(dtype, self.device)
@@ -174,7 +175,7 @@ class Scorer:
             setting: the setting that error messages name.
             cpu_kernels: False uses the plain modules of transformers, as `scorer.cpu_kernels`.
 
-        Raises `CappyError` when `name` is not a finished one-label model.
+        Raises `CappyError` when `name` is not a finished one-label model, or cannot score pairs.
         """
         from cluster import models
 
@@ -191,6 +192,7 @@ class Scorer:
             scorer.model.to(torch.bfloat16)
         if scorer.device.type == "cpu" and cpu_kernels:
             encoder_kernels.pack_for_cpu(scorer.model)
+        scorer._check_scores(f"{setting}={name}")
         return scorer
 
     @property
@@ -234,6 +236,15 @@ class Scorer:
                 scores[rows] = logits_B1[:, 0].float().cpu().numpy()
         return scores
 
+    def _check_scores(self, described: str) -> None:
+        """Raise `CappyError` when the model cannot score two pairs in one batch, one of them empty."""
+        try:
+            scores = self.score(["Is a fox red?", ""], ["yes", ""])
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise CappyError(f"{described}: the model cannot score a pair ({_first_line(error)}); give a scorer of `cappy train`") from None
+        if not np.isfinite(scores).all():
+            raise CappyError(f"{described}: the score of a test pair is not a finite number; the weights are damaged, publish them again")
+
     def best(self, instruction: str, candidates: Sequence[str]) -> Choice:
         """Return the candidate with the highest score. Raises `ValueError` for an empty list."""
         if not candidates:
@@ -250,6 +261,24 @@ class Scorer:
         with _quiet():
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+
+def set_pad_token(model: Any, tokenizer: Any) -> None:
+    """Make the model and its tokenizer use the same pad token; decoders often lack one.
+
+    A decoder reads its score at the last token that is not the pad token. So a new pad token must not occur in pairs, and the config
+    must have that of the tokenizer: otherwise a score would depend on the other pairs of its batch.
+
+    Raises `CappyError` when the tokenizer has no special token that can serve.
+    """
+    if tokenizer.pad_token_id is None:
+        used = tokenizer("a", "b")["input_ids"]
+        free = [token for token in ("eos_token", "unk_token") if getattr(tokenizer, f"{token}_id") not in (None, *used)]
+        if not free:
+            raise CappyError("the tokenizer of the scorer has no pad token; set `pad_token` in its tokenizer_config.json")
+        tokenizer.pad_token = getattr(tokenizer, free[0])
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _load_whole(folder: Path, name: str, setting: str) -> tuple[Any, Any]:

@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from cluster import artifacts, storage
@@ -12,7 +15,7 @@ from cluster.config import Config, ScorerConfig, TrainingConfig
 from cluster.errors import CappyError, UsageError
 from evaluation.evaluate import load_scorer
 from serving.scorer_cache import load_if_changed
-from tests.training.conftest import FAMILIES, write_family
+from tests.training.conftest import FAMILIES, SMALL, WORDS, write_family
 from training import encoder_kernels, train
 from training.scorer import Dtype, Scorer, load_tokenizer, longest_input, new_model
 
@@ -166,3 +169,55 @@ def test_cpu_kernels_may_change_when_a_run_resumes_and_leaves_older_fingerprints
     assert config.scorer.model_dump().keys() == {"encoder", "max_length", "dtype"}
     assert off.scorer.model_dump()["cpu_kernels"] is False
     assert Config.model_validate(off.model_dump(mode="json")) == off
+
+
+DECODERS = {"Llama": {"num_key_value_heads": 2}, "GPT2": {}}
+
+
+def write_decoder(kind: str, folder: Path, *, pad: str | None, specials: tuple[str, ...] = ("<eos>", "<unk>"), **tokens: str) -> None:
+    """Write a tiny random decoder with one label, and a tokenizer that adds no special tokens; `pad` is its pad token."""
+    names = [*specials, *(["<pad>"] if pad else []), *WORDS]
+    tokenizer = Tokenizer(tokenizer_models.WordLevel({word: index for index, word in enumerate(names)}, unk_token=specials[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, pad_token=pad, **tokens)
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        **SMALL, **DECODERS[kind], num_labels=1, max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=None
+    )
+    getattr(transformers, f"{kind}ForSequenceClassification")(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("pad", [None, "<pad>"])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_scores_a_pair_the_same_alone_and_in_any_batch(kind: str, pad: str | None, tmp_path: Path):
+    """Neither config has a pad token; the tokenizer has one or none."""
+    write_decoder(kind, tmp_path, pad=pad, eos_token="<eos>", unk_token="<unk>")
+    scorer = Scorer.load(str(tmp_path))
+    together = scorer.score([*INSTRUCTIONS, ""], [*RESPONSES, ""])
+    alone = [scorer.score([one], [two])[0] for one, two in zip([*INSTRUCTIONS, ""], [*RESPONSES, ""], strict=True)]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.isfinite(together).all() and len(set(together.round(4).tolist())) > 3
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    ids = AutoTokenizer.from_pretrained(tmp_path)(["say a red fox"], ["a red fox"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert scorer.score(["say a red fox"], ["a red fox"])[0] == pytest.approx(plain(input_ids=ids).logits.item(), abs=1e-5)
+
+
+def test_a_decoder_without_any_special_token_is_refused_at_load(tmp_path: Path):
+    write_decoder("Llama", tmp_path, pad=None)
+    with pytest.raises(CappyError, match=r"has no pad token; set `pad_token` in its tokenizer_config\.json"):
+        Scorer.load(str(tmp_path))
+
+
+def test_an_empty_pair_has_one_score_in_any_batch(scorer: Scorer):
+    together = scorer.score(["", "say after me red fox", ""], ["", "a red fox", "a"])
+    assert together[0] == pytest.approx(scorer.score([""], [""])[0], abs=1e-5) and np.isfinite(together).all()
+
+
+def test_weights_that_give_no_number_are_refused_at_load(scorer: Scorer, tmp_path: Path):
+    with torch.no_grad():
+        scorer.model.classifier.bias.fill_(float("nan"))
+    scorer.save(tmp_path)
+    with pytest.raises(CappyError, match="the score of a test pair is not a finite number; the weights are damaged"):
+        Scorer.load(str(tmp_path))
