@@ -47,6 +47,7 @@ BENCHMARKS = (
     Benchmark("serving", "`cappy serve` against vLLM's own server: answers/s and latency", 40),
     Benchmark("serving_kills", "killed replicas and updates under load: failed requests", 25),
     Benchmark("siblings", "a prompt prefilled once for all candidates against once for each: pools/s", 20),
+    Benchmark("slow_bodies", "the time of a GET request with and without clients that send bodies slowly", 3, ("--seconds", "5")),
     Benchmark("split_leak", "split keys: share of validation rows that overlap train rows", 1, ()),
     Benchmark("training", "the trainer against padding to 512 and Hugging Face's Trainer: pairs/s", 20),
     Benchmark("training_kills", "`cappy train` with killed processes against an undisturbed run: weights", 15),

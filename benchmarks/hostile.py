@@ -150,6 +150,7 @@ def _bodies(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileReq
         "a number of 100,000 digits": b'"seed": ' + b"9" * 100_000,
         "a field given twice": b'"n": 1, "n": 64',
         "half of a surrogate pair": b'"user": "\\ud800"',
+        "100,000 small objects": b'"metadata": [' + b'{"a":{}},' * 50_000 + b"0]",
         "an object of 50,000 names": b'"cappy": ' + json.dumps({f"a{n}": 0 for n in range(50_000)}).encode(),
     }.items():
         yield HostileRequest(name, 400, "invalid_json", raw(more))
@@ -195,6 +196,26 @@ def _fields(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileReq
         ("17 stop strings", "invalid_value", {"stop": [str(n) for n in range(17)]}),
         ("a stop string of 100,000 characters", "invalid_value", {"stop": "x" * 100_000}),
         ("logprobs", "unsupported_parameter", {"logprobs": True, "top_logprobs": 20}),
+        ("guided decoding under its old name", "unsupported_parameter", {"guided_regex": "(a+)+" * 1000}),
+        ("chat_template_kwargs", "unsupported_parameter", {"chat_template_kwargs": {"a": "x" * 10_000}}),
+        ("a literal extra_body", "unsupported_parameter", {"extra_body": {"n": 10**9}}),
+        ("an unknown field of 100,000 characters", "unsupported_parameter", {"x" * 100_000: "y" * 100_000}),
+        ("two constraints", "invalid_value", {"structured_outputs": {"regex": "a", "choice": ["a"]}}),
+        ("a regular expression of 100,000 characters", "invalid_value", {"structured_outputs": {"regex": "(a?)" * 25_000}}),
+        ("10,000 choices", "invalid_value", {"structured_outputs": {"choice": [str(n) for n in range(10_000)]}}),
+        ("65 stop token ids", "invalid_value", {"stop_token_ids": list(range(65))}),
+        ("a stop token id of 10^12", "invalid_value", {"stop_token_ids": [10**12]}),
+        ("min_tokens above max_tokens", "invalid_value", {"min_tokens": 10**9, "max_tokens": 5}),
+        (
+            "a tool call beside text",
+            "invalid_value",
+            {"messages": [*HI, {"role": "assistant", "content": "x", "tool_calls": [{"id": "1", "type": "function"}]}, *HI]},
+        ),
+        (
+            "an image beside the text of a part",
+            "invalid_value",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "image_url": {"url": "file:///etc/passwd"}}]}]},
+        ),
         ("an unknown option of 100,000 characters", "invalid_value", {"cappy": {"x" * 100_000: 1}}),
     ):
         yield HostileRequest(name, 400, code, write.post(CHAT, {"model": serving.model_name, "messages": HI, **fields}))
@@ -207,6 +228,7 @@ def _fields(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileReq
 def _texts(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileRequest]:
     """Yield text completions above a limit, or with parameters that are not supported."""
     for name, code, fields in (
+        ("256 prompts, which together have too many candidates", "invalid_value", {"prompt": ["x"] * 256}),
         ("50,000 prompts in one request", "invalid_value", {"prompt": ["x"] * 50_000}),
         ("a prompt of token ids", "invalid_value", {"prompt": [1 << 40]}),
         ("an empty prompt", "invalid_value", {"prompt": ""}),
@@ -233,8 +255,19 @@ def _scoring(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileRe
         ),
         ("100,000 documents that are numbers", "/v1/rerank", {"query": "q", "documents": [1] * 100_000}),
         ("top_n = -1", "/v2/rerank", {"query": "q", "documents": ["a"], "top_n": -1}),
+        ("text_1 and queries, two names of one field", "/v1/score", {"text_1": "q", "queries": "r", "text_2": "a"}),
+        (
+            "an image beside the text of a document",
+            "/v1/rerank",
+            {"query": "q", "documents": [{"text": "a", "image": "file:///etc/passwd"}]},
+        ),
+        ("a token limit that would cut a document", "/v2/rerank", {"query": "q", "documents": ["a b c"], "max_tokens_per_doc": 1}),
     ):
         yield HostileRequest(name, 400, "invalid_value", write.post(path, {**scorer, **fields}))
+    for field, value in {"top_k": 1, "score_threshold": 0.5, "truncation_side": "left"}.items():
+        body = {**scorer, "query": "q", "documents": ["a"], field: value}
+        yield HostileRequest(f"rerank: {field}", 400, "unsupported_parameter", write.post("/v1/rerank", body))
+    yield HostileRequest("empty texts to rank", 200, None, write.post("/v1/rerank", {**scorer, "query": " ", "documents": ["", ""]}))
     nul = {**scorer, "text_1": "\0", "text_2": ["", "\0", "\u202e\ufeff"]}
     yield HostileRequest("NUL and empty texts to score", 200, None, write.post("/v1/score", nul))
 
@@ -245,6 +278,11 @@ def _http(write: RequestWriter, serving: ServingConfig) -> Iterator[HostileReque
     for kind in ("text/plain", "application/x-www-form-urlencoded", None):
         yield HostileRequest(f"Content-Type {kind}", 415, "unsupported_media_type", write.post(CHAT, good, kind=kind))
     yield HostileRequest("a gzip bomb's header", 415, "unsupported_media_type", write.post(CHAT, good, "Content-Encoding: gzip"))
+    for path in ("/health", "/ready", "/"):
+        yield HostileRequest(f"HEAD of {path}", 200, None, write.get(path, method="HEAD"))
+        yield HostileRequest(f"OPTIONS of {path}", 204, None, write.get(path, method="OPTIONS"))
+    preflight = ("Origin: https://evil.example", "Access-Control-Request-Method: POST")
+    yield HostileRequest("a preflight of another origin", 405, "method_not_allowed", write.get(CHAT, *preflight, method="OPTIONS"))
     for method in ("GET", "DELETE", "OPTIONS", "HEAD"):
         code = None if method == "HEAD" else "method_not_allowed"  # an answer to HEAD has no body
         yield HostileRequest(f"{method} of the chat route", 405, code, write.get(CHAT, method=method))

@@ -114,7 +114,7 @@ def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str],
 
 
 def _filler_id(tokenizer: Any) -> int:
-    """Return the token that stands for an empty pair."""
+    """Return the token that replaces an empty pair."""
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     return next((token for token in known if token is not None), 0)
 

@@ -266,8 +266,8 @@ class Scorer:
 def set_pad_token(model: Any, tokenizer: Any) -> None:
     """Make the model and its tokenizer use the same pad token; decoders often lack one.
 
-    A decoder reads its score at the last token that is not the pad token. So a new pad token must not occur in pairs, and the config
-    must have that of the tokenizer: otherwise a score would depend on the other pairs of its batch.
+    A decoder reads its score at the last token that is not the pad token. So a new pad token must not occur in pairs. The config must
+    have the tokenizer's pad token, because otherwise a score would depend on the other pairs of its batch.
 
     Raises `CappyError` when the tokenizer has no special token that can serve.
     """

@@ -43,9 +43,9 @@ def test_a_hostile_request_gets_its_error_and_does_not_reach_a_model(hostile: Ho
     before = backend.calls
     answer = send(url, hostile)
     assert (answer.status, answer.code) == (hostile.status, hostile.code), answer.body
-    assert answer.status == 200 or backend.calls == before
+    assert answer.status < 300 or backend.calls == before
     # The answer repeats no large input of the client and exposes nothing of the server.
-    assert answer.status == 200 or (len(answer.body) < 1000 and b"Traceback" not in answer.body and b".py" not in answer.body)
+    assert answer.status < 300 or (len(answer.body) < 1000 and b"Traceback" not in answer.body and b".py" not in answer.body)
 
 
 def test_after_all_hostile_requests_the_server_still_answers(server):
