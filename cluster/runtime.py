@@ -11,7 +11,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import tenacity
 
 from cluster.cpu import openmp_environment
+from cluster.embedded_ray import private_ray
 from cluster.errors import CappyError, UsageError, describe_disk_error, find_disk_error
 from cluster.progress import log, silence_stderr
 
@@ -28,11 +29,13 @@ from cluster.progress import log, silence_stderr
 def ray_session() -> Iterator[None]:
     """Initialise Ray for the block: join the cluster at `RAY_ADDRESS` (in a Ray job), else start Ray in this process.
 
-    A Ray started here ends with the block. If Ray is already initialised, nothing changes.
+    A Ray started here ends with the block, and listens on loopback addresses only. If Ray is already initialised, nothing changes.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # The first error of a task is raised. Ray would print those of the other tasks as tracebacks.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     openmp_environment()  # workers started here inherit it
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
@@ -41,7 +44,8 @@ def ray_session() -> Iterator[None]:
         yield
         return
     options: dict[str, object] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if not os.environ.get("RAY_ADDRESS"):
+    embedded = not os.environ.get("RAY_ADDRESS")
+    if embedded:
         # Logical CPUs are only scheduling slots. Two more than the machine has keep one-CPU workers on a two-core machine from
         # starving the tasks that provide their input. Without `local`, Ray would join another cluster on this machine.
         options |= {"address": "local", "include_dashboard": False, "num_cpus": (os.cpu_count() or 1) + 2}
@@ -49,12 +53,13 @@ def ray_session() -> Iterator[None]:
     patience = tenacity.retry(
         retry=tenacity.retry_if_exception_message(match=".*timed out during startup"), stop=tenacity.stop_after_attempt(3), reraise=True
     )
-    with silence_stderr():  # Ray prints the log level to standard error; failures raise
-        patience(ray.init)(**options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with private_ray() if embedded else nullcontext():
+        with silence_stderr():  # Ray prints the log level to standard error; failures raise
+            patience(ray.init)(**options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
