@@ -2,7 +2,7 @@
 
 Rows with the same dataset, template, split, instruction and answer choices become one row with the references of all, in the
 order of first appearance. Rows are distributed over `_PARTITIONS` by a hash of their instruction, so equal rows are in the
-same partition. Memory holds `_CHUNK_BYTES` of each partition, or the rows of one partition; other rows are in a temporary
+same partition. Memory holds `_CHUNK_BYTES` of each partition, and the rows of one partition; other rows are in a temporary
 folder. A small source stays in memory. 10 million rows of 1 KB need about 4 GB in the folder.
 """
 
@@ -21,9 +21,9 @@ import pyarrow as pa
 from cluster.errors import CappyError, first_line
 from generation.sources.row import DeadLetter, Instruction, fold_text, hash_text
 
-_PARTITIONS = 256
+_PARTITIONS = 1024
 # Bytes of text in memory before a partition is written to its file: 32 MiB for all partitions.
-_CHUNK_BYTES = 1 << 17
+_CHUNK_BYTES = 1 << 15
 
 _CODEC = pa.Codec("zstd", compression_level=1)
 
@@ -42,7 +42,7 @@ class _Partition:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._written = False
+        self._written = 0
         self._pending: list[_Record] = []
         self._bytes = 0
 
@@ -54,20 +54,23 @@ class _Partition:
             try:
                 with self._file.open("ab") as file:
                     pickle.dump((len(data), _CODEC.compress(data, asbytes=True)), file)
+                    self._written = file.tell()
             except OSError as error:
                 raise CappyError(
                     f"{self._file.parent}: the rows of the source cannot be stored to merge repeated rows ({first_line(error)}); "
                     f"free space there, or set TMPDIR to a folder with more"
                 ) from None
-            self._written, self._pending, self._bytes = True, [], 0
+            self._pending, self._bytes = [], 0
 
     def __iter__(self) -> Iterator[_Record]:
-        if self._written:
-            size = self._file.stat().st_size
+        position = 0
+        while position < self._written:
+            # A process may have fewer open files than there are partitions, so none stays open between two chunks.
             with self._file.open("rb") as file:
-                while file.tell() < size:
-                    length, compressed = pickle.load(file)
-                    yield from pickle.loads(_CODEC.decompress(compressed, length, asbytes=True))
+                file.seek(position)
+                length, compressed = pickle.load(file)
+                position = file.tell()
+            yield from pickle.loads(_CODEC.decompress(compressed, length, asbytes=True))
         yield from self._pending
 
     def delete(self) -> None:
@@ -100,7 +103,7 @@ def merge_rows(rows: Iterable[Instruction | DeadLetter]) -> Iterator[MergedRows]
         read = [_Partition(Path(folder, f"read-{number}")) for number in range(_PARTITIONS)]
         for position, row in enumerate(rows):
             is_letter = isinstance(row, DeadLetter)
-            number = position if isinstance(row, DeadLetter) else hash_text(fold_text(row.instruction), 1)[0]
+            number = position if isinstance(row, DeadLetter) else int.from_bytes(hash_text(fold_text(row.instruction), 2), "big")
             read[number % _PARTITIONS].append(_Record(position, is_letter, tuple(vars(row).values())))
         unique, merged = [], 0
         for number, partition in enumerate(read):
