@@ -164,6 +164,10 @@ def _show_dataset(summary: dict[str, Any], console: Console) -> None:
     _show_labels(summary, console)
     if summary.get("merged"):
         console.print(f"{summary['merged']:,} repeated rows of the source were merged")
+    if summary.get("empty_responses"):
+        console.print(Text(f"{summary['empty_responses']:,} sampled responses are empty", style="yellow"))
+    if summary.get("missing_responses"):
+        console.print(Text(f"{summary['missing_responses']:,} responses are missing: a content filter stopped them", style="yellow"))
     if summary["dead_letters"]:
         console.print(
             Text(f"{summary['dead_letters']:,} rows left out, with their reasons: {summary['uri']}/{_DEAD_LETTERS}", style="yellow")

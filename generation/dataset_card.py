@@ -170,7 +170,7 @@ SHA-256; `cappy inspect` verifies them.
 - prompt: {prompt["form"]} form, {prompt["shots"]} shots{", with a system message" if prompt["system"] else ""}
 - labels: {_metric_name(metric)} ({metric["mode"]} mode, version {metric["version"]})
 - seed: {config["seed"]}
-{_merged_line(summary)}{_unseen_line(summary, metric)}{_made_from_line(manifest)}
+{_merged_line(summary)}{_missing_lines(summary)}{_unseen_line(summary, metric)}{_made_from_line(manifest)}
 {decodings}
 
 ## Instructions by dataset
@@ -265,6 +265,13 @@ def _find_sources(tree: Any) -> list[Mapping[str, Any]]:
 def _merged_line(summary: Mapping[str, Any]) -> str:
     merged = summary.get("merged", 0)
     return f"- {merged:,} repeated rows of the source were merged; their references are united\n" if merged else ""
+
+
+def _missing_lines(summary: Mapping[str, Any]) -> str:
+    empty, missing = summary.get("empty_responses", 0), summary.get("missing_responses", 0)
+    return (f"- {empty:,} sampled responses are empty\n" if empty else "") + (
+        f"- {missing:,} responses are missing, because a content filter stopped them\n" if missing else ""
+    )
 
 
 def _unseen_line(summary: Mapping[str, Any], metric: Mapping[str, Any]) -> str:

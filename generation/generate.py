@@ -26,7 +26,7 @@ from cluster.errors import CappyError, Stopped, UsageError
 from cluster.lease import Lease, LeaseLost
 from cluster.progress import Bar, log
 from cluster.runtime import on_sigterm, ray_session
-from generation import dataset, dataset_card, engines, labels, prepared_units, prometheus, shards, units
+from generation import dataset, dataset_card, empty_responses, engines, labels, prepared_units, prometheus, shards, units
 from generation.prepared_units import PreparedUnits
 from generation.prometheus import GenerateMetrics
 from generation.sampler import LoadLLM, NoLLM
@@ -135,18 +135,21 @@ def _sample(
     # On the node of the driver: if the gate were on a worker node, the loss of that node would end the run.
     driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     gate = ray.remote(num_cpus=0, scheduling_strategy=driver_node)(units.BudgetGate).remote(ceiling, spent)
-    failed = 0
+    failed = empty = sampled = 0
     closing = on_sigterm("finishing the units in progress; run the same command again to resume", gate.close.remote)
     with closing as stop_requested, Bar("sampling", total, "instructions", done=done) as bar:
         for result in build_plan(staging, pending, config, load, gate).iter_rows():
             run_lease.check(read_store=False)
             failed += result["dead_letters"]
+            empty += result["empty"] or 0
+            sampled += result["candidates"]
             spent += result["cost"]
             progress.add(result)
             note = "  ".join([f"{failed} dead letters"] * bool(failed) + [f"${spent:,.4f}"] * bool(spent))
             bar.advance(result["rows"], note=note, candidates=result["candidates"], tokens=result["tokens"])
             if bar.done - done >= _ERROR_RATE_ROWS:
                 prepared_units.check_error_rate(failed, bar.done - done, config)
+                empty_responses.check_empty_share(empty, sampled, config.sampler)
         state = f"{bar.done:,} of {total:,} instructions are finished and saved"
         if stop_requested.is_set():
             raise Stopped(f"stopped on SIGTERM; {state}; run the same command again to resume")
@@ -205,6 +208,10 @@ def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, run_
         raise CappyError(f"{uri}: {prepared['rows']} instructions were prepared, but the units have {rows}; run again with --overwrite")
     not_sampled = sum(shard["letters"] for shard in merged.values())
     prepared_units.check_error_rate(prepared["dead_letters"] + not_sampled, prepared["dead_letters"] + prepared["rows"], config)
+    empty, sampled = sum(shard["empty"] for shard in merged.values()), sum(shard["sampled"] for shard in merged.values())
+    empty_responses.check_empty_share(empty, sampled, config.sampler)
+    if empty:
+        log(empty_responses.empty_warning(empty, sampled))
     return dict(sorted(merged.items()))
 
 
@@ -249,6 +256,7 @@ def _publish(
     files |= {name: shard["entry"] for name, shard in merged.items()}
     left_out = {"dead_letters": dead_letters, "decontaminated": overlap["train_rows_left_out"]}
     found = {"merged": prepared.get("merged", 0), "unseen_references": prepared.get("unseen_references", 0)}
+    found |= {f"{name}_responses": sum(shard[name] for shard in merged.values()) for name in ("empty", "missing")}
     summary = {"uri": uri, **total, "splits": counts, **left_out, **found, "seconds": round(sum(stages.values()), 1)}
 
     def describe(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:

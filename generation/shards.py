@@ -7,6 +7,7 @@ Ray: `generation.generate` runs `write_shard` as a Ray task.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypedDict
 
@@ -34,6 +35,12 @@ class MergedShard(TypedDict):
     """Number of dead letters of its units."""
     cost: float
     """Dollars spent on its units."""
+    sampled: int
+    """Sampled candidates of its units; `generate.max_per_bin` can have removed some of them from the rows."""
+    empty: int
+    """The part of `sampled` without text."""
+    missing: int
+    """Candidates that a content filter stopped."""
 
 
 def group_by_size(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
@@ -92,6 +99,7 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
     statistics: dict[str, Any] = {}
     letters: list[str] = []
     cost = 0.0
+    counted: Counter[str] = Counter()
 
     def read_units() -> Iterator[pa.Table]:
         nonlocal statistics, cost
@@ -100,6 +108,8 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
             metadata = units.unit_metadata(table)
             letters.extend(metadata["letters"])
             cost += metadata["counts"]["cost"]
+            counts = metadata["counts"]
+            counted.update(sampled=counts["candidates"], empty=counts.get("empty", 0), missing=counts.get("missing", 0))
             statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
             yield table.replace_schema_metadata(None).cast(DATASET)
 
@@ -111,7 +121,15 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
         check()
         entry = storage.upload_file(file, target) | {"rows": statistics["instructions"]}
     storage.write_bytes(dead_letters_uri(staging, target), "".join(f"{line}\n" for line in letters).encode())
-    return {"entry": entry, "statistics": statistics, "letters": len(letters), "cost": cost}
+    return {
+        "entry": entry,
+        "statistics": statistics,
+        "letters": len(letters),
+        "cost": cost,
+        "sampled": counted["sampled"],
+        "empty": counted["empty"],
+        "missing": counted["missing"],
+    }
 
 
 def dead_letters_uri(staging: str, target: str) -> str:

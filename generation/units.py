@@ -17,7 +17,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +41,8 @@ COUNTS = pa.schema(
         ("tokens", pa.int64()),
         ("cost", pa.float64()),
         ("dead_letters", pa.int64()),
+        ("empty", pa.int64()),
+        ("missing", pa.int64()),
     ]
 )
 """The counts of a finished unit, one row; see `UnitCounts`."""
@@ -63,6 +65,10 @@ class UnitCounts(TypedDict):
     """Dollars."""
     dead_letters: int
     """Instructions that could not be sampled."""
+    empty: NotRequired[int]
+    """Sampled candidates without text. Units of older versions do not have it."""
+    missing: NotRequired[int]
+    """Candidates that the decodings of sampled instructions did not give, because a content filter stopped them."""
 
 
 class UnitMetadata(TypedDict):
@@ -221,6 +227,7 @@ def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> Uni
     if config.generate.max_per_bin is not None and unit.startswith("train-"):
         limit = config.generate.max_per_bin
         rows = [{**row, "candidates": labels.limit_per_bin(row["candidates"], limit, config.seed, row["id"])} for row in rows]
+    pool_size = sum(decoding.n for decoding in config.sampler.decodings)
     drawn = [candidate for pool in sampled["sampled"].to_pylist() for candidate in pool]
     counts: UnitCounts = {
         "unit": unit,
@@ -229,6 +236,8 @@ def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> Uni
         "tokens": sum(candidate["tokens"] for candidate in drawn),
         "cost": sum(sampled["cost"].to_pylist()),
         "dead_letters": len(letters),
+        "empty": sum(not candidate["response"] for candidate in drawn),
+        "missing": sum(max(0, pool_size - len(row["sampled"])) for row in sampled.to_pylist() if row["sampled"]),
     }
     metadata: UnitMetadata = {"counts": counts, "letters": letters}
     table = pa.Table.from_pylist(rows, DATASET).replace_schema_metadata({_METADATA: json.dumps(metadata).encode()})

@@ -218,6 +218,33 @@ def test_a_run_whose_source_cannot_be_read_does_not_block_the_destination(rows, 
     assert generate.run_generate(config_for(rows, tmp_path / "set"), load=FixedLLM)["instructions"] == ROWS
 
 
+class QuietLLM(FixedLLM):
+    """Gives an empty response to each instruction whose number is not a multiple of `every`."""
+
+    def __init__(self, config, every):
+        super().__init__(config)
+        self.every = every
+
+    async def sample(self, token_ids, decoding, seed, request_id):
+        number = int(bytes(token_ids).decode().split()[-1])
+        pool = await super().sample(token_ids, decoding, seed, request_id)
+        return pool if number % self.every == 0 else [{**each, "response": ""} for each in pool]
+
+
+def test_a_run_of_empty_responses_ends_with_an_error_and_a_smaller_share_is_counted(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"say {n}", "references": [f"number {n}"]}) + "\n" for n in range(ROWS)))
+    config = config_for(path, tmp_path / "set", "sampler.decodings=[{name: greedy, temperature: 0}]")
+    with pytest.raises(CappyError, match=r"40 of 60 sampled responses are empty, above sampler\.max_empty_share=0\.5"):
+        generate.run_generate(config, load=functools.partial(QuietLLM, every=3))
+    assert not (tmp_path / "set" / "_MANIFEST.json").exists()
+    # Saved units are not sampled again, so a higher limit publishes the same responses.
+    higher = config_for(path, tmp_path / "set", "sampler.decodings=[{name: greedy, temperature: 0}]", "sampler.max_empty_share=0.7")
+    assert generate.run_generate(higher, load=FixedLLM)["empty_responses"] == 40
+    assert "40 of 60 sampled responses are empty and have a low label" in capsys.readouterr().err
+    assert "40 sampled responses are empty" in (tmp_path / "set" / "README.md").read_text()
+
+
 def test_too_many_failures_stop_the_run_before_it_publishes(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"instruction": f"FAILS {n}", "references": ["x"]}) + "\n" for n in range(9)))

@@ -52,6 +52,20 @@ def test_a_shard_has_the_rows_of_its_units_in_order_and_their_sums(place):
     assert (json.loads(letter)["where"], json.loads(letter)["reason"]) == ("1-0", "too long")
 
 
+def test_a_shard_counts_the_empty_and_the_missing_responses_of_its_units(tmp_path):
+    """Three decodings: one row has all responses, one of them empty; the content filter stopped two of the other row's."""
+    staging, target = f"{tmp_path}/_staging", f"{tmp_path}/{shards.shard_path('train', 0, '0123abcd')}"
+    config = load(None, ["sampler.decodings=[{name: greedy, temperature: 0}, {name: warm, n: 2}]"])
+    pools = [[CANDIDATE, CANDIDATE, {**CANDIDATE, "response": ""}], [CANDIDATE]]
+    common = {"dataset": "d", "template": None, "references": ["number 1"], "answer_choices": None, "shots": [], "mismatched": []}
+    table = pa.Table.from_pylist([{**common, "id": f"{row}", "instruction": f"say {row}"} for row in range(2)], PREPARED)
+    table = table.append_column("sampled", pa.array(pools, SAMPLED)).append_column("error", pa.nulls(2, pa.string()))
+    counts = units.save_unit(staging, "train-000000", table.append_column("cost", pa.array([0.0, 0.0])), config)
+    assert (counts["candidates"], counts["empty"], counts["missing"]) == (4, 1, 2)
+    merged = shards.write_shard(["train-000000"], staging, target, 5, lambda: None)
+    assert (merged["sampled"], merged["empty"], merged["missing"]) == (4, 1, 2)
+
+
 def test_a_run_that_lost_its_lease_writes_no_shard(tmp_path):
     name = save_unit(str(tmp_path), 0, 2)
 
