@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 from cluster import artifacts, models, storage
 from cluster.config import Config
-from cluster.errors import CappyError, UsageError
+from cluster.errors import UsageError
 from cluster.progress import log
 from generation import cost_model, prepared_units, prompts
 from generation.cost_model import Count, Rates
+from generation.engines.chat_template import check_template
 from generation.few_shot import PreparationCounts
 from generation.schema import SPLITS
 from generation.sources import reader
@@ -168,12 +169,10 @@ def _token_counters(config: Config) -> tuple[CountTokens, CountTokens, str]:
         turns = [prompts.messages(text, (), prompt.system) for text in texts]
         if prompt.form == "raw":
             return text_tokens([prompts.raw_text(each) for each in turns])
-        return text_tokens(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        variables = prompt.chat_template_kwargs
+        return text_tokens(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables))
 
-    if prompt.form == "chat" and tokenizer.chat_template is None:
-        raise CappyError(
-            f"sampler.prompt.form=chat, but sampler.model={config.sampler.model} has no chat template; set sampler.prompt.form=raw"
-        )
+    check_template(tokenizer, prompt, config.sampler.model)
     return (
         prompt_tokens,
         text_tokens,

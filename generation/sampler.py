@@ -14,11 +14,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
+from jinja2 import TemplateError
 
 from cluster.config import DecodingConfig, SamplerConfig
 from cluster.errors import CappyError
 from generation import engines, prompts
 from generation.engines import contract
+from generation.engines.chat_template import template_refusal
 from generation.engines.contract import LLM, Candidate, ContentFiltered, RowError
 
 SAMPLED = pa.list_(
@@ -107,6 +109,9 @@ class Sampler:
             try:
                 prompt = self.llm.encode(turns, self.config.prompt.form, self._max_new_tokens)
                 draws = await asyncio.gather(*(self._sample_decoding(row["id"], turns, prompt, each) for each in self.config.decodings))
+            except TemplateError as error:
+                # All rows have the same turns, so the template refuses each of them.
+                raise template_refusal(self.config.prompt, self.config.model, error) from None
             except Exception as error:
                 failure = error
             else:

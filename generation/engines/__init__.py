@@ -43,13 +43,16 @@ def load_engine(config: SamplerConfig, max_wait_s: float = math.inf) -> ServedLL
 
 
 def check_sampler_config(config: SamplerConfig) -> None:
-    """Check model or API key without loading anything. Raises the `UsageError` that `load_engine` would raise."""
+    """Check model and chat template, or address and API key, without loading the LLM. Raises the errors of `load_engine`."""
     if config.engine.kind == "endpoint":
         from generation.engines.endpoint_client import open_http
 
         open_http(config.engine, read_api_key(config.engine.api_key_env))
     else:
+        from generation.engines.chat_template import check_local_template
+
         models.check_model(config.model, "sampler.model")
+        check_local_template(config)
 
 
 def cost_limit(config: SamplerConfig) -> float | None:
