@@ -1,6 +1,6 @@
 """Sampled responses without text: their limit, and the lines that report them. Pure: no Ray, no files.
 
-A model gives an empty response if it ends at once, if its tokens are used up by reasoning, or if it calls a tool instead.
+A model gives an empty response if it ends immediately, if its tokens are used up by reasoning, or if it calls a tool instead.
 """
 
 from __future__ import annotations
