@@ -95,7 +95,8 @@ class CommitWatcher:
 
     def _poll(self) -> None:
         while not self._over.wait(0.1):
-            for name in storage.list_files(storage.join(self._staging, "units")).keys() - self._seen:
+            units_found = {name for name in storage.list_files(storage.join(self._staging, "units")) if name.endswith(".parquet")}
+            for name in units_found - self._seen:
                 now = time.time()
                 try:
                     ids = units.read_unit(storage.join(self._staging, "units", name))["id"].to_pylist()
