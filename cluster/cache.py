@@ -116,12 +116,19 @@ def fetch_archive(package: str) -> Path:
     version, filename, digest = ARCHIVES[package]
 
     def fetch(target: Path) -> None:
+        # pip runs the build code of an sdist to read its metadata. With the hash in the requirement it first checks the file.
+        requirement = target / "requirement.txt"
+        requirement.write_text(f"{package}=={version} --hash=sha256:{digest}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "-d", str(target)]
         if filename.endswith(".tar.gz"):
             command += ["--no-binary", ":all:"]
-        # pip downloads an sdist and then builds its metadata. This build can fail, so the file and its hash decide.
-        result = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        command += ["--require-hashes", "-r", str(requirement)]
+        result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        requirement.unlink()
         file = target / filename
+        if "DO NOT MATCH THE HASHES" in result.stderr:
+            raise CappyError(f"{filename} does not have SHA-256 {digest}: the download is damaged or not the known file; check pip's index")
+        # The build of the metadata can fail after the download, so the file and its hash decide.
         if not file.exists():
             reason = next((line for line in reversed(result.stderr.splitlines()) if "ERROR" in line), "pip downloaded no file")
             raise CappyError(f"{package}=={version} could not be fetched from PyPI ({reason}); check the network, or pip's index settings")

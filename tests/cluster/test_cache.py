@@ -1,9 +1,11 @@
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
 from cluster import cache
+from cluster.errors import CappyError
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +36,22 @@ def test_concurrent_processes_build_one_complete_entry(folder):
     assert [racer.wait(60) for racer in racers] == [0, 0, 0, 0]
     assert sorted(path.name for path in folder.iterdir()) == ["x"]
     assert sorted(path.name for path in (folder / "x").iterdir()) == ["a", "b"]
+
+
+def test_no_code_of_an_archive_runs_before_its_hash_is_checked(folder, monkeypatch):
+    """pip reads the metadata of an sdist by running its build backend. This archive has the right name and another content."""
+    source, links, marker = folder / "source", folder / "links", folder / "marker"
+    source.mkdir()
+    links.mkdir()
+    (source / "pyproject.toml").write_text('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
+    (source / "backend.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: bigbench\nVersion: 1.0.0\n")
+    with tarfile.open(links / "bigbench-1.0.0.tar.gz", "w:gz") as archive:
+        archive.add(source, "bigbench-1.0.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    with pytest.raises(CappyError) as caught:
+        cache.fetch_archive("bigbench")
+    assert not marker.exists()
+    assert str(caught.value).startswith("bigbench-1.0.0.tar.gz does not have SHA-256 1bb398")
+    assert list((folder / "archives").iterdir()) == []
