@@ -13,7 +13,8 @@ that is left belongs to a process that ended:
 - `single-*`: it was sampled row by row, and the engine had answered nothing yet;
 - `row-{id}-*`: only this row was sampled.
 
-`answer-{id}.json` has the result of a row that was sampled alone, so that it is not sampled again. Imports no Ray.
+`answer-{id}.json` has the result of a row that was sampled alone, so that it is not sampled again. Records of processes that ended
+while they loaded the engine are below `{staging}/attempts/load`. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import asyncio
 import json
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 from cluster import storage
+from cluster.config import SamplerConfig
 from cluster.errors import CappyError
 from generation.sampler import Sampled, Sampler
 
@@ -36,6 +38,30 @@ _MAX_ENDED = 2
 _MAX_UNANSWERED = 5
 # Sampled before the second try of a row if its unit has no other row that was answered.
 _PROBE: dict[str, Any] = {"id": "probe", "instruction": "Say hello.", "shots": [], "answer_choices": None}
+
+
+@contextmanager
+def record_load(staging: str, config: SamplerConfig) -> Iterator[None]:
+    """Keep a record while the block loads the engine. It is left in the store if the process ends in the block.
+
+    Raises `CappyError` if several processes in succession ended while they loaded the engine.
+    """
+    folder = storage.join(staging, "attempts", "load")
+    ended = list(storage.list_files(folder))
+    # The other replicas can be loading now.
+    if len(ended) >= _MAX_UNANSWERED + config.replicas - 1:
+        storage.delete_files(folder, ended)
+        raise CappyError(
+            f"sampler.model={config.model}: {_MAX_UNANSWERED} processes in succession ended while they loaded the engine, without an error; "
+            f"their memory may not suffice, and their logs are in the logs of Ray; fix sampler.engine and run the same command again"
+        )
+    record = storage.join(folder, f"{uuid.uuid4().hex}.json")
+    storage.write_json(record, {})
+    try:
+        yield
+    finally:
+        storage.delete(record)
+    storage.delete_files(folder, ended)
 
 
 class EngineAccess:

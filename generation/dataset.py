@@ -40,6 +40,7 @@ WORKING_FILES = (
     r"data/(train|validation)/part-\d{5,}-[0-9a-f]{8}\.parquet",
     r"_staging/promises/(train|validation)-\d+-[0-9a-f]{32}\.json",
     r"_staging/attempts/(train|validation)-\d+/((batch|single|row-[^/]+)-[0-9a-f]{32}|answer-[^/]+)\.json",
+    r"_staging/attempts/load/[0-9a-f]{32}\.json",
 )
 """Patterns of the files of an unfinished set, for `artifacts.OwnedFiles`; the names of its shards contain a run id."""
 RESULT_FILES = (

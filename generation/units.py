@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.config import Config
 from generation import engines, labels
-from generation.attempts import EngineAccess, UnitAttempts
+from generation.attempts import EngineAccess, UnitAttempts, record_load
 from generation.budget import Budget
 from generation.sampler import LoadLLM, Sampler, append_results
 from generation.schema import DATASET
@@ -131,7 +131,8 @@ class UnitWorker:
         self.limited = engines.cost_limit(config.sampler) is not None
         with ThreadPoolExecutor(1) as pool:  # compiles the metric while the engine loads
             warm = pool.submit(labels.warm_up, config.generate.label)
-            self.sampler = Sampler(config.sampler, config.seed, load)
+            with record_load(staging, config.sampler):
+                self.sampler = Sampler(config.sampler, config.seed, load)
             warm.result()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:

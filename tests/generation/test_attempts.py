@@ -1,6 +1,8 @@
 import asyncio
 import functools
 import multiprocessing
+import os
+import signal
 
 import pyarrow as pa
 import pytest
@@ -13,6 +15,7 @@ from generation.attempts import EngineAccess
 from generation.schema import PREPARED
 from generation.units import BudgetGate
 from tests.generation.engine_process import ProcessLLM, requests
+from tests.generation.fixed_llm import FixedLLM
 from tests.generation.test_units import in_process
 
 CONFIG = ["sampler.decodings=[{name: greedy, temperature: 0}]", "sampler.prompt.form=raw", "sampler.max_attempts=2"]
@@ -33,16 +36,15 @@ def write_rows(staging, texts, unit=UNIT):
 
 def work(staging, load_llm, names, failure):
     """Sample the units concurrently, as an actor does; put the text of an error into `failure`."""
-    worker = units.UnitWorker(staging, load(None, CONFIG), load_llm, in_process(BudgetGate()))
 
-    async def sample(unit):
+    async def sample(worker, unit):
         return [each async for each in worker(pa.table({"unit": [unit]}))]
 
-    async def sample_all():
-        await asyncio.gather(*map(sample, names))
+    async def sample_all(worker):
+        await asyncio.gather(*(sample(worker, unit) for unit in names))
 
     try:
-        asyncio.run(sample_all())
+        asyncio.run(sample_all(units.UnitWorker(staging, load(None, CONFIG), load_llm, in_process(BudgetGate()))))
     except CappyError as error:
         failure.put(str(error))
 
@@ -118,10 +120,34 @@ def test_an_engine_without_any_answer_ends_the_run_and_the_next_run_retries(tmp_
     texts = [f"say {n}" for n in range(8)]
     write_rows(str(tmp_path), texts)
     count, error = run(str(tmp_path), functools.partial(ProcessLLM, log=tmp_path / "log", plan=["all"]))
-    assert count == 2 + 5 + 1 and "\n" not in error
+    assert count == 2 + 5 + 1 and error and "\n" not in error
     assert "the sampling engine ended 5 times in succession without an answer to any row of train-000000" in error
     assert run(str(tmp_path), functools.partial(ProcessLLM, log=tmp_path / "log")) == (1, None)
     assert result(str(tmp_path)) == (texts, [])
+
+
+class KilledAtLoad(FixedLLM):
+    """An LLM whose process is killed while it loads, until `file` has this many lines."""
+
+    def __init__(self, config, file, times):
+        super().__init__(config)
+        with file.open("a") as log:
+            log.write("load\n")
+        if len(file.read_text().splitlines()) <= times:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_that_are_killed_at_every_load_end_the_run_and_the_next_run_retries(tmp_path):
+    write_rows(str(tmp_path), ["say 1"])
+    count, error = run(str(tmp_path), functools.partial(KilledAtLoad, file=tmp_path / "log", times=5))
+    assert count == 6 and error and "5 processes in succession ended while they loaded the engine" in error and "\n" not in error
+    assert run(str(tmp_path), functools.partial(KilledAtLoad, file=tmp_path / "log", times=5)) == (1, None)
+
+
+def test_a_load_that_succeeds_forgets_the_processes_that_were_killed_before(tmp_path):
+    write_rows(str(tmp_path), ["say 1"])
+    assert run(str(tmp_path), functools.partial(KilledAtLoad, file=tmp_path / "log", times=4)) == (5, None)
+    assert storage.list_files(f"{tmp_path}/attempts") == {}
 
 
 def test_a_finished_unit_leaves_no_record_of_an_attempt(tmp_path):
