@@ -156,7 +156,6 @@ def build_application(config: Config) -> serve.Application:
     surge = {"max_surge_percent": 100}
     # The gateway limits the requests; the margin is for health checks.
     max_calls = serving.max_concurrency + 8
-    gateway_calls = 4 * (serving.max_concurrency + serving.max_queue) + 16
     llm = serve.deployment(LLM).options(
         name="LLM",
         max_ongoing_requests=max_calls,
@@ -179,10 +178,7 @@ def build_application(config: Config) -> serve.Application:
     )
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
-        # Above the gateway's own limits: the gateway rejects excess requests immediately, with an error in OpenAI's format.
-        max_ongoing_requests=gateway_calls,
-        # The proxy's queue; a request above it gets the proxy's own 503.
-        max_queued_requests=gateway_calls,
+        **gateway_limits(serving),
         ray_actor_options={"num_cpus": 0},
         **replica_options(serving.gateway_replicas),
         # The gateway writes a more detailed access log (`serving.access_log`).
@@ -196,6 +192,16 @@ def build_application(config: Config) -> serve.Application:
     main = models.absolute(config.scorer_uri)
     scorers = scorer.bind(serving, main, additional, config.scorer.cpu_kernels)
     return gateway.bind(config, tuple(additional), llm.bind(config.sampler, max_wait_s, ledger_uri), scorers)
+
+
+def gateway_limits(serving: ServingConfig) -> dict[str, int]:
+    """Return the limits of Serve for the calls of a gateway replica, as options of the deployment.
+
+    They are above the gateway's own limits: the gateway rejects excess requests immediately, with an error in OpenAI's format. A request
+    above the queue of Serve's proxy gets the proxy's own 503.
+    """
+    calls = 4 * (serving.max_concurrency + serving.max_queue) + 16
+    return {"max_ongoing_requests": calls, "max_queued_requests": calls}
 
 
 def application(args: dict[str, Any]) -> serve.Application:

@@ -132,12 +132,14 @@ class VLLMEngine:
     ) -> list[Candidate]:
         """Return the candidates of one request to vLLM."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         constraints: dict[str, Any] = {}
         if isinstance(decoding, RequestDecoding):
-            constraints["stop_token_ids"] = list(decoding.stop_token_ids)
+            if decoding.stop_token_ids:
+                constraints["stop_token_ids"] = list(decoding.stop_token_ids)
             if decoding.structured_outputs is not None:
                 constraints["structured_outputs"] = StructuredOutputsParams(**decoding.structured_outputs)
         params = SamplingParams(
@@ -155,14 +157,15 @@ class VLLMEngine:
         )
         try:
             (step,) = [step async for step in self.llm.generate(tokens_input(list(token_ids)), params, request_id)]
-        except ValueError as error:  # vLLM checks the constraints before the request reaches its scheduler
-            if not constraints:
+            return [
+                to_candidate(output, decoding, logprobs, self._keep_reasoning)
+                for output in sorted(step.outputs, key=lambda output: output.index)
+            ]
+        except (ValueError, VLLMClientError, RuntimeError) as error:
+            # vLLM checks the constraints of a request first, and stops a request that no text can satisfy.
+            if not constraints or self.dead:
                 raise
             raise ConstraintRefused(f"{' and '.join(constraints)}: {first_line(error)[:200]}; correct it or leave it out") from None
-        return [
-            to_candidate(output, decoding, logprobs, self._keep_reasoning)
-            for output in sorted(step.outputs, key=lambda output: output.index)
-        ]
 
     def max_cost(self, token_ids: Sequence[int], decoding: DecodingConfig) -> float:
         """Return 0.0: a local engine costs no money."""

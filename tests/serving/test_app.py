@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -379,6 +380,35 @@ def test_the_scorer_alone_scores_ranks_and_classifies_as_it_does_in_this_process
     assert scored["usage"]["prompt_tokens"] > len(texts)
     assert [each["index"] for each in ranked["results"]] == order[:3]
     assert chosen["index"] == int(np.argmax(own[:3])) and chosen["choice"] == texts[chosen["index"]]
+
+
+@pytest.mark.slow
+def test_constraints_hold_for_every_candidate_and_invalid_ones_are_a_400(server):
+    def ask(status, **fields):
+        body = {"messages": QUESTION, "max_tokens": 12, "cappy": {"candidates": 2, "return_candidates": True}, **fields}
+        answer = httpx.post(f"{server[0]}/v1/chat/completions", json=body, timeout=120)
+        assert answer.status_code == status, answer.text
+        return answer.json()["error"] if status != 200 else [each["response"] for each in answer.json()["cappy"]["candidates"]]
+
+    assert set(ask(200, structured_outputs={"choice": ["yes", "no"]})) <= {"yes", "no"}
+    assert all(re.fullmatch("[0-9]{3}", each) for each in ask(200, structured_outputs={"regex": "[0-9]{3}"}))
+    assert all(json.loads(each) in ([], [1]) for each in ask(200, structured_outputs={"json": {"enum": [[], [1]]}}))
+    long = {"messages": [{"role": "user", "content": "Say yes."}], "min_tokens": 12, "temperature": 0, "cappy": {"return_candidates": True}}
+    (candidate,) = httpx.post(f"{server[0]}/v1/chat/completions", json={**long, "max_tokens": 12}, timeout=120).json()["cappy"][
+        "candidates"
+    ]
+    assert candidate["tokens"] == 12
+    for fields in (
+        {"structured_outputs": {"regex": "("}},
+        {"structured_outputs": {"grammar": "xxx ::= ("}},
+        {"structured_outputs": {"json": {"type": "nonsense"}}},
+        {"structured_outputs": {"json": {"$ref": "#"}}},  # no text satisfies it
+        {"stop_token_ids": [10**6]},
+    ):
+        error = ask(400, **fields)
+        assert (error["param"], error["code"]) == (next(iter(fields)), "invalid_value") and "\n" not in error["message"]
+    assert httpx.get(f"{server[0]}/health", timeout=60).status_code == 200
+    assert httpx.get(f"{server[0]}/ready", timeout=60).json()["answers"] is True
 
 
 @pytest.mark.slow

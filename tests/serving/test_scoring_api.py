@@ -125,7 +125,9 @@ def test_each_pair_of_names_is_taken_and_two_names_of_one_field_are_refused(firs
 @pytest.mark.parametrize("limit", [0, 4096, 10_000, 3, None])
 @pytest.mark.parametrize("name", ["max_tokens_per_doc", "max_tokens_per_query"])
 def test_a_token_limit_that_cuts_nothing_is_taken(name, limit):
-    assert parse(RerankRequest, query="abc", documents=["abc", "a"], **{name: limit}).query == "abc"
+    length = 5000 if limit is None or limit == 0 or limit >= 4096 else limit
+    body = json.dumps({"query": "q" * length, "documents": ["a" * length, "a"], name: limit}).encode()
+    assert len(scoring_api.parse_scoring_request(RerankRequest, body, ServingConfig()).documents) == 2
 
 
 @pytest.mark.parametrize("name", ["max_tokens_per_doc", "max_tokens_per_query"])
