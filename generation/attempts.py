@@ -52,8 +52,8 @@ def record_load(staging: str, config: SamplerConfig) -> Iterator[None]:
     if len(ended) >= _MAX_UNANSWERED + config.replicas - 1:
         storage.delete_files(folder, ended)
         raise CappyError(
-            f"sampler.model={config.model}: {_MAX_UNANSWERED} processes in succession ended while they loaded the engine, without an error; "
-            f"their memory may not suffice, and their logs are in the logs of Ray; fix sampler.engine and run the same command again"
+            f"sampler.model={config.model}: {_MAX_UNANSWERED} processes in succession ended without an error while they loaded the "
+            f"engine; their memory may not suffice, and their logs are in the logs of Ray; fix sampler.engine and run the same command again"
         )
     record = storage.join(folder, f"{uuid.uuid4().hex}.json")
     storage.write_json(record, {})

@@ -140,11 +140,16 @@ class KilledAtLoad(FixedLLM):
 def test_processes_that_are_killed_at_every_load_end_the_run_and_the_next_run_retries(tmp_path):
     write_rows(str(tmp_path), ["say 1"])
     count, error = run(str(tmp_path), functools.partial(KilledAtLoad, file=tmp_path / "log", times=5))
-    assert count == 6 and error and "5 processes in succession ended while they loaded the engine" in error and "\n" not in error
+    assert (
+        count == 6
+        and error
+        and "5 processes in succession ended without an error while they loaded the engine" in error
+        and "\n" not in error
+    )
     assert run(str(tmp_path), functools.partial(KilledAtLoad, file=tmp_path / "log", times=5)) == (1, None)
 
 
-def test_a_load_that_succeeds_forgets_the_processes_that_were_killed_before(tmp_path):
+def test_a_load_that_succeeds_deletes_the_records_of_killed_processes(tmp_path):
     write_rows(str(tmp_path), ["say 1"])
     assert run(str(tmp_path), functools.partial(KilledAtLoad, file=tmp_path / "log", times=4)) == (5, None)
     assert storage.list_files(f"{tmp_path}/attempts") == {}
