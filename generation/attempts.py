@@ -53,7 +53,7 @@ def record_load(staging: str, config: SamplerConfig) -> Iterator[None]:
         storage.delete_files(folder, ended)
         raise CappyError(
             f"sampler.model={config.model}: {_MAX_UNANSWERED} processes in succession ended without an error while they loaded the "
-            f"engine; their memory may not suffice, and their logs are in the logs of Ray; fix sampler.engine and run the same command again"
+            f"engine; their memory may not suffice, and their logs are in the logs of Ray; fix sampler.engine and run the command again"
         )
     record = storage.join(folder, f"{uuid.uuid4().hex}.json")
     storage.write_json(record, {})
