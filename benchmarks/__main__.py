@@ -40,6 +40,7 @@ BENCHMARKS = (
     Benchmark("interchange", "scores of one scorer here, in transformers, CrossEncoder and vLLM", 15, needs="sentence_transformers"),
     Benchmark("kills", "`cappy generate` with killed processes against an undisturbed run", 20),
     Benchmark("objectives", "training objectives at equal compute: quality", 60),
+    Benchmark("odd", "the rows of odd inputs against the rows published, set aside and merged", 1, ()),
     Benchmark("prompts", "prompt forms: quality of the candidate pool", 10),
     Benchmark("rouge", "labels against `rouge_score`: labels/s and equality to the bit", 5, ("--pairs", "50000")),
     Benchmark("scale", "`cappy generate` at 10,000 to 1,000,000 instructions: memory and speed", 15),

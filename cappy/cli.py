@@ -41,7 +41,8 @@ All verbs read one config. Each verb finds the output of the others below the wo
 )
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 app.add_typer(config_app, name="config", help="Print a resolved config with the origin of each value, or the schema of config files.")
-out = Console(highlight=False)
+# Texts of users can hold brackets, e.g. `data [v2]`, which are not markup.
+out = Console(highlight=False, markup=False)
 
 
 @dataclass

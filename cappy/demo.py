@@ -29,7 +29,7 @@ SHOTS = 3
 CANDIDATES = 8
 _START_S = 300.0
 
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False)
 
 
 def main() -> int:
@@ -46,12 +46,12 @@ def main() -> int:
             code = _cappy(verb, CONFIG)
         if code:
             return code
-        out.print(f"[dim]{(time.monotonic() - start) / 60:.1f} minutes so far[/dim]")
+        out.print(f"{(time.monotonic() - start) / 60:.1f} minutes so far", style="dim")
     out.print(Rule(f"4/4  cappy serve {CONFIG}", align="left"))
     try:
         _serve(config)
     except CappyError as error:
-        out.print(f"error: {error}", markup=False)
+        out.print(f"error: {error}")
         return error.exit_code
     out.print(Rule(align="left"))
     out.print(f"report  {storage.absolute(config.evaluation_uri)}/report.html")
@@ -86,7 +86,7 @@ def _serve(config: Config) -> None:
         try:
             with out.status(f"starting {config.sampler.model} and the scorer behind {url}"):
                 _wait_until_ready(url, server, log)
-            out.print(client.curl_command(url, client.request_body(turns, CANDIDATES, config.serving.model_name)), markup=False)
+            out.print(client.curl_command(url, client.request_body(turns, CANDIDATES, config.serving.model_name)))
             answer = client.ask(url, turns, CANDIDATES, config.serving.model_name)
         finally:
             server.terminate()
@@ -95,8 +95,8 @@ def _serve(config: Config) -> None:
             except subprocess.TimeoutExpired:
                 server.kill()
     out.print()
-    out.print(f"question   {row['instruction'].strip()}", markup=False)
-    out.print(f"reference  {row['references'][0].strip()}", markup=False)
+    out.print(f"question   {row['instruction'].strip()}")
+    out.print(f"reference  {row['references'][0].strip()}")
     client.print_answer(answer, out)
 
 

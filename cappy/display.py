@@ -32,7 +32,7 @@ def show_plan(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     if len(rows) > _MIXTURE_ROWS:
         rest = rows[_MIXTURE_ROWS:]
-        console.print(f"and {len(rest):,} datasets more with {sum(row['pairs'] for _, row in rest):,} pairs")
+        console.print(Text(f"and {len(rest):,} datasets more with {sum(row['pairs'] for _, row in rest):,} pairs"))
     console.print()
     totals = result["totals"]
     tokens = totals["sampled_tokens"]
@@ -103,7 +103,7 @@ def show_inspection(result: dict[str, Any], console: Console) -> None:
     console.print(Text(f"{result['kind']} {result['uri']}", style="bold"))
     checked = "checksums match" if not result["problems"] else f"{len(result['problems'])} DAMAGED"
     state = checked if result["verified"] else "not checked"
-    console.print(f"made {result['created']} by {result['code_version']}; {result['files']} files, {_size(result['bytes'])}, {state}")
+    console.print(Text(f"made {result['created']} by {result['code_version']}; {result['files']} files, {_size(result['bytes'])}, {state}"))
     for problem in result["problems"]:
         console.print(Text(f"  {problem}", style="red"))
     if result["kind"] in ("dataset", "pairs"):
@@ -122,9 +122,9 @@ def _show_origin(result: dict[str, Any], console: Console) -> None:
     lineage, metric = result["lineage"], result["metric"]
     decodings = ", ".join(f"{each['name']} x{each['n']}" for each in lineage["sampler"]["decodings"])
     prompt = lineage["sampler"]["prompt"]
-    console.print(f"model {lineage['sampler']['model']}; decodings {decodings}; prompt {prompt['form']}, {prompt['shots']} shots")
+    console.print(Text(f"model {lineage['sampler']['model']}; decodings {decodings}; prompt {prompt['form']}, {prompt['shots']} shots"))
     mode = f"{metric['mode']} mode, " if metric["mode"] else ""
-    console.print(f"labels {metric['name']} ({mode}version {metric['version']})")
+    console.print(Text(f"labels {metric['name']} ({mode}version {metric['version']})"))
     if "made_from" in result:
         console.print(Text(f"pairs of {result['made_from']['uri']}"))
     if "copied_from" in result:
@@ -147,13 +147,15 @@ def show_summary(kind: str, summary: dict[str, Any], console: Console) -> None:
         for key, value in _flat(summary):
             if value is None or isinstance(value, list):  # not measured, or shown as a plot on the card
                 continue
-            table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
+            table.add_row(Text(key), Text(f"{value:.6g}" if isinstance(value, float) else str(value)))
         console.print(table)
 
 
 def _show_dataset(summary: dict[str, Any], console: Console) -> None:
     splits = ", ".join(f"{split} {counts['instructions']:,}" for split, counts in summary["splits"].items())
-    console.print(f"instructions {summary['instructions']:,} ({splits}); pairs {summary['pairs']:,}; sampled tokens {summary['tokens']:,}")
+    console.print(
+        Text(f"instructions {summary['instructions']:,} ({splits}); pairs {summary['pairs']:,}; sampled tokens {summary['tokens']:,}")
+    )
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("source", "pairs", "what"):
         table.add_column(name, justify="right" if name == "pairs" else "left")
@@ -163,7 +165,7 @@ def _show_dataset(summary: dict[str, Any], console: Console) -> None:
     _show_datasets(summary["datasets"], console)
     _show_labels(summary, console)
     if summary.get("merged"):
-        console.print(f"{summary['merged']:,} repeated rows of the source were merged")
+        console.print(Text(f"{summary['merged']:,} repeated rows of the source were merged"))
     if summary.get("empty_responses"):
         console.print(Text(f"{summary['empty_responses']:,} sampled responses are empty", style="yellow"))
     if summary.get("missing_responses"):
@@ -172,17 +174,17 @@ def _show_dataset(summary: dict[str, Any], console: Console) -> None:
         console.print(
             Text(f"{summary['dead_letters']:,} rows left out, with their reasons: {summary['uri']}/{_DEAD_LETTERS}", style="yellow")
         )
-    console.print(f"{summary['uri']} in {summary['seconds']:,.0f} s")
+    console.print(Text(f"{summary['uri']} in {summary['seconds']:,.0f} s"))
 
 
 def _show_datasets(datasets: dict[str, int], console: Console) -> None:
     """Print the number of instructions of each dataset in columns, the largest first."""
     largest = sorted(datasets.items(), key=lambda item: (-item[1], item[0]))
-    console.print(f"datasets {len(datasets):,}, with instructions")
+    console.print(Text(f"datasets {len(datasets):,}, with instructions"))
     console.print(Columns([Text(f"{name} {count:,}") for name, count in largest[:_DATASETS]], padding=(0, 3), column_first=True))
     if len(largest) > _DATASETS:
         rest = largest[_DATASETS:]
-        console.print(f"and {len(rest):,} more with {sum(count for _, count in rest):,}")
+        console.print(Text(f"and {len(rest):,} more with {sum(count for _, count in rest):,}"))
 
 
 def _show_labels(summary: dict[str, Any], console: Console) -> None:
@@ -215,7 +217,7 @@ def _show_row(row: dict[str, Any], console: Console) -> None:
     for candidate in sorted(row["candidates"], key=lambda candidate: -candidate["label"]):
         logprob = "" if candidate["logprob"] is None else f"{candidate['logprob']:.1f}"
         source = candidate["decoding"] or candidate["source"]
-        table.add_row(f"{candidate['label']:.2f}", source, logprob, Text(_short(candidate["response"], 100)))
+        table.add_row(f"{candidate['label']:.2f}", Text(source), logprob, Text(_short(candidate["response"], 100)))
     console.print(table)
 
 
@@ -269,7 +271,7 @@ def show_evaluation(summary: dict[str, Any], console: Console) -> None:
     for method in averages:
         table.add_column(_METHOD_NAMES[method], justify="right", no_wrap=True)
     for task, entry in summary["per_task"].items():
-        table.add_row(task, f"{entry['instructions']:,}", *_method_cells(entry["methods"]))
+        table.add_row(Text(task), f"{entry['instructions']:,}", *_method_cells(entry["methods"]))
     table.add_section()
     table.add_row("average over tasks", f"{summary['instructions']:,}", *_method_cells(averages), style="bold")
     for end in ("low", "high"):
@@ -292,13 +294,13 @@ def show_adapted(summary: dict[str, Any], console: Console) -> None:
         shown = [""] * 6 if figures is None else [f"{figures['rows']:,}", *_point_cells(figures)]
         gain = "" if gate is None or gate["gain"] is None else f"{gate['gain']:+.1f}"
         style = {"published": "green", "rejected": "yellow", "failed": "red"}[outcome["state"]]
-        table.add_row(outcome["task"], *shown, gain, Text(outcome["state"], style=style))
+        table.add_row(Text(outcome["task"]), *shown, gain, Text(outcome["state"], style=style))
     if summary["averages"]:
         table.add_section()
         table.add_row("average", "", *_point_cells(summary["averages"]), style="bold")
     console.print(table, soft_wrap=False)
     if "after the gate" in summary["averages"]:
-        console.print(f"with the scorer the gate chose for each task: {summary['averages']['after the gate']:.1f} points on average")
+        console.print(Text(f"with the scorer the gate chose for each task: {summary['averages']['after the gate']:.1f} points on average"))
     for outcome in summary["tasks"]:
         if outcome["state"] == "failed":
             console.print(Text(f"{outcome['task']}: {outcome['error']}", style="red"), soft_wrap=True)
@@ -307,7 +309,9 @@ def show_adapted(summary: dict[str, Any], console: Console) -> None:
         use = rejected[0]["use"]
         names = ", ".join(outcome["task"] for outcome in rejected)
         console.print(Text(f"not better than the base, not published; use {use or 'another scorer'}: {names}"), soft_wrap=True)
-    console.print(f"{summary['published']} of {len(summary['tasks'])} tasks published: {summary['uri']} in {summary['seconds']:,.0f} s")
+    console.print(
+        Text(f"{summary['published']} of {len(summary['tasks'])} tasks published: {summary['uri']} in {summary['seconds']:,.0f} s")
+    )
 
 
 def _point_cells(figures: dict[str, Any]) -> list[str]:
@@ -368,4 +372,4 @@ def show_copy(result: dict[str, Any], console: Console) -> None:
         if result["copied_files"]
         else f"all {result['files']} files are already there"
     )
-    console.print(f"{result['kind']} {result['uri']}: {state}")
+    console.print(Text(f"{result['kind']} {result['uri']}: {state}"))

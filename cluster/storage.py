@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -144,15 +143,25 @@ def glob(uri: str) -> list[str]:
 
     In a glob, `*` and `?` match within one path part and `**` matches several parts, on disk and on s3://.
     """
-    parts = absolute(uri).split("/")
-    fixed = list(takewhile(lambda part: not any(mark in part for mark in "*?["), parts))
-    root = "/".join(fixed)
-    if len(fixed) == len(parts):
-        if is_file(root):
-            return [root]
-        return [join(root, name) for name in list_files(root)]
-    pattern = PurePosixPath("/", *parts[len(fixed) :])
-    return [join(root, name) for name in list_files(root) if _matches(PurePosixPath("/", name).parts, pattern.parts)]
+    root, pattern = split_glob(uri)
+    if not pattern:
+        return [root] if is_file(root) else [join(root, name) for name in list_files(root)]
+    parts = PurePosixPath("/", pattern).parts
+    return [join(root, name) for name in list_files(root) if _matches(PurePosixPath("/", name).parts, parts)]
+
+
+def split_glob(uri: str) -> tuple[str, str]:
+    """Return the literal start of a path, absolute, and the glob after it. The glob is empty if the path has no wildcard.
+
+    A path or a folder that exists is literal, also with `*`, `?` or `[` in its name.
+    """
+    uri = absolute(uri)
+    parts = uri.split("/")
+    wild = [number for number, part in enumerate(parts) if any(mark in part for mark in "*?[")]
+    if not wild or exists(uri):
+        return uri, ""
+    first = next((number for number in wild if not exists("/".join(parts[: number + 1]))), len(parts) - 1)
+    return "/".join(parts[:first]), "/".join(parts[first:])
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

@@ -21,6 +21,7 @@ from generation.mismatched import draw_mismatched
 from generation.sources import files, split
 from generation.sources.decontaminate import NgramIndex
 from generation.sources.merge import merge_rows
+from generation.sources.notes import Notes
 from generation.sources.reader import read_rows, row_reader
 from generation.sources.row import DeadLetter, Instruction, dead_letter
 from generation.tfidf import TfidfIndex
@@ -114,6 +115,8 @@ class PreparationCounts:
 
     merged: int = 0
     """Rows of the source that were merged into an earlier, equal row."""
+    blank: int = 0
+    """Renderings of templates that were blank: such a template does not apply to the row."""
     sampled: int = 0
     """Rows to sample: rows without answer choices."""
     split_by_hash: int = 0
@@ -152,8 +155,9 @@ def prepare_rows(
     def is_excluded(row: Instruction) -> bool:
         return row.instruction in held_out or evaluation.find_overlap(row.instruction) is not None
 
-    with merge_rows(row_reader(config.source, config.seed)()) as rows:
-        counts.merged = rows.merged
+    notes = Notes()
+    with merge_rows(row_reader(config.source, config.seed, notes)()) as rows:
+        counts.merged, counts.blank = rows.merged + notes.merged, notes.blank
         pools = Pools(with_held_out_recorded(), config.seed, is_excluded)
         block: list[Instruction] = []
         for each in rows:

@@ -40,9 +40,11 @@ class RowsSource(Section):
     """Settings that files and hub datasets share: the format of the rows, and the split."""
 
     format: Literal["auto", "cappy", "p3", "promptsource", "natural-instructions", "bigbench", "alpaca", "chat"] = "auto"
-    """Format of the rows. `auto` detects it from the keys of each row, and `promptsource` from `templates`."""
+    """Format of the rows. `auto` detects it from the keys of each row, and `promptsource` from `templates`. `alpaca` has the columns of a
+    question and its answer in many layouts, and `chat` the turns of OpenAI or ShareGPT."""
     templates: str | None = None
-    """A PromptSource `templates.yaml` for raw rows, local or s3://. Each template makes one row of a raw row."""
+    """A PromptSource `templates.yaml` for raw rows, local or s3://. Each template makes one row of a raw row. A template that uses a
+    missing or null column, or a label outside its choices, makes a dead letter."""
     dataset: str | None = Field(None, min_length=1)
     """Dataset name of all rows; null takes the name in the row, else the name of the file or hub dataset."""
     limit: int | None = Field(None, ge=1)
@@ -67,12 +69,17 @@ class RowsSource(Section):
 
 
 class FilesSource(RowsSource):
-    """Your own files: JSONL, Parquet, CSV with a header row, or JSON, in one of the formats of `format`."""
+    """Your own files, in one of the formats of `format`: JSONL, JSON, CSV or TSV with a header row, Parquet, or Arrow.
+
+    JSON and CSV files can be compressed (.gz, .bz2, .zst, .lz4).
+    """
 
     kind: Literal["files"] = "files"
     """Selects files."""
     path: str = Field(min_length=1)
-    """A file, a glob (`data/*.jsonl`) or a folder, local or s3://."""
+    """A file, a glob (`data/*.jsonl`) or a folder, local or s3://. A path that exists is not a glob, also with `[` in its name. Hidden
+    and temporary files in a folder are skipped. Files named `train`, `validation` or `test` decide the split of their rows, if a folder
+    has several of these. The rows of test files become validation rows."""
 
 
 class HubSource(RowsSource):
@@ -81,7 +88,7 @@ class HubSource(RowsSource):
     kind: Literal["hub"] = "hub"
     """Selects a hub dataset."""
     name: str = Field(min_length=1)
-    """`owner/name`, or a local folder in hub layout."""
+    """`owner/name`, or a local folder in hub layout or of `save_to_disk`."""
     subset: str | None = None
     """Configuration of the dataset, if it has several."""
     split: str = "train"

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import random
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from cluster import cache
 from cluster.errors import UsageError
+from generation.sources.values import as_text, as_texts
 
 MIN_VALIDATION = 16
 """Validation rows of a task, at least."""
@@ -25,6 +26,10 @@ VALIDATION_SHARE = 0.2
 """Share of validation rows in a task."""
 
 _ROOT = "bigbench/benchmark_tasks/"
+PREFIXES = {"task_prefix": "", "example_input_prefix": "\nQ: ", "example_output_prefix": "\nA: ", "choice_prefix": "\n  choice: "}
+"""Keys of a task file with texts that are put before parts of an example, and their defaults."""
+TASK_KEYS = ("examples", "append_choices_to_input", *PREFIXES)
+"""Keys of a task file that make its rows."""
 
 
 class Example(TypedDict):
@@ -56,54 +61,59 @@ def read_tasks(tasks: Sequence[str], seed: int) -> Iterator[tuple[str, str, Exam
                 yield task, name, row
 
 
-def render_examples(subtask: str, body: dict[str, Any]) -> list[Example]:
+def render_examples(subtask: str, body: Mapping[str, Any]) -> list[Example]:
     """Return the zero-shot examples of one task file: `task_prefix + input_prefix + input + output_prefix`.
 
     Examples without a target (multiple choice) or with an empty target are left out. Equal instructions become one example with
     several references.
     """
-    prefix = body.get("task_prefix", "")
-    before = body.get("example_input_prefix", "\nQ: ")
-    after = body.get("example_output_prefix", "\nA: ")
     references: dict[str, list[str]] = {}
     for example in body.get("examples", []):
-        targets = example.get("target")
-        targets = [targets] if isinstance(targets, str) else targets or []
-        targets = [target for target in targets if isinstance(target, str) and target.strip()]
-        if targets and isinstance(example.get("input"), str):
-            references.setdefault(f"{prefix}{before}{example['input']}{after}", []).extend(targets)
+        rendered = render_example(subtask, body, example)
+        if not isinstance(rendered, str) and "answer_choices" not in rendered:
+            references.setdefault(rendered["instruction"], []).extend(rendered["references"])
     return [
         Example(subtask=subtask, instruction=instruction, references=list(dict.fromkeys(targets)))
         for instruction, targets in references.items()
     ]
 
 
-def render_choices(subtask: str, body: dict[str, Any]) -> list[ChoiceExample]:
-    """Return the examples that have `target_scores` and no target, with the choices listed below the input.
+def render_choices(subtask: str, body: Mapping[str, Any]) -> list[ChoiceExample]:
+    """Return the examples that have `target_scores` and no target, with the choices listed below the input."""
+    rendered = (render_example(subtask, body, example) for example in body.get("examples", []))
+    return [cast(ChoiceExample, each) for each in rendered if not isinstance(each, str) and "answer_choices" in each]
 
-    The choices are shuffled with the text of the input as seed, because many tasks list the correct choice first.
+
+def render_example(subtask: str, body: Mapping[str, Any], example: Mapping[str, Any]) -> Example | ChoiceExample | str:
+    """Return a rendered example, or the reason for its rejection. An example with a target is not a multiple-choice example.
+
+    Raises `ValueError` if a prefix of the task is not text.
     """
-    prefix = body.get("task_prefix", "")
-    before = body.get("example_input_prefix", "\nQ: ")
-    after = body.get("example_output_prefix", "\nA: ")
-    mark = body.get("choice_prefix", "\n  choice: ")
-    found: list[ChoiceExample] = []
-    for example in body.get("examples", []):
-        scores = example.get("target_scores")
-        if example.get("target") or not isinstance(scores, dict) or not scores or not isinstance(example.get("input"), str):
-            continue
-        choices = random.Random(f"{subtask}:{example['input']}").sample(list(scores), len(scores))
-        listed = "".join(f"{mark}{choice}" for choice in choices) if body.get("append_choices_to_input", True) else ""
-        best = max(scores.values())
-        found.append(
-            ChoiceExample(
-                subtask=subtask,
-                instruction=f"{prefix}{before}{example['input']}{listed}{after}",
-                references=[choice for choice in choices if scores[choice] == best],
-                answer_choices=choices,
-            )
-        )
-    return found
+    prefix, before, after, mark = (default if (text := as_text(body.get(key), key)) is None else text for key, default in PREFIXES.items())
+    try:
+        text = as_text(example.get("input"), "input")
+        targets = [target for target in as_texts(example.get("target"), "target") or [] if target.strip()]
+    except ValueError as error:
+        return str(error)
+    if text is None:
+        return "the example has no `input`"
+    if targets:
+        return Example(subtask=subtask, instruction=f"{prefix}{before}{text}{after}", references=targets)
+    scores = example.get("target_scores")
+    if not isinstance(scores, Mapping) or not scores:
+        return "the example has no `target` and no `target_scores`"
+    if not all(isinstance(score, int | float) for score in scores.values()) or not max(scores.values()) > 0:
+        return "`target_scores` gives no choice a score above 0"
+    # The choices are shuffled with the text of the input as seed, because many tasks list the correct choice first.
+    choices = random.Random(f"{subtask}:{text}").sample(list(scores), len(scores))
+    listed = "".join(f"{mark}{choice}" for choice in choices) if body.get("append_choices_to_input", True) else ""
+    best = max(scores.values())
+    return ChoiceExample(
+        subtask=subtask,
+        instruction=f"{prefix}{before}{text}{listed}{after}",
+        references=[choice for choice in choices if scores[choice] == best],
+        answer_choices=choices,
+    )
 
 
 def split_task(subtasks: Sequence[Sequence[Example]], seed: str) -> dict[str, list[Example]]:

@@ -3,70 +3,97 @@
 The columns are `instruction` and `references`. Optional ones are `answer_choices`, `dataset`, `template`, `split` (`train` or
 `validation`) and `example`. All instructions made from one underlying example share the text in `example`.
 
-A converter takes one raw row and yields any number of rows. It does not check them: `row.row_error` reports a missing column.
-A raw row that cannot be converted raises `ValueError` with the reason.
+A converter takes one raw row. It yields rows, and the reason for each part of the raw row that cannot be converted. It does not check
+the rows: `row.row_error` reports a missing column. A raw row that cannot be converted raises `ValueError` with the reason.
 """
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
-from generation.schema import SPLITS
-from generation.sources import bigbench
+from generation.sources import bigbench, chats, question_answer
+from generation.sources.folders import split_of_word
 from generation.sources.row import DeadLetter, dead_letter
+from generation.sources.values import Cells, as_choices, as_text, as_texts, is_null, parse_cells
 
 Row = dict[str, Any]
-Converter = Callable[[Mapping[str, Any]], Iterable[Row]]
+Converter = Callable[[Mapping[str, Any]], Iterable[Row | str]]
 
-# Columns of an instruction and its correct answer, in search order.
-_PAIRS = (("instruction", "output"), ("inputs", "targets"), ("prompt", "completion"), ("question", "answer"))
 _OPTIONAL_COLUMNS = ("dataset", "template", "split", "example", "answer_choices")
+_CHATS = ("messages", "conversations")
+_PROMPT = {"system", "system_prompt"}
+# Columns that each converter reads. All other columns of a row are not used.
+_COLUMNS: dict[str, frozenset[str]] = {
+    "cappy": frozenset({"instruction", "references", *_OPTIONAL_COLUMNS}),
+    "p3": frozenset({"inputs_pretokenized", "targets_pretokenized", "idx", "is_correct", *_OPTIONAL_COLUMNS}),
+    "natural-instructions": frozenset({"Definition", "Positive Examples", "Instances"}),
+    "bigbench": frozenset({"name", *bigbench.TASK_KEYS}),
+    "alpaca": frozenset({*question_answer.COLUMNS, *_OPTIONAL_COLUMNS}),
+    "chat": frozenset({*_CHATS, *_PROMPT, *_OPTIONAL_COLUMNS}),
+}
 
 
 def detect_format(row: Any) -> str:
     """Return the name of the format of a row by its keys; `cappy`, the format of this project, if no other one matches."""
-    keys = set(row) if isinstance(row, Mapping) else set()
+    if not isinstance(row, Mapping):
+        return "cappy"
+    keys = {name for name, value in row.items() if value is not None}
     if {"inputs_pretokenized", "targets_pretokenized"} <= keys:
         return "p3"
     if {"Definition", "Instances"} <= keys:
         return "natural-instructions"
-    if "messages" in keys:
+    if any(name in keys for name in _CHATS):
         return "chat"
-    if "examples" in keys and "instruction" not in keys:
-        return "bigbench"
-    if "references" not in keys and any({prompt, answer} <= keys for prompt, answer in _PAIRS):
+    if "references" not in row and question_answer.find_pair(row):
         return "alpaca"
-    return "cappy"
+    return "bigbench" if "examples" in keys and "instruction" not in keys else "cappy"
 
 
-def convert_cappy(row: Mapping[str, Any]) -> Iterable[Row]:
-    """Convert a row that has the columns of this project. A text in a list column is a JSON list (in a CSV cell) or a single item."""
-    yield {**row, **{name: _parse_list(row[name]) for name in ("references", "answer_choices") if name in row}}
+def columns_of(format: str) -> frozenset[str]:
+    """Return the columns that the converter of a format reads; those of all formats for `auto`."""
+    return frozenset().union(*_COLUMNS.values()) if format == "auto" else _COLUMNS[format]
 
 
-def _parse_list(value: Any) -> Any:
-    """Return a list for a JSON list or a single text, and any other value unchanged."""
-    if not isinstance(value, str):
-        return value
-    if value.lstrip().startswith("["):
-        with suppress(ValueError, RecursionError):
-            return json.loads(value)
-    return [value]
+def unused_fields(row: Mapping[str, Any], format: str) -> set[str]:
+    """Return the keys of a row whose values do not get into the converted rows."""
+    name = detect_format(row) if format == "auto" else format
+    used = question_answer.used_columns(row) | {*_OPTIONAL_COLUMNS} if name == "alpaca" else _COLUMNS[name]
+    unused = {str(key) for key, value in row.items() if key not in used and value is not None}
+    if name == "chat":
+        unused |= {f"{key}, turns after the last answer" for key in _CHATS if chats.has_turns_after_answer(row.get(key))}
+    return unused
 
 
-def convert_p3(row: Mapping[str, Any]) -> Iterable[Row]:
+def convert_cappy(row: Mapping[str, Any]) -> Iterable[Row | str]:
+    """Convert a row that has the columns of this project. A text in a list column is a single item; missing references are left out."""
+    found = dict(row)
+    references = found.get("references")
+    if isinstance(references, str):
+        found["references"] = [references]
+    elif isinstance(references, list | tuple):
+        found["references"] = [each for each in references if not is_null(each)]
+    if "answer_choices" in found:
+        found["answer_choices"] = as_choices(found["answer_choices"])
+    yield found
+
+
+def convert_p3(row: Mapping[str, Any]) -> Iterable[Row | str]:
     """Convert a row of P3 or T0: `inputs_pretokenized`, `targets_pretokenized` and, if the dataset has them, `answer_choices`."""
-    yield {**_optional_columns(row), "instruction": row["inputs_pretokenized"], "references": _as_list(row["targets_pretokenized"])}
+    yield {
+        **_optional_columns(row),
+        "instruction": as_text(row["inputs_pretokenized"], "inputs_pretokenized"),
+        "references": as_texts(row["targets_pretokenized"], "targets_pretokenized"),
+    }
 
 
-def merge_choices(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def merge_choices(rows: Iterable[tuple[str, Any]], merged: Counter[str]) -> Iterator[tuple[str, Any]]:
     """Merge the rows of P3's `_score_eval` datasets into one classification row per example.
 
     Those datasets have one row per choice, with `is_correct`. Consecutive rows with the same first number of `idx` and the same
-    input are one example. Takes and yields `(location, row)`; a merged row has the location of its first row.
+    input are one example. Takes and yields `(location, row)`; a merged row has the location of its first row. `merged` counts the rows
+    that are merged into another one.
     """
     group: list[Mapping[str, Any]] = []
     first_location = ""
@@ -74,6 +101,7 @@ def merge_choices(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         scored = isinstance(row, Mapping) and "is_correct" in row and "idx" in row and "targets_pretokenized" in row
         if group and not (scored and _example_of(row) == _example_of(group[0])):
             yield first_location, _merged(group)
+            merged["rows"] += len(group) - 1
             group = []
         if scored:
             first_location = first_location if group else location
@@ -82,6 +110,7 @@ def merge_choices(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
             yield location, row
     if group:
         yield first_location, _merged(group)
+        merged["rows"] += len(group) - 1
 
 
 def _example_of(row: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -93,95 +122,77 @@ def _example_of(row: Mapping[str, Any]) -> tuple[Any, Any]:
 def _merged(group: list[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return one P3 row for the rows of an example, one of each choice."""
     choices = [row["targets_pretokenized"] for row in group]
-    correct = [row["targets_pretokenized"] for row in group if row["is_correct"]]
+    correct = [row["targets_pretokenized"] for row in group if row["is_correct"] not in (None, False, "False", "false", "0")]
     return {**group[0], "targets_pretokenized": correct, "answer_choices": choices}
 
 
-def convert_natural_instructions(row: Mapping[str, Any]) -> Iterable[Row]:
+def convert_natural_instructions(row: Mapping[str, Any]) -> Iterable[Row | str]:
     """Convert a Super-NaturalInstructions task: a row per instance, made of the definition of the task and the input.
 
     Positive examples become train rows.
     """
-    definition = "\n".join(_as_list(row["Definition"])).strip()
+    definition = "\n".join(as_texts(row["Definition"], "Definition") or []).strip()
+    instances = []
     for split, name in (("train", "Positive Examples"), (None, "Instances")):
-        instances = row.get(name) or []
-        if not isinstance(instances, list):
-            raise ValueError(f"`{name}` is a {type(instances).__name__}; it must be a list")
-        for instance in instances:
-            if not isinstance(instance, Mapping) or not isinstance(instance.get("input"), str):
-                yield {"instruction": None, "references": None}
-                continue
-            text = instance["input"].strip()
-            yield {
-                "instruction": f"Definition: {definition}\n\nNow complete the following example -\nInput: {text}\nOutput: ",
-                "references": _as_list(instance.get("output")),
-                "split": split,
-                "example": text or None,
-            }
+        found = row.get(name) or []
+        if not isinstance(found, list):
+            raise ValueError(f"`{name}` is a {type(found).__name__}; it must be a list")
+        instances += [(split, name, instance) for instance in found]
+    for split, name, instance in instances:
+        try:
+            if not isinstance(instance, Mapping):
+                raise ValueError(f"an item of `{name}` is a {type(instance).__name__}; it must have `input` and `output`")
+            text = as_text(instance.get("input"), "input")
+            references = as_texts(instance.get("output"), "output")
+            if text is None or not references:
+                raise ValueError(f"an item of `{name}` has no {'`input`' if text is None else '`output`'}")
+        except ValueError as error:
+            yield str(error)
+            continue
+        yield {
+            "instruction": f"Definition: {definition}\n\nNow complete the following example -\nInput: {text.strip()}\nOutput: ",
+            "references": references,
+            "split": split,
+            "example": text.strip() or None,
+        }
 
 
-def convert_bigbench(row: Mapping[str, Any]) -> Iterable[Row]:
+def convert_bigbench(row: Mapping[str, Any]) -> Iterable[Row | str]:
     """Convert a BIG-bench JSON task: first the examples with a target, then multiple-choice examples as classification rows."""
     if not isinstance(row.get("examples"), list) or not all(isinstance(each, Mapping) for each in row["examples"]):
         raise ValueError("`examples` must be a list of objects with `input` and `target` or `target_scores`")
     dataset = row.get("name") if isinstance(row.get("name"), str) else None
-    for example in [*bigbench.render_examples("", dict(row)), *bigbench.render_choices("", dict(row))]:
-        yield {"dataset": dataset, **{key: value for key, value in example.items() if key != "subtask"}}
+    converted = [bigbench.render_example("", row, example) for example in row["examples"]]
+    for example in sorted(converted, key=lambda each: isinstance(each, str) or "answer_choices" in each):
+        if isinstance(example, str):
+            yield example
+        else:
+            yield {"dataset": dataset, **{key: value for key, value in example.items() if key != "subtask"}}
 
 
-def convert_alpaca(row: Mapping[str, Any]) -> Iterable[Row]:
-    """Convert a row in the style of Alpaca or FLAN: a question column, an optional `input` column and an answer column."""
-    for prompt, answer in _PAIRS:
-        if prompt in row and answer in row:
-            question, given = row[prompt], row.get("input")
-            if isinstance(question, str) and isinstance(given, str) and given.strip():
-                question = f"{question.rstrip()}\n\n{given}"
-            yield {**_optional_columns(row), "instruction": question, "references": _as_list(row[answer])}
-            return
-    raise ValueError(f"the row has no answer column; give one of {', '.join(' with '.join(pair) for pair in _PAIRS)}")
+def convert_alpaca(row: Mapping[str, Any]) -> Iterable[Row | str]:
+    """Convert a row of a question and its answer, in the style of Alpaca, FLAN, Dolly, Orca, SQuAD and others."""
+    yield {**_optional_columns(row), **question_answer.convert(row)}
 
 
-def convert_chat(row: Mapping[str, Any]) -> Iterable[Row]:
-    """Convert a chat row of OpenAI: the last assistant turn is the reference, all turns before it are the instruction."""
-    turns = row.get("messages")
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ValueError("`messages` must be a list of turns with `role` and `content`")
-    last = max((number for number, turn in enumerate(turns) if turn.get("role") == "assistant"), default=None)
-    if last is None:
-        raise ValueError("`messages` has no assistant turn")
-    before = [(str(turn.get("role")), _content(turn)) for turn in turns[:last]]
-    system = [text for role, text in before if role in ("system", "developer")]
-    dialogue = [(role, text) for role, text in before if role not in ("system", "developer")]
-    # A single question stays unchanged; in a conversation each turn starts with its role.
-    texts = [text for _, text in dialogue] if len(dialogue) == 1 else [f"{role.capitalize()}: {text}" for role, text in dialogue]
-    yield {**_optional_columns(row), "instruction": "\n\n".join([*system, *texts]), "references": _as_list(_content(turns[last]))}
-
-
-def _content(turn: Mapping[str, Any]) -> str:
-    """Return the text of a turn: its content, or its text parts joined. Raises `ValueError` for other content."""
-    content = turn.get("content")
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
-        content = None if None in parts else "".join(map(str, parts))
-    if not isinstance(content, str):
-        raise ValueError(f"the content of the {turn.get('role')} turn is not text")
-    return content.strip()
+def convert_chat(row: Mapping[str, Any]) -> Iterable[Row | str]:
+    """Convert a chat of OpenAI or ShareGPT: the last assistant turn is the reference, all turns before it are the instruction."""
+    name = next((name for name in _CHATS if row.get(name) is not None), _CHATS[0])
+    before, answer = chats.split_chat(chats.turns_of(row.get(name), name), name)
+    system = [("system", text) for key in sorted(_PROMPT) if (text := as_text(row.get(key), key)) and text.strip()]
+    yield {**_optional_columns(row), "instruction": chats.render_turns([*system, *before]), "references": [answer]}
 
 
 def _optional_columns(row: Mapping[str, Any]) -> Row:
     """Return the optional columns of this project that a row of another format has."""
     found = {name: row[name] for name in _OPTIONAL_COLUMNS if row.get(name) is not None}
     if "answer_choices" in found:
-        found["answer_choices"] = _parse_list(found["answer_choices"])
-    # Public datasets use these names with other meanings too, e.g. `split: test`.
-    if found.get("split") not in SPLITS:
-        found.pop("split", None)
-    return {name: value for name, value in found.items() if isinstance(value, str) or name == "answer_choices"}
-
-
-def _as_list(value: Any) -> Any:
-    """Return a single text as a list of one, and any other value unchanged."""
-    return [value] if isinstance(value, str) else value
+        # P3 gives generation rows an empty list.
+        found["answer_choices"] = as_choices(found["answer_choices"]) or None
+    if isinstance(found.get("split"), str):
+        # Public datasets use this name with other meanings too. The rows of a test split must not become train rows.
+        found["split"] = split_of_word(found["split"])
+    return {name: value for name, value in found.items() if (isinstance(value, str) and value) or name == "answer_choices"}
 
 
 CONVERTERS: dict[str, Converter] = {
@@ -194,8 +205,17 @@ CONVERTERS: dict[str, Converter] = {
 }
 
 
+def parse_lists(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Parse the lists in rows of CSV files; a row with a cell that is not clearly a list or a text becomes a dead letter."""
+    for location, row in rows:
+        try:
+            yield location, parse_cells(row) if isinstance(row, Cells) else row
+        except ValueError as error:
+            yield location, dead_letter(location, str(error), row)
+
+
 def convert_row(location: str, raw: Any, format: str) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
-    """Yield `(location, row)` for each row that a raw row converts to, or one dead letter.
+    """Yield `(location, row)` for each row that a raw row converts to, and a dead letter for each part that cannot be converted.
 
     Args:
         location: location of the raw row.
@@ -212,9 +232,16 @@ def convert_row(location: str, raw: Any, format: str) -> Iterator[tuple[str, Row
             dead_letter(location, f"the row is a {type(raw).__name__}; it must be an object with `instruction` and `references`", raw),
         )
         return
+    number = 0
     try:
         for number, row in enumerate(CONVERTERS[name](raw), 1):
-            yield (f"{location}#{number}" if name in ("natural-instructions", "bigbench") else location), row
+            part = f"{location}#{number}" if name in ("natural-instructions", "bigbench") else location
+            if isinstance(row, str):
+                yield part, dead_letter(part, f"{row} (format {name})", raw)
+            else:
+                yield part, row
+        if not number:
+            yield location, dead_letter(location, f"the task has no example (format {name})", raw)
     except KeyError as error:
         yield location, dead_letter(location, f"format {name} needs {error}; the row has {', '.join(map(str, raw)) or 'no key'}", raw)
     except ValueError as error:

@@ -3,51 +3,42 @@
 A template is Jinja2 text: the prompt, `|||` and the correct answer (several answers are separated by more `|||`). An optional
 `answer_choices` is another template, whose choices are separated by `|||`.
 
-Templates are untrusted programs. They run in Jinja's immutable sandbox with tighter limits: loop steps and calls are counted over
-the whole rendering, and the length of texts is bounded.
+Templates are untrusted programs. `template_sandbox` renders them in a separate process, with limits on time, memory and output.
 """
 
 from __future__ import annotations
 
-import itertools
+import datetime
 import json
-import random
+import os
+import pickle
+import select
+import struct
+import subprocess
+import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from decimal import Decimal
 from typing import Any
 
-import jinja2
 import yaml
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster import storage
-from cluster.errors import UsageError, first_line
+from cluster.errors import CappyError, UsageError, first_line
 from generation.sources.formats import Row
 from generation.sources.row import DeadLetter, dead_letter
+from generation.sources.template_sandbox import MAX_FRAME, Limits, Renderer, Template, write_frame
 
-MAX_STEPS = 100_000
-"""Loop steps plus calls of one rendering, at most."""
-MAX_TEXT = 1_000_000
-"""Characters of a rendered template or of an intermediate text, at most."""
-
-_SEPARATOR = "|||"
-# Replaces a `|||` inside the text of a row while a template is rendered and split.
-_PROTECTED = "\ue000pipes\ue001"
-# Methods and filters that make a text of any length from a number.
-_UNBOUNDED_METHODS = frozenset({"format", "format_map", "center", "ljust", "rjust", "zfill", "expandtabs"})
-_UNBOUNDED_FILTERS = ("center", "format", "indent", "batch", "slice", "wordwrap", "xmlattr", "pprint")
-
-
-@dataclass(frozen=True)
-class Template:
-    """A named template; `answer_choices` is None if the answer is free text."""
-
-    name: str
-    jinja: str
-    answer_choices: str | None
+_BATCH_ROWS = 256
+_BATCH_CHARACTERS = 1 << 20
+_SILENCE_S = 60.0
+"""A process that is silent for this time is ended, in seconds."""
+_Result = dict[str, Any]
+_ENDED: _Result = {"error": "it used too much memory or CPU time, so its process was ended"}
+_STOPPED: _Result = {"error": f"stopped, after its process was ended for {Renderer.STOP_AFTER} rows in a row"}
+_PLAIN = (str, int, float, bytes, list, tuple, dict, Decimal, datetime.date, datetime.time, datetime.timedelta)
 
 
 class _Loader(yaml.SafeLoader):
@@ -92,62 +83,140 @@ def load_templates(uri: str) -> tuple[str | None, list[Template]]:
 
 
 class TemplateRenderer:
-    """Compile the templates of a file once and apply them to raw rows."""
+    """Apply the templates of a file to raw rows, in a process that is started again after a template ended it."""
 
-    def __init__(self, templates: Sequence[Template], seed: int) -> None:
-        """Compile `templates`; `seed` seeds the draws of the `choice` filter."""
-        self._environment = _Sandbox()
-        self._seed = seed
-        self._templates = [(each.name, self._compile(each.jinja), self._compile(each.answer_choices)) for each in templates]
+    def __init__(self, templates: Sequence[Template], seed: int, limits: Limits | None = None) -> None:
+        """Prepare for `templates`; `seed` seeds the draws of the `choice` filter."""
+        self.blank = 0
+        """Renderings that were blank so far: such a template does not apply to the row."""
+        self._templates = templates
+        self._first_request = (list(templates), seed, limits or Limits())
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended_by: Counter[int] = Counter()
+        self._finalizer: weakref.finalize[[subprocess.Popen[bytes]], TemplateRenderer] | None = None
 
-    def _compile(self, text: str | None) -> jinja2.Template | str | None:
-        """Return the compiled template, or its error as text: a broken template makes dead letters and does not stop the run."""
-        try:
-            return None if text is None else self._environment.from_string(text)
-        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError) as error:
-            return f"{type(error).__name__}: {error}"
-
-    def render_rows(self, location: str, raw: Any) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
-        """Yield `(location, row)` for each template that does not render blank, ordered by template name, or a dead letter.
+    def render_rows(self, raws: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
+        """Yield `(location, row)` for each raw row and template that does not render blank, ordered by template name, or a dead letter.
 
         Args:
-            location: location of the raw row; the name of a template is appended.
-            raw: the raw row, or a dead letter, which is passed on.
+            raws: `(location, raw row)` pairs. A dead letter is passed on. The name of a template is appended to the location.
         """
-        if isinstance(raw, DeadLetter):
-            yield location, raw
-            return
-        if not isinstance(raw, Mapping):
-            yield location, dead_letter(location, f"the row is a {type(raw).__name__}; a template needs an object", raw)
-            return
-        protected = {str(name): value.replace(_SEPARATOR, _PROTECTED) if isinstance(value, str) else value for name, value in raw.items()}
-        example = example_text(raw)
-        for name, template, choices in self._templates:
-            row_location = f"{location}#{name}"
-            try:
-                row = self._render(template, choices, protected, f"{self._seed}:{name}:{example}")
-            except Exception as error:
-                # The expressions of a template can raise any exception, e.g. a ZeroDivisionError.
-                yield row_location, dead_letter(row_location, f"template {name!r}: {type(error).__name__}: {str(error)[:300]}", raw)
-                continue
-            if row is not None:
-                yield row_location, {**row, "template": name, "example": example}
+        batch: list[tuple[str, Any]] = []
+        characters = 0
+        for location, raw in raws:
+            batch.append((location, raw))
+            characters += sum(len(value) for value in raw.values() if isinstance(value, str)) if isinstance(raw, Mapping) else 0
+            if len(batch) >= _BATCH_ROWS or characters > _BATCH_CHARACTERS:
+                yield from self._render_batch(batch)
+                batch, characters = [], 0
+        yield from self._render_batch(batch)
 
-    def _render(
-        self, template: jinja2.Template | str | None, choices: jinja2.Template | str | None, row: dict[str, Any], key: str
-    ) -> Row | None:
-        """Return the row of one template, or None if prompt or answer is blank; `key` seeds the draws of `choice`."""
-        answers = None
-        if choices is not None:
-            answers = [_restore(text) for text in self._environment.render(choices, row, key).split(_SEPARATOR)]
-        prompt, *targets = self._environment.render(template, {**row, "answer_choices": answers}, key).split(_SEPARATOR)
-        if not targets and prompt.strip():
-            raise ValueError(f"the template has no {_SEPARATOR} between prompt and answer")
-        references = [text for target in targets if (text := _restore(target))]
-        if not _restore(prompt) or not references:
+    def close(self) -> None:
+        """End the process."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = self._finalizer = None
+
+    def _render_batch(self, batch: list[tuple[str, Any]]) -> Iterator[tuple[str, Row] | tuple[str, DeadLetter]]:
+        rows = [(_plain(raw), example_text(raw)) for _, raw in batch if isinstance(raw, Mapping)]
+        numbers = [number for number in range(len(self._templates)) if self._ended_by[number] < Renderer.STOP_AFTER]
+        answers = self._ask(numbers, rows) if rows else []
+        found = zip(rows, answers if answers is not None else (self._ask_one_by_one(row) for row in rows), strict=True)
+        for location, raw in batch:
+            if isinstance(raw, DeadLetter):
+                yield location, raw
+            elif not isinstance(raw, Mapping):
+                yield location, dead_letter(location, f"the row is a {type(raw).__name__}; a template needs an object", raw)
+            else:
+                (_, example), results = next(found)
+                for number, template in enumerate(self._templates):
+                    result = results.get(number, _STOPPED)
+                    row_location = f"{location}#{template.name}"
+                    if "row" in result:
+                        yield row_location, {**result["row"], "template": template.name, "example": example}
+                    elif "blank" in result:
+                        self.blank += 1
+                    else:
+                        yield row_location, dead_letter(row_location, f"template {template.name!r}: {result['error']}", raw)
+
+    def _ask_one_by_one(self, row: tuple[dict[str, Any], str]) -> dict[int, _Result]:
+        """Return the result of each template for one row.
+
+        Each template has its own request, so that only a template that ends the process fails.
+        """
+        results = {}
+        for number in range(len(self._templates)):
+            if self._ended_by[number] < Renderer.STOP_AFTER:
+                answer = self._ask([number], [row])
+                self._ended_by[number] = 0 if answer else self._ended_by[number] + 1
+                results[number] = answer[0][number] if answer else _ENDED
+        return results
+
+    def _ask(self, numbers: list[int], rows: list[tuple[dict[str, Any], str]]) -> list[dict[int, _Result]] | None:
+        """Return the results of some templates for each row, by template number; None if the process ended or was silent."""
+        process = self._started()
+        try:
+            self._send(process, (numbers, rows))
+            return [dict(zip(numbers, json.loads(self._receive(process)), strict=True)) for _ in rows]
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, pickle.PicklingError):
+            self.close()
             return None
-        kept = [text for text in answers if text] if answers is not None else None
-        return {"instruction": _restore(prompt), "references": references, "answer_choices": kept or None}
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            # The process gets the modules of this one, but none of its variables: they can hold credentials.
+            environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+            command = [sys.executable, "-P", "-m", "generation.sources.template_sandbox"]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            )
+            self._finalizer = weakref.finalize(self, _end, self._process)
+            try:
+                self._send(self._process, self._first_request)
+                self._receive(self._process)
+            except (OSError, EOFError) as error:
+                self.close()
+                raise CappyError(f"the process that renders source.templates did not start: {first_line(error)}") from None
+        return self._process
+
+    def _send(self, process: subprocess.Popen[bytes], request: Any) -> None:
+        assert process.stdin is not None
+        write_frame(process.stdin, pickle.dumps(request))
+        process.stdin.flush()
+
+    def _receive(self, process: subprocess.Popen[bytes]) -> bytes:
+        """Return the next frame. Raises `EOFError` if the process ended, was silent or sent too much."""
+        (length,) = struct.unpack(">Q", self._read(process, 8))
+        if length > MAX_FRAME:
+            raise EOFError(f"a frame of {length} bytes")
+        return self._read(process, length)
+
+    def _read(self, process: subprocess.Popen[bytes], length: int) -> bytes:
+        assert process.stdout is not None
+        descriptor = process.stdout.fileno()
+        data = bytearray()
+        while len(data) < length:
+            ready, _, _ = select.select([descriptor], [], [], _SILENCE_S)
+            piece = os.read(descriptor, min(length - len(data), 1 << 20)) if ready else b""
+            if not piece:
+                raise EOFError("the process ended" if ready else f"the process was silent for {_SILENCE_S:g} s")
+            data += piece
+        return bytes(data)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that renders templates. It has no state to save."""
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        with suppress(OSError):
+            if stream is not None:
+                stream.close()
+
+
+def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a raw row without the values that a template cannot print, e.g. images."""
+    return {str(name): value for name, value in raw.items() if value is None or isinstance(value, _PLAIN)}
 
 
 def example_text(raw: Mapping[str, Any]) -> str:
@@ -157,132 +226,3 @@ def example_text(raw: Mapping[str, Any]) -> str:
     """
     texts = [" ".join(value.split()) for value in raw.values() if isinstance(value, str) and value.strip()]
     return max(texts, key=lambda text: (len(text), text)) if texts else json.dumps(raw, sort_keys=True, default=str)
-
-
-def _restore(text: str) -> str:
-    """Return the stripped text with each protected `|||` restored."""
-    return text.replace(_PROTECTED, _SEPARATOR).strip()
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox with PromptSource's additions (`zip`, `choice`, `most_frequent`) and limits on steps and sizes."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._steps = 0
-        self._rng = random.Random()
-        self.globals.pop("lipsum")
-        self.globals.update(zip=zip, enumerate=enumerate, len=len, min=min, max=max)
-        for name in _UNBOUNDED_FILTERS:
-            self.filters.pop(name)
-        self.filters.update(
-            choice=self._choice, most_frequent=_most_frequent, highlight=str, cappy_steps=self._count_steps, cappy_bounded=_check_size
-        )
-        for name in ("join", "replace"):
-            self.filters[name] = _BOUNDED_FUNCTIONS[name]
-
-    def render(self, template: jinja2.Template | str | None, row: Mapping[str, Any], key: str) -> str:
-        """Return the text that a template renders for a row; `key` seeds the `choice` filter. Exceptions of the template pass through."""
-        if not isinstance(template, jinja2.Template):
-            raise ValueError(f"the template does not compile: {template}")
-        self._steps = 0
-        self._rng = random.Random(key)
-        pieces, length = [], 0
-        for piece in template.generate(**row):
-            pieces.append(piece)
-            length += len(piece)
-            if length > MAX_TEXT:
-                raise SecurityError(f"the text is longer than {MAX_TEXT} characters")
-        return "".join(pieces)
-
-    def _generate(self, source: nodes.Template, *arguments: Any, **keywords: Any) -> str:
-        # Each loop iterates over a counting wrapper, and the length of each assigned text is checked.
-        for loop in list(source.find_all(nodes.For)):
-            loop.iter = nodes.Filter(loop.iter, "cappy_steps", [], [], None, None, lineno=loop.lineno)
-        for block in list(source.find_all(nodes.AssignBlock)):
-            block.filter = nodes.Filter(block.filter, "cappy_bounded", [], [], None, None, lineno=block.lineno)
-        for assign in list(source.find_all(nodes.Assign)):
-            assign.node = nodes.Filter(assign.node, "cappy_bounded", [], [], None, None, lineno=assign.lineno)
-        return str(super()._generate(source, *arguments, **keywords))
-
-    def _count_step(self) -> None:
-        self._steps += 1
-        if self._steps > MAX_STEPS:
-            raise SecurityError(f"the template takes more than {MAX_STEPS} steps")
-
-    def _count_steps(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            self._count_step()
-            yield item
-
-    def _choice(self, items: Sequence[Any]) -> Any:
-        return self._rng.choice(list(itertools.islice(items, MAX_STEPS)))
-
-    def call(self, context: Any, function: Any, /, *arguments: Any, **keywords: Any) -> Any:
-        self._count_step()
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, str) and getattr(function, "__name__", None) in _BOUNDED_FUNCTIONS:
-            function, arguments = _BOUNDED_FUNCTIONS[function.__name__], (owner, *arguments)
-            if function is _join:
-                arguments = (arguments[1], owner)
-        return _check_size(super().call(context, function, *arguments, **keywords))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "%" and isinstance(left, str):
-            raise SecurityError("`%` on a text is not allowed; join texts with `~`")
-        if operator == "**" and (abs(left) > 10_000 or abs(right) > 64):
-            raise SecurityError(f"{left} ** {right} is too large")
-        if operator == "*":
-            for many, number in ((left, right), (right, left)):
-                if isinstance(many, str | list | tuple) and isinstance(number, int) and len(many) * number > MAX_STEPS:
-                    raise SecurityError(f"a text or list of length {len(many)} times {number} is too long")
-                if isinstance(many, int) and abs(many) > 1 << 256:
-                    raise SecurityError("a number is too large")
-        return _check_size(super().call_binop(context, operator, left, right))
-
-    def wrap_str_format(self, value: Any) -> None:
-        """Return None, so that `str.format` is rejected as an unsafe attribute: its widths make texts of any length."""
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        unbounded = isinstance(obj, str) and attr in _UNBOUNDED_METHODS
-        return not unbounded and super().is_safe_attribute(obj, attr, value)
-
-
-def _check_size(value: Any) -> Any:
-    if isinstance(value, str | list | tuple | dict) and len(value) > MAX_TEXT:
-        raise SecurityError(f"a value is longer than {MAX_TEXT}")
-    return value
-
-
-def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
-    """Return the most frequent items in order of first occurrence, or None for no items."""
-    counts = Counter(items)
-    highest = max(counts.values(), default=0)
-    return [item for item, count in counts.items() if count == highest] or None
-
-
-def _join(items: Iterable[Any], between: str = "", attribute: str | int | None = None) -> str:
-    """Join items like Jinja's `join` filter, with a limit on the length."""
-    pieces: list[str] = []
-    length = 0
-    for item in itertools.islice(items, MAX_STEPS):
-        if attribute is not None:
-            item = item.get(attribute, "") if isinstance(item, Mapping) else item[attribute]
-        pieces.append(str(item))
-        length += len(pieces[-1]) + len(between)
-        if length > MAX_TEXT:
-            raise SecurityError(f"the joined text is longer than {MAX_TEXT} characters")
-    return between.join(pieces)
-
-
-def _replace(text: str, old: str, new: str, count: int = -1) -> str:
-    """Replace like `str.replace`, with a limit on the length."""
-    text, old, new = str(text), str(old), str(new)
-    if len(text) + text.count(old) * len(new) > MAX_TEXT:
-        raise SecurityError(f"the replaced text is longer than {MAX_TEXT} characters")
-    return text.replace(old, new, -1 if count is None else count)
-
-
-_BOUNDED_FUNCTIONS: dict[str, Any] = {"join": _join, "replace": _replace}

@@ -8,7 +8,8 @@ The t0 policy reads its sources one more time to count their rows, and so does t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -16,22 +17,27 @@ from typing import Any
 
 from cluster.config import BigBenchSource, FilesSource, HubSource, MixtureSource, RowsSource, Source
 from cluster.errors import UsageError
-from generation.sources import bigbench, files, formats, hub, mixture, promptsource, split
+from generation.sources import bigbench, files, folders, formats, hub, mixture, promptsource, split
+from generation.sources.notes import Notes
 from generation.sources.row import DeadLetter, Instruction, dead_letter, row_error
 
 Stream = Callable[[], Iterator[Instruction | DeadLetter]]
 
 
-def read_rows(source: Source, seed: int) -> Iterator[Instruction | DeadLetter]:
+def read_rows(source: Source, seed: int, notes: Notes | None = None) -> Iterator[Instruction | DeadLetter]:
     """Yield the rows of a source in order, within its limits, and a dead letter for each unusable row."""
-    return row_reader(source, seed)()
+    return row_reader(source, seed, notes)()
 
 
-def row_reader(source: Source, seed: int) -> Stream:
-    """Return a function that reads the source from its start at each call. Rows of a mixture are counted once, before."""
+def row_reader(source: Source, seed: int, notes: Notes | None = None) -> Stream:
+    """Return a function that reads the source from its start at each call. Rows of a mixture are counted once, before.
+
+    `notes` logs the unused parts of the source, each line once.
+    """
+    notes = notes or Notes()
     if not isinstance(source, MixtureSource):
-        return partial(_read_limited, source, seed, part_name(source))
-    streams = [partial(_read_limited, part.source, seed, part.name or part_name(part.source)) for part in source.parts]
+        return partial(_read_limited, source, seed, part_name(source), notes)
+    streams = [partial(_read_limited, part.source, seed, part.name or part_name(part.source), notes) for part in source.parts]
 
     def everything() -> Iterator[Instruction | DeadLetter]:
         return chain.from_iterable(stream() for stream in streams)
@@ -68,45 +74,53 @@ def part_name(source: Source) -> str:
     return source.name if isinstance(source, HubSource) else source.kind
 
 
-def _read_limited(source: BigBenchSource | FilesSource | HubSource, seed: int, part: str) -> Iterator[Instruction | DeadLetter]:
+def _read_limited(
+    source: BigBenchSource | FilesSource | HubSource, seed: int, part: str, notes: Notes
+) -> Iterator[Instruction | DeadLetter]:
     """Yield the rows of a source with the name of its part, up to its limits per dataset and split and its total limit."""
     limits = {"train": source.train_rows, "validation": source.validation_rows}
     taken: Counter[tuple[str, str]] = Counter()
     count = 0
-    for row in _bigbench_rows(source, seed) if isinstance(source, BigBenchSource) else _file_or_hub_rows(source, seed):
-        if isinstance(row, Instruction):
-            taken[row.dataset, row.split] += 1
-            limit = limits[row.split]
-            if limit is not None and taken[row.dataset, row.split] > limit:
-                continue
-            if count == source.limit:
-                return
-            count += 1
-            row = replace(row, part=part)
-        yield row
+    rows = _bigbench_rows(source, seed) if isinstance(source, BigBenchSource) else _file_or_hub_rows(source, seed, notes)
+    with closing(rows):
+        for row in rows:
+            if isinstance(row, Instruction):
+                taken[row.dataset, row.split] += 1
+                limit = limits[row.split]
+                if limit is not None and taken[row.dataset, row.split] > limit:
+                    continue
+                if count == source.limit:
+                    return
+                count += 1
+                row = replace(row, part=part)
+            yield row
 
 
-def _bigbench_rows(source: BigBenchSource, seed: int) -> Iterator[Instruction]:
+def _bigbench_rows(source: BigBenchSource, seed: int) -> Generator[Instruction]:
     for task, side, example in bigbench.read_tasks(source.tasks, seed):
         yield Instruction(task, example["subtask"], side, example["instruction"], tuple(example["references"]))
 
 
-def _file_or_hub_rows(source: FilesSource | HubSource, seed: int) -> Iterator[Instruction | DeadLetter]:
+def _file_or_hub_rows(source: FilesSource | HubSource, seed: int, notes: Notes) -> Generator[Instruction | DeadLetter]:
     shared = _find_shared_texts(source, seed)
     first: DeadLetter | None = None
     usable = False
-    for where, row, name in _converted_rows(source, seed):
-        parsed = row if isinstance(row, DeadLetter) else parse_row(row, where, name, source, shared)
-        usable |= isinstance(parsed, Instruction)
-        first = first or (parsed if isinstance(parsed, DeadLetter) else None)
-        yield parsed
+    with closing(_converted_rows(source, seed, notes)) as converted:
+        for where, row, file in converted:
+            parsed = row if isinstance(row, DeadLetter) else parse_row(row, where, file, source, shared)
+            usable |= isinstance(parsed, Instruction)
+            first = first or (parsed if isinstance(parsed, DeadLetter) else None)
+            yield parsed
     if not usable:
-        setting = f"source.path={source.path}" if isinstance(source, FilesSource) else f"source.name={source.name}"
         raise UsageError(
-            f"{setting}: no row can be used; each needs `instruction` (text) and `references` (a list of texts), "
+            f"{_setting(source)}: no row can be used; each needs `instruction` (text) and `references` (a list of texts), "
             f'e.g. {{"instruction": "...", "references": ["..."]}}, or the columns of another source.format'
             + (f"; the first error: {first.reason} at {first.where}" if first else "; the source has no rows")
         )
+
+
+def _setting(source: FilesSource | HubSource) -> str:
+    return f"source.path={source.path}" if isinstance(source, FilesSource) else f"source.name={source.name}"
 
 
 def _find_shared_texts(source: FilesSource | HubSource, seed: int) -> split.SharedTexts:
@@ -114,53 +128,91 @@ def _find_shared_texts(source: FilesSource | HubSource, seed: int) -> split.Shar
     shared = split.SharedTexts()
     if source.split_by == "dataset" or not source.validation_fraction:
         return shared
-    usable = (
-        (row, source.dataset or row.get("dataset") or name)
-        for _, row, name in _converted_rows(source, seed)
-        if not isinstance(row, DeadLetter) and row_error(row) is None
-    )
-    for row, dataset in islice(usable, source.limit):
-        if not row.get("split"):
-            shared.add(dataset, row.get("template"), row["instruction"], row.get("example"))
+    with closing(_converted_rows(source, seed, None)) as converted:
+        usable = (
+            (row, file, source.dataset or row.get("dataset") or file.dataset)
+            for _, row, file in converted
+            if not isinstance(row, DeadLetter) and row_error(row) is None
+        )
+        for row, file, dataset in islice(usable, source.limit):
+            if not row.get("split") and not file.split:
+                shared.add(dataset, row.get("template"), row["instruction"], row.get("example"))
     return shared
 
 
-def _converted_rows(source: FilesSource | HubSource, seed: int) -> Iterator[tuple[str, Any, str]]:
-    """Yield `(place, row in this project's columns or dead letter, default dataset name)`."""
+def _converted_rows(source: FilesSource | HubSource, seed: int, notes: Notes | None) -> Generator[tuple[str, Any, folders.DataFile]]:
+    """Yield `(place, row in this project's columns or dead letter, file)`; `notes` logs the unused parts of the source."""
     name, renderer = None, None
     if source.templates is not None:
         name, templates = promptsource.load_templates(source.templates)
         renderer = promptsource.TemplateRenderer(templates, seed)
-    for default, raws in _raw_rows(source):
+    # A template can use any column.
+    columns = None if renderer else formats.columns_of(source.format)
+    unused: Counter[str] = Counter()
+    merged: Counter[str] = Counter()
+    try:
+        for file, raws in _raw_rows(source, columns, notes):
+            if name is not None:
+                file = replace(file, dataset=name)
+            if renderer is not None:
+                converted = renderer.render_rows(raws)
+            else:
+                raws = _count_unused(formats.parse_lists(raws), source.format, unused)
+                if source.format in ("auto", "p3"):
+                    raws = formats.merge_choices(raws, merged)
+                converted = chain.from_iterable(formats.convert_row(where, raw, source.format) for where, raw in raws)
+            for where, row in converted:
+                yield where, row, file
+    finally:
         if renderer is not None:
-            converted = chain.from_iterable(renderer.render_rows(where, raw) for where, raw in raws)
-        else:
-            merged = formats.merge_choices(raws) if source.format in ("auto", "p3") else raws
-            converted = chain.from_iterable(formats.convert_row(where, raw, source.format) for where, raw in merged)
-        for where, row in converted:
-            yield where, row, name or default
+            renderer.close()
+        if notes is not None:
+            notes.add(_setting(source), merged.total(), renderer.blank if renderer else 0, unused)
 
 
-def _raw_rows(source: FilesSource | HubSource) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
-    """Yield `(default dataset name, raw rows)` for each file, or for the hub dataset."""
+def _raw_rows(
+    source: FilesSource | HubSource, columns: Container[str] | None, notes: Notes | None
+) -> Iterator[tuple[folders.DataFile, Iterable[tuple[str, Any]]]]:
+    """Yield each file, or the hub dataset, with its raw rows; the columns in folder names are added to the rows."""
     if isinstance(source, HubSource):
-        yield "_".join(filter(None, (source.name.rstrip("/").rsplit("/", 1)[-1], source.subset or source.data_dir))), hub.read_rows(source)
+        dataset = "_".join(filter(None, (source.name.rstrip("/").rsplit("/", 1)[-1], source.subset or source.data_dir)))
+        yield folders.DataFile(source.name, dataset), hub.read_rows(source, columns)
         return
-    for uri in files.find_data_files(source.path):
-        yield uri.rsplit("/", 1)[-1].split(".")[0], files.read_rows(uri)
+    found = folders.find(source.path)
+    if notes is not None:
+        for note in found.notes(_setting(source)):
+            notes.log(note)
+    for file in found.files:
+        yield file, map(partial(_with_columns, file.columns), files.read_rows(file.uri, columns))
+
+
+def _with_columns(columns: Mapping[str, str | None], located: tuple[str, Any]) -> tuple[str, Any]:
+    """Return the location and the row with the columns in the folder names of its file; those of the row itself take precedence."""
+    location, row = located
+    return location, type(row)({**columns, **row}) if columns and isinstance(row, dict) else row
+
+
+def _count_unused(rows: Iterable[tuple[str, Any]], format: str, unused: Counter[str]) -> Iterator[tuple[str, Any]]:
+    for location, row in rows:
+        if isinstance(row, Mapping):
+            unused.update(formats.unused_fields(row, format))
+        yield location, row
 
 
 def parse_row(
-    row: Mapping[str, Any], where: str, dataset: str, source: RowsSource, shared: split.SharedTexts | None = None
+    row: Mapping[str, Any], where: str, file: folders.DataFile, source: RowsSource, shared: split.SharedTexts | None = None
 ) -> Instruction | DeadLetter:
-    """Return the instruction of a row in Cappy's own columns, or a dead letter with the field, its value and the fix."""
+    """Return the instruction of a row in Cappy's own columns, or a dead letter with the field, its value and the fix.
+
+    Dataset and split of `file` apply to a row without its own.
+    """
     reason = row_error(row)
     if reason:
         return dead_letter(where, reason, row)
     instruction, template = row["instruction"], row.get("template")
     choices = row.get("answer_choices")
-    dataset = source.dataset or row.get("dataset") or dataset
-    side = row.get("split")
+    dataset = source.dataset or row.get("dataset") or file.dataset
+    side = row.get("split") or file.split
     if not side:
         key = dataset
         if source.split_by == "example":
@@ -171,7 +223,13 @@ def parse_row(
         template=template,
         split=side,
         instruction=instruction,
-        references=tuple(dict.fromkeys(row["references"])),
+        references=tuple(dict.fromkeys(_as_choices(row["references"], choices))),
         answer_choices=tuple(dict.fromkeys(choices)) if choices is not None else None,
-        split_by_hash=not row.get("split") and source.validation_fraction > 0,
+        split_by_hash=not (row.get("split") or file.split) and source.validation_fraction > 0,
     )
+
+
+def _as_choices(references: Sequence[str], choices: Sequence[str] | None) -> list[str]:
+    """Return the references in the notation of the choices: the two may differ in surrounding white space."""
+    by_text = {choice.strip(): choice for choice in choices or ()}
+    return [text if choices is None or text in choices else by_text[text.strip()] for text in references]

@@ -75,7 +75,10 @@ def row_error(row: Any) -> str | None:
             return f"`{name}` holds a lone surrogate, which is not valid text"
     if row.get("split") is not None and row["split"] not in SPLITS:
         return f"`split` is {row['split']!r}; it must be train or validation"
-    return _list_error("references", row.get("references"), True) or _list_error("answer_choices", row.get("answer_choices"), False)
+    references, choices = row.get("references"), row.get("answer_choices")
+    return (
+        _list_error("references", references, True) or _list_error("answer_choices", choices, False) or _choice_error(references, choices)
+    )
 
 
 def _list_error(name: str, values: Any, required: bool) -> str | None:
@@ -96,6 +99,17 @@ def _list_error(name: str, values: Any, required: bool) -> str | None:
     return None
 
 
+def _choice_error(references: Any, choices: Any) -> str | None:
+    """Return the problem of a classification row with one choice, or with a reference that is not a choice."""
+    if choices is None:
+        return None
+    texts = {choice.strip() for choice in choices}
+    if len(texts) < 2:
+        return f"`answer_choices` has one choice, {choices[0]!r}; a classification row needs two"
+    other = [text for text in references if text.strip() not in texts]
+    return f"`references` holds {other[0]!r}, which is not in `answer_choices`" if other else None
+
+
 def _is_encodable(text: str) -> bool:
     """Return whether a text can be encoded as UTF-8."""
     try:
@@ -106,9 +120,21 @@ def _is_encodable(text: str) -> bool:
 
 
 def dead_letter(location: str, reason: str, row: Any) -> DeadLetter:
-    """Return the dead letter of a row that was rejected while reading, with stage `read`."""
-    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=True, default=str)
-    return DeadLetter(where=location, stage="read", reason=reason, row=text[:500])
+    """Return the dead letter of a row that was rejected while reading, with stage `read`.
+
+    The reason becomes one line of at most 1,000 characters, and all texts can be encoded as UTF-8.
+    """
+    try:
+        text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=True, default=str, skipkeys=True)
+    except (RecursionError, ValueError):
+        text = f"a {type(row).__name__} that cannot be written as JSON"
+    line = " ".join(reason.splitlines())[:1000]
+    return DeadLetter(where=encodable(location), stage="read", reason=encodable(line), row=encodable(text[:500]))
+
+
+def encodable(text: str) -> str:
+    """Return a text with each lone surrogate escaped, e.g. `\\ud800`, so that it can be written as UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def fold_text(text: str) -> str:

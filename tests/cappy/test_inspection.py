@@ -35,6 +35,15 @@ def test_a_set_shows_sources_labels_by_source_rates_cost_and_its_dead_letters_co
     assert len(row["candidates"]) == 7 and f"say right {int(row['id'], 16)}, please" in text
 
 
+def test_brackets_in_paths_and_names_are_shown(tmp_path):
+    publish(f"{tmp_path}/set [v2]")
+    result = inspection.run_inspect(f"{tmp_path}/set [v2]", samples=1)
+    result["summary"]["datasets"] = {"task [bold]": 1}
+    result["lineage"]["sampler"]["model"] = "model [v3]"
+    text = shown(result)
+    assert f"{tmp_path}/set [v2] in" in text and "model [v3];" in text and "task [bold] 1" in text
+
+
 def test_a_long_list_of_datasets_and_reasons_is_cut_with_a_count(tmp_path):
     publish(str(tmp_path), letters=letters(*(f"reason {'x' * n}" for n in range(10))))
     result = inspection.run_inspect(str(tmp_path))

@@ -2,6 +2,7 @@ import gzip
 import json
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 
@@ -52,3 +53,62 @@ def test_a_file_in_another_format_than_its_name_raises_an_error_of_one_line(tmp_
     with pytest.raises(UsageError, match=f"{name} cannot be read") as caught:
         contents(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("end", "codec"), [("gz", "gzip"), ("bz2", "bz2"), ("zst", "zstd"), ("lz4", "lz4")])
+def test_compressed_files_of_several_parts_are_read_whole_and_truncated_ones_are_an_error(tmp_path, end, codec):
+    with pa.OSFile(str(tmp_path / f"a.jsonl.{end}"), "wb") as file:
+        for _ in range(2):  # e.g. `cat a.gz b.gz`
+            with pa.BufferOutputStream() as part:
+                with pa.CompressedOutputStream(part, codec) as stream:
+                    stream.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+                file.write(part.getvalue())
+    assert contents(tmp_path / f"a.jsonl.{end}") == ROWS * 2
+    data = (tmp_path / f"a.jsonl.{end}").read_bytes()
+    (tmp_path / f"b.jsonl.{end}").write_bytes(data[:-5])
+    with pytest.raises(UsageError, match=r"b\.jsonl.* cannot be read: Truncated compressed stream"):
+        contents(tmp_path / f"b.jsonl.{end}")
+
+
+def test_tsv_and_arrow_files_are_read(tmp_path):
+    (tmp_path / "a.TSV").write_text("question\tanswer\n1,2\tb\n")
+    assert contents(tmp_path / "a.TSV") == [{"question": "1,2", "answer": "b"}]
+    table = pa.Table.from_pylist(ROWS * 2000)
+    for name, new in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
+        with new(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+        assert contents(tmp_path / name) == ROWS * 2000
+        assert [row for _, row in files.read_rows(str(tmp_path / name), {"answer"})] == [{"answer": row["answer"]} for row in ROWS] * 2000
+
+
+# Values that Arrow holds and Python does not.
+OUT_OF_RANGE = pa.array([10**18, 0], pa.int64()).cast(pa.timestamp("us"))
+NOT_UTF_8 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff", b"ok"]).buffers())
+
+
+@pytest.mark.parametrize("column", [OUT_OF_RANGE, NOT_UTF_8, pa.StructArray.from_arrays([OUT_OF_RANGE], ["t"])])
+def test_a_value_that_python_cannot_hold_concerns_only_its_row_and_only_if_its_column_is_needed(tmp_path, column):
+    path = str(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"question": ["a", "b"], "odd": column}), path, store_schema=False)
+    assert [row for _, row in files.read_rows(path, {"question"})] == [{"question": "a"}, {"question": "b"}]
+    letter, good = (row for _, row in files.read_rows(path, {"question", "odd"}))
+    assert isinstance(letter, DeadLetter) and letter.reason.startswith("`odd` cannot be read: ") and good["question"] == "b"
+    # A template can use any column, so all are read; the value is missing.
+    assert contents(path)[0] == {"question": "a"} and contents(path)[1] == good
+
+
+def test_binary_columns_are_decoded_as_utf_8(tmp_path):
+    rows = [{"question": "é".encode(), "answers": [b"a", b"\xff"], "nested": {"x": b"y"}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    assert contents(tmp_path / "t.parquet") == [{"question": "é", "answers": ["a", "\udcff"], "nested": {"x": "y"}}]
+
+
+def test_two_parquet_columns_of_one_name_are_an_error(tmp_path):
+    pq.write_table(pa.table([["a"], ["b"]], names=["answer", "answer"]), tmp_path / "t.parquet")
+    with pytest.raises(UsageError, match=r"t\.parquet has the column answer more than once; rename or remove all but one"):
+        contents(tmp_path / "t.parquet")
+
+
+def test_all_columns_are_read_if_none_is_needed_so_that_the_error_can_name_them(tmp_path):
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
+    assert [row for _, row in files.read_rows(str(tmp_path / "t.parquet"), {"question"})] == [{"text": "a"}]

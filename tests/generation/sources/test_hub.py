@@ -1,3 +1,4 @@
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from cluster.config import HubSource, fingerprint
 from cluster.errors import UsageError
 from generation.sources import hub
+from generation.sources.values import Cells
 
 ROWS = [{"text": f"row {n}", "label": n % 2} for n in range(5)]
 
@@ -55,3 +57,22 @@ def test_an_unreadable_dataset_raises_an_error_of_one_line(folder):
         with pytest.raises(UsageError, match=r"cannot be read: .*; check name, subset, data_dir, split, revision and network") as caught:
             list(hub.read_rows(source))
         assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_save_to_disk_is_read_with_and_without_splits(tmp_path):
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=saved, test=saved.select([1, 3])).save_to_disk(tmp_path / "two")
+    assert [row for _, row in hub.read_rows(HubSource(name=str(tmp_path / "one")))] == ROWS
+    assert [row for _, row in hub.read_rows(HubSource(name=str(tmp_path / "two"), split="test"))] == [ROWS[1], ROWS[3]]
+
+
+def test_needed_columns_are_read_and_csv_rows_are_marked(tmp_path):
+    far = pa.array([10**18], pa.int64()).cast(pa.timestamp("us"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    pq.write_table(pa.table({"question": ["q"], "time": far}), tmp_path / "a" / "train.parquet")
+    assert [row for _, row in hub.read_rows(HubSource(name=str(tmp_path / "a")), {"question"})] == [{"question": "q"}]
+    (tmp_path / "b" / "train.csv").write_text("question,references\nq,['a']\n")
+    ((_, row),) = hub.read_rows(HubSource(name=str(tmp_path / "b")), {"question", "references"})
+    assert isinstance(row, Cells) and row["references"] == "['a']"

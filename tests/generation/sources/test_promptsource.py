@@ -1,9 +1,15 @@
+import os
+import resource
+from contextlib import closing
+from pathlib import Path
+
 import pytest
 
 from cluster.errors import UsageError
 from generation.sources import promptsource
-from generation.sources.promptsource import Template, TemplateRenderer
+from generation.sources.promptsource import TemplateRenderer
 from generation.sources.row import DeadLetter
+from generation.sources.template_sandbox import Limits, Template
 
 YAML = """
 dataset: super_glue
@@ -35,7 +41,8 @@ def templates(tmp_path):
 def test_each_template_gives_one_row_and_a_blank_rendering_gives_none(templates):
     name, loaded = templates
     assert name == "super_glue_copa" and [each.name for each in loaded] == ["choose", "effect only"]
-    ((location, row),) = TemplateRenderer(loaded, seed=1).render_rows("f:1", RAW)
+    renderer = TemplateRenderer(loaded, seed=1)
+    ((location, row),) = renderer.render_rows([("f:1", RAW)])
     assert location == "f:1#choose" and row == {
         "instruction": "I fell|||down. It hurt. or I flew.?",
         "references": ["It hurt."],
@@ -43,13 +50,36 @@ def test_each_template_gives_one_row_and_a_blank_rendering_gives_none(templates)
         "template": "choose",
         "example": "I fell|||down.",
     }
-    both = [row for _, row in TemplateRenderer(loaded, seed=1).render_rows("f:2", {**RAW, "question": "effect"})]
+    assert renderer.blank == 1
+    both = [row for _, row in renderer.render_rows([("f:2", {**RAW, "question": "effect"})])]
     assert [(row["template"], row["answer_choices"]) for row in both] == [("choose", ["It hurt.", "I flew."]), ("effect only", None)]
+    renderer.close()
 
 
-def render(template, text="some text"):
-    ((_, row),) = TemplateRenderer([Template("t", template, None)], seed=1).render_rows("f:1", {"text": text})
-    return row
+@pytest.fixture(scope="module")
+def processes():
+    """Return the renderer of a template; each is closed after the tests of this module."""
+    found = {}
+
+    def renderer(template, choices=None):
+        key = (template, choices)
+        found[key] = found.get(key) or TemplateRenderer([Template("t", *key)], seed=1, limits=Limits(cpu_s=0.3))
+        return found[key]
+
+    yield renderer
+    for each in found.values():
+        each.close()
+
+
+@pytest.fixture
+def render(processes):
+    """Return a function that renders one template for one raw row: the row or the dead letter."""
+
+    def one(template, raw=None, choices=None):
+        ((_, row),) = processes(template, choices).render_rows([("f:1", {"text": "some text"} if raw is None else raw)])
+        return row
+
+    return one
 
 
 @pytest.mark.parametrize(
@@ -62,20 +92,61 @@ def render(template, text="some text"):
         ("{% set ns = namespace(n=0) %}{% for a in 'abc' %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }} ||| x", "3"),
         ("{% macro m(a) %}<{{ a }}>{% endmacro %}{{ m(text) }} ||| x", "<some text>"),
         ("{% set b %}{{ text }}!{% endset %}{{ b | upper }} ||| x", "SOME TEXT!"),
-        ("{{ missing }}q ||| x", "q"),
+        ("{% if missing is defined %}{{ missing }}{% endif %}{{ missing | default('no') }} ||| x", "no"),
+        ("{% if none_here is none and not none_here %}q{% endif %}{{ none_here | default('no', true) }} ||| x", "qno"),
+        ("{{ text.split()[-1] }}{{ text[0] }} ||| x", "texts"),
     ],
 )
-def test_functions_and_filters_of_promptsource_templates_are_supported(text, instruction):
-    assert render(text)["instruction"] == instruction
+def test_functions_and_filters_of_promptsource_templates_are_supported(render, text, instruction):
+    assert render(text, {"text": "some text", "none_here": None})["instruction"] == instruction
 
 
-def test_several_answers_are_several_references_and_the_choice_filter_is_seeded_by_the_row():
+def test_several_answers_are_several_references_and_the_choice_filter_is_seeded_by_the_row(render):
     assert render("q ||| a ||| b ||| a")["references"] == ["a", "b", "a"]
-    drawn = [render("{{ range(1000) | list | choice }} ||| x", text)["instruction"] for text in "aab"]
+    drawn = [render("{{ range(1000) | list | choice }} ||| x", {"text": text})["instruction"] for text in "aab"]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize(
+    ("template", "raw", "reason"),
+    [
+        ("{{ text }} Is it good? ||| {{ answer_choices[label] }}", {"sentence": "good film", "label": 1}, "'text' is undefined"),
+        ("Q {{ text }} ||| {{ answer }}", {"text": "x", "answer": None}, "`answer` is null"),
+        ("Q {{ text }} ||| {{ answer }}", {"text": "x", "answer": float("nan")}, "`answer` is null"),
+        ("Q {{ text ~ answer }} ||| a", {"text": "x", "answer": None}, "`answer` is null"),
+        ("Q {{ [text, answer] }} ||| a", {"text": "x", "answer": None}, "`answer` is null"),
+        ("Q {{ [text, answer] }} ||| a", {"text": "x"}, "'answer' is undefined"),
+        ("Q {{ answers.text }} ||| {{ answers.text[0] }}", {"answers": {"text": [None]}}, "`answers.text` is null"),
+        ("Q {{ text }} ||| {% if label == 0 %}No{% else %}Yes{% endif %}", {"text": "x", "label": None}, "`label` is null"),
+        ("Q {{ text }} ||| {% if label == 0 %}No{% else %}Yes{% endif %}", {"text": "x"}, "'label' is undefined"),
+        ("Q {{ text }} ||| {% if label %}Yes{% else %}No{% endif %}", {"text": "x"}, "'label' is undefined"),
+        ("Q {% for each in texts %}{{ each }}{% endfor %} ||| a", {"text": "x", "texts": None}, "`texts` is null"),
+        ("Q {{ text }} ||| {{ answer_choices[label] }}", {"text": "x", "label": -1}, "the index -1 is negative"),
+        ("Q {{ text }} ||| {{ answer_choices[label] }}", {"text": "x", "label": 2}, "has no element 2"),
+        ("Q {{ text }} ||| {{ ['No', 'Yes'][label] }}", {"text": "x", "label": -1}, "the index -1 is negative"),
+        ("Q {{ text }} ||| {{ ['No', 'Yes'][label - 1] }}", {"text": "x", "label": 0}, "the index -1 is negative"),
+        ("Q {{ text }} ||| {{ {0: 'No', 1: 'Yes'}[label] }}", {"text": "x", "label": 3}, "has no"),
+        ("Q {{ text }} ||| {{ answer }}", {"text": "x", "answer": " "}, "the answer is blank"),
+        ("Q {{ text | map('upper') }} ||| a", {"text": "x"}, "a generator cannot be printed"),
+        ("Q {{ text.upper }} ||| a", {"text": "x"}, "builtin_function_or_method cannot be printed"),
+        ("Q {{ text }} ||| a", {"text": b"x"}, "a bytes cannot be printed"),
+        ("Q {{ [1, 2] | random }} ||| a", {"text": "x"}, "the `random` filter has no seed; use `choice`"),
+    ],
+)
+def test_a_value_that_is_missing_or_has_no_text_is_a_dead_letter(render, template, raw, reason):
+    letter = render(template, raw, "No ||| Yes")
+    assert isinstance(letter, DeadLetter) and reason in letter.reason and letter.reason.startswith("template 't': ")
+
+
+def test_pipes_in_a_list_of_the_row_do_not_split_the_answer(render):
+    assert render("q ||| {{ texts[0] }}", {"texts": ["a ||| b"]})["references"] == ["a ||| b"]
+
+
+# The limits of the process end each of these; a template cannot reach the memory or the time of the reader.
 HOSTILE = {
+    "a wide indentation": "{{ [[text]] | tojson(indent=300000000) }} ||| x",
+    "a wide filter": "{{ text | center(10**9) }} ||| x",
+    "a long sum": "{{ range(100000) | map('string') | sum(start=[text] * 10**9) }} ||| x",
     "a long range": "{% for i in range(10**12) %}x{% endfor %} ||| x",
     "a loop in a loop": "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %} ||| x",
     "a macro that calls itself": "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }} ||| x",
@@ -100,11 +171,56 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_or_broken_template_is_a_dead_letter_within_the_step_limit(name):
-    renderer = TemplateRenderer([Template("t", HOSTILE[name], None)], seed=1)
-    ((_, letter),) = renderer.render_rows("f:1", {"text": "some text"})
+def test_a_hostile_or_broken_template_is_a_dead_letter_and_takes_no_memory_here(render, name):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    letter = render(HOSTILE[name])
     assert isinstance(letter, DeadLetter) and letter.where == "f:1#t" and letter.reason.startswith("template 't': ")
-    assert renderer._environment._steps <= promptsource.MAX_STEPS + 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+ENDLESS_C_CODE = """{% set ns = namespace(a=1, b=1) %}{% for i in range(40) %}{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}
+{% endfor %}{{ ns.a == ns.b if poison else text }} ||| x"""
+
+
+@pytest.mark.slow
+def test_a_template_that_ends_its_process_costs_only_its_own_row():
+    """A comparison in C code does not stop for the signal of the time limit, so the limit ends the process."""
+    templates = [Template("bad", ENDLESS_C_CODE, None), Template("good", "{{ text }} ||| x", None)]
+    rows = [(f"f:{n}", {"text": f"row {n}", "poison": n == 3}) for n in range(6)]
+    with closing(TemplateRenderer(templates, 1, Limits(cpu_s=0.3))) as renderer:
+        rendered = list(renderer.render_rows(rows))
+    letters = [row for _, row in rendered if isinstance(row, DeadLetter)]
+    assert [(each.where, each.reason) for each in letters] == [
+        ("f:3#bad", "template 'bad': it used too much memory or CPU time, so its process was ended")
+    ]
+    assert [where for where, _ in rendered] == [f"f:{n}#{name}" for n in range(6) for name in ("bad", "good")]
+
+
+def test_a_killed_process_is_started_again_without_a_lost_row():
+    rows = [(f"f:{n}", {"text": f"row {n}"}) for n in range(3)]
+    with closing(TemplateRenderer([Template("t", "{{ text }} ||| x", None)], 1)) as renderer:
+        assert len(list(renderer.render_rows(rows))) == 3
+        os.kill(renderer._process.pid, 9)
+        assert [row["instruction"] for _, row in renderer.render_rows(rows)] == ["row 0", "row 1", "row 2"]
+
+
+def test_the_process_gets_no_variable_that_can_hold_a_credential(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with closing(TemplateRenderer([Template("t", "{{ text }} ||| x", None)], 1)) as renderer:
+        list(renderer.render_rows([("f:1", {"text": "a"})]))
+        assert b"secret" not in Path(f"/proc/{renderer._process.pid}/environ").read_bytes()
+
+
+def test_a_template_over_the_time_limit_is_stopped_after_three_rows_and_others_are_rendered():
+    slow = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %} ||| x"
+    with closing(
+        TemplateRenderer([Template("slow", slow, None), Template("good", "{{ text }} ||| x", None)], 1, Limits(cpu_s=0.1))
+    ) as renderer:
+        rendered = list(renderer.render_rows((f"f:{n}", {"text": f"row {n}"}) for n in range(300)))
+    reasons = [row.reason for where, row in rendered if where.endswith("#slow")]
+    assert reasons[:3] == ["template 'slow': more than 0.1 s of CPU time"] * 3
+    assert set(reasons[3:]) == {"template 'slow': stopped, after 3 rows in a row took more than 0.1 s of CPU time"} and len(reasons) == 300
+    assert sum(not isinstance(row, DeadLetter) for _, row in rendered) == 300
 
 
 @pytest.mark.parametrize(

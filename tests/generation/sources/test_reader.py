@@ -12,6 +12,7 @@ from benchmarks.pairs import bigbench_rows
 from cluster.config import load
 from cluster.errors import UsageError
 from generation import few_shot
+from generation.sources import reader
 from generation.sources.reader import read_rows
 from generation.sources.row import DeadLetter, Instruction
 from tests.generation.sources.row_files import ROWS, files_config, write_jsonl
@@ -164,3 +165,61 @@ def test_the_t0_policy_caps_each_template(tmp_path):
     config = load(None, [f"source={{kind: mixture, policy: t0, cap: 10, parts: [{{source: {{kind: files, path: '{path}'}}}}]}}"])
     taken = [(row.dataset, row.template) for row in rows_of(config)]
     assert {key: taken.count(key) for key in taken} == {("d", "odd"): 5, ("d", "even"): 5, ("small", None): 1}
+
+
+def test_files_of_a_test_split_give_validation_rows_and_partitions_give_columns(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / "lang=en" / "dataset=d").mkdir(parents=True, exist_ok=True)
+        write_jsonl(
+            tmp_path / "lang=en" / "dataset=d" / f"{name}.jsonl", [{"instruction": f"{name} {n}", "references": ["a"]} for n in range(9)]
+        )
+    rows = rows_of(files_config(tmp_path))
+    assert {(row.dataset, row.split, row.instruction.split()[0]) for row in rows} == {("d", "train", "train"), ("d", "validation", "test")}
+    assert len(rows) == 18 and not any(row.split_by_hash for row in rows)
+    (tmp_path / "raw" / "lang=en").mkdir(parents=True)
+    write_jsonl(tmp_path / "raw" / "lang=en" / "a.jsonl", [{"text": "x"}])
+    (tmp_path / "t.yaml").write_text("templates: {a: !Template {jinja: '{{ text }} in {{ lang }} ||| y'}}")
+    (row,) = rows_of(files_config(tmp_path / "raw", f"source.templates={tmp_path}/t.yaml"))
+    assert row.instruction == "x in en"
+
+
+def test_unused_parts_are_named_once_although_the_source_is_read_twice(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", [{**row, "id": 1, "\ud800": 1} for row in ROWS])
+    (tmp_path / "_SUCCESS").write_text("")
+    read = reader.row_reader(files_config(tmp_path).source, 1)
+    assert list(read()) == list(read())
+    assert "".join(capsys.readouterr().err.splitlines()) == (
+        f"source.path={tmp_path}: skipped 1 hidden or temporary files: _SUCCESS"
+        f"source.path={tmp_path}: fields that are not used, with their rows: id 40, \\ud800 40"
+    )
+
+
+SURROGATES = [
+    '{"instruction": "x", "references": ["a"], "\\ud83d_key": 1}',
+    '{"\\ud83d_key": "x"}',
+    '{"instruction": "x\\udfff", "references": ["a"]}',
+    '{"instruction": "x", "references": ["a"], "answer_choices": ["a", "\\ud800"]}',
+    '{"instruction": "x", "references": ["a"], "split": "\\ud800"}',
+    '{"question": "x", "answer": {"\\ud800": 1}}',
+    '{"messages": [{"role": "\\ud800", "content": 1}, {"role": "assistant", "content": "x"}]}',
+]
+
+
+@pytest.mark.parametrize("line", SURROGATES)
+def test_a_lone_surrogate_anywhere_in_a_row_costs_at_most_this_row(tmp_path, line):
+    path = write_jsonl(tmp_path / "rows.jsonl", [ROWS[0], line])
+    for row in rows_of(files_config(path)):
+        (row.to_json() if isinstance(row, DeadLetter) else row.instruction).encode()
+    assert len(rows_of(files_config(path))) == 2
+
+
+def test_a_csv_header_in_another_encoding_costs_no_row_if_its_column_is_not_used(tmp_path, capsys):
+    (tmp_path / "c.csv").write_bytes("instruction,references,réponse\nx,a,é\n".encode("latin-1"))
+    assert [row.references for row in rows_of(files_config(tmp_path / "c.csv"))] == [("a",)]
+    assert "r\\udce9ponse 1" in capsys.readouterr().err
+
+
+def test_a_reference_is_written_like_the_choice_that_it_is(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "x", "references": ["Yes"], "answer_choices": [" Yes", " No"]}])
+    (row,) = rows_of(files_config(path))
+    assert (row.references, row.answer_choices) == ((" Yes",), (" Yes", " No"))

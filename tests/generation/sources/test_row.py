@@ -11,7 +11,7 @@ VALID = {"instruction": "Name a fox.", "references": ["red fox"]}
     "row",
     [
         VALID,
-        {**VALID, "references": ("red fox", "arctic fox"), "answer_choices": ["red fox", "cat"]},
+        {**VALID, "references": ("red fox", " arctic fox"), "answer_choices": ["red fox", "arctic fox", "cat"]},
         {**VALID, "dataset": "foxes", "template": None, "split": "validation", "example": "fox", "other": 3},
     ],
 )
@@ -33,6 +33,15 @@ def test_a_valid_row_has_no_error(row):
         ({**VALID, "references": "red fox"}, "`references` is a str; it must be a list of texts"),
         ({**VALID, "references": []}, "`references` is empty; at least one text is needed"),
         ({**VALID, "references": ["a", " "]}, "`references` holds an empty text"),
+        ({**VALID, "answer_choices": ["cat", "dog"]}, "`references` holds 'red fox', which is not in `answer_choices`"),
+        (
+            {**VALID, "references": ["red fox", "1"], "answer_choices": ["red fox", "cat"]},
+            "`references` holds '1', which is not in `answer_choices`",
+        ),
+        (
+            {**VALID, "answer_choices": ["red fox", "red fox "]},
+            "`answer_choices` has one choice, 'red fox'; a classification row needs two",
+        ),
         ({**VALID, "answer_choices": [1]}, "`answer_choices` holds a int; each must be text"),
         ({**VALID, "answer_choices": ["\ud800"]}, "`answer_choices` holds a lone surrogate, which is not valid text"),
     ],
@@ -66,3 +75,5 @@ def test_a_dead_letter_holds_location_reason_and_the_first_500_characters_as_asc
     assert len(letter.row) == 500 and letter.row.startswith('{"text": "\\u00e9')
     assert json.loads(letter.to_json()) == {"where": "f.jsonl:3", "stage": "read", "reason": letter.reason, "row": letter.row}
     assert dead_letter("f:1", "the line is not JSON", "{" * 600).row == "{" * 500
+    odd = dead_letter("\udcff", "a\nb\u2028\ud800" + "c" * 2000, "\ud800")
+    assert (odd.where, odd.reason[:12], len(odd.reason), odd.row) == ("\\udcff", "a b \\ud800cc", 1005, "\\ud800")
