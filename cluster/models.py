@@ -24,6 +24,8 @@ EMBEDDED = {
 }
 ADAPTER = "adapter_config.json"
 """The file that identifies a folder with adapters of peft."""
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+"""Endings of weights that are not safetensors."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
@@ -102,9 +104,9 @@ def _check_weights(folder: Path, name: str, setting: str, adapters: bool) -> Pat
 
 
 def _from_s3(uri: str, setting: str) -> Path:
-    """Copy an s3:// folder to the cache, once for each version of its content."""
+    """Copy an s3:// folder to the cache, once for each version of its content. Pickled files are not copied: loading them can run code."""
     storage.check_uri(uri, setting)
-    versions = storage.list_versions(uri)
+    versions = {name: version for name, version in storage.list_versions(uri).items() if not name.lower().endswith(_PICKLED)}
     if not versions:
         raise CappyError(f"{setting}={uri}: the folder is empty; give the s3:// folder of a model")
     for name in versions:
@@ -115,9 +117,11 @@ def _from_s3(uri: str, setting: str) -> Path:
     entry = cache.folder() / "models" / "s3" / key
 
     def copy(target: Path) -> None:
-        cache_eviction.make_room(entry.parent, sum(storage.list_files(uri).values()))
-        storage.download_folder(uri, target)
-        if storage.list_versions(uri) != versions:
+        sizes = storage.list_files(uri)
+        cache_eviction.make_room(entry.parent, sum(sizes.get(name, 0) for name in versions))
+        for name in versions:
+            storage.download_file(storage.join(uri, name), target / name)
+        if not versions.items() <= storage.list_versions(uri).items():
             raise CappyError(f"{setting}={uri}: its files changed during the copy to the cache; run the same command again")
 
     cache_eviction.use(entry, uri)

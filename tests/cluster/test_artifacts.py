@@ -246,3 +246,15 @@ def test_unknown_keys_of_a_manifest_are_kept(tmp_path):
     tree = {"kind": "a later kind", "files": {}, "later": {"key": 1}}
     storage.write_json(f"{tmp_path}/_MANIFEST.json", tree)
     assert artifacts.read_any_manifest(str(tmp_path), "URI") == tree
+
+
+def test_the_publication_of_a_folder_removes_the_temporary_files_of_killed_runs(tmp_path):
+    names = ["README.md", "data/part-1.bin", "_MANIFEST.json"]
+    for name in ["README.md", "data/part-1.bin"]:
+        storage.write_bytes(f"{tmp_path}/{name}", b"x")
+    for name in (*names, "thesis.txt"):
+        folder, _, file = name.rpartition("/")
+        storage.write_bytes(f"{tmp_path}/{folder}/.{file}.{'0' * 32}", b"cut")
+    files = artifacts.checksums(str(tmp_path), names[:2])
+    artifacts.publish_folder(str(tmp_path), "scorer", files=files, summary={}, config={})
+    assert set(storage.list_files(str(tmp_path))) == {*names, f".thesis.txt.{'0' * 32}"}  # not a file of the manifest

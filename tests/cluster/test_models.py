@@ -68,16 +68,30 @@ def test_a_file_that_changed_but_kept_its_size_is_copied_again(published, folder
 def test_a_folder_that_changes_during_the_copy_is_not_kept(folder, bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("CAPPY_CACHE", str(tmp_path))
     storage.upload_folder(folder, f"{bucket}/model")
-    real = storage.download_folder
+    real = storage.download_file
 
-    def download(uri, target):
-        real(uri, target)
+    def download(uri, file):
+        digest = real(uri, file)
         storage.write_bytes(f"{bucket}/model/config.json", b"{}")
+        return digest
 
-    monkeypatch.setattr(storage, "download_folder", download)
+    monkeypatch.setattr(storage, "download_file", download)
     with pytest.raises(CappyError, match=rf"scorer.encoder={bucket}/model: its files changed during the copy to the cache; run"):
         models.resolve(f"{bucket}/model", "scorer.encoder")
     assert not any((tmp_path / "models" / "s3").glob("[!.]*"))
+
+
+def test_pickled_weights_in_object_storage_are_not_copied(folder, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("CAPPY_CACHE", str(tmp_path))
+    storage.upload_folder(folder, f"{bucket}/model")
+    for name in ("pytorch_model.bin", "optimizer.pt", "deep/x.PKL"):
+        storage.write_bytes(f"{bucket}/model/{name}", b"a pickle")
+    copied = models.resolve(f"{bucket}/model", "sampler.model")
+    assert set(storage.list_files(str(copied))) == set(storage.list_files(str(folder)))
+    storage.write_bytes(f"{bucket}/pickled/config.json", b"{}")
+    storage.write_bytes(f"{bucket}/pickled/pytorch_model.bin", b"a pickle")
+    with pytest.raises(CappyError, match=r"no \*.safetensors weights \(pickled .bin files are not loaded\)"):
+        models.resolve(f"{bucket}/pickled", "sampler.model")
 
 
 def test_the_copies_of_models_stay_within_the_limit_of_the_cache(folder, bucket, tmp_path, monkeypatch):

@@ -110,3 +110,12 @@ def test_a_run_removes_only_its_own_shards(tmp_path):
         storage.write_bytes(f"{tmp_path}/{name}", b"content")
     shards.remove_own(str(tmp_path), "0123abcd")
     assert not (tmp_path / own).exists() and (tmp_path / other).exists()
+
+
+def test_temporary_files_of_shards_that_killed_runs_left_are_removed(tmp_path):
+    shard = shards.shard_path("train", 0, "0123abcd")
+    folder, _, file = shard.rpartition("/")
+    for name in (shard, f"{folder}/.{file}.{'0' * 32}", f"{folder}/.part-00007-89abcdef.parquet.{'1' * 32}", f"{folder}/.notes.{'1' * 32}"):
+        storage.write_bytes(f"{tmp_path}/{name}", b"x")
+    shards.remove_superseded(str(tmp_path), [shard], lambda: None)
+    assert set(storage.list_files(str(tmp_path))) == {shard, f"{folder}/.notes.{'1' * 32}"}
