@@ -88,6 +88,11 @@ def failure_reason(error: Exception) -> str:
                 f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             )
         return f"the object store{endpoint_hint()} denied access; check the permissions of the credentials for this bucket and prefix"
+    if "RequestTimeTooSkewed" in text:
+        return f"the object store{endpoint_hint()} refused the request, because the clock of this machine is wrong; set the clock"
+    response = getattr(error, "response", None) or {}
+    if 400 <= response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) < 500:
+        return f"the object store{endpoint_hint()} refused the request; check the bucket, AWS_REGION and the permissions"
     return f"the object store{endpoint_hint()} cannot be reached; check AWS_ENDPOINT_URL, the network and the bucket"
 
 

@@ -1,5 +1,8 @@
+import errno
+
 import pytest
 from ray.exceptions import RayTaskError
+from safetensors import SafetensorError
 
 from cluster.errors import CappyError, UsageError
 from cluster.runtime import find_cappy_error, ray_session
@@ -12,6 +15,25 @@ def test_the_error_of_a_failed_task_is_one_line_without_a_traceback(kind):
         found = find_cappy_error(error)
         assert type(found) is kind and str(found) == "x=1: too small; raise it"
     assert find_cappy_error(RayTaskError("write", "Traceback (most recent call last):\n  deep inside", ValueError("a bug"))) is None
+
+
+@pytest.mark.parametrize(
+    ("cause", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/x"),
+            "/data/x cannot be written (No space left on device); free some space",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/data/x"), "/data/x cannot be written (Read-only file system); check the disk"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "a temporary file in TMPDIR="),
+    ],
+)
+def test_a_full_or_broken_disk_in_a_task_is_one_line(cause, line):
+    raised = RayTaskError("write", "Traceback (most recent call last):\n  deep inside", cause)
+    for error in (cause, raised, raised.as_instanceof_cause()):
+        found = find_cappy_error(error)
+        assert str(found).startswith(line) and "\n" not in str(found)
+    assert find_cappy_error(RayTaskError("write", "Traceback", OSError(errno.ENOENT, "No such file", "/data/x"))) is None
 
 
 @pytest.mark.slow

@@ -179,6 +179,24 @@ def test_a_wrong_signature_is_tried_twice(call, bucket, monkeypatch):
         assert len(proxy.requests) == 2
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (403, "RequestTimeTooSkewed", r"refused the request, because the clock of this machine is wrong; set the clock \(error code"),
+        (400, "InvalidRequest", r"refused the request; check the bucket, AWS_REGION and the permissions \(error code InvalidRequest\)"),
+        (400, "ExpiredToken", r"refused the credentials; check AWS_ACCESS_KEY_ID"),
+        (403, "AccessDenied", r"denied access; check the permissions of the credentials for this bucket and prefix"),
+    ],
+)
+def test_a_refused_request_is_not_retried_and_names_the_reason(status, code, error, bucket, monkeypatch):
+    body = f"<Error><Code>{code}</Code></Error>".encode()
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"], answer=lambda method, path: (status, body)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with pytest.raises(CappyError, match=error):
+            storage.write_bytes(f"{bucket}/o", b"x")
+        assert len(proxy.requests) == 1
+
+
 ROWS = b"".join(b'{"instruction": "say %d", "reference": "%d"}\n' % (number, number) for number in range(500))
 HALVES = gzip.compress(ROWS[:1000]) + gzip.compress(ROWS[1000:])
 
