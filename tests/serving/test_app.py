@@ -19,6 +19,7 @@ import openai
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from ray import serve as ray_serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID, DeploymentStatus, DeploymentStatusTrigger
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -198,6 +199,39 @@ async def test_a_health_check_does_not_start_a_deployment_that_is_scaled_to_zero
     assert (both.llm.calls, both.scorer.calls) == (1, 0)
     await both.ready()
     assert both.llm.calls == 1  # the status is cached for a moment
+
+
+class Model:
+    """A model without weights, as LLM and as scorer. `error` is raised by a call."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    async def sample(self, *_):
+        if self.error:
+            raise self.error
+        candidate = {"response": "a", "decoding": "x", "tokens": 1, "finish_reason": "stop", "logprob": None}
+        return {"candidates": [candidate] * 2, "prompt_tokens": 1}
+
+    async def score(self, *_):
+        return {"scores": [0.5], "tokens": [3]}
+
+
+@pytest.mark.parametrize(("error", "answers"), [(None, True), (KeyError("a bug"), False)])
+def test_the_start_sends_a_test_request_through_the_deployments(error, answers):
+    model = ray_serve.deployment(Model)
+    gateway = ray_serve.deployment(ray_serve.ingress()(app.Gateway)).options(name="Gateway")
+    graph = gateway.bind(Config(), (), model.options(name="LLM").bind(error), model.options(name="Scorer").bind())
+    handle = ray_serve.run(graph, name="local", route_prefix="/", _local_testing_mode=True)
+    assert handle.answers_test_request.remote().result() is answers
+
+
+def test_every_deployment_has_a_bounded_queue(tmp_path):
+    gateway = app.build_application(Config(workspace=str(tmp_path), serving=ServingConfig(max_concurrency=2, max_queue=2)))
+    bound = gateway._bound_deployment
+    others = [argument._bound_deployment for argument in bound.init_args if isinstance(argument, ray_serve.Application)]
+    queues = {each.name: (each.max_ongoing_requests, each.max_queued_requests) for each in (bound, *others)}
+    assert queues == {"Gateway": (32, 32), "LLM": (10, 128), "Scorer": (10, 2000)}
 
 
 @pytest.fixture(scope="module")
