@@ -18,6 +18,10 @@ class Notes:
         """Renderings of templates that were blank: such a template does not apply to the row."""
         self._logged: set[str] = set()
 
+    def reset_counts(self) -> None:
+        """Set the counts to 0, after a reading that only counts the rows."""
+        self.merged = self.blank = 0
+
     def log(self, text: str) -> None:
         """Log a line, unless it was logged before."""
         if text not in self._logged:

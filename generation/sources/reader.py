@@ -47,8 +47,10 @@ def row_reader(source: Source, seed: int, notes: Notes | None = None) -> Stream:
     if source.policy == "t0":
         counts = Counter(_template_key(row) for row in everything() if isinstance(row, Instruction))
         caps = mixture.t0_caps(counts, source.cap)
+        notes.reset_counts()
         return lambda: mixture.sample_rows(everything(), _template_key, counts, caps, seed)
     sizes = [sum(isinstance(row, Instruction) for row in stream()) for stream in streams]
+    notes.reset_counts()
     row_counts = mixture.rows_per_part(sizes, [part.weight or 0.0 for part in source.parts], source.rows)
 
     def weighted() -> Iterator[Instruction | DeadLetter]:

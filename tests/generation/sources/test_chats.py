@@ -19,7 +19,8 @@ SHAREGPT = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
 )
 def test_a_chat_of_sharegpt_gives_its_last_answer_as_the_reference(raw, instruction, reference):
     ((_, row),) = formats.convert_row("f:1", raw, "auto")
-    assert (row["instruction"], row["references"]) == (instruction, [reference]) and not formats.unused_fields(raw, "auto")
+    assert not isinstance(row, DeadLetter)
+    assert (row.get("instruction"), row.get("references")) == (instruction, [reference]) and not formats.unused_fields(raw, "auto")
 
 
 def test_turns_after_the_last_answer_are_named_as_not_used():

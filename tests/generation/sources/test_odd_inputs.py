@@ -88,6 +88,7 @@ def test_the_right_rows_of_an_odd_input_are_published(name):
 @pytest.mark.parametrize("name", ERRORS)
 def test_an_odd_input_without_a_usable_row_is_an_error_of_one_line(name):
     error = odd.measure(ODD / name).error
+    assert error is not None
     assert ERRORS[name] in error and "\n" not in error
 
 

@@ -76,8 +76,9 @@ def render(processes):
     """Return a function that renders one template for one raw row: the row or the dead letter."""
 
     def one(template, raw=None, choices=None):
-        ((_, row),) = processes(template, choices).render_rows([("f:1", {"text": "some text"} if raw is None else raw)])
-        return row
+        rows = [row for _, row in processes(template, choices).render_rows([("f:1", {"text": "some text"} if raw is None else raw)])]
+        assert len(rows) == 1
+        return rows[0]
 
     return one
 
@@ -201,7 +202,18 @@ def test_a_killed_process_is_started_again_without_a_lost_row():
     with closing(TemplateRenderer([Template("t", "{{ text }} ||| x", None)], 1)) as renderer:
         assert len(list(renderer.render_rows(rows))) == 3
         os.kill(renderer._process.pid, 9)
-        assert [row["instruction"] for _, row in renderer.render_rows(rows)] == ["row 0", "row 1", "row 2"]
+        again = [row for _, row in renderer.render_rows(rows)]
+    assert not any(isinstance(row, DeadLetter) for row in again)
+    assert [row["instruction"] for row in again] == ["row 0", "row 1", "row 2"]
+
+
+@pytest.mark.parametrize("name", ["a wide indentation", "a wide filter", "a long text"])
+def test_a_template_gets_no_more_memory_than_its_limit(name):
+    with closing(TemplateRenderer([Template("t", HOSTILE[name], None)], 1, Limits(cpu_s=30, memory=64 << 20))) as renderer:
+        ((_, letter),) = renderer.render_rows([("f:1", {"text": "some text"})])
+        status = Path(f"/proc/{renderer._process.pid}/status").read_text()
+    assert letter.reason.startswith("template 't': MemoryError")
+    assert int(status.split("VmHWM:")[1].split()[0]) < 200_000  # in kB, with the interpreter
 
 
 def test_the_process_gets_no_variable_that_can_hold_a_credential(monkeypatch):

@@ -13,6 +13,7 @@ from cluster.config import load
 from cluster.errors import UsageError
 from generation import few_shot
 from generation.sources import reader
+from generation.sources.notes import Notes
 from generation.sources.reader import read_rows
 from generation.sources.row import DeadLetter, Instruction
 from tests.generation.sources.row_files import ROWS, files_config, write_jsonl
@@ -223,3 +224,12 @@ def test_a_reference_is_written_like_the_choice_that_it_is(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"instruction": "x", "references": ["Yes"], "answer_choices": [" Yes", " No"]}])
     (row,) = rows_of(files_config(path))
     assert (row.references, row.answer_choices) == ((" Yes",), (" Yes", " No"))
+
+
+def test_the_merged_choices_of_a_mixture_are_counted_once_although_its_rows_are_read_twice(tmp_path):
+    choices = [{"idx": [0, n], "inputs_pretokenized": "q", "targets_pretokenized": f"{n}", "is_correct": n == 1} for n in range(3)]
+    path = write_jsonl(tmp_path / "d.jsonl", choices)
+    notes = Notes()
+    source = load(None, [f"source={{kind: mixture, policy: t0, parts: [{{source: {{kind: files, path: '{path}'}}}}]}}"]).source
+    (row,) = read_rows(source, 1, notes)
+    assert (row.references, row.answer_choices, notes.merged) == (("1",), ("0", "1", "2"), 2)
