@@ -16,7 +16,7 @@ from typing import Any
 from generation.sources import bigbench, chats, question_answer
 from generation.sources.folders import split_of_word
 from generation.sources.row import DeadLetter, dead_letter
-from generation.sources.values import Cells, as_choices, as_text, as_texts, is_null, parse_cells
+from generation.sources.values import Cells, as_choices, as_text, as_texts, is_null, number_as_text, parse_cells
 
 Row = dict[str, Any]
 Converter = Callable[[Mapping[str, Any]], Iterable[Row | str]]
@@ -67,15 +67,23 @@ def unused_fields(row: Mapping[str, Any], format: str) -> set[str]:
 
 
 def convert_cappy(row: Mapping[str, Any]) -> Iterable[Row | str]:
-    """Convert a row that has the columns of this project. A text in a list column is a single item; missing references are left out."""
+    """Convert a row that has the columns of this project.
+
+    A text in a list column is a single item, and numbers become texts. Missing references are left out. A split with another name, e.g.
+    `test` or `dev`, becomes `validation`.
+    """
     found = dict(row)
-    references = found.get("references")
+    found["instruction"] = number_as_text(found.get("instruction"))
+    references = number_as_text(found.get("references"))
     if isinstance(references, str):
-        found["references"] = [references]
-    elif isinstance(references, list | tuple):
-        found["references"] = [each for each in references if not is_null(each)]
+        references = [references]
+    if isinstance(references, list | tuple):
+        found["references"] = [number_as_text(each) for each in references if not is_null(each)]
     if "answer_choices" in found:
-        found["answer_choices"] = as_choices(found["answer_choices"])
+        choices = as_choices(found["answer_choices"])
+        found["answer_choices"] = [number_as_text(each) for each in choices] if isinstance(choices, list | tuple) else choices
+    if isinstance(found.get("split"), str):
+        found["split"] = split_of_word(found["split"]) or found["split"]
     yield found
 
 

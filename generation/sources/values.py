@@ -38,14 +38,18 @@ def is_null(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
+def number_as_text(value: Any) -> Any:
+    """Return a number as text. Other values, also booleans and missing values, are unchanged."""
+    return str(value) if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and not is_null(value) else value
+
+
 def as_text(value: Any, name: str) -> str | None:
     """Return a text or a number as text, and None for a missing value. Raises `ValueError` for other values of the column `name`."""
     if is_null(value):
         return None
+    value = number_as_text(value)
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        return str(value)
     raise ValueError(f"`{name}` is a {type(value).__name__}; it must be text")
 
 

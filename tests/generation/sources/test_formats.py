@@ -168,3 +168,21 @@ def test_a_row_that_cannot_be_converted_is_a_dead_letter_with_the_reason(raw, re
 def test_a_named_format_is_not_detected():
     ((_, letter),) = formats.convert_row("f:7", {"instruction": "x", "references": ["a"]}, "p3")
     assert letter.reason == "format p3 needs 'inputs_pretokenized'; the row has instruction, references"
+
+
+@pytest.mark.parametrize(
+    ("row", "converted"),
+    [
+        ({"instruction": 7, "references": [4, 0.5, "x"]}, {"instruction": "7", "references": ["4", "0.5", "x"]}),
+        ({"instruction": "a", "references": 4}, {"instruction": "a", "references": ["4"]}),
+        (
+            {"instruction": "a", "references": ["1"], "answer_choices": [1, 2]},
+            {"instruction": "a", "references": ["1"], "answer_choices": ["1", "2"]},
+        ),
+        ({"instruction": "a", "references": ["b"], "split": "test"}, {"instruction": "a", "references": ["b"], "split": "validation"}),
+        ({"instruction": "a", "references": ["b"], "split": "later"}, {"instruction": "a", "references": ["b"], "split": "later"}),
+        ({"instruction": "a", "references": [True]}, {"instruction": "a", "references": [True]}),
+    ],
+)
+def test_own_columns_may_hold_numbers_and_other_names_of_splits(row, converted):
+    assert list(formats.convert_cappy(row)) == [converted]
