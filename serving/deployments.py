@@ -22,7 +22,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from cluster.config import DecodingConfig, SamplerConfig, ServingConfig
 from cluster.errors import CappyError
 from generation import engines
-from generation.engines.contract import Candidate, ConstraintRefused, EngineUnavailable, PromptTooLong, RowError
+from generation.engines.contract import Candidate, ConstraintRefused, ContentFiltered, EngineUnavailable, PromptTooLong, RowError
 from generation.prompts import Message
 from serving.backend import ApiError, OnFinished, Sampled, Scored
 from serving.ledger import Ledger
@@ -120,17 +120,25 @@ class LLM:
             if len(responses) >= _EARLY_SHARE * count:
                 enough.set()
 
-        draws = [
-            asyncio.ensure_future(
-                self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs, on_candidate=on_candidate if report_early else None)
-            )
-            for decoding, seed, name in zip(decodings, seeds, names, strict=True)
-        ]
+        filtered: list[ContentFiltered] = []
+
+        async def draw_pool(decoding: DecodingConfig, seed: int | None, name: str) -> list[Candidate]:
+            report = on_candidate if report_early else None
+            try:
+                return await self.engine.sample(encoded, decoding, seed, name, logprobs=logprobs, on_candidate=report)
+            except ContentFiltered as error:
+                filtered.append(error)
+                return []
+
+        draws = [asyncio.ensure_future(draw_pool(*each)) for each in zip(decodings, seeds, names, strict=True)]
         all_drawn = asyncio.gather(*draws)
         try:
             if report_early and await _finished_early(enough, all_drawn):
                 report_early(list(responses))
             pools = await all_drawn
+            # A content filter that stopped one decoding does not take the candidates of the others.
+            if filtered and not any(pools):
+                raise filtered[0]
             prompt_tokens = self.engine.prompt_tokens(encoded, names[0])
         except Exception as error:
             raise self._client_error(error, param) from None

@@ -142,6 +142,16 @@ async def test_an_endpoints_error_reaches_the_client_without_addresses_and_keys(
         assert int(response.headers["retry-after"]) == (30 if "Retry-After" in answer[1] else 1)
 
 
+async def test_a_content_filter_takes_only_the_candidates_that_it_stopped(server):
+    server.reply = lambda body, number: good(body) if body["temperature"] else error(400, "no", code="content_filter")
+    answer, _ = await ask(endpoint(server), cappy={"candidates": 4, "return_candidates": True})
+    assert {body["temperature"] > 0 for body in server.bodies} == {True, False}
+    assert answer.status_code == 200 and "greedy" not in {each["decoding"] for each in answer.json()["cappy"]["candidates"]}
+    server.reply = lambda body, number: error(403, "your input was flagged")
+    answer, _ = await ask(endpoint(server), cappy={"candidates": 4})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "refused_by_endpoint")
+
+
 async def test_during_a_cool_down_the_next_request_is_a_503_without_a_call_and_a_late_endpoint_is_a_504(server):
     server.reply = lambda body, number: error(429, headers={"Retry-After": "30"})
     llm = endpoint(server)

@@ -225,7 +225,7 @@ def test_variables_of_the_chat_template_are_sent_with_chats(server, form):
 
 @pytest.mark.parametrize("value", ["0", "1"])
 def test_a_server_that_always_sends_retry_after_fails_the_row(server, value):
-    server.reply = lambda body, number: error(429, "busy", {"Retry-After": value})
+    server.reply = lambda body, number: error(429, "busy", {"Retry-After": value}) if number < 4 else good(body)
     with pytest.raises(EngineUnavailable, match="no answer in 3 tries, last: it answered 429: busy"):
         sample(endpoint(server, tries=3))
     assert len(server.bodies) == 3
@@ -255,8 +255,13 @@ def test_a_busy_server_that_answers_other_requests_does_not_use_up_the_tries(ser
 
 @pytest.mark.parametrize("pauses", [1, 2])
 def test_a_row_fails_after_its_last_pause_although_others_are_answered(server, pauses):
+    refused = []
+
     def reply(body, number):
-        return good(body) if body["messages"][-1]["content"] == "fine" else error(429, "busy", {"Retry-After": "0"})
+        if body["messages"][-1]["content"] == "fine" or len(refused) > pauses:
+            return good(body)
+        refused.append(number)
+        return error(429, "busy", {"Retry-After": "0"})
 
     server.reply = reply
     llm = endpoint(server, max_pauses=pauses)
@@ -272,14 +277,14 @@ def test_a_row_fails_after_its_last_pause_although_others_are_answered(server, p
     assert all(isinstance(pool, list) for pool in fine)
 
 
-def test_a_retry_after_of_a_day_does_not_apply_and_ends_the_run_if_it_stays(server, capsys):
-    server.reply = lambda body, number: error(429, "quota of the day", {"Retry-After": "86400"}) if number < 2 else good(body)
-    assert sample(endpoint(server, tries=3))[0]["response"] == "answer 5 0"
-    assert "answered 429, Retry-After 86400 s: above max_retry_after_s=300, so retrying sooner" in capsys.readouterr().err
+def test_a_retry_after_above_the_limit_does_not_apply_and_ends_the_run_if_it_stays(server, capsys):
+    server.reply = lambda body, number: error(429, "quota of the day", {"Retry-After": "3"}) if number < 2 else good(body)
+    assert sample(endpoint(server, tries=3, max_retry_after_s=1))[0]["response"] == "answer 5 0"
+    assert "answered 429, Retry-After 3 s: above max_retry_after_s=1, so retrying sooner" in capsys.readouterr().err
     server.reply = lambda body, number: error(429, "quota of the day", {"Retry-After": "86400"})
     message = r"accepts no request for 86400 s \(it answered 429: quota of the day\), above sampler.engine.max_retry_after_s=300"
     with pytest.raises(CappyError, match=message) as caught:
-        sample(endpoint(server, tries=2))
+        sample(endpoint(server, tries=1))
     assert not isinstance(caught.value, RowError)
 
 
