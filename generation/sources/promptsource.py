@@ -33,7 +33,7 @@ from generation.sources.template_sandbox import MAX_FRAME, Limits, Renderer, Tem
 
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20
-_SILENCE_S = 60.0
+_SILENCE_S = 300.0
 """A process that is silent for this time is ended, in seconds."""
 _Result = dict[str, Any]
 _ENDED: _Result = {"error": "it used too much memory or CPU time, so its process was ended"}
