@@ -85,6 +85,7 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
     if not overwrite:
         artifacts.refuse_published(uri, "evaluation_path", "evaluate")
     artifacts.refuse_foreign(uri, "evaluation_path", _OWNED, overwrite=overwrite)
+    RegressionSet(config.dataset_uri)  # without a set, the command must leave no folder of a lease
     with lease.hold(storage.join(uri, _LEASE), f"evaluation_path={uri}", keep=False) as held:
         if not overwrite:
             artifacts.refuse_published(uri, "evaluation_path", "evaluate")

@@ -225,3 +225,9 @@ def test_an_evaluation_that_lost_its_lease_leaves_the_files_of_the_winner(overwr
     with pytest.raises(CappyError, match="lease lost: another run took over"):
         run_evaluate(published, overwrite=overwrite, load=lambda _: late)
     assert {name: storage.read_bytes(f"{place}/{name}") for name in storage.list_files(place)} == late.files
+
+
+def test_without_a_set_no_folder_is_left(tmp_path):
+    with pytest.raises(CappyError, match="is not there"):
+        run_evaluate(configs.load(None, [f"workspace={tmp_path}/none"]))
+    assert list(tmp_path.iterdir()) == []
