@@ -169,6 +169,8 @@ def _type(annotation: Any) -> str:
         return _type(inner[0])
     if origin in (tuple, list):
         return f"list of {_type(inner[0])}"
+    if origin is dict:
+        return "mapping"
     if isinstance(annotation, type):
         return annotation.__name__
     raise TypeError(f"no name for the type {annotation!r} of a setting; add it to {__name__}._type")
