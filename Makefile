@@ -14,7 +14,7 @@ COVERAGE_FLOOR ?= 85
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-all test-fast check module-map format docs wheel bench bench-quick lock clean
+.PHONY: help setup doctor demo test test-all test-fast clients check module-map format docs wheel bench bench-quick lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -60,8 +60,18 @@ test: setup  ## the tests of every change, with real small models and a real S3 
 	  $(PYTEST) -m 'slow and not full' --durations=15 || status=1; \
 	  exit $$status
 
-test-all: setup  ## all tests, also those marked `full`
-	@$(PYTEST)
+test-all: setup clients  ## all tests, also those marked `full`
+	@test -n "$$CAPPY_CLIENTS_PYTHON" || ! test -e $(CLIENTS)/.ready || export CAPPY_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python; $(PYTEST)
+
+# LangChain, LiteLLM and lm-eval need another version of the openai package than this project.
+CLIENTS := .venv-clients
+CLIENTS_LIST := tests/serving/clients/requirements.txt
+clients: setup  ## a separate environment with the client libraries that `make test-all` runs against a server (0.5 GB)
+	@test -n "$$CAPPY_CLIENTS_PYTHON" || test $(CLIENTS)/.ready -nt $(CLIENTS_LIST) || \
+	  { $(BIN)/python -m venv $(CLIENTS) && \
+	    { VIRTUAL_ENV=$(CLIENTS) $(BIN)/uv pip install --quiet -r $(CLIENTS_LIST) || $(CLIENTS)/bin/python -m pip install --quiet -r $(CLIENTS_LIST); } && \
+	    touch $(CLIENTS)/.ready; } || \
+	  echo "the client libraries cannot be installed; make test-all skips their tests" >&2
 
 test-fast: setup  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m 'not slow and not full'
