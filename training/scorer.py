@@ -271,14 +271,18 @@ def set_pad_token(model: Any, tokenizer: Any) -> None:
 
     Raises `CappyError` when the tokenizer has no special token that can serve.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     if tokenizer.pad_token_id is None:
         used = tokenizer("a", "b")["input_ids"]
         free = [token for token in ("eos_token", "unk_token") if getattr(tokenizer, f"{token}_id") not in (None, *used)]
         if not free:
             raise CappyError("the tokenizer of the scorer has no pad token; set `pad_token` in its tokenizer_config.json")
         tokenizer.pad_token = getattr(tokenizer, free[0])
+    is_encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     for config in (model.config, model.config.get_text_config()):
-        config.pad_token_id = tokenizer.pad_token_id
+        if config.pad_token_id is None or not is_encoder:
+            config.pad_token_id = tokenizer.pad_token_id
 
 
 def _load_whole(folder: Path, name: str, setting: str) -> tuple[Any, Any]:

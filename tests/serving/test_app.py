@@ -44,7 +44,7 @@ encoder = conftest.encoder
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_path):
+def test_a_taken_port_or_a_strange_host_is_refused_before_anything_loads(tmp_path, no_ray):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -81,7 +81,7 @@ def test_the_error_of_a_write_is_raised_by_the_next_write(tmp_path: Path):
     (tmp_path / "file").write_text("")
     writer = CheckpointWriter(str(tmp_path / "file"), kept=1, successor=str(tmp_path / "next"))
     writer.save(state(1))
-    with pytest.raises(OSError):
+    with pytest.raises(CappyError, match=r"weights-000\.safetensors cannot be written \(Not a directory\)"):
         writer.save(state(2))
 
 
