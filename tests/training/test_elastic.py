@@ -12,7 +12,7 @@ import pytest
 from tests.training.conftest import publish, settings
 from tests.training.test_train import last_step, launch, wait_for, wait_for_step, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 EPOCHS, STEPS = 8, 53
 

@@ -138,7 +138,7 @@ def test_blocks_are_copied_in_every_layer_and_a_cache_of_another_layout_is_rejec
         made.register_kv_caches({"one": torch.zeros(2, BLOCKS, SIZE, 3)})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_engine_with_prefill_sharing_draws_the_same_candidates_as_one_without():
     from cluster.config import DecodingConfig, VLLMConfig
     from generation.engines.vllm import VLLMEngine
