@@ -61,6 +61,14 @@ def read_tasks(tasks: Sequence[str], seed: int) -> Iterator[tuple[str, str, Exam
                 yield task, name, row
 
 
+def count_left_out(task: str, seed: int) -> tuple[int, int]:
+    """Return how many examples of a task have no usable target, and how many repeat the instruction of another row."""
+    (subtasks,) = load_tasks([task])
+    rendered = [render_example(name, body, example) for name, body in subtasks.items() for example in body.get("examples", [])]
+    used = sum(not isinstance(each, str) and "answer_choices" not in each for each in rendered)
+    return len(rendered) - used, used - sum(1 for _ in read_tasks([task], seed))
+
+
 def render_examples(subtask: str, body: Mapping[str, Any]) -> list[Example]:
     """Return the zero-shot examples of one task file: `task_prefix + input_prefix + input + output_prefix`.
 

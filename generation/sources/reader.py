@@ -83,7 +83,7 @@ def _read_limited(
     limits = {"train": source.train_rows, "validation": source.validation_rows}
     taken: Counter[tuple[str, str]] = Counter()
     count = 0
-    rows = _bigbench_rows(source, seed) if isinstance(source, BigBenchSource) else _file_or_hub_rows(source, seed, notes)
+    rows = _bigbench_rows(source, seed, notes) if isinstance(source, BigBenchSource) else _file_or_hub_rows(source, seed, notes)
     with closing(rows):
         for row in rows:
             if isinstance(row, Instruction):
@@ -98,7 +98,12 @@ def _read_limited(
             yield row
 
 
-def _bigbench_rows(source: BigBenchSource, seed: int) -> Generator[Instruction]:
+def _bigbench_rows(source: BigBenchSource, seed: int, notes: Notes) -> Generator[Instruction]:
+    bigbench.load_tasks(source.tasks)  # in one scan of the archive
+    for task in source.tasks:
+        without, repeated = bigbench.count_left_out(task, seed)
+        if without or repeated:
+            notes.log(f"source.tasks: {task}: left out {without:,} examples without a target and {repeated:,} repeated instructions")
     for task, side, example in bigbench.read_tasks(source.tasks, seed):
         yield Instruction(task, example["subtask"], side, example["instruction"], tuple(example["references"]))
 

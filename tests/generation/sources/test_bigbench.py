@@ -3,8 +3,9 @@ import json
 
 import pytest
 
+from cluster.config import BigBenchSource
 from cluster.errors import UsageError
-from generation.sources import bigbench
+from generation.sources import bigbench, reader
 
 pytestmark = pytest.mark.usefixtures("bigbench_tasks")
 
@@ -71,3 +72,14 @@ def test_unknown_and_multiple_choice_only_tasks_raise_an_error_that_names_the_ta
         list(bigbench.read_tasks(["tensse"], seed=1))
     with pytest.raises(UsageError, match="'anachronisms' is multiple-choice only"):
         list(bigbench.read_tasks(["anachronisms"], seed=1))
+
+
+@pytest.mark.parametrize("task", ["tense", "physics_questions"])
+def test_every_example_of_a_task_is_a_row_or_is_counted(task, capsys):
+    (subtasks,) = bigbench.load_tasks([task])
+    examples = sum(len(body["examples"]) for body in subtasks.values())
+    without, repeated = bigbench.count_left_out(task, 1)
+    rows = list(reader.read_rows(BigBenchSource(tasks=(task,)), 1))
+    assert len(rows) + without + repeated == examples
+    line = f"source.tasks: {task}: left out {without:,} examples without a target and {repeated:,} repeated instructions\n"
+    assert capsys.readouterr().err == (line if without or repeated else "")
