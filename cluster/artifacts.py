@@ -251,6 +251,23 @@ def abort_uploads(uri: str, is_own: Callable[[str], bool], check: Callable[[], N
         log(f"incomplete uploads below {uri} could not be removed: {error}")
 
 
+def clear_destination(uri: str, setting: str, owned: OwnedFiles, keep: str, check: Callable[[], None], *, overwrite: bool) -> None:
+    """Remove the rest of earlier runs at a destination, before this run writes its first file: files and uploads of killed runs.
+
+    Args:
+        uri: The destination.
+        setting: The setting that names it, for errors.
+        owned: The files that the verb writes.
+        keep: The folder of the lease, which stays.
+        check: Raises if another run has the lease.
+        overwrite: Whether a finished run is deleted too.
+    """
+    if overwrite:
+        withdraw(uri, setting, owned, keep=keep, check=check)
+    finish_withdrawal(uri, setting, owned, keep=keep, check=check)
+    abort_uploads(uri, owned.includes, check)
+
+
 def refuse_published(uri: str, setting: str, verb: str) -> None:
     """Raise `UsageError` if `uri` already holds a finished run."""
     if exists(join(uri, MANIFEST)):

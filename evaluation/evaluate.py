@@ -122,10 +122,7 @@ def _compare(config: Config, uri: str, load: Callable[[Config], PairScorer]) -> 
 def _publish(config: Config, uri: str, results: dict[str, Any], table: pa.Table, overwrite: bool, held: Lease) -> dict[str, Any]:
     """Write the files, then the manifest; return the summary. With `overwrite` an earlier evaluation is deleted first."""
     page = report.render_report(results, table, config.evaluation.examples)
-    if overwrite:
-        artifacts.withdraw(uri, "evaluation_path", _OWNED, keep=_LEASE, check=held.check)
-    artifacts.finish_withdrawal(uri, "evaluation_path", _OWNED, keep=_LEASE, check=held.check)
-    artifacts.abort_uploads(uri, _OWNED.includes, held.check)
+    artifacts.clear_destination(uri, "evaluation_path", _OWNED, _LEASE, held.check, overwrite=overwrite)
     folder = folder_writer.FolderWriter(uri, held.check)
     # If this run stops before the manifest exists, this file shows the next run that the other files belong to an evaluation.
     folder.write_json(_RUN_MARKER, {"scorer": config.scorer_uri, "dataset": config.dataset_uri})

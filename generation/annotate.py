@@ -62,12 +62,9 @@ def run_annotate(config: Config, *, src: str, dst: str, overwrite: bool = False)
         artifacts.refuse_published(uri, "DST", "annotate")
     artifacts.refuse_foreign(uri, "DST", _OWNED, overwrite=overwrite)
     with lease.hold(storage.join(uri, _LEASE), f"DST={uri}") as held:
-        if overwrite:
-            artifacts.withdraw(uri, "DST", _OWNED, keep=_LEASE, check=held.check)
-        artifacts.finish_withdrawal(uri, "DST", _OWNED, keep=_LEASE, check=held.check)
+        artifacts.clear_destination(uri, "DST", _OWNED, _LEASE, held.check, overwrite=overwrite)
         artifacts.refuse_published(uri, "DST", "annotate")
         artifacts.refuse_foreign(uri, "DST", _OWNED, overwrite=False)
-        artifacts.abort_uploads(uri, _OWNED.includes, held.check)
         origin = {"uri": source.uri, "writer": source.manifest["writer"], "metric": source.manifest["metric"]}
         metric = labels.describe_metric(config.generate.label)
         held.check()

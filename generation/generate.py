@@ -54,12 +54,9 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
     artifacts.refuse_foreign(uri, "dataset", _OWNED, overwrite=overwrite)
     engines.check_sampler_config(config.sampler)
     with prometheus.serve_metrics(config.generate) as progress, lease.hold(storage.join(uri, _LEASE), f"dataset={uri}") as run_lease:
-        if overwrite:
-            artifacts.withdraw(uri, "dataset", _OWNED, keep=_LEASE, check=run_lease.check)
-        artifacts.finish_withdrawal(uri, "dataset", _OWNED, keep=_LEASE, check=run_lease.check)
+        artifacts.clear_destination(uri, "dataset", _OWNED, _LEASE, run_lease.check, overwrite=overwrite)
         artifacts.refuse_published(uri, "dataset", "generate")
         artifacts.refuse_foreign(uri, "dataset", _OWNED, overwrite=False)
-        artifacts.abort_uploads(uri, _OWNED.includes, run_lease.check)
         staging = storage.join(uri, "_staging")
         run_lease.check()
         _claim_destination(staging, config)

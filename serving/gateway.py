@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Path, Request
@@ -58,16 +59,26 @@ def build_api(
         metrics: The Prometheus metrics, new ones by default.
         proxied: Whether Ray Serve's proxy is in front of the application.
     """
+    probe = readiness.build_probe(config, backend)
+
+    @asynccontextmanager
+    async def check_readiness(_: FastAPI) -> AsyncIterator[None]:
+        """Send test requests on a slow timer while the application runs."""
+        checks = asyncio.ensure_future(probe.check_regularly()) if probe else None
+        try:
+            yield
+        finally:
+            if checks:
+                checks.cancel()
+
     # Redirects are off: their target would contain the client's Host header.
-    api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False)
+    api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=check_readiness)
     started = int(time.time())
     serving = config.serving
     registry = ModelRegistry(serving, further)
     admission = AdmissionQueue(serving.max_concurrency, serving.max_queue)
     metrics = metrics or Metrics()
     metrics.requests_in_progress.set_function(lambda: admission.active)
-
-    probe = readiness.build_probe(config, backend)
 
     async def run_admitted(place: Place, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` when the queue allows it and within the time limit, and measure both times."""

@@ -55,6 +55,12 @@ class RequestProbe:
         await asyncio.wait([self._running], timeout=wait_s)
         return self._passed
 
+    async def check_regularly(self) -> None:
+        """Check every `interval_s` seconds until the task is cancelled, so that a server that hangs is detected without `/ready`."""
+        while True:
+            await asyncio.sleep(self._interval_s)
+            await self.check()
+
     async def _probe(self) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):

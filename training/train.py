@@ -84,11 +84,8 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worke
     checkpoints = storage.join(uri, CHECKPOINTS)
     with lease.hold(storage.join(checkpoints, _LEASE), f"scorer_path={uri}") as held:
         lease_folder = f"{CHECKPOINTS}/{_LEASE}"
-        if overwrite:
-            artifacts.withdraw(uri, "scorer_path", _OWNED, keep=lease_folder, check=held.check)
-        artifacts.finish_withdrawal(uri, "scorer_path", _OWNED, keep=lease_folder, check=held.check)
+        artifacts.clear_destination(uri, "scorer_path", _OWNED, lease_folder, held.check, overwrite=overwrite)
         artifacts.refuse_published(uri, "scorer_path", "train")
-        artifacts.abort_uploads(uri, _OWNED.includes, held.check)
         dataset.verify("train", "validation")
         run_folder = storage.join(checkpoints, run_name)
         size = _count_pairs(dataset, storage.join(run_folder, "size.json"))

@@ -169,8 +169,8 @@ class ServingConfig(Section):
     keep_alive_s: float = Field(5.0, gt=0)
     """Interval between keep-alive comments of a streamed answer during sampling and scoring, in seconds."""
     probe_s: float | None = Field(60.0, gt=0)
-    """Interval between test requests in seconds. A test request samples two candidates and scores them. Without a successful request
-    in this time, `/ready` waits for a test request and reports 503 if it fails. null disables it. An LLM behind an endpoint, or with
+    """Interval between test requests in seconds. A test request samples two candidates and scores them. It is sent if
+    no request succeeded in this time; if it fails, `/ready` reports 503. null disables it. An LLM behind an endpoint, or with
     scale to zero, gets no test requests, because they would cost money or keep it running."""
     probe_timeout_s: float = Field(60.0, gt=0)
     """Time limit of a test request, in seconds."""

@@ -13,6 +13,7 @@ import httpx
 from generation.engines.endpoint_errors import load_json
 from generation.engines.finish_reasons import End, read_end
 from generation.logprobs import sum_logprobs
+from generation.sources.row import is_encodable
 
 # Types of the parts of a content that belong to the answer.
 _TEXT_PARTS = (None, "", "text", "output_text")
@@ -89,7 +90,7 @@ def _read_choice(choice: dict[str, Any]) -> Choice:
     message = message or {}
     if choice.get("error"):
         end = "failed"
-    if message.get("refusal") or _has_refusal(message.get("content")) or not _is_unicode(text):
+    if message.get("refusal") or _has_refusal(message.get("content")) or not is_encodable(text):
         end = "filtered"
     values = _logprobs(choice)
     instead = [name for name in (*_REASONING, *_TOOLS) if message.get(name)] if not text.strip() else []
@@ -121,15 +122,6 @@ def _text(content: Any) -> str:
 def _has_refusal(content: Any) -> bool:
     """Return whether a part of a content is a refusal of the model."""
     return isinstance(content, list) and any(isinstance(part, dict) and part.get("type") == "refusal" for part in content)
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether UTF-8 can encode a text. A lone surrogate is half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _logprobs(choice: dict[str, Any]) -> list[Any] | None:

@@ -71,7 +71,7 @@ def row_error(row: Any) -> str | None:
             return f"`{name}` is a {type(value).__name__}; it must be text"
         if value is not None and not value.strip():
             return f"`{name}` is empty"
-        if value is not None and not _is_encodable(value):
+        if value is not None and not is_encodable(value):
             return f"`{name}` holds a lone surrogate, which is not valid text"
     if row.get("split") is not None and row["split"] not in SPLITS:
         return f"`split` is {row['split']!r}; it must be train or validation"
@@ -94,7 +94,7 @@ def _list_error(name: str, values: Any, required: bool) -> str | None:
             return f"`{name}` holds a {type(value).__name__}; each must be text"
         if not value.strip():
             return f"`{name}` holds an empty text"
-        if not _is_encodable(value):
+        if not is_encodable(value):
             return f"`{name}` holds a lone surrogate, which is not valid text"
     return None
 
@@ -110,8 +110,8 @@ def _choice_error(references: Any, choices: Any) -> str | None:
     return f"`references` holds {other[0]!r}, which is not in `answer_choices`" if other else None
 
 
-def _is_encodable(text: str) -> bool:
-    """Return whether a text can be encoded as UTF-8."""
+def is_encodable(text: str) -> bool:
+    """Return whether UTF-8 can encode a text. A lone surrogate is half a character."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -7,6 +7,7 @@ import pytest
 from cluster.config import Config, SamplerConfig, ServingConfig
 from serving import readiness
 from serving.backend import ApiError
+from serving.gateway import build_api
 from serving.readiness import RequestProbe
 from tests.serving.standin import BODY, Echo, client
 
@@ -65,6 +66,18 @@ async def test_while_a_test_request_runs_the_last_result_holds_and_no_second_one
     assert [await probe.check(0), await probe.check(0)] == [True, True]
     ended.set()
     assert not await probe.check() and len(sent) == 1
+
+
+async def test_test_requests_are_sent_on_a_timer_without_calls_of_ready():
+    backend = Echo(wait=30)
+    api = build_api(Config(serving=ServingConfig(probe_s=0.01, probe_timeout_s=0.05)), backend)
+    async with api.router.lifespan_context(api):
+        async with asyncio.timeout(60):
+            while len(backend.prompts) < 2:
+                await asyncio.sleep(0.01)
+    ended = len(backend.prompts)
+    await asyncio.sleep(0.2)
+    assert len(backend.prompts) <= ended + 1
 
 
 async def test_a_server_that_is_up_while_every_request_hangs_is_not_ready():
