@@ -41,6 +41,7 @@ from ray import serve
 from benchmarks import servers, serving
 from benchmarks.load import Answer, arrivals, closed_loop_rate, open_loop
 from cluster.config import Config
+from cluster.embedded_ray import private_ray
 from cluster.progress import log
 from serving import app
 
@@ -127,7 +128,8 @@ def joined(server: servers.Server) -> Iterator[None]:
             words += process.cmdline()
     address = next(word.removeprefix("--gcs-address=") for word in words if word.startswith("--gcs-address="))
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    with private_ray():  # otherwise Ray replaces the loopback address by that of the machine, where the server's Ray does not listen
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         yield
     finally:

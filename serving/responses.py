@@ -1,4 +1,4 @@
-"""Response bodies of the OpenAI routes, the selection of the choices.
+"""Response bodies of the OpenAI routes, and the selection of the choices.
 
 Imports neither Ray nor a web framework. `drawn` in the API means sampled.
 """

@@ -1,4 +1,4 @@
-"""Remove reasoning that a model writes into its response, e.g. `<think>...</think>`. Pure: no model, no Ray."""
+"""Remove the reasoning (`<think>...</think>`) that a model writes into its response. Pure: no model, no Ray."""
 
 from __future__ import annotations
 

@@ -102,8 +102,10 @@ def _bigbench_rows(source: BigBenchSource, seed: int, notes: Notes) -> Generator
     bigbench.load_tasks(source.tasks)  # in one scan of the archive
     for task in source.tasks:
         without, repeated = bigbench.count_left_out(task, seed)
-        if without or repeated:
-            notes.log(f"source.tasks: {task}: left out {without:,} examples without a target and {repeated:,} repeated instructions")
+        if without:
+            notes.log(f"source.tasks: {task}: {without:,} examples have no target and are left out")
+        if repeated:
+            notes.log(f"source.tasks: {task}: {repeated:,} examples repeat the instruction of another example and make no row of their own")
     for task, side, example in bigbench.read_tasks(source.tasks, seed):
         yield Instruction(task, example["subtask"], side, example["instruction"], tuple(example["references"]))
 
