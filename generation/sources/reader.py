@@ -105,7 +105,7 @@ def _bigbench_rows(source: BigBenchSource, seed: int, notes: Notes) -> Generator
         if without:
             notes.log(f"source.tasks: {task}: {without:,} examples have no target and are left out")
         if repeated:
-            notes.log(f"source.tasks: {task}: {repeated:,} examples repeat the instruction of another example and make no row of their own")
+            notes.log(f"source.tasks: {task}: {repeated:,} examples repeat the instruction of another example, so they add no row")
     for task, side, example in bigbench.read_tasks(source.tasks, seed):
         yield Instruction(task, example["subtask"], side, example["instruction"], tuple(example["references"]))
 
