@@ -41,16 +41,20 @@ def check_port(host: str, port: int, settings: str) -> None:
         raise UsageError(f"{settings}host={host} cannot be bound: {error.strerror}; use an address of this machine") from None
 
 
-def free_port(host: str = "127.0.0.1", beyond: int = 0) -> int:
-    """Return a free port at `host`. The next `beyond` ports are free too."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            port: int = probe.getsockname()[1]
-        if all(_is_free(host, port + step) for step in range(beyond + 1)):
-            return port
-
-
-def _is_free(host: str, port: int) -> bool:
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port at `host` on which nothing listens and that no connection uses."""
     with socket.socket() as probe:
-        return port < 65536 and probe.connect_ex((host, port)) != 0
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_free(host: str, port: int) -> bool:
+    """Return whether a server can listen at `host` and `port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True

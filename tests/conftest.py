@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,35 @@ def bigbench_tasks() -> None:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Start a SeaweedFS S3 server with new credentials; yield the environment variables of a client."""
-    folder = tmp_path_factory.mktemp("s3")
-    base = next(port for port in iter(lambda: ports.free_port(beyond=4), None) if port < 50_000)
+    attempts = 5
+    for attempt in range(attempts):
+        folder = tmp_path_factory.mktemp("s3")
+        server, environment = _start_s3(folder)
+        try:
+            _wait_for_s3(environment, server, folder / "server.log")
+            break
+        except RuntimeError as error:
+            server.kill()
+            server.wait()
+            # Another process can take one of the ports between the check and the start of the server.
+            if attempt == attempts - 1 or "Port allocation failed" not in str(error):
+                raise
+    try:
+        yield environment
+    finally:
+        # An orderly stop takes ten seconds and only saves files that are deleted with the folder.
+        server.kill()
+        server.wait()
+
+
+def _start_s3(folder: Path) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
+    # Ports that neither the system gives to connections (from 32768) nor Ray to its workers (10002 to 19999).
+    # The server also listens 10,000 above each port.
+    base = next(
+        port
+        for port in iter(lambda: 20_000 + secrets.randbelow(2_700), None)
+        if all(ports.is_free("127.0.0.1", port + step) for step in (*range(5), *range(10_000, 10_005)))
+    )
     environment = {
         "AWS_ACCESS_KEY_ID": "test-" + uuid.uuid4().hex[:8],
         "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex,
@@ -73,14 +101,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         *("-master.volumeSizeLimitMB=64", "-volume.max=200"),
     ]
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env={**os.environ, **environment, "HOME": str(folder)}, stdout=log, stderr=log)
-    try:
-        _wait_for_s3(environment, server, folder / "server.log")
-        yield environment
-    finally:
-        # An orderly stop takes ten seconds and only saves files that are deleted with the folder.
-        server.kill()
-        server.wait()
+        return subprocess.Popen(command, env={**os.environ, **environment, "HOME": str(folder)}, stdout=log, stderr=log), environment
 
 
 def _wait_for_s3(environment: dict[str, str], server: subprocess.Popen[bytes], log: Path) -> None:

@@ -7,7 +7,8 @@ from cluster.errors import CappyError, UsageError
 
 
 def test_a_free_port_can_be_listened_on_and_a_taken_one_is_named():
-    port = ports.free_port(beyond=1)
+    port = ports.free_port()
+    assert ports.is_free("127.0.0.1", port)
     ports.check_port("127.0.0.1", port, "serving.")
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
@@ -15,6 +16,7 @@ def test_a_free_port_can_be_listened_on_and_a_taken_one_is_named():
         with pytest.raises(CappyError, match=rf"^serving\.port={port} is in use on 127\.0\.0\.1; stop the other server or set"):
             ports.check_port("127.0.0.1", port, "serving.")
         assert ports.free_port() != port
+        assert not ports.is_free("127.0.0.1", port)
 
 
 @pytest.mark.parametrize(
