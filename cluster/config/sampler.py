@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from cluster.config.base import Section
+from cluster.config.base import ExtendedSection, Section
 
 # Arguments of `apply_chat_template` that are not variables of a template.
 _TEMPLATE_ARGUMENTS = frozenset(
@@ -19,24 +19,7 @@ _TEMPLATE_ARGUMENTS = frozenset(
 )
 
 
-class _ExtendedSection(Section):
-    """A section that got settings after the first runs. They are left out of its dump while they have their default.
-
-    So runs from before them keep their fingerprint.
-    """
-
-    added: ClassVar[tuple[str, ...]] = ()
-    """The names of these settings."""
-
-    @model_serializer(mode="wrap")
-    def _without_added_defaults(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        tree: dict[str, Any] = write(self)
-        fields = type(self).model_fields
-        unset = {name for name in self.added if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
-        return {name: value for name, value in tree.items() if name not in unset}
-
-
-class PromptConfig(_ExtendedSection):
+class PromptConfig(ExtendedSection):
     """The prompt of the LLM. The scorer always reads the instruction alone."""
 
     added: ClassVar = ("chat_template_kwargs",)
@@ -121,7 +104,7 @@ RequestOption = Literal[
 """The parameters that a request to an endpoint can lack, in the order in which a refusal is compared with them."""
 
 
-class VLLMConfig(_ExtendedSection):
+class VLLMConfig(ExtendedSection):
     """A vLLM engine in each sampling or serving replica, for decoder-only models."""
 
     added: ClassVar = ("share_prefill",)
@@ -186,7 +169,7 @@ class Seq2SeqConfig(Section):
         return self.max_prompt_tokens - 1
 
 
-class EndpointConfig(_ExtendedSection):
+class EndpointConfig(ExtendedSection):
     """A server with the OpenAI protocol. The key is read from the environment of the sampler."""
 
     added: ClassVar = ("max_pauses", "max_retry_after_s", "omit")
@@ -265,7 +248,7 @@ def _default_decodings(data: dict[str, Any]) -> tuple[DecodingConfig, ...]:
     return _DEFAULT_DECODINGS[engine.kind if engine else "vllm"]
 
 
-class SamplerConfig(_ExtendedSection):
+class SamplerConfig(ExtendedSection):
     """The LLM, its prompt, its engine and its decodings."""
 
     added: ClassVar = ("reasoning", "max_empty_share")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from cluster.config.base import Section
+from cluster.config.base import ExtendedSection, Section
 
 
-class ScorerConfig(Section):
+class ScorerConfig(ExtendedSection):
     """The scorer model."""
+
+    added: ClassVar = ("cpu_kernels",)
 
     encoder: str = "minilm-l6"
     """The pretrained encoder of the scorer: an embedded name, a hub name, a local folder or an s3:// folder."""
@@ -21,12 +23,6 @@ class ScorerConfig(Section):
     cpu_kernels: bool = True
     """Run BERT and RoBERTa scorers with faster kernels: only the first token in the last layer, and oneDNN on the CPU. False uses the
     plain modules of transformers. Scores are equal up to rounding."""
-
-    @model_serializer(mode="wrap")
-    def _without_default_kernels(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `cpu_kernels` out when it is True: runs of earlier versions keep their fingerprint."""
-        tree: dict[str, Any] = write(self)
-        return {name: value for name, value in tree.items() if name != "cpu_kernels" or not value}
 
 
 class ObjectiveConfig(Section):
@@ -143,8 +139,10 @@ class LoraConfig(Section):
     """Names of the linear layers with adapters, e.g. `[query, value]`; null is every linear layer of the blocks of the encoder."""
 
 
-class AdaptConfig(Section):
+class AdaptConfig(ExtendedSection):
     """Settings of `cappy adapt`. All other settings of the training come from `training`."""
+
+    added: ClassVar = ("folds",)
 
     base: str | None = None
     """The published scorer to start from: a folder, a hub name or an s3:// folder; null starts from `scorer.encoder`."""
@@ -166,18 +164,22 @@ class AdaptConfig(Section):
     """Peak learning rate of the schedule; null is 2e-5 as in the paper, and 5e-4 for `lora`."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the optimizer steps in which the learning rate rises; 0.1 as in the paper."""
+    folds: int = Field(2, ge=0, le=20)
+    """Folds of the cross-validation on the train rows of a task; the gate decides on it. Each fold is scored by a training on the
+    others, which takes (folds - 1) times the time of the published training. 0 turns it off."""
     gate: bool = True
-    """Publish an adapted scorer only if it is better than the base on the validation rows of the task; false always publishes it."""
+    """Publish an adapted scorer only if it is better than the base; false always publishes it. The comparison is the cross-validation
+    on the train rows of the task. With `folds: 0` it is on a share of its validation rows (`gate_fraction`)."""
     metric: Literal["selection", "pairwise_accuracy"] = "selection"
     """Metric of the gate. `selection` is the mean label of the candidate with the best score: Rouge-L, or accuracy for rows with
     answer choices. `pairwise_accuracy` is the share of correctly ordered pairs of candidates of a row."""
     min_gain: float = Field(0.0, ge=0)
     """Smallest gain for publication, in points (hundredths); with 0 every gain is enough."""
     gate_fraction: float = Field(0.5, gt=0, le=1)
-    """Share of the validation rows of a task that the gate uses, by hash. The reported figures are of the other rows, so that the
-    decision does not bias them. With 1 the gate uses all rows, and the figures are of the same rows."""
+    """Only with `folds: 0`: share of the validation rows of a task that the gate uses, by hash. The reported figures are of the other
+    rows, so that the decision does not bias them. With 1 the gate uses all rows, and the figures are of the same rows."""
     validation_rows: int = Field(1000, ge=1)
-    """Largest number of scored validation rows of a task, selected by hash."""
+    """Largest number of scored validation rows of a task, selected by hash; also of the train rows that cross-validation scores."""
     concurrency: int | None = Field(None, ge=1)
     """Largest number of tasks trained concurrently; null is as many as the machine or the growing cluster has resources for."""
     cpus_per_task: int = Field(1, ge=1)
@@ -189,6 +191,8 @@ class AdaptConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> AdaptConfig:
+        if self.folds == 1:
+            raise ValueError("folds=1: one fold leaves no rows to train on; use 2 or more, or 0 for no cross-validation")
         if self.method == "lora" and self.base is None:
             raise ValueError("method=lora with base=null: adapters need a base that all tasks share; set adapt.base to a published scorer")
         return self
