@@ -22,7 +22,7 @@ from typing import Any, TypedDict, cast
 import torch
 
 from cluster import artifacts, folder_writer, lease, models, storage
-from cluster.config import Config, differences, paths
+from cluster.config import AdaptConfig, Config, differences, paths
 from cluster.errors import Stopped, UsageError
 from cluster.lease import Lease
 from cluster.progress import Bar, log
@@ -95,6 +95,8 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
         if outcomes:
             log(f"{len(outcomes)} of {len(tasks)} tasks are finished; resuming with the others")
         pending = [task for task in tasks if task.name not in outcomes]
+        if pending:
+            log(describe_work(config.adapt, len(pending)))
         _delete_earlier_files(pending, held.check)
         for task in tasks:
             if task.name in outcomes:  # its run may have stopped after publishing and before the cleanup
@@ -115,6 +117,14 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
     return result
 
 
+def describe_work(settings: AdaptConfig, tasks: int) -> str:
+    """Return the trainings of a run in one line, those of the cross-validation included."""
+    pairs = settings.pairs * settings.epochs
+    folds = settings.folds
+    extra = f", and {folds} trainings for cross-validation, {(folds - 1) * pairs:,} pairs more (adapt.folds={folds})" if folds else ""
+    return f"adapting {tasks} task(s): {pairs:,} pairs each{extra}"
+
+
 def describe_outcome(outcome: Outcome) -> str:
     """Return the outcome of a task in one line."""
     name, gate = outcome["task"], outcome.get("gate")
@@ -124,6 +134,8 @@ def describe_outcome(outcome: Outcome) -> str:
         gain = "not measured"
     else:
         gain = f"{gate['before']:.1f} -> {gate['after']:.1f} points on the gate's rows"
+        if (low := gate.get("low")) is not None and (high := gate.get("high")) is not None:
+            gain += f" (cross-validated, gain {gate['gain']:+.1f} [{low:+.1f}, {high:+.1f}])"
     return f"{name}: {gain}, {outcome['state']}"
 
 

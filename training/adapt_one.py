@@ -1,4 +1,4 @@
-"""Adapt a scorer to one task: collect its pairs, fine-tune, measure the gain, decide the gate, publish. No Ray.
+"""Adapt a scorer to one task: collect its pairs, fine-tune, cross-validate, decide the gate, publish. No Ray.
 
 The pairs follow the recipe of the Cappy paper. Correct responses have label 1. As many correct responses of other instructions of
 the task have label 0. The LLM's samples have their Rouge-L. `cappy generate` has labelled them all. Repeats are removed, then the
@@ -21,15 +21,16 @@ import pyarrow as pa
 import torch
 
 from cluster import artifacts, folder_writer, models, storage
-from cluster.config import AdaptConfig, Config, TrainingConfig
+from cluster.config import Config, TrainingConfig
 from cluster.errors import CappyError
 from generation.dataset import Pairs, RegressionSet, explode
 from generation.schema import DATASET
-from training import batch_plan, loop, lora, model_card, validation
+from training import batch_plan, cross_fit, gate, loop, lora, model_card, validation
 from training.batch_plan import Size
 from training.encoding import encode_pairs
 from training.records import GateDecision, Metrics, MetricsLine, Outcome, TaskPoints
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
+from training.validation import Floats
 
 RESULTS = "results.json"
 _COLUMNS = ("id", "dataset", "instruction", "candidates")
@@ -88,7 +89,7 @@ def adapt_task(
     The outcome's `state` is `published` or `rejected`. `check` is called before each write; it raises when the run has lost its
     lease. `threads` is the number of torch threads.
 
-    Raises `CappyError` when the task has no train rows, when the gate has no validation rows, or when the loss is not finite.
+    Raises `CappyError` when the task has no train rows, when the gate has no rows, or when the loss is not finite.
     """
     start = time.monotonic()
     torch.set_num_threads(threads)
@@ -99,23 +100,34 @@ def adapt_task(
     pairs, train_rows = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed)
     if not len(pairs):
         raise CappyError(f"no train rows of {task.name} in dataset={dataset.uri}; generate some, or remove the task from adapt.tasks")
-    rows = validation_rows(dataset, task.dataset, config.adapt.validation_rows, config.seed)
-    if config.adapt.gate and not len(rows):
-        raise CappyError(
-            f"no validation rows of {task.name} with candidates in dataset={dataset.uri}, so adapt.gate=true cannot compare; "
-            f"generate some, or set adapt.gate=false to publish without a gate"
-        )
-    tables: tuple[pa.Table, ...] = split_validation_rows(rows, config.adapt.gate_fraction) if len(rows) else ()
+    rows = candidate_rows(dataset, "validation", task.dataset, config.adapt.validation_rows, config.seed)
+    held_out = _rows_to_hold_out(config, dataset, task)
+    if config.adapt.gate and held_out is None and not len(rows):
+        raise CappyError(_no_gate_rows(config, task))
+    # Without cross-validation the gate takes a part of the validation rows.
+    deciding, reporting = gate.split_validation_rows(rows, config.adapt.gate_fraction) if held_out is None else (rows[:0], rows)
+    tables = [table for table in (deciding, reporting) if len(table)]
     training = config.adapt.training(config.training)
-    scorer, wrapped = load_trainable(config, training, base, torch.device("cuda" if gpu else "cpu"))
+    device = torch.device("cuda" if gpu else "cpu")
+    scorer, wrapped = load_trainable(config, training, base, device)
     before = _measure(scorer, tables, dataset.greedy())
-    fit_result, lines = _fit(scorer, pairs, training, config)
-    after = _measure(scorer, tables, dataset.greedy())
     decision: GateDecision | None = None
+    if held_out is not None:
+        base_scores = cross_fit.score_candidates(held_out, scorer.score)
+        fold_scores = _cross_fit(config, task, base, dataset, held_out, train_rows, device)
+        old, new = (gate.row_values(held_out, scores, config.adapt.metric) for scores in (base_scores, fold_scores))
+        decision = gate.decide_on_rows(old, new, config.adapt)
+    fit_result, lines = _fit(scorer, pairs, training, config, config.adapt.pairs)
+    after = _measure(scorer, tables, dataset.greedy())
     points: TaskPoints | None = None
     if tables:
-        decision = {**decide_gate(before[0], after[0], config.adapt), "rows": len(tables[0])}
-        points = {**summarise_points(before[1], after[1]), "rows": len(tables[1]), "apart": tables[1] is not rows}
+        if decision is None:
+            decision = {**gate.decide_gate(before[0], after[0], config.adapt), "rows": len(deciding), "split": "validation"}
+        points = {
+            **gate.summarise_points(before[-1], after[-1]),
+            "rows": len(reporting),
+            "apart": reporting is not rows or not len(deciding),
+        }
     passed = decision is not None and decision["passed"]
     state: Literal["published", "rejected"] = "published" if passed or not config.adapt.gate else "rejected"
     result: Outcome = {
@@ -163,14 +175,53 @@ def read_outcome(task: Task) -> Outcome | None:
     return cast("Outcome", dict(found)) if rejected else None
 
 
-def collect_pairs(dataset: RegressionSet, only: str | None, size: int, seed: int) -> tuple[Pairs, int]:
+def _rows_to_hold_out(config: Config, dataset: RegressionSet, task: Task) -> pa.Table | None:
+    """Return the train rows that cross-validation scores; None if it is turned off, or if a task has fewer than two instructions."""
+    if not config.adapt.folds:
+        return None
+    rows = candidate_rows(dataset, "train", task.dataset, config.adapt.validation_rows, config.seed)
+    return rows if len(set(rows["instruction"].to_pylist())) > 1 else None
+
+
+def _no_gate_rows(config: Config, task: Task) -> str:
+    wanted = "validation rows" if not config.adapt.folds else "train rows for cross-validation and no validation rows"
+    return (
+        f"no {wanted} of {task.name} with candidates in dataset={config.dataset_uri}, so adapt.gate=true cannot compare; "
+        f"generate some, or set adapt.gate=false to publish without a gate"
+    )
+
+
+def _cross_fit(
+    config: Config, task: Task, base: Base, dataset: RegressionSet, held_out: pa.Table, train_rows: int, device: torch.device
+) -> list[Floats]:
+    """Return the scores of the candidates of each row by a scorer that was trained without its instruction; `cross_fit` has the shapes.
+
+    The training of a fold has fewer pairs, in proportion to its rows, so that a pair is repeated as often as in the published training.
+    """
+    training = config.adapt.training(config.training)
+
+    def train(instructions: frozenset[str]) -> cross_fit.Score:
+        pairs, left = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed, without=instructions)
+        scorer, _ = load_trainable(config, training, base, device)
+        _fit(scorer, pairs, training, config, max(round(config.adapt.pairs * left / train_rows), 1))
+        return scorer.score
+
+    return cross_fit.cross_fit(held_out, config.adapt.folds, config.seed, train)
+
+
+def collect_pairs(
+    dataset: RegressionSet, only: str | None, size: int, seed: int, without: frozenset[str] = frozenset()
+) -> tuple[Pairs, int]:
     """Return at most `size` distinct train pairs of a task, chosen and ordered by hash, and the number of its train rows.
 
-    A pair that is in several rows gets its highest label. Holds at most twice `size` pairs, plus one batch, in memory.
+    Rows with an instruction of `without` are left out and not counted. A pair that is in several rows gets its highest label. Holds at
+    most twice `size` pairs, plus one batch, in memory.
     """
     found: dict[bytes, tuple[str, str, float]] = {}
     seen = 0
     for table in dataset.batches("train", columns=_COLUMNS, only=only):
+        if without:
+            table = table.filter(pa.array([text not in without for text in table["instruction"].to_pylist()], pa.bool_()))
         seen += table.num_rows
         exploded = explode(table)
         for instruction, response, label in zip(exploded.instructions, exploded.responses, exploded.labels.tolist(), strict=True):
@@ -186,13 +237,13 @@ def collect_pairs(dataset: RegressionSet, only: str | None, size: int, seed: int
     return Pairs(instructions, [response for _, response, _ in chosen], labels, groups), seen
 
 
-def validation_rows(dataset: RegressionSet, only: str | None, size: int, seed: int) -> pa.Table:
-    """Return at most `size` validation rows of a task, chosen and ordered by hash.
+def candidate_rows(dataset: RegressionSet, split: str, only: str | None, size: int, seed: int) -> pa.Table:
+    """Return at most `size` rows of a task in a split, chosen and ordered by hash.
 
     Only rows with candidates to choose from count: samples of the LLM or answer choices.
     """
     found: dict[bytes, dict[str, Any]] = {}
-    for table in dataset.batches("validation", columns=_COLUMNS, only=only):
+    for table in dataset.batches(split, columns=_COLUMNS, only=only):
         for row in table.to_pylist():
             if any(each["source"] in ("sampled", "choice") for each in row["candidates"]):
                 found[_hash_key(seed, row["id"])] = row
@@ -215,45 +266,6 @@ def epoch_order(distinct: int, count: int, seed: int, epoch: int) -> np.ndarray:
     return np.concatenate([draw.permutation(distinct) for _ in range(-(-count // distinct))])[:count]
 
 
-def split_validation_rows(rows: pa.Table, fraction: float) -> tuple[pa.Table, pa.Table]:
-    """Split validation rows into the rows of the gate, the first `fraction`, and the rows of the reported results.
-
-    The rows are already in the order of a hash. When the gate takes all rows, both parts are all rows.
-    """
-    deciding = math.ceil(fraction * len(rows))
-    return rows[:deciding], rows[deciding:] if deciding < len(rows) else rows
-
-
-def decide_gate(before: Metrics, after: Metrics, settings: AdaptConfig) -> GateDecision:
-    """Compare the metrics of the base and of the adapted scorer on the gate's rows.
-
-    A gain must be positive and at least `settings.min_gain` points to pass. It is None, and does not pass, when the rows have no
-    candidates with different labels.
-    """
-    old, new = _points(before, settings.metric), _points(after, settings.metric)
-    gain = None if old is None or new is None else new - old
-    passed = gain is not None and gain > 0 and gain >= settings.min_gain
-    return {"metric": settings.metric, "before": old, "after": new, "gain": gain, "passed": passed}
-
-
-def summarise_points(before: Metrics, after: Metrics) -> TaskPoints:
-    """Return the reported results from the metrics of the base and of the adapted scorer."""
-    return {
-        "before": _points(before, "selection"),
-        "after": _points(after, "selection"),
-        "random": _points(after, "random"),
-        "self": _points(after, "self_mean"),
-        "oracle": _points(after, "oracle"),
-        "pairwise_accuracy": {"before": _points(before, "pairwise_accuracy"), "after": _points(after, "pairwise_accuracy")},
-    }
-
-
-def _points(metrics: Metrics, name: str) -> float | None:
-    """Return a metric in points (0 to 100). For a task with answer choices only, `selection` is the accuracy."""
-    value = metrics["accuracy"] if name == "selection" and metrics["selection"] is None else metrics[name]
-    return None if value is None else 100 * value
-
-
 def _measure(scorer: Scorer, tables: Sequence[pa.Table], greedy: str | None) -> list[Metrics]:
     return [validation.measure_scores(table, scorer.score, greedy).metrics() for table in tables]
 
@@ -268,9 +280,12 @@ def load_trainable(config: Config, training: TrainingConfig, base: Base, device:
     return Scorer(model, load_tokenizer(folder, base.name, setting), base.max_length, config.scorer.dtype, device), wrapped
 
 
-def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config) -> tuple[FitResult, list[MetricsLine]]:
-    """Train the scorer's model. Return the measurements, and a line of metrics.jsonl for every `_LOG_EVERY` steps."""
-    size = Size(config.adapt.pairs, len(set(pairs.instructions)))
+def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config, count: int) -> tuple[FitResult, list[MetricsLine]]:
+    """Train the scorer's model on `count` pairs an epoch: `pairs`, repeated or cut.
+
+    Return the measurements, and a line of metrics.jsonl for every `_LOG_EVERY` steps.
+    """
+    size = Size(count, len(set(pairs.instructions)))
     windows = _windows(scorer, pairs, size.pairs, training, config.seed)
     steps = batch_plan.plan_steps(windows, training, config.seed, rank=0, world=1, first=0, size=size)
     total = batch_plan.steps_in_epoch(size, training) * training.epochs

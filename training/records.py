@@ -186,7 +186,16 @@ class GateDecision(TypedDict):
     """None when the rows have no candidates with different labels."""
     passed: bool
     rows: NotRequired[int]
-    """Validation rows that the gate decided on."""
+    """Rows that the gate decided on."""
+    split: NotRequired[Literal["train", "validation"]]
+    """Split of these rows: `train` with cross-validation. Absent in files of earlier versions, which have `validation`."""
+    folds: NotRequired[int]
+    """Folds of the cross-validation."""
+    low: NotRequired[float | None]
+    """Lower end of the interval of the cross-validated gain."""
+    high: NotRequired[float | None]
+    confidence: NotRequired[float]
+    """Of the interval, in [0, 1]."""
 
 
 class TaskPoints(TypedDict):
@@ -237,7 +246,7 @@ class Outcome(OutcomeState, total=False):
     trained_parameters: int
     pairs_per_second: float
     gate: GateDecision | None
-    """None without validation rows."""
+    """None without cross-validation and without validation rows."""
     figures: TaskPoints | None
     """None without validation rows."""
     label: str

@@ -119,10 +119,10 @@ def test_an_objective_that_compares_candidates_is_refused():
 
 @pytest.fixture(scope="module")
 def adapted(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> tuple[Config, dict[str, Any]]:
-    """Return the config and the result of a run with three tasks. One of them has no validation rows."""
+    """Return the config and the result of a run with three tasks. One of them has no train rows."""
     workspace = tmp_path_factory.mktemp("run")
-    train = [*task_rows("colors/old", 40, 1), *task_rows("lonely", 5, 2), *task_rows("sides", 30, 3, choices=True)]
-    validation = [*task_rows("colors/old", 30, 4), *task_rows("sides", 40, 5, choices=True)]
+    train = [*task_rows("colors/old", 40, 1), *task_rows("sides", 30, 3, choices=True)]
+    validation = [*task_rows("colors/old", 30, 4), *task_rows("lonely", 5, 2), *task_rows("sides", 40, 5, choices=True)]
     config = settings(workspace, encoder, base=published_scorer(encoder, str(workspace / "scorer")))
     publish_tasks(config.dataset_uri, train, validation)
     return config, adapt.run_adapt(config)
@@ -134,7 +134,7 @@ def test_a_failed_task_does_not_stop_the_others(adapted: tuple[Config, dict[str,
     assert [(task["task"], task["state"]) for task in result["tasks"]] == list(
         zip(NAMES, ["published", "failed", "published"], strict=True)
     )
-    assert "no validation rows of lonely" in result["tasks"][1]["error"]
+    assert "no train rows of lonely" in result["tasks"][1]["error"]
     assert (result["published"], result["rejected"], result["failed"]) == (2, 0, 1)
     measured = [task["figures"] for task in result["tasks"] if "figures" in task]
     assert result["averages"]["after"] == result["averages"]["after the gate"] == np.mean([each["after"] for each in measured])
@@ -196,7 +196,7 @@ def test_the_table_shows_the_scorer_to_use_and_the_errors(adapted: tuple[Config,
     sink = io.StringIO()
     show_adapted({**result, "tasks": [*result["tasks"], rejected]}, Console(file=sink, width=80))
     shown = sink.getvalue()
-    assert "lonely: no validation rows of lonely" in shown
+    assert "lonely: no train rows of lonely" in shown
     assert "not better than the base, not published; use the-base: worse" in shown
     assert f"{result['averages']['after']:.1f}" in shown and "2 of 4 tasks published" in shown
 

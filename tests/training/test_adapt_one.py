@@ -16,7 +16,7 @@ from cluster.errors import CappyError
 from generation.dataset import RegressionSet
 from generation.schema import DATASET
 from tests.training.conftest import rows
-from training import adapt_one, lora
+from training import adapt_one, gate, lora
 from training.adapt_one import Base, Task
 from training.scorer import Scorer, load_tokenizer, new_model
 
@@ -124,47 +124,15 @@ def test_a_task_is_trained_by_one_worker_and_adapt_settings_override_training_se
 
 def test_validation_rows_are_chosen_by_hash_and_split_between_gate_and_results(dataset: str):
     opened = RegressionSet(dataset)
-    sampled = adapt_one.validation_rows(opened, "colors", 1000, seed=1)
+    sampled = adapt_one.candidate_rows(opened, "validation", "colors", 1000, seed=1)
     assert len(sampled) == 30
-    few = adapt_one.validation_rows(opened, "sides", 5, seed=1)
-    assert few.equals(adapt_one.validation_rows(opened, "sides", 1000, seed=1)[:5])
-    gate, figures = adapt_one.split_validation_rows(few, 0.5)
-    assert (len(gate), len(figures)) == (3, 2) and pa.concat_tables([gate, figures]).equals(few)
-    gate, figures = adapt_one.split_validation_rows(few, 1.0)
-    assert gate.equals(few) and figures is few
-    assert len(adapt_one.validation_rows(opened, "absent", 5, seed=1)) == 0
-
-
-def metrics(selection: float | None, pairwise: float | None = None, accuracy: float | None = None) -> dict[str, float | None]:
-    return {"selection": selection, "pairwise_accuracy": pairwise, "accuracy": accuracy, "random": 0.2, "self_mean": None, "oracle": 0.9}
-
-
-def test_the_gate_requires_a_gain_of_at_least_min_gain():
-    def decide(before: dict[str, Any], after: dict[str, Any], **chosen: Any) -> dict[str, Any]:
-        return adapt_one.decide_gate(before, after, AdaptConfig.model_validate(chosen))
-
-    won = decide(metrics(0.25), metrics(0.5))
-    assert won == {"metric": "selection", "before": 25.0, "after": 50.0, "gain": 25.0, "passed": True}
-    assert not decide(metrics(0.5), metrics(0.25))["passed"] and not decide(metrics(0.5), metrics(0.5))["passed"]
-    assert decide(metrics(0.25), metrics(0.5), min_gain=25)["passed"]
-    assert not decide(metrics(0.25), metrics(0.5), min_gain=25.1)["passed"]
-    assert decide(metrics(0.5, 0.25), metrics(0.4, 0.5), metric="pairwise_accuracy")["passed"]
-    level = decide(metrics(0.3), metrics(0.3), metric="pairwise_accuracy")
-    assert level["gain"] is None and not level["passed"]
-    assert decide(metrics(None, accuracy=0.5), metrics(None, accuracy=0.75))["gain"] == 25
-
-
-def test_results_are_in_points_and_accuracy_replaces_selection_for_choices():
-    figures = adapt_one.summarise_points(metrics(0.25, 0.5), metrics(0.5, 0.75))
-    assert figures == {
-        "before": 25,
-        "after": 50,
-        "random": 20,
-        "self": None,
-        "oracle": 90,
-        "pairwise_accuracy": {"before": 50, "after": 75},
-    }
-    assert adapt_one.summarise_points(metrics(None, accuracy=0.5), metrics(None, accuracy=1.0))["after"] == 100
+    few = adapt_one.candidate_rows(opened, "validation", "sides", 5, seed=1)
+    assert few.equals(adapt_one.candidate_rows(opened, "validation", "sides", 1000, seed=1)[:5])
+    deciding, figures = gate.split_validation_rows(few, 0.5)
+    assert (len(deciding), len(figures)) == (3, 2) and pa.concat_tables([deciding, figures]).equals(few)
+    deciding, figures = gate.split_validation_rows(few, 1.0)
+    assert deciding.equals(few) and figures is few
+    assert len(adapt_one.candidate_rows(opened, "train", "absent", 5, seed=1)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -173,11 +141,9 @@ def base(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def after(task: Task, config: Config) -> float:
-    """Return the mean label, in points, of the picks of a published scorer on the rows that the gate did not use."""
+    """Return the mean label, in points, of the picks of a published scorer on the validation rows."""
     scorer = Scorer.load(task.uri)
-    rows = adapt_one.split_validation_rows(
-        adapt_one.validation_rows(RegressionSet(config.dataset_uri), task.dataset, 1000, config.seed), 0.5
-    )[1].to_pylist()
+    rows = adapt_one.candidate_rows(RegressionSet(config.dataset_uri), "validation", task.dataset, 1000, config.seed).to_pylist()
     return 100 * float(np.mean([row["candidates"][scorer.best(row["instruction"], answers(row)).index]["label"] for row in rows]))
 
 
@@ -192,7 +158,8 @@ def test_full_adaptation_publishes_a_plain_scorer_with_better_picks(dataset: str
     assert result["state"] == "published" and result["use"] == result["uri"] == task.uri
     assert result["gate"]["gain"] > 0 and result["figures"]["after"] > result["figures"]["before"]
     assert (result["label"], result["steps"], result["pairs"], result["train_rows"]) == ("rouge_l", 150, 2400, 40)
-    assert (result["gate"]["rows"], result["figures"]["rows"], result["figures"]["apart"]) == (15, 15, True)
+    assert (result["gate"]["rows"], result["gate"]["split"], result["gate"]["folds"]) == (40, "train", 2)
+    assert (result["figures"]["rows"], result["figures"]["apart"]) == (30, True)
     manifest = artifacts.read_manifest(task.uri, "scorer", "adapt")
     assert (
         {**manifest["summary"], "identity": task.identity}
@@ -221,6 +188,34 @@ def test_lora_publishes_adapters_only_and_they_load_as_a_scorer(dataset: str, ba
     assert after(task, config) == pytest.approx(result["figures"]["after"])
 
 
+def test_cross_validation_needs_no_validation_rows_and_does_not_change_the_weights(dataset: str, base: str, encoder: Path, tmp_path: Path):
+    config = settings(tmp_path, encoder, base=base, pairs=64, gate=False).model_copy(update={"dataset": dataset})
+    plain = config.model_copy(update={"adapt": config.adapt.model_copy(update={"folds": 0})})
+    crossed = adapt_one.adapt_task(config, task_of(config, "crossed", "lonely"), base_of(base))
+    alone = adapt_one.adapt_task(plain, task_of(plain, "alone", "lonely"), base_of(base))
+    assert (crossed["gate"]["rows"], crossed["figures"], alone["gate"]) == (5, None, None)
+    for key in ("steps", "pairs", "train_mse"):
+        assert crossed[key] == alone[key]
+    weights = [Path(each["uri"], "model.safetensors").read_bytes() for each in (crossed, alone)]
+    assert weights[0] == weights[1]
+
+
+def test_without_folds_the_gate_takes_a_part_of_the_validation_rows(dataset: str, base: str, encoder: Path, tmp_path: Path):
+    config = settings(tmp_path, encoder, base=base, folds=0).model_copy(update={"dataset": dataset})
+    result = adapt_one.adapt_task(config, task_of(config, "colors"), base_of(base))
+    assert (result["gate"]["rows"], result["gate"]["split"], result["figures"]["rows"]) == (15, "validation", 15)
+    assert result["gate"]["gain"] > 0 and result["figures"]["apart"] and "low" not in result["gate"]
+
+
+def test_the_pairs_of_a_fold_have_no_instruction_of_its_held_out_rows(dataset: str):
+    opened = RegressionSet(dataset)
+    everything, rows = adapt_one.collect_pairs(opened, "colors", 1000, seed=1)
+    without = frozenset(everything.instructions[:10])
+    left, fewer = adapt_one.collect_pairs(opened, "colors", 1000, seed=1, without=without)
+    assert not without & set(left.instructions) and without | set(left.instructions) == set(everything.instructions)
+    assert fewer < rows and len(left) < len(everything)
+
+
 def test_a_scorer_that_does_not_gain_is_not_published(dataset: str, base: str, encoder: Path, tmp_path: Path):
     config = settings(tmp_path, encoder, base=base, pairs=32, learning_rate=1e-12).model_copy(update={"dataset": dataset})
     task = task_of(config, "colors")
@@ -237,6 +232,7 @@ def test_a_task_that_cannot_be_adapted_raises_the_reason(dataset: str, base: str
     config = settings(tmp_path, encoder, base=base, pairs=32).model_copy(update={"dataset": dataset})
     with pytest.raises(CappyError, match="no train rows of untrained"):
         adapt_one.adapt_task(config, task_of(config, "untrained"), base_of(base))
+    config = settings(tmp_path, encoder, base=base, pairs=32, folds=0).model_copy(update={"dataset": dataset})
     with pytest.raises(CappyError, match=r"no validation rows of lonely .* set adapt\.gate=false to publish without a gate"):
         adapt_one.adapt_task(config, task_of(config, "lonely"), base_of(base))
     free = config.model_copy(update={"adapt": config.adapt.model_copy(update={"gate": False})})
