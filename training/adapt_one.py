@@ -281,7 +281,7 @@ def load_trainable(config: Config, training: TrainingConfig, base: Base, device:
 
 
 def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config, count: int) -> tuple[FitResult, list[MetricsLine]]:
-    """Train the scorer's model on `count` pairs an epoch: `pairs`, repeated or cut.
+    """Train the scorer's model on `count` pairs per epoch: `pairs`, repeated or cut.
 
     Return the measurements, and a line of metrics.jsonl for every `_LOG_EVERY` steps.
     """

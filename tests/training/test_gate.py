@@ -61,7 +61,7 @@ def row(labels: list[float], sources: list[str] | None = None) -> dict[str, Any]
 def test_the_value_of_a_row_is_the_label_of_its_pick_or_its_share_of_ordered_pairs():
     rows = [
         row([0.2, 0.9, 0.5]),
-        row([1.0, 0.3, 0.6], ["reference", "sampled", "sampled"]),  # the reference is no pick
+        row([1.0, 0.3, 0.6], ["reference", "sampled", "sampled"]),  # only samples are picked
         row([1.0, 0.0], ["reference", "choice"]),
         row([1.0, 0.0], ["reference", "mismatched"]),
     ]
