@@ -93,6 +93,8 @@ class Manifest(TypedDict, total=False):
     """Name, mode and version of the label metric (dataset, pairs)."""
     lineage: dict[str, Any]
     """The settings that decide the content of the set (dataset, pairs)."""
+    max_tokens: dict[str, int]
+    """Largest length of a candidate by dataset, in tokens, from the lengths of the references (dataset)."""
     rates: dict[str, Any]
     """Tokens and rows per second of the sampling (dataset)."""
     seconds: dict[str, float]

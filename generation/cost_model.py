@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config import Config
+from generation import token_limits
 
 BYTES_PER_PAIR = 131.0
 """21 GB for 160M pairs, with zstd and one row per instruction."""
@@ -40,6 +41,8 @@ class Count:
     """Tokens of the prompts of sampled rows, without shots."""
     reference_tokens: float = 0.0
     """Tokens of the references of sampled rows."""
+    limits: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Sampled rows and largest length of a candidate in tokens, by dataset; only for datasets with such a length."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,13 @@ _SUMMED = ("train", "validation", "sampled_rows", "candidates", "fresh_tokens", 
 def _dataset_row(count: Count, config: Config, rates: Rates, candidates: int) -> dict[str, Any]:
     decodings = config.sampler.decodings
     reference = count.reference_tokens / max(1, count.sampled_references)
-    expected = sum(each.n * min(max(rates.tokens_per_candidate or reference, each.min_tokens), each.max_tokens) for each in decodings)
+    length = rates.tokens_per_candidate or reference
+    expected = most = 0.0
+    unlimited = count.sampled_rows - sum(rows for rows, _ in count.limits.values())
+    for rows, limit in [*count.limits.values(), (unlimited, None)]:
+        limited = token_limits.limit_decodings(decodings, limit)
+        expected += rows * sum(each.n * min(max(length, each.min_tokens), each.max_tokens) for each in limited)
+        most += rows * sum(each.n * each.max_tokens for each in limited)
     instruction = count.prompt_tokens / max(1, count.sampled_rows)
     # The vLLM engine drops shots that do not fit into its context; the context length of an endpoint is not known here.
     max_prompt_tokens = config.sampler.engine.max_model_len if config.sampler.engine.kind == "vllm" else math.inf
@@ -138,8 +147,8 @@ def _dataset_row(count: Count, config: Config, rates: Rates, candidates: int) ->
         "pairs": sum(by_source.values()),
         "fresh_tokens": count.prompt_tokens,
         "prompt_tokens": prompt * count.sampled_rows,
-        "sampled_tokens": expected * count.sampled_rows,
-        "most_tokens": count.sampled_rows * sum(each.n * each.max_tokens for each in decodings),
+        "sampled_tokens": expected,
+        "most_tokens": round(most),
     }
 
 

@@ -43,6 +43,8 @@ WORKING_FILES = (
     r"_staging/attempts/load/[0-9a-f]{32}\.json",
 )
 """Patterns of the files of an unfinished set, for `artifacts.OwnedFiles`; the names of its shards contain a run id."""
+SAMPLING_FACTS = ("max_tokens",)
+"""Optional keys of a manifest that describe the sampling. A set with other labels keeps them."""
 RESULT_FILES = (
     r"data/(train|validation)/part-\d{5,}\.parquet",
     r"config\.yaml|README\.md|labels\.svg|dead_letters\.jsonl|decontamination\.json",

@@ -170,7 +170,7 @@ SHA-256; `cappy inspect` verifies them.
 - prompt: {prompt["form"]} form, {prompt["shots"]} shots{", with a system message" if prompt["system"] else ""}
 - labels: {_metric_name(metric)} ({metric["mode"]} mode, version {metric["version"]})
 - seed: {config["seed"]}
-{_merged_line(summary)}{_missing_lines(summary)}{_unseen_line(summary, metric)}{_made_from_line(manifest)}
+{_merged_line(summary)}{_missing_lines(summary)}{_unseen_line(summary, metric)}{_limits_line(manifest)}{_made_from_line(manifest)}
 {decodings}
 
 ## Instructions by dataset
@@ -281,6 +281,16 @@ def _unseen_line(summary: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
     return (
         f"- **labels too low**: {unseen:,} instructions have references that {_metric_name(metric)} in paper mode cannot see, because it\n"
         f"  reads Latin letters and digits only; `cappy annotate` with `generate.label.mode=unicode` computes their labels again\n"
+    )
+
+
+def _limits_line(manifest: Mapping[str, Any]) -> str:
+    limits = manifest.get("max_tokens")
+    if not limits:
+        return ""
+    return (
+        f"- largest length of a candidate: the lengths of the references of its dataset decide it ({min(limits.values())} to "
+        f"{max(limits.values())} tokens, at\n  most `max_tokens` of the decoding); `_MANIFEST.json` lists the datasets\n"
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config import Config, FilesSource
@@ -25,6 +25,7 @@ from generation.sources.notes import Notes
 from generation.sources.reader import read_rows, row_reader
 from generation.sources.row import DeadLetter, Instruction, dead_letter
 from generation.tfidf import TfidfIndex
+from generation.token_limits import ReferenceLengths
 
 POOL_ROWS = 256
 """Maximum number of train rows in the pool of one (dataset, template)."""
@@ -123,6 +124,8 @@ class PreparationCounts:
     """Rows whose split was chosen by a hash."""
     unseen_references: int = 0
     """Rows to sample with a reference that the label metric cannot see."""
+    lengths: ReferenceLengths = field(default_factory=ReferenceLengths)
+    """Lengths of the references; counted for `sampler.max_tokens_from: references` only."""
 
     def add(self, row: Instruction, config: Config) -> None:
         """Count a prepared row."""
@@ -130,6 +133,8 @@ class PreparationCounts:
         if row.answer_choices is None:
             self.sampled += 1
             self.unseen_references += any(labels.has_unseen_words(text, config.generate.label) for text in row.references)
+        if config.sampler.max_tokens_from == "references":
+            self.lengths.add(row)
 
 
 def prepare_rows(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def _sample(
     failed = empty = sampled = 0
     closing = on_sigterm("finishing the units in progress; run the same command again to resume", gate.close.remote)
     with closing as stop_requested, Bar("sampling", total, "instructions", done=done) as bar:
-        for result in build_plan(staging, pending, config, load, gate).iter_rows():
+        for result in build_plan(staging, pending, config, load, gate, prepared.get("max_tokens")).iter_rows():
             run_lease.check(read_store=False)
             failed += result["dead_letters"]
             empty += result["empty"] or 0
@@ -158,8 +158,13 @@ def _sample(
         return {f"{name}_per_second": rate for name, rate in bar.rates().items()}
 
 
-def build_plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate: Any) -> Any:
-    """Return the Ray Data plan: one unit name per row in, the counts of each finished unit out (`units.COUNTS`)."""
+def build_plan(
+    staging: str, names: Sequence[str], config: Config, load: LoadLLM, gate: Any, limits: Mapping[str, int] | None = None
+) -> Any:
+    """Return the Ray Data plan: one unit name per row in, the counts of each finished unit out (`units.COUNTS`).
+
+    `limits` has the largest length of a candidate in tokens, by dataset.
+    """
     import ray.data
 
     # The progress bars of Ray Data would overlap with `Bar`. Ray Data sets its log level when it is imported, so set it after.
@@ -169,7 +174,7 @@ def build_plan(staging: str, names: Sequence[str], config: Config, load: LoadLLM
     context.print_on_execution_start = False
     return ray.data.from_items([{"unit": name} for name in names], override_num_blocks=min(len(names), _BLOCKS)).map_batches(
         units.UnitWorker,
-        fn_constructor_args=(staging, config, load, gate),
+        fn_constructor_args=(staging, config, load, gate, limits),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
@@ -256,6 +261,8 @@ def _publish(
     found |= {f"{name}_responses": sum(shard[name] for shard in merged.values()) for name in ("empty", "missing")}
     summary = {"uri": uri, **total, "splits": counts, **left_out, **found, "seconds": round(sum(stages.values()), 1)}
 
+    facts: dict[str, Any] = {name: value for name, value in prepared.items() if name in dataset.SAMPLING_FACTS}
+
     def describe(uri: str, manifest: dict[str, Any]) -> dict[str, Any]:
         manifest = dataset_card.write_card(uri, manifest, run_lease.check)
         shards.remove_superseded(uri, merged, run_lease.check)
@@ -272,6 +279,7 @@ def _publish(
         schema={field.name: str(field.type) for field in DATASET},
         metric=labels.describe_metric(config.generate.label),
         lineage=result_settings(config),
+        **facts,
         summary=summary,
         config=config,
         files=files,

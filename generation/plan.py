@@ -11,6 +11,7 @@ import math
 import re
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +96,8 @@ def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountT
             if rows % 1000 == 0 and time.monotonic() - last_log >= _LOG_INTERVAL_S:
                 last_log = time.monotonic()
                 log(f"counting: {rows:,} rows  {rows / (last_log - start):,.0f} rows/s")
-    return SourceCounts({name: each.result() for name, each in sorted(counters.items())}, letters, found)
+    limits = found.lengths.limits()
+    return SourceCounts({name: each.result(limits) for name, each in sorted(counters.items())}, letters, found)
 
 
 class _DatasetCounter:
@@ -109,6 +111,7 @@ class _DatasetCounter:
         self._counted_bytes = [0, 0]
         self._tokens = [0, 0]
         self._batch: list[Instruction] = []
+        self._sampled: Counter[str] = Counter()
 
     def add(self, row: Instruction) -> None:
         counts = self._counts
@@ -118,6 +121,7 @@ class _DatasetCounter:
             counts.choices += len(set(row.answer_choices) - set(row.references))
             return
         counts.sampled_rows += 1
+        self._sampled[row.dataset] += 1
         counts.sampled_references += len(row.references)
         self._bytes[0] += len(row.instruction.encode())
         self._bytes[1] += sum(len(text.encode()) for text in row.references)
@@ -134,13 +138,14 @@ class _DatasetCounter:
             self._counted_bytes[kind] += sum(len(text.encode()) for text in texts[kind])
         self._batch.clear()
 
-    def result(self) -> Count:
-        """Return the counts after the last row; call it once."""
+    def result(self, limits: Mapping[str, int]) -> Count:
+        """Return the counts after the last row; call it once. `limits` has the largest length of a candidate in tokens, by dataset."""
         if self._batch:
             self._tokenize()
         self._counts.prompt_tokens, self._counts.reference_tokens = (
             tokens * whole / max(1, counted) for tokens, whole, counted in zip(self._tokens, self._bytes, self._counted_bytes, strict=True)
         )
+        self._counts.limits = {name: (rows, limits[name]) for name, rows in sorted(self._sampled.items()) if name in limits}
         return self._counts
 
 

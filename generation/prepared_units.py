@@ -38,6 +38,8 @@ class PreparedUnits(TypedDict):
     """Number of instructions to sample: the instructions without answer choices."""
     unseen_references: NotRequired[int]
     """Number of sampled instructions with a reference that the label metric cannot see."""
+    max_tokens: NotRequired[dict[str, int]]
+    """Largest length of a candidate by dataset, in tokens; only with `sampler.max_tokens_from: references`."""
 
 
 def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
@@ -91,6 +93,8 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
         "sampled_rows": found.sampled,
         "unseen_references": found.unseen_references,
     }
+    if config.sampler.max_tokens_from == "references":
+        result["max_tokens"] = found.lengths.limits()
     if found.merged:
         log(f"{found.merged:,} repeated rows of the source were merged")
     run_lease.check()

@@ -10,7 +10,7 @@ import asyncio
 import math
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from cluster.config import DecodingConfig, SamplerConfig
 from cluster.errors import CappyError
-from generation import engines, prompts
+from generation import engines, prompts, token_limits
 from generation.engines import contract
 from generation.engines.chat_template import template_refusal
 from generation.engines.contract import LLM, Candidate, ContentFiltered, RowError
@@ -77,11 +77,14 @@ class Sampler:
     engine process has crashed, this process exits. Ray then starts a new actor and runs the unit again; see `attempts`.
     """
 
-    def __init__(self, config: SamplerConfig, seed: int, load: LoadLLM = engines.load_engine) -> None:
+    def __init__(
+        self, config: SamplerConfig, seed: int, load: LoadLLM = engines.load_engine, limits: Mapping[str, int] | None = None
+    ) -> None:
+        """Load the LLM. `limits` has the largest length of a candidate in tokens, by dataset; see `generation.token_limits`."""
         self.config = config
+        self.limits = limits or {}
         self.seed = seed
         self.llm = load(config)
-        self._max_new_tokens = max(decoding.max_tokens for decoding in config.decodings)
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         yield append_results(batch, await asyncio.gather(*(self.sample_row(row) for row in batch.to_pylist())))
@@ -91,11 +94,18 @@ class Sampler:
         return sum(self._max_row_cost(row) for row in rows if row["answer_choices"] is None)
 
     def _max_row_cost(self, row: dict[str, Any]) -> float:
+        decodings = self._decodings(row)
         try:
-            prompt = self.llm.encode(self._turns(row), self.config.prompt.form, self._max_new_tokens)
+            prompt = self._encode(self._turns(row), decodings)
         except RowError:
             return 0.0
-        return sum(self.llm.max_cost(prompt, decoding) for decoding in self.config.decodings)
+        return sum(self.llm.max_cost(prompt, decoding) for decoding in decodings)
+
+    def _decodings(self, row: dict[str, Any]) -> tuple[DecodingConfig, ...]:
+        return token_limits.limit_decodings(self.config.decodings, self.limits.get(row.get("dataset", "")))
+
+    def _encode(self, turns: Sequence[prompts.Message], decodings: Sequence[DecodingConfig]) -> Any:
+        return self.llm.encode(turns, self.config.prompt.form, max(decoding.max_tokens for decoding in decodings))
 
     def _turns(self, row: dict[str, Any]) -> list[prompts.Message]:
         return prompts.messages(row["instruction"], row["shots"], self.config.prompt.system)
@@ -104,11 +114,11 @@ class Sampler:
         """Sample one row, with the errors and retries of the class."""
         if row["answer_choices"] is not None:
             return [], None, 0.0
-        turns, cost = self._turns(row), 0.0
+        turns, decodings, cost = self._turns(row), self._decodings(row), 0.0
         for _ in range(self.config.max_attempts):
             try:
-                prompt = self.llm.encode(turns, self.config.prompt.form, self._max_new_tokens)
-                draws = await asyncio.gather(*(self._sample_decoding(row["id"], turns, prompt, each) for each in self.config.decodings))
+                prompt = self._encode(turns, decodings)
+                draws = await asyncio.gather(*(self._sample_decoding(row["id"], turns, prompt, each) for each in decodings))
             except TemplateError as error:
                 # All rows have the same turns, so the template refuses each of them.
                 raise template_refusal(self.config.prompt, self.config.model, error) from None

@@ -14,7 +14,7 @@ import asyncio
 import io
 import json
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NotRequired, TypedDict
@@ -125,14 +125,15 @@ class UnitWorker:
     tokens of a unit. Reading, labelling and saving run in threads, outside the event loop of the engine.
     """
 
-    def __init__(self, staging: str, config: Config, load: LoadLLM, gate: Any) -> None:
+    def __init__(self, staging: str, config: Config, load: LoadLLM, gate: Any, limits: Mapping[str, int] | None = None) -> None:
+        """Load the LLM and compile the label metric. `limits` is for `Sampler`."""
         self.staging, self.config, self.gate = staging, config, gate
         self.access = EngineAccess()
         self.limited = engines.cost_limit(config.sampler) is not None
         with ThreadPoolExecutor(1) as pool:  # compiles the metric while the engine loads
             warm = pool.submit(labels.warm_up, config.generate.label)
             with record_load(staging, config.sampler):
-                self.sampler = Sampler(config.sampler, config.seed, load)
+                self.sampler = Sampler(config.sampler, config.seed, load, limits)
             warm.result()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:

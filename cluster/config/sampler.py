@@ -251,7 +251,7 @@ def _default_decodings(data: dict[str, Any]) -> tuple[DecodingConfig, ...]:
 class SamplerConfig(ExtendedSection):
     """The LLM, its prompt, its engine and its decodings."""
 
-    added: ClassVar = ("reasoning", "max_empty_share")
+    added: ClassVar = ("reasoning", "max_empty_share", "max_tokens_from")
 
     model: str = "smollm2-135m-instruct"
     """The LLM: an embedded name, a hub name, a local folder or an s3:// folder. A hub name can be pinned to a commit, tag or branch:
@@ -262,6 +262,10 @@ class SamplerConfig(ExtendedSection):
     """The engine: vLLM, transformers or an endpoint."""
     decodings: tuple[DecodingConfig, ...] = Field(default_factory=_default_decodings, min_length=1)
     """The decodings. The default is the 17 candidates of the paper, without decodings that the engine does not support."""
+    max_tokens_from: Literal["decodings", "references"] = "decodings"
+    """Largest length of a candidate. `decodings` takes `max_tokens` of its decoding. `references` lowers it to the length of the
+    references, for each dataset of `generate`. That length is the 95th percentile of the bytes of the longest reference of sampled train
+    rows, divided by 3, plus 8 tokens."""
     replicas: int = Field(1, ge=1)
     """Number of sampling actors, each with one engine."""
     max_attempts: int = Field(3, ge=1)
@@ -306,4 +310,6 @@ class SamplerConfig(ExtendedSection):
         # Runs from before this rule have no `logprobs` in their record.
         if engine.get("logprobs"):
             del engine["logprobs"]
-        return {name: tree[name] for name in ("model", "prompt", "decodings", "reasoning") if name in tree} | {"engine": engine}
+        return {name: tree[name] for name in ("model", "prompt", "decodings", "max_tokens_from", "reasoning") if name in tree} | {
+            "engine": engine
+        }

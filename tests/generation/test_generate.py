@@ -1,5 +1,6 @@
 import functools
 import json
+import math
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import pytest
 from cluster import artifacts, lease, storage
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
-from generation import generate, units
+from generation import annotate, generate, units
 from generation.dataset import RegressionSet
 from generation.labels import rouge_l
 from tests.generation.engine_process import ProcessLLM
@@ -243,6 +244,33 @@ def test_a_run_of_empty_responses_ends_with_an_error_and_a_smaller_share_is_coun
     assert generate.run_generate(higher, load=FixedLLM)["empty_responses"] == 40
     assert "40 of 60 sampled responses are empty and have a low label" in capsys.readouterr().err
     assert "40 sampled responses are empty" in (tmp_path / "set" / "README.md").read_text()
+
+
+class LongestLLM(FixedLLM):
+    """Gives responses with the largest number of tokens that a decoding allows."""
+
+    async def sample(self, token_ids, decoding, seed, request_id):
+        return [{**each, "tokens": decoding.max_tokens} for each in await super().sample(token_ids, decoding, seed, request_id)]
+
+
+def test_references_limit_the_tokens_of_each_dataset_and_the_manifest_and_the_card_have_the_limits(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {"instruction": f"say {n}", "references": ["long " * 8 if n % 2 else "short"], "dataset": ("short", "long")[n % 2]}
+        for n in range(ROWS)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    decodings = "sampler.decodings=[{name: greedy, temperature: 0, max_tokens: 20}]"
+    config = config_for(path, tmp_path / "set", decodings, "sampler.max_tokens_from=references")
+    generate.run_generate(config, load=LongestLLM)
+    opened = RegressionSet(str(tmp_path / "set"))
+    assert opened.manifest["max_tokens"] == {"long": math.ceil(40 / 3) + 8, "short": math.ceil(5 / 3) + 8}
+    frame = opened.to_pandas("train")
+    sampled = frame.candidates.map(lambda pool: {each["tokens"] for each in pool if each["source"] == "sampled"})
+    assert all(tokens == {10 if name == "short" else 20} for name, tokens in zip(frame.dataset, sampled, strict=True))
+    assert "decide it (10 to 22 tokens" in (tmp_path / "set" / "README.md").read_text()
+    annotate.run_annotate(load(None, ["generate.label.metric=exact_match"]), src=str(tmp_path / "set"), dst=str(tmp_path / "again"))
+    assert RegressionSet(str(tmp_path / "again")).manifest["max_tokens"] == opened.manifest["max_tokens"]
 
 
 def test_too_many_failures_stop_the_run_before_it_publishes(tmp_path):

@@ -35,6 +35,25 @@ def test_all_rows_are_counted_and_tokens_are_counted_for_a_sample(tmp_path):
     assert counts["a"].prompt_tokens == pytest.approx(30 * whole / 36)  # 30 tokens for the 36 bytes counted
 
 
+def test_the_references_of_train_rows_limit_the_planned_tokens(tmp_path):
+    rows = [
+        {"instruction": f"{name} {n}", "references": [text], "dataset": name, "split": split}
+        for name, text, split in (("short", "four", "train"), ("long", "x" * 90, "train"), ("unseen", "four", "validation"))
+        for n in range(10)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"source={{kind: mixture, parts: [{{name: all, source: {{kind: files, path: '{tmp_path}/rows.jsonl'}}}}]}}"
+    decodings = "sampler.decodings=[{name: greedy, temperature: 0, max_tokens: 30, min_tokens: 3}, {name: warm, n: 4, max_tokens: 64}]"
+    config = load(None, [source, decodings, "sampler.max_tokens_from=references"])
+    counts = plan.count_source(config, lambda texts: [20] * len(texts), lambda texts: [40] * len(texts)).counts
+    assert counts["all"].limits == {"long": (10, 38), "short": (10, 10)}
+    rates = plan.find_rates(config)
+    totals = cost_model.estimate_plan(counts, config, rates)["totals"]
+    # 40 tokens per candidate, cut to the limits of the datasets and decodings.
+    assert totals["sampled_tokens"]["expected"] == 10 * ((30 + 4 * 38) + (10 + 4 * 10) + (30 + 4 * 40))
+    assert totals["sampled_tokens"]["most"] == 10 * ((30 + 4 * 38) + (10 + 4 * 10) + (30 + 4 * 64))
+
+
 def test_settings_take_precedence_over_measurements_and_measurements_over_calculations(tmp_path):
     publish(f"{tmp_path}/set", rates={"tokens_per_second": 80.0, "prompt_tokens": 390})
     (tmp_path / "rates.json").write_text('news\n{"tokens_per_second": 123.0, "tokens_per_candidate": 7.5}\n')
