@@ -5,40 +5,27 @@ Imports no Ray: a published set already holds the candidates, and validation set
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cluster import artifacts, folder_writer, lease, storage
+from cluster import artifacts, storage
 from cluster.config import Config
 from cluster.errors import CappyError
-from cluster.lease import Lease
 from cluster.progress import Bar, log
 from cluster.runtime import code_version
-from evaluation import report
+from evaluation import publish, report
 from evaluation.comparison import Comparison, Row, compare_methods, pick_baselines
 from evaluation.statistics import Integers
 from generation.dataset import RegressionSet
 from training.adapted_index import read_published
 
-VERSION = 1
 _COLUMNS = ("id", "dataset", "instruction", "references", "candidates")
 _PAIRS_AT_ONCE = 512
-_RUN_MARKER = "_staging/run.json"
-_LEASE = "_lease"
-_OWNED = artifacts.OwnedFiles(
-    "evaluation",
-    "evaluate",
-    (r"_lease/\d+\.json", r"_staging/run\.json"),
-    r"_staging/run\.json",
-    (r"results\.json|rows\.parquet|report\.html|config\.yaml",),
-)
 
 _CANDIDATE = pa.struct(
     [
@@ -82,16 +69,13 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
     set or the scorer cannot be used, or another run holds the lease.
     """
     uri = storage.check_uri(config.evaluation_uri, "evaluation_path")
-    if not overwrite:
-        artifacts.refuse_published(uri, "evaluation_path", "evaluate")
-    artifacts.refuse_foreign(uri, "evaluation_path", _OWNED, overwrite=overwrite)
     RegressionSet(config.dataset_uri)  # without a set, the command must leave no folder of a lease
-    with lease.hold(storage.join(uri, _LEASE), f"evaluation_path={uri}", keep=False) as held:
-        if not overwrite:
-            artifacts.refuse_published(uri, "evaluation_path", "evaluate")
-        artifacts.refuse_foreign(uri, "evaluation_path", _OWNED, overwrite=overwrite)
+    with publish.hold_destination(config, overwrite=overwrite) as held:
         results, table = _compare(config, uri, load)
-        return _publish(config, uri, results, table, overwrite, held)
+        summary = summarise(uri, results)
+        page = report.render_report(results, table, config.evaluation.examples)
+        publish.publish_evaluation(config, results, table, page, summary, overwrite, held)
+    return summary
 
 
 def _compare(config: Config, uri: str, load: Callable[[Config], PairScorer]) -> tuple[dict[str, Any], pa.Table]:
@@ -117,37 +101,6 @@ def _compare(config: Config, uri: str, load: Callable[[Config], PairScorer]) -> 
         "made": {**_provenance(config, dataset, uri), "adapted": sorted(adapted.values())},
     }
     return results, to_table(scored, compared)
-
-
-def _publish(config: Config, uri: str, results: dict[str, Any], table: pa.Table, overwrite: bool, held: Lease) -> dict[str, Any]:
-    """Write the files, then the manifest; return the summary. With `overwrite` an earlier evaluation is deleted first."""
-    page = report.render_report(results, table, config.evaluation.examples)
-    artifacts.clear_destination(uri, "evaluation_path", _OWNED, _LEASE, held.check, overwrite=overwrite)
-    folder = folder_writer.FolderWriter(uri, held.check)
-    # If this run stops before the manifest exists, this file shows the next run that the other files belong to an evaluation.
-    folder.write_json(_RUN_MARKER, {"scorer": config.scorer_uri, "dataset": config.dataset_uri})
-    files = {
-        "results.json": folder.write_json("results.json", results),
-        "rows.parquet": folder.write_bytes("rows.parquet", _parquet(table)),
-        "report.html": folder.write_bytes("report.html", page.encode()),
-        "config.yaml": folder.write_bytes("config.yaml", config.to_yaml().encode()),
-    }
-    summary = summarise(uri, results)
-    made = results["made"]
-    artifacts.publish_folder(
-        uri,
-        "evaluation",
-        version=VERSION,
-        created=made["created"],
-        dataset=made["dataset"],
-        scorer=made["scorer"],
-        summary=summary,
-        config=config,
-        files=files,
-        check=held.check,
-    )
-    artifacts.cleanup(storage.join(uri, "_staging"), held.check)
-    return summary
 
 
 def _provenance(config: Config, dataset: RegressionSet, uri: str) -> dict[str, Any]:
@@ -262,12 +215,6 @@ def _marked(rows: Sequence[Row], picks: Mapping[str, Integers]) -> list[list[dic
         ]
         for index, row in enumerate(rows)
     ]
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
 
 
 def summarise(uri: str, results: Mapping[str, Any]) -> dict[str, Any]:

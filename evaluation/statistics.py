@@ -68,6 +68,17 @@ def bootstrap(values_RM: Floats, tasks_R: Integers, resamples: int, seed: int) -
     return means_BTM
 
 
+def bootstrap_tasks(points_TM: Floats, resamples: int, seed: int) -> Floats:
+    """Return the averages over tasks of `resamples` bootstrap samples of the tasks, [B, M].
+
+    Tasks are drawn with replacement from a population of tasks; the average of a task is taken as it is. The interval answers how the
+    result would differ on other tasks of this kind, and `bootstrap` how it would differ on other rows of these tasks.
+    """
+    tasks = len(points_TM)
+    drawn_BT = np.random.default_rng([seed, tasks]).integers(tasks, size=(resamples, tasks))
+    return np.asarray(points_TM[drawn_BT].mean(axis=1))
+
+
 def interval(samples_B: Floats, confidence: float) -> tuple[Floats, Floats]:
     """Return the percentile interval (low, high) over the first axis; NaN samples are ignored.
 

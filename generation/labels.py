@@ -147,7 +147,7 @@ def assemble_candidates(rows: Sequence[Mapping[str, Any]], config: LabelConfig, 
     values = iter(compute_labels(sampled, pa.array([row["references"] for row in rows], TEXTS), config).tolist())
     return [
         [
-            *_unsampled_candidates(row),
+            *unsampled_candidates(row),
             *({**candidate, "label": next(values), "source": "sampled", "model": model} for candidate in row["sampled"]),
         ]
         for row in rows
@@ -172,7 +172,7 @@ def limit_per_bin(candidates: Sequence[dict[str, Any]], limit: int, seed: int, r
     return [each for index, each in enumerate(candidates) if each["source"] != "sampled" or index in kept]
 
 
-def _unsampled_candidates(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def unsampled_candidates(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the candidates of an instruction that were not sampled; their decoding, tokens and log-probability are None."""
     correct = {_normalize(text) for text in row["references"]}
     texts = {

@@ -33,6 +33,7 @@ from cluster.config.sources import (
     RowsSource,
     Source,
 )
+from cluster.config.suite import Question, SuiteConfig
 from cluster.config.training import AdaptConfig, LoraConfig, ObjectiveConfig, ScorerConfig, TrainingConfig
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "PlainSource",
     "PlanConfig",
     "PromptConfig",
+    "Question",
     "Replicas",
     "RowsSource",
     "SamplerConfig",
@@ -72,6 +74,7 @@ __all__ = [
     "Seq2SeqConfig",
     "ServingConfig",
     "Source",
+    "SuiteConfig",
     "TrainingConfig",
     "VLLMConfig",
     "check_names",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import yaml
 from pydantic import Field, model_validator
 
-from cluster.config.base import Section
+from cluster.config.base import ExtendedSection
 from cluster.config.evaluation import EvaluationConfig
 from cluster.config.generation import GenerateConfig, PlanConfig
 from cluster.config.sampler import SamplerConfig
 from cluster.config.serving import ServingConfig
 from cluster.config.sources import BigBenchSource, DecontaminationConfig, Source
+from cluster.config.suite import SuiteConfig
 from cluster.config.training import AdaptConfig, ScorerConfig, TrainingConfig
 from cluster.redaction import redact_tree
 
 
-class Config(Section):
+class Config(ExtendedSection):
     """All settings of a run. Each verb finds the output of the other verbs below `workspace`."""
+
+    added: ClassVar = ("suite",)
 
     workspace: str = Field("runs/default", min_length=1)
     """Folder or s3:// prefix of the outputs. Each verb writes to its own folder below it."""
@@ -50,6 +55,8 @@ class Config(Section):
     """Comparison of the scorer with the baselines."""
     serving: ServingConfig = ServingConfig()
     """The server."""
+    suite: SuiteConfig | None = None
+    """An evaluation over many tasks, for `cappy evaluate`; null evaluates the rows of one set."""
 
     @model_validator(mode="after")
     def _one_endpoint(self) -> Config:
