@@ -36,6 +36,7 @@ BENCHMARKS = (
     Benchmark("adaptive", "adaptive sampling against fixed numbers of candidates: quality and cost", 15),
     Benchmark("batching", "a batch for each core against one batch on all cores: latency", 4, ("--turns", "1", "--seconds", "15")),
     Benchmark("gate", "rules of the gate of `cappy adapt`, simulated: wrong decisions and their cost", 0.2, ()),
+    Benchmark("consensus", "the consensus of a pool against a loop over `rouge_score`: ms a pool", 1, ("--pools", "50")),
     Benchmark("generation", "the generate pipeline against vLLM driven directly: candidates/s", 12),
     Benchmark("hostile", "the answers to malformed and malicious requests against the documented ones", 4),
     Benchmark("interchange", "scores of one scorer here, in transformers, CrossEncoder and vLLM", 15, needs="sentence_transformers"),

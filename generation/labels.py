@@ -265,18 +265,25 @@ def _f_measures(
             for reference in range(reference_offsets[row], reference_offsets[row + 1]):
                 reference_words = words[begins[reference] : ends[reference]]
                 common = (
-                    _longest_common_subsequence(response_words, reference_words, seen, carries)
+                    longest_common_subsequence(response_words, reference_words, seen, carries)
                     if ordered
-                    else _shared_words(response_words, reference_words, seen)
+                    else shared_words(response_words, reference_words, seen)
                 )
-                if common:
-                    precision, recall = common / len(response_words), common / len(reference_words)
-                    values[response] = max(values[response], 2 * precision * recall / (precision + recall))
+                values[response] = max(values[response], f_measure(common, len(response_words), len(reference_words)))
     return values
 
 
 @compiled
-def _longest_common_subsequence(left: np.ndarray, right: np.ndarray, seen: np.ndarray, carries: np.ndarray) -> int:
+def f_measure(common: int, response_words: int, reference_words: int) -> float:
+    """Return the F-measure of a response that has `common` words in common with its reference, as `rouge_score` computes it."""
+    if not common:
+        return 0.0
+    precision, recall = common / response_words, common / reference_words
+    return 2 * precision * recall / (precision + recall)
+
+
+@compiled
+def longest_common_subsequence(left: np.ndarray, right: np.ndarray, seen: np.ndarray, carries: np.ndarray) -> int:
     """Return the length of the longest common subsequence of two texts.
 
     Bit-parallel (Hyyrö 2004): each pass handles 64 words of the shorter text. `seen` has an entry for each word number; all
@@ -314,7 +321,7 @@ def _longest_common_subsequence(left: np.ndarray, right: np.ndarray, seen: np.nd
 
 
 @compiled
-def _shared_words(left: np.ndarray, right: np.ndarray, seen: np.ndarray) -> int:
+def shared_words(left: np.ndarray, right: np.ndarray, seen: np.ndarray) -> int:
     """Return the number of words that two texts share, as multisets. All entries of `seen` are -1 before and after the call."""
     common = 0
     for word in left:

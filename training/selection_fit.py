@@ -1,0 +1,203 @@
+"""Fit a selection on labelled pools: a listwise softmax ranker with an L2 strength chosen by cross-validation. Pure numpy.
+
+The loss of a pool is the cross entropy of two softmax distributions, as in ListNet (Cao et al. 2007). The target is the softmax of
+its labels at temperature `TEMPERATURE`. The loss is convex in the weights.
+
+The scores of the pools must come from a scorer that was not trained on their rows. Scores of trained rows are too good, and the fit
+would give them too much weight.
+
+Shapes: N pools, C draws (padded), K signals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cluster.config import LabelConfig, fingerprint
+from training.consensus import DEFAULT_METRIC
+from training.selection import VARIANTS, Floats, Pool, Selection, Variant, lower_empty, signals
+
+TEMPERATURE = 0.2
+"""Divisor of the labels in the softmax: a label difference of 0.2 is a factor of e in the target."""
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""The L2 strengths that cross-validation chooses from."""
+FOLDS = 5
+MIN_POOLS = 8
+"""Smallest number of pools with different labels for a fit."""
+_UNVALIDATED_STRENGTH = 0.3
+_NEWTON_STEPS = 50
+_MIN_SCALE = 1e-3  # of signals that are constant in every pool
+
+
+class _Data(NamedTuple):
+    """The pools of one variant, padded."""
+
+    features_NCK: Floats
+    targets_NC: Floats
+    """Softmax of the labels; 0 for padding."""
+    present_NC: np.ndarray
+    """bool: real draws."""
+
+    def take(self, rows: np.ndarray) -> _Data:
+        return _Data(self.features_NCK[rows], self.targets_NC[rows], self.present_NC[rows])
+
+
+def fit_selection(
+    pools: Sequence[Pool],
+    labels: Sequence[Sequence[float] | Floats],
+    groups: Sequence[str],
+    metric: LabelConfig = DEFAULT_METRIC,
+    prior: Selection | None = None,
+    made: Mapping[str, Any] | None = None,
+) -> Selection | None:
+    """Return the selection fitted on labelled pools, None if fewer than `MIN_POOLS` of them have draws with different labels.
+
+    A variant of `selection.VARIANTS` is left out if fewer than `MIN_POOLS` of these pools have its signals.
+
+    Args:
+        pools: the pools. Their scores must be of a scorer that was not trained on their rows.
+        labels: the label of each draw of each pool, in [0, 1].
+        groups: the group of each pool. The pools of a group are in one fold of the cross-validation: one task, or one row.
+        metric: the label metric.
+        prior: a selection to start from, such as that of the base of an adapted scorer. The weights are regularised towards its
+            weights instead of towards 0.
+        made: JSON values that describe the origin of the pools and scores.
+    """
+    labels_of = [np.asarray(each, np.float64) for each in labels]
+    kept = [number for number, labels_C in enumerate(labels_of) if len(labels_C) > 1 and labels_C.min() < labels_C.max()]
+    if len(kept) < MIN_POOLS:
+        return None
+    found = [signals(pools[number], metric) for number in kept]
+    variants: list[Variant] = []
+    for names in VARIANTS:
+        usable = [at for at, each in enumerate(found) if each.keys() >= set(names)]
+        if len(usable) < MIN_POOLS:
+            continue
+        start = next((each for each in prior.variants if each.signals == names and each.pool_variance), None) if prior else None
+        chosen = [kept[at] for at in usable]
+        variants.append(
+            _fit_variant(
+                names,
+                [found[at] for at in usable],
+                [labels_of[number] for number in chosen],
+                [groups[number] for number in chosen],
+                [pools[number].responses for number in chosen],
+                start,
+            )
+        )
+    description = {
+        "loss": f"listwise cross entropy with the softmax of the labels at temperature {TEMPERATURE:g}",
+        "groups": len({groups[number] for number in kept}),
+        "folds": min(FOLDS, len({groups[number] for number in kept})),
+        "prior": prior is not None,
+    }
+    return Selection(tuple(variants), metric, {**description, **(made or {})})
+
+
+def _fit_variant(
+    names: tuple[str, ...],
+    found: Sequence[Mapping[str, Floats]],
+    labels: Sequence[Floats],
+    groups: Sequence[str],
+    responses: Sequence[Sequence[str]],
+    prior: Variant | None,
+) -> Variant:
+    """Fit one variant: choose the L2 strength by the held-out loss, then fit on all pools."""
+    scales = prior.scales if prior else tuple(_typical_deviation(each[name] for each in found) for name in names)
+    unfitted = Variant(names, (0.0,) * len(names), scales)
+    data = _pad([unfitted.features(each) for each in found], labels)
+    start_K = np.array(prior.weights if prior else unfitted.weights)
+    folds_N = _folds(groups)
+    count = folds_N.max() + 1
+    strength, measured = _UNVALIDATED_STRENGTH, {}
+    if count > 1:
+        losses = dict.fromkeys(STRENGTHS, 0.0)
+        weights_of: dict[tuple[float, int], Floats] = {}
+        for fold in range(count):
+            train, held_out = data.take(folds_N != fold), data.take(folds_N == fold)
+            for each in STRENGTHS:
+                weights_of[each, fold] = _fit_weights(train, each, start_K)
+                losses[each] += _loss(held_out, weights_of[each, fold]) * len(held_out.targets_NC)
+        strength = min(reversed(STRENGTHS), key=lambda each: losses[each])
+        held_out_values = [unfitted.features(each) @ weights_of[strength, int(fold)] for each, fold in zip(found, folds_N, strict=True)]
+        measured = {"fitted": _mean_pick(held_out_values, labels, responses)}
+        measured |= {name: _mean_pick([each[name] for each in found], labels, responses) for name in names}
+        measured |= {"random": _mean(each.mean() for each in labels), "oracle": _mean(each.max() for each in labels)}
+    weights_K = _fit_weights(data, strength, start_K)
+    return Variant(names, tuple(weights_K.tolist()), scales, l2=strength, rows=len(found), cross_validated=measured)
+
+
+def _typical_deviation(values: Iterable[Floats]) -> float:
+    """Return the root of the mean variance of a signal within a pool."""
+    return max(float(np.sqrt(_mean(each.var() for each in values))), _MIN_SCALE)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _mean_pick(values: Sequence[Floats], labels: Sequence[Floats], responses: Sequence[Sequence[str]]) -> float:
+    """Return the mean label of the draws with the highest value."""
+    return _mean(labels_C[lower_empty(each, texts).argmax()] for each, labels_C, texts in zip(values, labels, responses, strict=True))
+
+
+def _folds(groups: Sequence[str]) -> np.ndarray:
+    """Return the fold of each pool, int64 (N,): groups are dealt to at most `FOLDS` folds in the order of a hash."""
+    ordered = sorted(set(groups), key=lambda group: (fingerprint(group), group))
+    fold_of = {group: number % FOLDS for number, group in enumerate(ordered)}
+    return np.array([fold_of[group] for group in groups], np.int64)
+
+
+def _pad(features: Sequence[Floats], labels: Sequence[Floats]) -> _Data:
+    most = max(map(len, labels))
+    features_NCK = np.zeros((len(labels), most, features[0].shape[1]))
+    targets_NC = np.zeros((len(labels), most))
+    for number, (features_CK, labels_C) in enumerate(zip(features, labels, strict=True)):
+        features_NCK[number, : len(labels_C)] = features_CK
+        weights_C = np.exp((labels_C - labels_C.max()) / TEMPERATURE)
+        targets_NC[number, : len(labels_C)] = weights_C / weights_C.sum()
+    return _Data(features_NCK, targets_NC, targets_NC > 0)
+
+
+def _softmax(data: _Data, weights_K: Floats) -> tuple[Floats, float]:
+    """Return the softmax of the values of each pool, (N, C), and the mean loss over the pools."""
+    values_NC = np.where(data.present_NC, data.features_NCK @ weights_K, -np.inf)
+    values_NC -= values_NC.max(axis=1, keepdims=True)
+    exponentials_NC = np.exp(values_NC)
+    totals_N1 = exponentials_NC.sum(axis=1, keepdims=True)
+    losses_NC = np.where(data.present_NC, data.targets_NC * (np.log(totals_N1) - np.where(data.present_NC, values_NC, 0.0)), 0.0)
+    return exponentials_NC / totals_N1, float(losses_NC.sum(axis=1).mean())
+
+
+def _loss(data: _Data, weights_K: Floats) -> float:
+    return _softmax(data, weights_K)[1]
+
+
+def _fit_weights(data: _Data, strength: float, start_K: Floats) -> Floats:
+    """Minimise the mean loss plus `strength` / 2 * |weights - start|^2 by Newton's method with step halving."""
+    weights_K = start_K.copy()
+    count, _, size = data.features_NCK.shape
+
+    def objective(candidate_K: Floats) -> float:
+        return _loss(data, candidate_K) + strength / 2 * float(np.square(candidate_K - start_K).sum())
+
+    current = objective(weights_K)
+    for _ in range(_NEWTON_STEPS):
+        shares_NC, _ = _softmax(data, weights_K)
+        gradient_K = np.einsum("nc,nck->k", shares_NC - data.targets_NC, data.features_NCK) / count + strength * (weights_K - start_K)
+        means_NK = np.einsum("nc,nck->nk", shares_NC, data.features_NCK)
+        centred_NCK = data.features_NCK - means_NK[:, None, :]
+        curvature_KK = np.einsum("nc,nck,ncl->kl", shares_NC, centred_NCK, centred_NCK, optimize=True) / count
+        step_K = np.linalg.solve(curvature_KK + strength * np.eye(size), gradient_K)
+        length = 1.0
+        while length > 1e-6 and objective(weights_K - length * step_K) > current:
+            length /= 2
+        weights_K = weights_K - length * step_K
+        improved = objective(weights_K)
+        if current - improved < 1e-10:
+            break
+        current = improved
+    return weights_K
