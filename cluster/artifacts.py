@@ -95,6 +95,8 @@ class Manifest(TypedDict, total=False):
     """The settings that decide the content of the set (dataset, pairs)."""
     max_tokens: dict[str, int]
     """Largest length of a candidate by dataset, in tokens, from the lengths of the references (dataset)."""
+    reused: dict[str, Any]
+    """Rows, candidates and tokens from `generate.reuse`, and the rows of each of its sets (dataset)."""
     rates: dict[str, Any]
     """Tokens and rows per second of the sampling (dataset)."""
     seconds: dict[str, float]

@@ -30,7 +30,7 @@ from typing import Any
 from cluster import storage
 from cluster.config import SamplerConfig
 from cluster.errors import CappyError
-from generation.sampler import Sampled, Sampler
+from generation.sampler import Sampled, Sampler, known_result
 
 # Processes that end while they sample a row alone, before the row is rejected.
 _MAX_ENDED = 2
@@ -146,8 +146,8 @@ class UnitAttempts:
         rejected: Sampled = ([], f"the sampling engine ended {limit} times while it sampled this row alone", 0.0)
         results = {row["id"]: rejected for row in rows if self.ended_by[row["id"]] >= limit and row["id"] not in self._answered}
         for row in rows:
-            if row["answer_choices"] is not None:
-                results[row["id"]] = [], None, 0.0
+            if (known := known_result(row)) is not None:
+                results[row["id"]] = known
             elif row["id"] in self._answered:
                 results[row["id"]] = await asyncio.to_thread(self._read_answer, row["id"])
         answered = False
@@ -157,7 +157,8 @@ class UnitAttempts:
                 if row["id"] in results:
                     continue
                 if not answered and (self.ended_by[row["id"]] or self.unanswered):
-                    probe = next((each for each in rows if results.get(each["id"], ([], None, 0.0))[0]), _PROBE)
+                    sampled = (each for each in rows if known_result(each) is None)
+                    probe = next((each for each in sampled if results.get(each["id"], ([], None, 0.0))[0]), _PROBE)
                     answered = bool((await sampler.sample_row(probe))[0])
                     if answered:
                         await self._note_answer(process)

@@ -170,7 +170,7 @@ SHA-256; `cappy inspect` verifies them.
 - prompt: {prompt["form"]} form, {prompt["shots"]} shots{", with a system message" if prompt["system"] else ""}
 - labels: {_metric_name(metric)} ({metric["mode"]} mode, version {metric["version"]})
 - seed: {config["seed"]}
-{_merged_line(summary)}{_missing_lines(summary)}{_unseen_line(summary, metric)}{_limits_line(manifest)}{_made_from_line(manifest)}
+{_merged_line(summary)}{_missing_lines(summary)}{_unseen_line(summary, metric)}{_sampling_lines(manifest)}{_made_from_line(manifest)}
 {decodings}
 
 ## Instructions by dataset
@@ -284,14 +284,18 @@ def _unseen_line(summary: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
     )
 
 
-def _limits_line(manifest: Mapping[str, Any]) -> str:
-    limits = manifest.get("max_tokens")
-    if not limits:
-        return ""
-    return (
-        f"- largest length of a candidate: the lengths of the references of its dataset decide it ({min(limits.values())} to "
-        f"{max(limits.values())} tokens, at\n  most `max_tokens` of the decoding); `_MANIFEST.json` lists the datasets\n"
-    )
+def _sampling_lines(manifest: Mapping[str, Any]) -> str:
+    limits, reused = manifest.get("max_tokens"), manifest.get("reused")
+    lines = ""
+    if limits:
+        lines += (
+            f"- largest length of a candidate: the lengths of the references of its dataset decide it ({min(limits.values())} to "
+            f"{max(limits.values())} tokens, at\n  most `max_tokens` of the decoding); `_MANIFEST.json` lists the datasets\n"
+        )
+    if reused:
+        sources = ", ".join(f"`{uri}` ({rows:,})" for uri, rows in reused["sources"].items())
+        lines += f"- the sampled responses of {reused['rows']:,} instructions are from earlier sets, with new labels: {sources}\n"
+    return lines
 
 
 def _made_from_line(manifest: Mapping[str, Any]) -> str:

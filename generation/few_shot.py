@@ -124,6 +124,8 @@ class PreparationCounts:
     """Rows whose split was chosen by a hash."""
     unseen_references: int = 0
     """Rows to sample with a reference that the label metric cannot see."""
+    too_long: int = 0
+    """Rows that were left out because of `source.max_instruction_chars`."""
     lengths: ReferenceLengths = field(default_factory=ReferenceLengths)
     """Lengths of the references; counted for `sampler.max_tokens_from: references` only."""
 
@@ -162,7 +164,7 @@ def prepare_rows(
 
     notes = Notes()
     with merge_rows(row_reader(config.source, config.seed, notes)()) as rows:
-        counts.merged, counts.blank = rows.merged + notes.merged, notes.blank
+        counts.merged, counts.blank, counts.too_long = rows.merged + notes.merged, notes.blank, notes.too_long
         pools = Pools(with_held_out_recorded(), config.seed, is_excluded)
         block: list[Instruction] = []
         for each in rows:

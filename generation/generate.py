@@ -81,6 +81,8 @@ def result_settings(config: Config) -> dict[str, Any]:
     """Return the settings that determine the content of the set; other settings (replicas, sizes) may change on resume."""
     tree = config.model_dump(mode="json")
     generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "max_per_bin", "unit_rows")}
+    if config.generate.reuse:
+        generate["reuse"] = tree["generate"]["reuse"]
     generate["label"] = labels.describe_metric(config.generate.label)
     source = {key: tree[key] for key in ("source", "decontaminate")}
     return {"seed": config.seed, **source, "sampler": config.sampler.result_settings(), "generate": generate}
@@ -122,9 +124,10 @@ def _sample(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if prepared.get("sampled_rows") == 0:
+    reused = prepared["reused"]["rows"] if "reused" in prepared else 0
+    if prepared.get("sampled_rows") == reused:
         load = NoLLM
-        log("no LLM is started: every row has answer_choices, which are its candidates")
+        log("no LLM is started: the candidates of every row are its answer_choices" + (" or in generate.reuse" if reused else ""))
     else:
         log(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
     ceiling = engines.cost_limit(config.sampler)
@@ -143,7 +146,7 @@ def _sample(
             spent += result["cost"]
             progress.add(result)
             note = "  ".join([f"{failed} dead letters"] * bool(failed) + [f"${spent:,.4f}"] * bool(spent))
-            bar.advance(result["rows"], note=note, candidates=result["candidates"], tokens=result["tokens"])
+            bar.advance(result["rows"], note=note, **units.count_drawn(result))
             if bar.done - done >= _ERROR_RATE_ROWS:
                 prepared_units.check_error_rate(failed, bar.done - done, config)
                 empty_responses.check_empty_share(empty, sampled, config.sampler)
@@ -259,6 +262,10 @@ def _publish(
     left_out = {"dead_letters": dead_letters, "decontaminated": overlap["train_rows_left_out"]}
     found = {"merged": prepared.get("merged", 0), "unseen_references": prepared.get("unseen_references", 0)}
     found |= {f"{name}_responses": sum(shard[name] for shard in merged.values()) for name in ("empty", "missing")}
+    if "too_long" in prepared:
+        found["too_long"] = prepared["too_long"]
+    if "reused" in prepared:
+        found["reused"] = prepared["reused"]["rows"]
     summary = {"uri": uri, **total, "splits": counts, **left_out, **found, "seconds": round(sum(stages.values()), 1)}
 
     facts: dict[str, Any] = {name: value for name, value in prepared.items() if name in dataset.SAMPLING_FACTS}

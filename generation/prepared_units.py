@@ -14,9 +14,10 @@ from cluster.config import Config, MixtureSource
 from cluster.errors import CappyError, UsageError
 from cluster.lease import Lease
 from cluster.progress import Bar, log
-from generation import few_shot, units
+from generation import few_shot, reuse, units
 from generation.few_shot import PreparationCounts
-from generation.schema import PREPARED, SPLITS
+from generation.reuse import Reused
+from generation.schema import PREPARED, PREPARED_WITH_REUSE, SPLITS
 from generation.sources import reader
 from generation.sources.row import DeadLetter
 
@@ -38,8 +39,12 @@ class PreparedUnits(TypedDict):
     """Number of instructions to sample: the instructions without answer choices."""
     unseen_references: NotRequired[int]
     """Number of sampled instructions with a reference that the label metric cannot see."""
+    too_long: NotRequired[int]
+    """Number of rows that were left out because of `source.max_instruction_chars`, if any."""
     max_tokens: NotRequired[dict[str, int]]
     """Largest length of a candidate by dataset, in tokens; only with `sampler.max_tokens_from: references`."""
+    reused: NotRequired[Reused]
+    """The candidates from `generate.reuse`; only with this setting."""
 
 
 def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
@@ -53,18 +58,21 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
     counts = dict.fromkeys(SPLITS, 0)
     failed = 0
     found = PreparationCounts()
+    schema = PREPARED_WITH_REUSE if config.generate.reuse else PREPARED
 
     def flush(split: str) -> None:
         run_lease.check(read_store=False)
-        units.write_unit(
-            units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(pending[split], PREPARED)
-        )
+        units.write_unit(units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(pending[split], schema))
         numbers[split] += 1
         counts[split] += len(pending[split])
         bar.advance(len(pending[split]), note=f"{failed} dead letters" if failed else "")
         pending[split].clear()
 
-    with dead_letter_file() as letters, Bar(f"reading {describe_source(config)}", None, "instructions") as bar:
+    with (
+        reuse.reuse_candidates(config) as reusable,
+        dead_letter_file() as letters,
+        Bar(f"reading {describe_source(config)}", None, "instructions") as bar,
+    ):
         evaluation = few_shot.load_contamination(config)
         for each in few_shot.prepare_rows(config, evaluation, found):
             if isinstance(each, DeadLetter):
@@ -72,6 +80,8 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
                 failed += 1
                 continue
             split, row = each
+            if config.generate.reuse and row["answer_choices"] is None:
+                row["reused"] = reusable.find(row["id"])
             pending[split].append(row)
             if len(pending[split]) == config.generate.unit_rows:
                 flush(split)
@@ -93,8 +103,13 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
         "sampled_rows": found.sampled,
         "unseen_references": found.unseen_references,
     }
+    if found.too_long:
+        result["too_long"] = found.too_long
     if config.sampler.max_tokens_from == "references":
         result["max_tokens"] = found.lengths.limits()
+    if config.generate.reuse:
+        result["reused"] = reusable.counts
+        log(f"generate.reuse has the candidates of {reusable.counts['rows']:,} of {found.sampled:,} rows; the other rows are sampled")
     if found.merged:
         log(f"{found.merged:,} repeated rows of the source were merged")
     run_lease.check()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from cluster import ports
 from cluster.config import GenerateConfig
-
-if TYPE_CHECKING:
-    from generation.units import UnitCounts
+from generation.units import UnitCounts, count_drawn
 
 _COUNTERS = {
     "candidates": "Candidates sampled by this process",
@@ -42,7 +39,7 @@ class GenerateMetrics:
     def add(self, unit: UnitCounts) -> None:
         """Add the counts of a finished unit."""
         self._done.inc(unit["rows"])
-        values = {"candidates": unit["candidates"], "tokens": unit["tokens"], "dollars": unit["cost"], "dead_letters": unit["dead_letters"]}
+        values = {**count_drawn(unit), "dollars": unit["cost"], "dead_letters": unit["dead_letters"]}
         for name, counter in self._counters.items():
             counter.inc(values[name])
 

@@ -22,19 +22,7 @@ from generation import engines, prompts, token_limits
 from generation.engines import contract
 from generation.engines.chat_template import template_refusal
 from generation.engines.contract import LLM, Candidate, ContentFiltered, RowError
-
-SAMPLED = pa.list_(
-    pa.struct(
-        [
-            ("response", pa.string()),
-            ("decoding", pa.string()),
-            ("tokens", pa.int32()),
-            ("finish_reason", pa.string()),
-            ("logprob", pa.float64()),
-        ]
-    )
-)
-
+from generation.schema import SAMPLED
 
 LoadLLM = Callable[[SamplerConfig], LLM]
 Sampled = tuple[list[Candidate], str | None, float]
@@ -70,8 +58,7 @@ class Sampler:
     - `cost`: float64, in dollars; 0 for an engine that runs in this process.
 
     A row fails if its sampling fails `sampler.max_attempts` times, or if the engine rejects it (`RowError`). A failed row
-    has an `error`, no candidates, and the cost of its attempts. Classification rows (with `answer_choices`) are not
-    sampled, because their choices are their candidates.
+    has an `error`, no candidates, and the cost of its attempts. `known_result` has the rows that are not sampled.
 
     Raises the engine's `CappyError` if the cause is not the row, for example a rejected API key; the run then ends. If the
     engine process has crashed, this process exits. Ray then starts a new actor and runs the unit again; see `attempts`.
@@ -91,7 +78,7 @@ class Sampler:
 
     def max_cost(self, rows: Sequence[dict[str, Any]]) -> float:
         """Return an upper bound of the cost of sampling these rows, in dollars, failed attempts included."""
-        return sum(self._max_row_cost(row) for row in rows if row["answer_choices"] is None)
+        return sum(self._max_row_cost(row) for row in rows if known_result(row) is None)
 
     def _max_row_cost(self, row: dict[str, Any]) -> float:
         decodings = self._decodings(row)
@@ -112,8 +99,8 @@ class Sampler:
 
     async def sample_row(self, row: dict[str, Any]) -> Sampled:
         """Sample one row, with the errors and retries of the class."""
-        if row["answer_choices"] is not None:
-            return [], None, 0.0
+        if (known := known_result(row)) is not None:
+            return known
         turns, decodings, cost = self._turns(row), self._decodings(row), 0.0
         for _ in range(self.config.max_attempts):
             try:
@@ -154,6 +141,18 @@ class Sampler:
             return [_without_undefined_logprob(candidate) for candidate in found], None, self.llm.pop_cost(request_id)
         except Exception as error:
             return [], error, self.llm.pop_cost(request_id)
+
+
+def known_result(row: Mapping[str, Any]) -> Sampled | None:
+    """Return the result of a row that is not sampled, else None.
+
+    The choices of a classification row (with `answer_choices`) are its candidates. A row with candidates from `generate.reuse` has
+    them in `reused`.
+    """
+    if row["answer_choices"] is not None:
+        return [], None, 0.0
+    reused = row.get("reused")
+    return None if reused is None else (reused, None, 0.0)
 
 
 def append_results(batch: pa.Table, results: Sequence[Sampled]) -> pa.Table:

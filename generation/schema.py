@@ -31,6 +31,19 @@ _INSTRUCTION = [
     pa.field("answer_choices", pa.list_(pa.string())),
 ]
 
+SAMPLED = pa.list_(
+    pa.struct(
+        [
+            ("response", pa.string()),
+            ("decoding", pa.string()),
+            ("tokens", pa.int32()),
+            ("finish_reason", pa.string()),
+            ("logprob", pa.float64()),
+        ]
+    )
+)
+"""The sampled candidates of a row before they have labels."""
+
 DATASET = pa.schema([*_INSTRUCTION, pa.field("candidates", pa.list_(CANDIDATE), nullable=False)])
 """A row of a published set: one instruction with all its candidates."""
 
@@ -53,3 +66,6 @@ PREPARED = pa.schema(
     ]
 )
 """A row before sampling: with the config, it determines the row's candidates."""
+
+PREPARED_WITH_REUSE = PREPARED.append(pa.field("reused", SAMPLED))
+"""A row before sampling, with its candidates from `generate.reuse`, or null if it is sampled."""

@@ -43,6 +43,8 @@ COUNTS = pa.schema(
         ("dead_letters", pa.int64()),
         ("empty", pa.int64()),
         ("missing", pa.int64()),
+        ("reused", pa.int64()),
+        ("reused_tokens", pa.int64()),
     ]
 )
 """The counts of a finished unit, one row; see `UnitCounts`."""
@@ -58,9 +60,9 @@ class UnitCounts(TypedDict):
     rows: int
     """Instructions, dead letters included."""
     candidates: int
-    """Sampled candidates."""
+    """Sampled candidates, reused ones included."""
     tokens: int
-    """Tokens of the sampled candidates."""
+    """Tokens of these candidates."""
     cost: float
     """Dollars."""
     dead_letters: int
@@ -69,6 +71,10 @@ class UnitCounts(TypedDict):
     """Sampled candidates without text. Units of older versions do not have it."""
     missing: NotRequired[int]
     """Candidates that the decodings of sampled instructions did not give, because a content filter stopped them."""
+    reused: NotRequired[int]
+    """Candidates from `generate.reuse`."""
+    reused_tokens: NotRequired[int]
+    """Tokens of these candidates."""
 
 
 class UnitMetadata(TypedDict):
@@ -77,6 +83,14 @@ class UnitMetadata(TypedDict):
     counts: UnitCounts
     letters: list[str]
     """Dead letters, each a line of JSON."""
+
+
+def count_drawn(counts: Mapping[str, Any]) -> dict[str, int]:
+    """Return the candidates and tokens of a unit without the reused ones, to measure rates. Units of older versions reused none."""
+    return {
+        "candidates": counts["candidates"] - (counts.get("reused") or 0),
+        "tokens": counts["tokens"] - (counts.get("reused_tokens") or 0),
+    }
 
 
 class BudgetGate:
@@ -231,6 +245,7 @@ def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> Uni
         rows = [{**row, "candidates": labels.limit_per_bin(row["candidates"], limit, config.seed, row["id"])} for row in rows]
     pool_size = sum(decoding.n for decoding in config.sampler.decodings)
     drawn = [candidate for pool in sampled["sampled"].to_pylist() for candidate in pool]
+    reused = [candidate for pool in (sampled["reused"].to_pylist() if "reused" in sampled.column_names else ()) for candidate in pool or ()]
     counts: UnitCounts = {
         "unit": unit,
         "rows": len(sampled),
@@ -240,6 +255,8 @@ def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> Uni
         "dead_letters": len(letters),
         "empty": sum(not candidate["response"] for candidate in drawn),
         "missing": sum(max(0, pool_size - len(row["sampled"])) for row in sampled.to_pylist() if row["sampled"]),
+        "reused": len(reused),
+        "reused_tokens": sum(candidate["tokens"] for candidate in reused),
     }
     metadata: UnitMetadata = {"counts": counts, "letters": letters}
     table = pa.Table.from_pylist(rows, DATASET).replace_schema_metadata({_METADATA: json.dumps(metadata).encode()})

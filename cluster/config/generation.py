@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cluster.config.base import Section
+from cluster.config.base import ExtendedSection, Section
 
 
 class LabelConfig(Section):
@@ -24,8 +24,10 @@ class LabelConfig(Section):
         return self
 
 
-class GenerateConfig(Section):
+class GenerateConfig(ExtendedSection):
     """How `cappy generate` assembles and writes the regression set."""
+
+    added: ClassVar = ("reuse",)
 
     label: LabelConfig = LabelConfig()
     """The metric that labels sampled responses."""
@@ -36,6 +38,10 @@ class GenerateConfig(Section):
     max_per_bin: int | None = Field(None, ge=1)
     """Balances the labels of train instructions. At most this many different samples of an instruction are kept in each tenth of
     the label range, drawn by seed. null keeps all. Validation instructions keep all samples, because methods are compared on them."""
+    reuse: tuple[str, ...] = ()
+    """Published sets, or candidate files of `python -m generation.candidate_file`, local or s3://. A row that has all its candidates there
+    is not sampled: same row id, `sampler.model` and names of the decodings. Its labels are computed again. The first set with a row
+    decides."""
     unit_rows: int = Field(32, ge=1)
     """Instructions in a unit of work. A unit is sampled by one call, saved in one write, and never sampled again."""
     shard_mib: int = Field(128, ge=1)

@@ -23,6 +23,8 @@ def absolute(config: Config) -> Config:
     scorers = tuple(each.model_copy(update={"path": models.absolute(each.path)}) for each in config.serving.scorers)
     paths["serving"] = config.serving.model_copy(update={"scorers": scorers})
     paths["source"] = _absolute_source(config.source)
+    reuse = tuple(map(storage.absolute, config.generate.reuse))
+    paths["generate"] = config.generate.model_copy(update={"reuse": reuse})
     evaluation = tuple(map(storage.absolute, config.decontaminate.files))
     paths["decontaminate"] = config.decontaminate.model_copy(update={"files": evaluation})
     return config.model_copy(update=paths)

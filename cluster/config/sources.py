@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from cluster.config.base import Section
+from cluster.config.base import ExtendedSection, Section
 
 # The eight BIG-bench generation tasks of the demo and of the defaults.
 DEMO_TASKS = (
@@ -36,8 +36,10 @@ class BigBenchSource(Section):
     """Take only this many instructions, from the start; null takes all."""
 
 
-class RowsSource(Section):
+class RowsSource(ExtendedSection):
     """Settings that files and hub datasets share: the format of the rows, and the split."""
+
+    added: ClassVar = ("max_instruction_chars", "dataset_rows")
 
     format: Literal["auto", "cappy", "p3", "promptsource", "natural-instructions", "bigbench", "alpaca", "chat"] = "auto"
     """Format of the rows. `auto` detects it from the keys of each row, and `promptsource` from `templates`. `alpaca` has the columns of a
@@ -53,6 +55,11 @@ class RowsSource(Section):
     """Largest number of train instructions per dataset; null takes all."""
     validation_rows: int | None = Field(None, ge=1)
     """Largest number of validation instructions per dataset; null takes all."""
+    max_instruction_chars: int | None = Field(None, ge=1)
+    """Largest length of an instruction, in characters. Longer rows are left out and counted; null takes all."""
+    dataset_rows: int | None = Field(None, ge=1)
+    """Largest number of rows per dataset, selected by hash: this many rows with answer choices, and this many without. null takes all.
+    A larger value takes the rows of a smaller value and more."""
     validation_fraction: float = Field(0.2, ge=0, lt=1)
     """Share of the examples (or datasets) without a `split` that is assigned to validation, by hash."""
     split_by: Literal["example", "dataset"] = "example"
@@ -85,6 +92,8 @@ class FilesSource(RowsSource):
 class HubSource(RowsSource):
     """A Hugging Face dataset, streamed. Code of the dataset is never run."""
 
+    added: ClassVar = (*RowsSource.added, "data_dir")
+
     kind: Literal["hub"] = "hub"
     """Selects a hub dataset."""
     name: str = Field(min_length=1)
@@ -103,12 +112,6 @@ class HubSource(RowsSource):
         if self.subset is not None and self.data_dir is not None:
             raise ValueError(f"subset={self.subset} with data_dir={self.data_dir}: each selects the files to read; leave one out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_default_folder(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `data_dir` out if it is null: runs from before this setting keep their fingerprint."""
-        tree: dict[str, Any] = write(self)
-        return {name: value for name, value in tree.items() if name != "data_dir" or value is not None}
 
 
 PlainSource = Annotated[BigBenchSource | FilesSource | HubSource, Field(discriminator="kind")]

@@ -16,11 +16,13 @@ class Notes:
         """Rows that became a part of the row before them, because each was one choice of one example."""
         self.blank = 0
         """Renderings of templates that were blank: such a template does not apply to the row."""
+        self.too_long = 0
+        """Rows that were left out because of `source.max_instruction_chars`."""
         self._logged: set[str] = set()
 
     def reset_counts(self) -> None:
         """Set the counts to 0, after a reading that only counts the rows."""
-        self.merged = self.blank = 0
+        self.merged = self.blank = self.too_long = 0
 
     def log(self, text: str) -> None:
         """Log a line, unless it was logged before."""

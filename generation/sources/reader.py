@@ -18,6 +18,7 @@ from typing import Any
 from cluster.config import BigBenchSource, FilesSource, HubSource, MixtureSource, RowsSource, Source
 from cluster.errors import UsageError
 from generation.sources import bigbench, files, folders, formats, hub, mixture, promptsource, split
+from generation.sources.caps import DatasetCaps
 from generation.sources.notes import Notes
 from generation.sources.row import DeadLetter, Instruction, dead_letter, row_error
 
@@ -111,7 +112,34 @@ def _bigbench_rows(source: BigBenchSource, seed: int, notes: Notes) -> Generator
 
 
 def _file_or_hub_rows(source: FilesSource | HubSource, seed: int, notes: Notes) -> Generator[Instruction | DeadLetter]:
+    """Yield the rows of a source within its caps (`sources.caps`), and the dead letters."""
     shared = _find_shared_texts(source, seed)
+    if source.dataset_rows is None:
+        yield from _short_rows(source, _parsed_rows(source, seed, notes, shared), notes)
+        return
+    # The cap needs a reading of its own, which counts and logs nothing.
+    caps = DatasetCaps(_short_rows(source, _parsed_rows(source, seed, None, shared), None), source.dataset_rows, seed)
+    yield from caps.take(_short_rows(source, _parsed_rows(source, seed, notes, shared), notes))
+
+
+def _short_rows(
+    source: FilesSource | HubSource, rows: Iterator[Instruction | DeadLetter], notes: Notes | None
+) -> Iterator[Instruction | DeadLetter]:
+    """Leave out the rows with an instruction above `source.max_instruction_chars`; count and log them in `notes`."""
+    limit, left_out = source.max_instruction_chars, 0
+    for row in rows:
+        if limit is not None and isinstance(row, Instruction) and len(row.instruction) > limit:
+            left_out += 1
+        else:
+            yield row
+    if left_out and notes is not None:
+        notes.too_long += left_out
+        notes.log(f"{_setting(source)}: {left_out:,} rows are left out: longer than source.max_instruction_chars={limit}")
+
+
+def _parsed_rows(
+    source: FilesSource | HubSource, seed: int, notes: Notes | None, shared: split.SharedTexts
+) -> Generator[Instruction | DeadLetter]:
     first: DeadLetter | None = None
     usable = False
     with closing(_converted_rows(source, seed, notes)) as converted:

@@ -1,0 +1,201 @@
+"""Candidates of earlier sets are reused instead of sampled, by `generate.reuse` and compact candidate files."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.config import load
+from cluster.errors import CappyError, UsageError
+from generation import candidate_file, generate, reuse
+from generation.dataset import RegressionSet
+from generation.labels import rouge_l
+from tests.generation.fixed_llm import FixedLLM
+
+DECODINGS = "sampler.decodings=[{name: greedy, temperature: 0}, {name: warm, n: 3}]"
+ROWS = 30
+
+
+def write_rows(path, count=ROWS):
+    rows = [{"instruction": f"say {n}", "references": [f"number {n}"], "dataset": "ab"[n % 2]} for n in range(count)]
+    rows += [{"instruction": "yes?", "references": ["yes"], "answer_choices": ["yes", "no"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config_for(rows, place, *overrides):
+    return load(None, [f"source={{kind: files, path: '{rows}'}}", f"dataset={place}", "generate.unit_rows=7", DECODINGS, *overrides])
+
+
+def sampled(uri):
+    """Return the sampled candidates of a set, by row."""
+    opened = RegressionSet(str(uri))
+    rows = [row for split in opened.manifest["counts"] for table in opened.batches(split) for row in table.to_pylist()]
+    return {row["id"]: [each for each in row["candidates"] if each["source"] == "sampled"] for row in rows if row["answer_choices"] is None}
+
+
+@pytest.fixture(scope="module")
+def first(ray_here, tmp_path_factory):
+    """Return a set of 30 sampled rows."""
+    folder = tmp_path_factory.mktemp("first")
+    generate.run_generate(config_for(write_rows(folder / "rows.jsonl"), folder / "set"), load=FixedLLM)
+    return folder / "set"
+
+
+@pytest.fixture(scope="module")
+def compact(first):
+    candidate_file.write_candidate_file(f"{first.parent}/compact.parquet", [str(first)])
+    return first.parent / "compact.parquet"
+
+
+class OtherLLM(FixedLLM):
+    """Gives responses that `FixedLLM` never gives."""
+
+    async def sample(self, token_ids, decoding, seed, request_id):
+        found = await super().sample(token_ids, decoding, seed, request_id)
+        return [{**each, "response": "other", "tokens": 5} for each in found]
+
+
+@pytest.mark.parametrize("kind", ["set", "file"])
+def test_rows_of_an_earlier_set_are_not_sampled_and_new_rows_are(kind, first, compact, tmp_path, capsys):
+    given = first if kind == "set" else compact
+    log = tmp_path / "sampled.log"
+    config = config_for(write_rows(tmp_path / "rows.jsonl", ROWS + 10), tmp_path / "set", f"generate.reuse=[{given}]")
+    summary = generate.run_generate(config, load=functools.partial(OtherLLM, log=str(log)))
+    earlier, now = sampled(first), sampled(tmp_path / "set")
+    assert len(earlier) == ROWS and len(now) == ROWS + 10
+    assert {row_id: now[row_id] for row_id in earlier} == earlier
+    new = now.keys() - earlier.keys()
+    assert {line.split()[0] for line in log.read_text().splitlines()} == new
+    assert {each["response"] for row_id in new for each in now[row_id]} == {"other"}
+    assert summary["reused"] == ROWS and summary["sources"]["sampled"] == 4 * (ROWS + 10)
+    manifest = RegressionSet(str(tmp_path / "set")).manifest
+    assert manifest["reused"] == {"rows": ROWS, "candidates": 4 * ROWS, "tokens": 3 * 4 * ROWS, "sources": {str(given): ROWS}}
+    assert "responses of 30 instructions are from earlier sets" in (tmp_path / "set" / "README.md").read_text()
+    error = capsys.readouterr().err
+    assert "generate.reuse has the candidates of 30 of 40 rows" in error and "warning: generate.reuse" not in error
+
+
+def refuse_to_load(config):
+    raise AssertionError("no row is sampled")
+
+
+def test_an_interrupted_run_resumes_with_its_reused_rows_after_their_set_was_deleted(first, tmp_path, monkeypatch):
+    given = shutil.copytree(first, tmp_path / "given")
+    config = config_for(
+        write_rows(tmp_path / "rows.jsonl"), tmp_path / "set", f"generate.reuse=[{given}]", "generate.label.metric=exact_match"
+    )
+
+    def fail(*arguments):
+        raise CappyError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "_sample", fail)
+        with pytest.raises(CappyError, match="stopped here"):
+            generate.run_generate(config, load=refuse_to_load)
+    shutil.rmtree(given)
+    summary = generate.run_generate(config, load=refuse_to_load)
+    assert summary["reused"] == ROWS
+    rates = RegressionSet(str(tmp_path / "set")).manifest["rates"]
+    assert rates["tokens_per_second"] == 0
+    plain = [[{**each, "label": None} for each in pool] for pool in sampled(first).values()]
+    again = sampled(tmp_path / "set")
+    assert [[{**each, "label": None} for each in pool] for pool in again.values()] == plain
+    assert {each["label"] for pool in again.values() for each in pool} <= {0.0, 1.0}
+
+
+def test_a_run_that_was_started_without_reuse_is_not_resumed_with_it(first, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    staging = f"{tmp_path}/set/_staging"
+    generate._claim_destination(staging, config_for(rows, tmp_path / "set"))
+    Path(staging, "prepared.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"started with other settings \(generate\.reuse: null -> "):
+        generate.run_generate(config_for(rows, tmp_path / "set", f"generate.reuse=[{first}]"), load=FixedLLM)
+
+
+def test_only_rows_with_all_decodings_are_usable():
+    config = load(None, [DECODINGS]).sampler
+    greedy, warm = {"decoding": "greedy", "response": "g"}, [{"decoding": "warm", "response": str(n)} for n in range(5)]
+    assert reuse.select_decodings([*warm, greedy], config) == [greedy, *warm[:3]]
+    assert reuse.select_decodings([greedy, *warm[:2]], config) is None
+    assert reuse.select_decodings(warm, config) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["sampler.model=other/model"], "has no row with all candidates of this run (sampler.model=other/model; 1 of greedy, 3 of warm)"),
+        (["sampler.decodings=[{name: cold, n: 2}]"], "has no row with all candidates of this run"),
+        (["sampler.decodings=[{name: warm, n: 4}]"], "4 of warm); its candidates are of smollm2-135m-instruct; leave it out"),
+    ],
+)
+def test_a_set_without_a_usable_row_is_a_one_line_error(overrides, reason, compact):
+    with pytest.raises(UsageError) as caught, reuse.reuse_candidates(load(None, [DECODINGS, f"generate.reuse=[{compact}]", *overrides])):
+        pass
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_settings_of_the_sampling_are_logged_and_other_lengths_are_not(compact, capsys):
+    warm = "sampler.decodings=[{name: greedy, temperature: 0, max_tokens: 9}, {name: warm, n: 2, temperature: 0.5}]"
+    with reuse.reuse_candidates(load(None, [warm, f"generate.reuse=[{compact}]", "sampler.prompt.shots=3"])) as found:
+        assert found.counts["rows"] == 0
+    error = capsys.readouterr().err
+    assert "decodings.warm.temperature: 1.0 -> 0.5; prompt.shots: 0 -> 3" in error and "max_tokens" not in error
+
+
+def test_a_candidate_file_has_no_source_text_and_the_same_bytes_from_the_same_sets(first, compact, tmp_path):
+    again = tmp_path / "again.parquet"
+    assert candidate_file.write_candidate_file(str(again), [str(first), str(compact)])["candidates"] == 4 * ROWS
+    assert again.read_bytes() == compact.read_bytes()
+    table = pq.read_table(compact)
+    assert table.column_names == ["id", "candidates"] and b"say 1" not in compact.read_bytes()
+    opened = candidate_file.open_sampled(str(compact), "SET")
+    assert opened.model == "smollm2-135m-instruct" and [each["seed"] for each in opened.settings] == [20261121]
+    fields = ("response", "decoding", "tokens", "finish_reason", "logprob")
+    assert dict(opened.rows) == {
+        row_id: [{name: each[name] for name in fields} for each in pool] for row_id, pool in sampled(first).items()
+    }
+
+
+def test_a_candidate_file_takes_the_finished_units_of_an_interrupted_run(first, tmp_path, monkeypatch):
+    config = config_for(write_rows(tmp_path / "rows.jsonl"), tmp_path / "set")
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "_merge", lambda *arguments: (_ for _ in ()).throw(CappyError("stopped here")))
+        with pytest.raises(CappyError, match="stopped here"):
+            generate.run_generate(config, load=FixedLLM)
+    counts = candidate_file.write_candidate_file(f"{tmp_path}/part.parquet", [str(tmp_path / "set")])
+    assert counts["rows"] == ROWS
+    expected = dict(candidate_file.open_sampled(str(first), "SET").rows)
+    assert dict(candidate_file.open_sampled(f"{tmp_path}/part.parquet", "SET").rows) == expected
+
+
+def test_a_damaged_missing_or_foreign_candidate_file_is_a_one_line_error(first, compact, tmp_path):
+    damaged = bytearray(compact.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "damaged.parquet").write_bytes(damaged)
+    shard = next((first / "data" / "train").iterdir())
+    for path, reason in [
+        (tmp_path / "damaged.parquet", "is damaged"),
+        (tmp_path / "gone.parquet", "no such file"),
+        (shard, "is not a candidate file"),
+        (tmp_path / "gone", "is not a published set"),
+    ]:
+        with pytest.raises(CappyError, match=rf"generate\.reuse={path}.*({reason})") as caught:
+            list(candidate_file.open_sampled(str(path), "generate.reuse").rows)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match=r"OUT=.*must end with \.parquet"):
+        candidate_file.write_candidate_file(f"{tmp_path}/out", [str(first)])
+
+
+def test_a_set_of_reused_rows_alone_has_labels_and_reference_limits(first, tmp_path):
+    overrides = [f"generate.reuse=[{first}]", "sampler.max_tokens_from=references"]
+    config = config_for(write_rows(tmp_path / "rows.jsonl"), tmp_path / "set", *overrides)
+    generate.run_generate(config, load=refuse_to_load)
+    manifest = RegressionSet(str(tmp_path / "set")).manifest
+    assert set(manifest["max_tokens"]) == {"a", "b"} and manifest["reused"]["rows"] == ROWS
+    rows = RegressionSet(str(tmp_path / "set")).to_pandas("train")
+    for references, pool in zip(rows.references, rows.candidates, strict=True):
+        assert all(each["label"] == rouge_l(each["response"], list(references)) for each in pool if each["source"] == "sampled")
