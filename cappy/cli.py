@@ -152,7 +152,8 @@ def annotate(
 ) -> Report:
     """Label a published set by another metric, without sampling: --set generate.label.metric=... and generate.label.mode=...
 
-    Metrics: rouge_l (the default), token_f1, chrf, exact_match. References, choices and mismatched candidates keep their labels.
+    Metrics: rouge_l (the default), token_f1, chrf, exact_match, or a function package.module:function. References, choices and
+    mismatched candidates keep their labels.
     """
     return _run("annotate", None, set_, address, overwrite, src=src, dst=dst)
 

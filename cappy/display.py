@@ -91,7 +91,7 @@ _SOURCES = {
     "reference": "correct, label 1",
     "choice": "other answer choices, label 0",
     "mismatched": "references of other instructions, label 0",
-    "sampled": "the LLM's, label Rouge-L",
+    "sampled": "the LLM's, labelled by the metric",
 }
 _WIDTH = 40
 _DATASETS = 24

@@ -55,8 +55,8 @@ def annotate(
 ) -> dict[str, Any]:
     """Label the published set `source` by another metric, publish it at `destination`, and return its summary.
 
-    Samples nothing. The settings are `generate.label.metric` (`rouge_l`, `token_f1`, `chrf` or `exact_match`) and
-    `generate.label.mode`. References, answer choices and mismatched references keep their labels.
+    Samples nothing. The settings are `generate.label.metric` (`rouge_l`, `token_f1`, `chrf`, `exact_match` or a function
+    `package.module:function`) and `generate.label.mode`. References, answer choices and mismatched references keep their labels.
 
     Example: `cappy.annotate("runs/demo/dataset", "runs/demo/chrf", settings={"generate.label.metric": "chrf"})`
     """

@@ -87,11 +87,25 @@ def replace_labels(table: pa.Table, config: LabelConfig) -> pa.Table:
     offsets = lists.offsets.to_numpy() - lists.offsets[0].as_py()
     responses = pa.ListArray.from_arrays(pa.array(sampled_before[offsets]), candidates.field("response").filter(pa.array(sampled)))
     new_labels = candidates.field("label").to_numpy().copy()
-    new_labels[sampled] = labels.compute_labels(responses, table["references"].combine_chunks(), config)
+    new_labels[sampled] = _compute_labels(table, responses, config)
     fields = {field.name: candidates.field(field.name) for field in candidates.type} | {"label": pa.array(new_labels)}
     struct = pa.StructArray.from_arrays(list(fields.values()), fields=list(candidates.type))
     lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct, type=DATASET.field("candidates").type)
     return table.set_column(table.schema.get_field_index("candidates"), DATASET.field("candidates"), lists)
+
+
+def _compute_labels(table: pa.Table, responses: pa.ListArray, config: LabelConfig) -> np.ndarray:
+    """Return the labels of all responses. Raises `CappyError`, with the id of the row, if the label function of a user fails."""
+    references, instructions = table["references"].combine_chunks(), table["instruction"].to_pylist()
+    try:
+        return labels.compute_labels(responses, references, config, instructions)
+    except CappyError:
+        for row, row_id in enumerate(table["id"].to_pylist()):
+            try:
+                labels.compute_labels(responses[row : row + 1], references[row : row + 1], config, instructions[row : row + 1])
+            except CappyError as error:
+                raise CappyError(f"{error} (row {row_id})") from None
+        raise
 
 
 def _refuse_nested(source: str, uri: str) -> None:

@@ -10,6 +10,8 @@ response without words (or characters) has label 0.
 - `chrf`: chrF2 of sacrebleu, the F-measure of character 1-grams to 6-grams. Recall has twice the weight of precision, and
   case matters.
 - `exact_match`: 1 if the response equals a reference, ignoring white space and case.
+
+A name with a colon is the function of a user (`generation.user_metric`). It is called for sampled responses only.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.config import LabelConfig, fingerprint
+from generation import user_metric
 from generation.dataset import LABEL_BINS
 from generation.word_tokenizer import Mode, compiled, vocabulary
 
@@ -95,13 +98,31 @@ METRICS = {
 
 
 def describe_metric(config: LabelConfig) -> dict[str, Any]:
-    """Return the name, mode and version of the metric of a config, for the manifest; `mode` is None for a metric without one."""
+    """Return the name, mode and version of the metric of a config, for the manifest; `mode` is None for a metric without one.
+
+    Raises `UsageError` if the metric is a function that cannot be imported.
+    """
+    if user_metric.is_user_metric(config.metric):
+        return {"name": config.metric, "mode": None, "version": user_metric.load_metric(config.metric).version}
     metric = METRICS[config.metric]
     return {"name": config.metric, "mode": config.mode if metric.by_words else None, "version": metric.version}
 
 
-def compute_labels(responses: pa.ListArray, references: pa.ListArray, config: LabelConfig) -> np.ndarray:
-    """Return the label of every response (float64, in [0, 1]), in order, with the metric of a config."""
+def compute_labels(responses: pa.ListArray, references: pa.ListArray, config: LabelConfig, instructions: Sequence[str] = ()) -> np.ndarray:
+    """Return the label of every response (float64, in [0, 1]), in order, with the metric of a config.
+
+    `instructions` has the instruction of each list; only the function of a user reads it. Raises `CappyError` if that function fails.
+    """
+    if user_metric.is_user_metric(config.metric):
+        pools = responses.to_pylist()
+        rows = [row for row, pool in enumerate(pools) for _ in pool]
+        correct = references.to_pylist()
+        return user_metric.compute_user_labels(
+            user_metric.load_metric(config.metric),
+            [text for pool in pools for text in pool],
+            [correct[row] for row in rows],
+            [instructions[row] for row in rows],
+        )
     metric = METRICS[config.metric]
     return metric.labels(responses, references, config.mode) if metric.by_words else metric.labels(responses, references)
 
@@ -109,25 +130,34 @@ def compute_labels(responses: pa.ListArray, references: pa.ListArray, config: La
 def are_right(texts: Sequence[str], references: Sequence[Sequence[str]], config: LabelConfig) -> list[bool]:
     """Return whether each text can be a right answer to its references: the metric, or the words of every script, give it 1.
 
-    Words of every script (Rouge-L in `unicode` mode) have no case, punctuation or Unicode form.
+    Words of every script (Rouge-L in `unicode` mode) have no case, punctuation or Unicode form. The function of a user is not called
+    here: it may be slow, and the texts are references of other instructions. `exact_match` replaces it.
     """
     if not texts:
         return []
     columns = pa.array([[text] for text in texts], TEXTS), pa.array(references, TEXTS)
-    best = np.maximum(compute_labels(*columns, config), rouge_l_batch(*columns, mode="unicode"))
+    best = np.maximum(compute_labels(*columns, text_metric(config, "exact_match")), rouge_l_batch(*columns, mode="unicode"))
     return [value > 1 - 1e-9 for value in best.tolist()]
+
+
+def text_metric(config: LabelConfig, instead: Literal["rouge_l", "exact_match"] = "rouge_l") -> LabelConfig:
+    """Return the metric of a config, or `instead` if it is the function of a user, which need not compare two texts."""
+    return LabelConfig(metric=instead) if user_metric.is_user_metric(config.metric) else config
 
 
 def has_unseen_words(text: str, config: LabelConfig) -> bool:
     """Return whether the metric cannot see most of a text: in `paper` mode, words of scripts other than Latin, and symbols."""
-    if config.mode != "paper" or not METRICS[config.metric].by_words:
+    if config.mode != "paper" or config.metric not in METRICS or not METRICS[config.metric].by_words:
         return False
     seen = sum(character.isascii() and character.isalnum() for character in text)
     return 2 * seen < sum(map(str.isalnum, text)) or not seen
 
 
 def warm_up(config: LabelConfig) -> None:
-    """Compile the metric of a config, or load its compiled code, before the first labels are computed."""
+    """Compile the metric of a config, load its compiled code, or import the function, before the first labels are computed."""
+    if user_metric.is_user_metric(config.metric):
+        user_metric.load_metric(config.metric)
+        return
     text = pa.array([["a"]], TEXTS)
     compute_labels(text, text, config)
 
@@ -140,11 +170,13 @@ def assemble_candidates(rows: Sequence[Mapping[str, Any]], config: LabelConfig, 
     - `mismatched`: each text of `row["mismatched"]` (references of other instructions) that is not a reference here, label 0;
     - `sampled`: each candidate of `row["sampled"]` with its fields (`sampler.SAMPLED`), labelled by the metric of `config`.
 
-    A row has `references`, `mismatched` and `answer_choices` (lists of strings; `answer_choices` may be None). This function
-    strips outer white space, and so does the engine for samples. A scorer then cannot recognize a reference by its white space.
+    A row has `instruction`, `references`, `mismatched` and `answer_choices` (lists of strings; `answer_choices` may be None). This
+    function strips outer white space, and so does the engine for samples. A scorer then cannot recognize a reference by its white space.
+    Raises `CappyError` if the function of a user fails.
     """
     sampled = pa.array([[candidate["response"] for candidate in row["sampled"]] for row in rows], TEXTS)
-    values = iter(compute_labels(sampled, pa.array([row["references"] for row in rows], TEXTS), config).tolist())
+    references = pa.array([row["references"] for row in rows], TEXTS)
+    values = iter(compute_labels(sampled, references, config, [row["instruction"] for row in rows]).tolist())
     return [
         [
             *unsampled_candidates(row),

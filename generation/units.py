@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.config import Config
+from cluster.errors import CappyError
 from generation import engines, labels
 from generation.attempts import EngineAccess, UnitAttempts, record_load
 from generation.budget import Budget
@@ -267,16 +268,29 @@ def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> Uni
 def label_rows(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dict[str, Any]], list[str]]:
     """Label the candidates of sampled rows.
 
-    Returns the rows without an error, with the columns of `schema.DATASET`, and the dead letters of the others as JSON.
+    Returns the rows without an error, with the columns of `schema.DATASET`, and the dead letters of the others as JSON. These are rows
+    that were not sampled, and rows for which the label function of a user fails.
     """
-    good, fields, letters = [], [], []
-    for row in rows:
-        plain = {name: row[name] for name in DATASET.names if name != "candidates"}
-        if row["error"] is not None:
-            text = json.dumps(plain, ensure_ascii=False)[:500]
-            letters.append(DeadLetter(where=row["id"], stage="sample", reason=row["error"], row=text).to_json())
-        else:
-            good.append(row)
-            fields.append(plain)
-    candidates = labels.assemble_candidates(good, config.generate.label, config.sampler.model)
-    return [{**plain, "candidates": each} for plain, each in zip(fields, candidates, strict=True)], letters
+    letters = [_dead_letter(row, "sample", row["error"]) for row in rows if row["error"] is not None]
+    good = [row for row in rows if row["error"] is None]
+    label, model = config.generate.label, config.sampler.model
+    try:
+        candidates = labels.assemble_candidates(good, label, model)
+    except CappyError:  # one row may be the cause, so label each alone
+        candidates, labelled = [], []
+        for row in good:
+            try:
+                candidates += labels.assemble_candidates([row], label, model)
+                labelled.append(row)
+            except CappyError as error:
+                letters.append(_dead_letter(row, "label", str(error)))
+        good = labelled
+    return [{**_plain(row), "candidates": each} for row, each in zip(good, candidates, strict=True)], letters
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in DATASET.names if name != "candidates"}
+
+
+def _dead_letter(row: dict[str, Any], stage: str, reason: str) -> str:
+    return DeadLetter(where=row["id"], stage=stage, reason=reason, row=json.dumps(_plain(row), ensure_ascii=False)[:500]).to_json()

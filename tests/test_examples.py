@@ -84,6 +84,23 @@ def test_closed_llm_samples_through_the_api_and_publishes_no_key(clone: Path):
     assert published(runs / "scorer") and re.search(r"^best     '.*' with score", output, re.MULTILINE)
 
 
+def test_verify_labels_labels_with_the_function_in_the_workers_of_ray(clone: Path):
+    output = run(clone, "examples/verify_labels.py")
+    manifest = json.loads((clone / "runs/examples-verified/dataset/_MANIFEST.json").read_text())
+    assert manifest["metric"] == {"name": "verify_labels:arithmetic", "mode": None, "version": "1"}
+    assert manifest["summary"]["dead_letters"] == 0
+    found = re.search(r"^verified (\d+) of (\d+) sampled responses are right\nequal    (\d+) of them", output, re.MULTILINE)
+    right, sampled, equal = map(int, found.groups()) if found else (0, 0, 0)
+    assert sampled > 0 and equal <= right <= sampled
+    examples = RegressionSet(str(clone / "runs/examples-verified/dataset")).to_pandas("train")
+    for row in examples.itertuples():
+        correct = row.references[0]
+        for each in row.candidates:
+            if each["source"] == "sampled":
+                numbers = re.findall(r"-?\d+", each["response"])
+                assert each["label"] == float(bool(numbers) and numbers[-1].lstrip("0") == correct.lstrip("0")), each
+
+
 def test_batch_on_cluster_scores_every_pair_of_the_set_that_its_job_made(clone: Path, own_jsonl: str):
     output = run(clone, "examples/batch_on_cluster.py")
     runs = clone / "runs/examples-cluster"

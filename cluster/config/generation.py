@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from cluster.config.base import ExtendedSection, Section
+
+_METRICS = ("rouge_l", "token_f1", "chrf", "exact_match")
+_FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+
+
+def _check_metric(name: str) -> str:
+    if name not in _METRICS and not re.match(_FUNCTION, name):
+        raise ValueError(f"Input should be {', '.join(map(repr, _METRICS))} or a function package.module:function")
+    return name
+
+
+LabelMetric = Annotated[
+    str, AfterValidator(_check_metric), WithJsonSchema({"type": "string", "anyOf": [{"enum": list(_METRICS)}, {"pattern": _FUNCTION}]})
+]
+"""The name of a label metric or of a function."""
 
 
 class LabelConfig(Section):
     """The label of a sampled response: a metric against the references."""
 
-    metric: Literal["rouge_l", "token_f1", "chrf", "exact_match"] = "rouge_l"
-    """The metric, in [0, 1]; the best value over the references is the label."""
+    metric: LabelMetric = "rouge_l"
+    """The metric, in [0, 1]: `rouge_l`, `token_f1`, `chrf` or `exact_match`; the best value over the references is the label. Or a function
+    of yours, `package.module:function`, for example a verifier or unit tests: see "Label with a function of yours" in the guide."""
     mode: Literal["paper", "unicode"] = "paper"
     """Words of `rouge_l` and `token_f1`: `paper` has Latin letters and digits only, `unicode` has words of every script."""
 

@@ -19,7 +19,7 @@ class DeadLetter:
     where: str
     """File and line, or the row's id."""
     stage: str
-    """`read` or `sample`."""
+    """`read`, `sample` or `label`."""
     reason: str
     row: str
     """The row as JSON, cut to 500 characters."""

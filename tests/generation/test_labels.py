@@ -233,7 +233,8 @@ def sampled(response):
 
 
 def test_candidates_are_references_then_wrong_responses_then_labelled_samples():
-    row = {"references": [" a red fox", "vixen"], "mismatched": ["a blue whale", "A  RED fox"], "answer_choices": None}
+    references = {"references": [" a red fox", "vixen"], "mismatched": ["a blue whale", "A  RED fox"]}
+    row = {"instruction": "name it", **references, "answer_choices": None}
     (candidates, others) = assemble_candidates(
         [{**row, "sampled": [sampled("a fox")]}, {**row, "sampled": [sampled("vixen")]}], PAPER, "llm"
     )
@@ -248,7 +249,7 @@ def test_candidates_are_references_then_wrong_responses_then_labelled_samples():
 
 
 def test_the_wrong_choices_of_a_classification_row_have_label_0():
-    row = {"references": ["Yes"], "mismatched": [], "answer_choices": ["Yes", "No", "Maybe"], "sampled": []}
+    row = {"instruction": "is it?", "references": ["Yes"], "mismatched": [], "answer_choices": ["Yes", "No", "Maybe"], "sampled": []}
     (candidates,) = assemble_candidates([row], PAPER, "llm")
     assert [(each["response"], each["label"], each["source"]) for each in candidates] == [
         ("Yes", 1.0, "reference"),
