@@ -39,7 +39,7 @@ class BigBenchSource(Section):
 class RowsSource(ExtendedSection):
     """Settings that files and hub datasets share: the format of the rows, and the split."""
 
-    added: ClassVar = ("max_instruction_chars", "dataset_rows")
+    added: ClassVar[tuple[str, ...]] = ("max_instruction_chars", "dataset_rows")
 
     format: Literal["auto", "cappy", "p3", "promptsource", "natural-instructions", "bigbench", "alpaca", "chat"] = "auto"
     """Format of the rows. `auto` detects it from the keys of each row, and `promptsource` from `templates`. `alpaca` has the columns of a
