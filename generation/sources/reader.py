@@ -117,7 +117,7 @@ def _file_or_hub_rows(source: FilesSource | HubSource, seed: int, notes: Notes) 
     if source.dataset_rows is None:
         yield from _short_rows(source, _parsed_rows(source, seed, notes, shared), notes)
         return
-    # The cap needs a reading of its own, which counts and logs nothing.
+    # The cap needs a separate reading, which counts and logs nothing.
     caps = DatasetCaps(_short_rows(source, _parsed_rows(source, seed, None, shared), None), source.dataset_rows, seed)
     yield from caps.take(_short_rows(source, _parsed_rows(source, seed, notes, shared), notes))
 
