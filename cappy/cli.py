@@ -179,12 +179,29 @@ def adapt(config: ConfigFile = None, set_: Overrides = None, address: Address = 
 
 
 @command(epilog="Example: cappy evaluate demo --json | tail -1 | jq .gain")
-def evaluate(config: ConfigFile = None, set_: Overrides = None, address: Address = None, overwrite: Overwrite = False) -> Report:
+def evaluate(
+    config: ConfigFile = None,
+    set_: Overrides = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            "--suite", metavar="NAME", help="Run a suite instead: bigbench, promptsource, questions, or a YAML file with `suite:`."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FOLDER", help="Read the rows of the suite from these files instead of its source.")
+    ] = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+) -> Report:
     """Compare the scorer's choice with greedy decoding, sampling, self-scores and the oracle on the validation rows.
 
-    Writes results.json, rows.parquet and report.html.
+    Writes results.json, rows.parquet and report.html. A suite does the same over many tasks; run the command again to resume it.
     """
-    return _run("evaluate", config, set_, address, overwrite)
+    from cappy import verbs
+
+    config, overrides = verbs.suite_config(config, suite, data, set_ or ())
+    return _run("evaluate", config, overrides, address, overwrite)
 
 
 @command(epilog="Then: curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' -d '{...}'")

@@ -32,6 +32,7 @@ VERBS = {
     "train": "training.train:run_train",
     "adapt": "training.adapt:run_adapt",
     "evaluate": "evaluation.evaluate:run_evaluate",
+    "suite": "evaluation.suites.run:run_suite",
     "serve": "serving.serve:run_serve",
 }
 
@@ -57,8 +58,9 @@ def run_verb(verb: str, config: Config, *, overwrite: bool = False, address: str
     """
     if address:
         return _submit_job(verb, config, overwrite, address, places)
+    name = "suite" if verb == "evaluate" and config.suite is not None else verb
     try:
-        return load_verb(verb)(config, overwrite=overwrite, **places)
+        return load_verb(name)(config, overwrite=overwrite, **places)
     except Exception as error:
         clean = runtime.find_cappy_error(error)
         if clean is None or clean is error:

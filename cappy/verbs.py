@@ -9,7 +9,8 @@ setting, its value and the fix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +90,42 @@ def adapt(
 
 
 def evaluate(
-    config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, overwrite: bool = False, address: str | None = None
+    config: ConfigLike = None,
+    *,
+    suite: str | None = None,
+    data: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    address: str | None = None,
 ) -> dict[str, Any]:
     """Compare the scorer's choice with greedy decoding, sampling, self-scores and the oracle, and return the summary.
 
     Writes `results.json`, `rows.parquet` and `report.html` to `config.evaluation_uri`. `overwrite` and `address` are as for
-    `generate`.
+    `generate`. `suite` is a suite to run instead of `config`: `bigbench`, `promptsource`, `questions`, or a YAML file. `data` is a
+    folder with the rows of the suite.
 
     Example: `cappy.evaluate("demo")["gain"]`
     """
-    return _run("evaluate", config, settings, overwrite, address)
+    config, overrides = suite_config(config, suite, data, ())
+    loaded = load(config, overrides) if suite else config
+    return _run("evaluate", loaded, settings, overwrite, address)
+
+
+def suite_config(config: Any, suite: str | None, data: str | None, overrides: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return the config of `cappy evaluate` and its overrides, for a suite that reads its rows from `data`.
+
+    Raises `UsageError` for a suite beside a config, for data without a suite, and for an unknown suite.
+    """
+    from evaluation.suites import suite_file
+
+    if suite is None:
+        if data is not None:
+            raise UsageError(f"--data={data} is for a suite; give --suite NAME, or set source.path")
+        return config, list(overrides)
+    if config is not None:
+        raise UsageError(f"--suite {suite} beside a config; give one of them, and change settings with --set")
+    rows = [f"source={json.dumps({'kind': 'files', 'path': data})}"] if data is not None else []
+    return suite_file(suite), [*rows, *overrides]
 
 
 def serve(config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:

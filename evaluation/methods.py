@@ -4,7 +4,7 @@ A method is a function from an instruction and its candidates to scores; the can
 is added here: a function, and its entry in `sampled_methods` or `choice_methods`.
 
 Candidates are dicts with `response` and, if known, `decoding`, `tokens`, `logprob` (sum, in nats) and `label`. Scores of models are
-fields too: `scorer` (zero-shot), `scorer_fitted`, `adapted`, `fitted`, and for choices `likelihood` and `unconditional`.
+fields too: `scorer` (zero-shot) and `adapted`, and for choices `likelihood` and `unconditional`.
 
 Shapes: C candidates of one instruction.
 """
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from cluster.config import LabelConfig
-from generation import labels
 from generation.logprobs import mean_logprobs
+from training.consensus import consensus, consensus_metric
+from training.selection import Pool, Selection
 
 Floats = NDArray[np.float64]
 Candidate = Mapping[str, Any]
@@ -53,13 +53,13 @@ class Method:
         return float(labels_C[scores_C == scores_C.max()].mean())
 
 
-def sampled_methods(decodings: Sequence[Mapping[str, Any]], label: LabelConfig, models: Sequence[str]) -> list[Method]:
+def sampled_methods(decodings: Sequence[Mapping[str, Any]], label: LabelConfig, models: Mapping[str, Rank]) -> list[Method]:
     """Return the methods for sampled candidates, in display order.
 
     Args:
         decodings: the decodings of the pool, with `name` and `temperature`.
         label: the metric by which the consensus compares two candidates.
-        models: the fields with scores of models that the candidates have, e.g. `scorer` and `fitted`.
+        models: the methods with a trained scorer, by name, e.g. `{"scorer": rank_by("scorer")}`.
     """
     greedy = [each["name"] for each in decodings if each["temperature"] == 0]
     others = [each["name"] for each in decodings if each["temperature"] > 0]
@@ -75,24 +75,24 @@ def sampled_methods(decodings: Sequence[Mapping[str, Any]], label: LabelConfig, 
         *(Method(f"decoding:{name}", "baseline", _of_decoding(name), "mean", f"One sample of {name}") for name in others),
         Method("self_sum", "baseline", _sum_logprob, title="Self-score, sum"),
         Method("self_mean", "baseline", _mean_logprob, title="Self-score, mean"),
-        Method("consensus", "baseline", _consensus(label), title="Consensus"),
+        Method("consensus", "baseline", consensus_rank(label), title="Consensus"),
         Method("random", "baseline", _equal, "mean", "Random pick"),
-        *(Method(name, "trained", _field(name), title=titles.get(name, name)) for name in models),
-        Method("oracle", "oracle", _field("label"), title="Oracle"),
+        *(Method(name, "trained", rank, title=titles.get(name, name)) for name, rank in models.items()),
+        Method("oracle", "oracle", rank_by("label"), title="Oracle"),
     ]
 
 
-def choice_methods(models: Sequence[str], likelihood: bool) -> list[Method]:
+def choice_methods(models: Mapping[str, Rank], likelihood: bool) -> list[Method]:
     """Return the methods for answer choices, in display order. The order of the choices never decides: ties count as a random pick."""
     by_likelihood = [
-        Method("likelihood_sum", "baseline", _field("likelihood"), "mean", "Likelihood, sum"),
+        Method("likelihood_sum", "baseline", rank_by("likelihood"), "mean", "Likelihood, sum"),
         Method("likelihood_mean", "baseline", _mean_likelihood, "mean", "Likelihood, mean"),
         Method("likelihood_pmi", "baseline", _calibrated_likelihood, "mean", "Likelihood, calibrated"),
     ]
     return [
         Method("random", "baseline", _equal, "mean", "Random pick"),
         *(by_likelihood if likelihood else []),
-        *(Method(name, "trained", _field(name), "mean", "Scorer, zero-shot" if name == "scorer" else name) for name in models),
+        *(Method(name, "trained", rank, "mean", "Scorer, zero-shot" if name == "scorer" else name) for name, rank in models.items()),
     ]
 
 
@@ -110,7 +110,7 @@ def _of_decoding(name: str) -> Rank:
     return rank
 
 
-def _field(name: str) -> Rank:
+def rank_by(name: str) -> Rank:
     """Return a method that ranks by a field of the candidates."""
 
     def rank(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
@@ -120,7 +120,7 @@ def _field(name: str) -> Rank:
     return rank
 
 
-_sum_logprob = _field("logprob")
+_sum_logprob = rank_by("logprob")
 
 
 def _mean_logprob(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
@@ -130,26 +130,42 @@ def _mean_logprob(instruction: str, candidates: Sequence[Candidate]) -> Floats |
 
 
 def _mean_likelihood(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
-    sums_C = _field("likelihood")(instruction, candidates)
+    sums_C = rank_by("likelihood")(instruction, candidates)
     return None if sums_C is None else np.asarray(sums_C / np.asarray([each["tokens"] for each in candidates]), np.float64)
 
 
 def _calibrated_likelihood(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
     """Rank by log p(choice | instruction) - log p(choice | neutral prompt), the domain-conditional PMI of Holtzman et al. 2021."""
-    sums_C, unconditional_C = _field("likelihood")(instruction, candidates), _field("unconditional")(instruction, candidates)
+    sums_C, unconditional_C = rank_by("likelihood")(instruction, candidates), rank_by("unconditional")(instruction, candidates)
     return None if sums_C is None or unconditional_C is None else np.asarray(sums_C - unconditional_C)
 
 
-def _consensus(label: LabelConfig) -> Rank:
-    """Return a method that ranks a candidate by its mean label against each other draw, repeats included."""
+def consensus_rank(label: LabelConfig) -> Rank:
+    """Return a method that ranks a candidate by its mean agreement with each other draw (`training.consensus`)."""
+    metric = consensus_metric(label)
 
     def rank(instruction: str, candidates: Sequence[Candidate]) -> Floats:
-        responses = [each["response"] for each in candidates]
-        pairs = [(left, right) for left in range(len(responses)) for right in range(len(responses)) if left != right]
-        if not pairs:
-            return np.zeros(len(responses))
-        texts, others = (pa.array([[responses[pair[side]]] for pair in pairs], labels.TEXTS) for side in (0, 1))
-        values = np.asarray(labels.compute_labels(texts, others, label), np.float64)
-        return np.asarray(values.reshape(len(responses), -1).mean(axis=1))
+        return consensus([each["response"] for each in candidates], metric)
+
+    return rank
+
+
+def fitted_rank(selection: Selection | None, scores: str) -> Rank:
+    """Return a method that ranks by a fitted selection, with the field `scores` as the scorer's scores.
+
+    Without a selection it ranks by the scores.
+    """
+
+    def rank(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
+        values = [each.get(scores) for each in candidates]
+        if selection is None or any(value is None for value in values):
+            return rank_by(scores)(instruction, candidates)
+        pool = Pool(
+            [each["response"] for each in candidates],
+            np.asarray(values, np.float64),
+            [each.get("logprob") for each in candidates],
+            [each.get("tokens") for each in candidates],
+        )
+        return selection.rank(pool)
 
     return rank

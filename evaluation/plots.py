@@ -158,6 +158,45 @@ def plot_labels(candidates: Floats, picked: dict[str, Floats]) -> str:
         return _svg(figure, "labels", "Distribution of Rouge-L over all candidates and over picks")
 
 
+def plot_gains(gains: dict[str, dict[str, float]]) -> str:
+    """Return a dot with its interval for each task, the highest gain first. A gain has `mean`, `low` and `high`, in points."""
+    order = sorted(gains, key=lambda task: gains[task]["mean"])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 1.0 + 0.27 * len(order)), layout="constrained")
+        axes = figure.subplots()
+        heights = np.arange(len(order))
+        mean, low, high = (np.asarray([gains[task][key] for task in order]) for key in ("mean", "low", "high"))
+        axes.hlines(heights, low, high, color=_COLOURS["scorer"], linewidth=1.6, alpha=0.6)
+        axes.plot(mean, heights, "o", color=_COLOURS["scorer"], markersize=6)
+        axes.axvline(0, color=_INK, linewidth=0.8, alpha=0.5)
+        axes.set_yticks(heights, order)
+        axes.set_ylim(-0.7, len(order) - 0.3)
+        axes.set_xlabel("gain, points")
+        axes.grid(axis="x", color=_INK, alpha=0.14, linewidth=0.8)
+        axes.tick_params(axis="y", length=0)
+        return _svg(figure, "gains", "Gain of each task with its interval")
+
+
+def plot_cost(cost: Sequence[dict[str, Any]], titles: dict[str, str]) -> str:
+    """Return the points of each method against the sampled tokens of an instruction. An entry has `tokens` and `points` by method."""
+    series = [each for each in cost if not each.get("note")]
+    colours = {"adapted": "self_sum", "consensus": "self_mean", "scorer_fitted": "blend", "fitted": "scorer", "scorer": "greedy"}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 4.4), layout="constrained")
+        axes = figure.subplots()
+        tokens = [each["tokens"] for each in series]
+        for name in series[0]["points"]:
+            colour = _COLOURS[colours.get(name, name if name in _COLOURS else "sample")]
+            style = {"oracle": "--", "random": ":", "greedy": ":"}.get(name, "-")
+            points = [each["points"][name]["mean"] for each in series]
+            axes.plot(tokens, points, style, color=colour, marker="o", markersize=4, label=titles.get(name, name))
+        axes.set_xlabel("sampled tokens per instruction")
+        axes.set_ylabel("points, average over tasks")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+        _grid(axes)
+        return _svg(figure, "cost", "Points against sampled tokens, by method")
+
+
 def _grid(axes: Axes) -> None:
     axes.grid(axis="y", color=_INK, alpha=0.14, linewidth=0.8)
     axes.spines["left"].set_visible(False)

@@ -4,17 +4,7 @@ Filters beside Jinja2's: `fixed(digits)`, `signed(digits)`, `count` (thousands s
 `report.render_report`.
 """
 
-PAGE = """\
-{% set rival = names[best]|lower %}
-{% set made = results.made %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Cappy evaluation: {{ results.gain.mean|signed }} points over {{ rival }}</title>
-<style>
+STYLE = """\
 :root {
   --page: #f6f6f3; --card: #ffffff; --ink: #1d2126; --soft: #626a74; --line: #e2e2dc; --accent: #c8451b;
   --good: #1b7f4d; --bad: #b3261e; --good-wash: #e3f3ea; --bad-wash: #fbe7e5; --wash: #eeeee9;
@@ -117,7 +107,23 @@ button {
   dd { margin-bottom: 8px; }
 }
 @media print { body { background: #fff; } .buttons { display: none; } .panel, .card, details { break-inside: avoid; } }
-</style>
+"""
+
+PAGE = (
+    """\
+{% set rival = names[best]|lower %}
+{% set made = results.made %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Cappy evaluation: {{ results.gain.mean|signed }} points over {{ rival }}</title>
+<style>
+"""
+    + STYLE
+    + """</style>
 </head>
 <body>
 <main>
@@ -266,3 +272,4 @@ for (const button of document.querySelectorAll("[data-open]"))
 </body>
 </html>
 """
+)

@@ -26,7 +26,7 @@ _CHATS = ("messages", "conversations")
 _PROMPT = {"system", "system_prompt"}
 # Columns that each converter reads. All other columns of a row are not used.
 _COLUMNS: dict[str, frozenset[str]] = {
-    "cappy": frozenset({"instruction", "references", *_OPTIONAL_COLUMNS}),
+    "cappy": frozenset({"instruction", "references", "label_index", "task", *_OPTIONAL_COLUMNS}),
     "p3": frozenset({"inputs_pretokenized", "targets_pretokenized", "idx", "is_correct", *_OPTIONAL_COLUMNS}),
     "natural-instructions": frozenset({"Definition", "Positive Examples", "Instances"}),
     "bigbench": frozenset({"name", *bigbench.TASK_KEYS}),
@@ -60,6 +60,8 @@ def unused_fields(row: Mapping[str, Any], format: str) -> set[str]:
     """Return the keys of a row whose values do not get into the converted rows."""
     name = detect_format(row) if format == "auto" else format
     used = question_answer.used_columns(row) | {*_OPTIONAL_COLUMNS} if name == "alpaca" else _COLUMNS[name]
+    if name == "cappy" and is_null(row.get("label_index")):
+        used = used - {"task"}
     unused = {str(key) for key, value in row.items() if key not in used and value is not None}
     if name == "chat":
         unused |= {f"{key}, turns after the last answer" for key in _CHATS if chats.has_turns_after_answer(row.get(key))}
@@ -69,8 +71,9 @@ def unused_fields(row: Mapping[str, Any], format: str) -> set[str]:
 def convert_cappy(row: Mapping[str, Any]) -> Iterable[Row | str]:
     """Convert a row that has the columns of this project.
 
-    A text in a list column is a single item, and numbers become texts. Missing references are left out. A split with another name, e.g.
-    `test` or `dev`, becomes `validation`.
+    A classification row can have `label_index` instead of `references`: the position of the right choice in `answer_choices`. Such a
+    row can have its dataset in `task`. A text in a list column is a single item, and numbers become texts. Missing references are
+    left out. A split with another name, e.g. `test` or `dev`, becomes `validation`.
     """
     found = dict(row)
     found["instruction"] = number_as_text(found.get("instruction"))
@@ -82,6 +85,13 @@ def convert_cappy(row: Mapping[str, Any]) -> Iterable[Row | str]:
     if "answer_choices" in found:
         choices = as_choices(found["answer_choices"])
         found["answer_choices"] = [number_as_text(each) for each in choices] if isinstance(choices, list | tuple) else choices
+    if is_null(references) and not is_null(found.get("label_index")):
+        index, choices = found["label_index"], found.get("answer_choices")
+        if not isinstance(index, int) or not isinstance(choices, list) or not 0 <= index < len(choices):
+            count = len(choices) if isinstance(choices, list) else 0
+            raise ValueError(f"`label_index` is {index!r}; it must be a position in the {count} `answer_choices`, counted from 0")
+        found["references"] = [choices[index]]
+        found["dataset"] = found.get("dataset") or found.get("task")
     if isinstance(found.get("split"), str):
         found["split"] = split_of_word(found["split"]) or found["split"]
     yield found

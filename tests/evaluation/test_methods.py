@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cluster.config import LabelConfig
-from evaluation.methods import choice_methods, sampled_methods
+from evaluation.methods import choice_methods, rank_by, sampled_methods
 
 DECODINGS = [{"name": "hot", "temperature": 0.9}, {"name": "greedy", "temperature": 0.0}, {"name": "top-k", "temperature": 1.0}]
 POOL = [
@@ -25,7 +25,7 @@ def values(pool, methods):
 
 
 def test_each_method_selects_its_candidate():
-    found = values(POOL, sampled_methods(DECODINGS, LabelConfig(), ["scorer"]))
+    found = values(POOL, sampled_methods(DECODINGS, LabelConfig(), {"scorer": rank_by("scorer")}))
     assert found == pytest.approx(
         {
             "greedy": 0.1,
@@ -44,12 +44,12 @@ def test_each_method_selects_its_candidate():
 
 def test_a_method_without_its_fields_gives_nan_and_the_others_a_value():
     pool = [{**each, "logprob": None} for each in POOL if each["decoding"] != "greedy"]
-    found = values(pool, sampled_methods(DECODINGS, LabelConfig(), ["fitted"]))
+    found = values(pool, sampled_methods(DECODINGS, LabelConfig(), {"fitted": rank_by("fitted")}))
     assert {name for name, value in found.items() if math.isnan(value)} == {"greedy", "self_sum", "self_mean", "fitted"}
 
 
 def test_consensus_of_one_candidate_is_that_candidate():
-    assert values(POOL[:1], sampled_methods(DECODINGS, LabelConfig(), []))["consensus"] == 0.1
+    assert values(POOL[:1], sampled_methods(DECODINGS, LabelConfig(), {}))["consensus"] == 0.1
 
 
 def test_the_calibrated_likelihood_discounts_choices_that_are_likely_anyway():
@@ -57,5 +57,5 @@ def test_the_calibrated_likelihood_discounts_choices_that_are_likely_anyway():
         {"response": "yes", "label": 0.0, "likelihood": -1.0, "unconditional": -0.5, "tokens": 1, "scorer": 0.3},
         {"response": "perhaps not", "label": 1.0, "likelihood": -3.0, "unconditional": -6.0, "tokens": 4, "scorer": 0.3},
     ]
-    found = values(pool, choice_methods(["scorer"], likelihood=True))
+    found = values(pool, choice_methods({"scorer": rank_by("scorer")}, likelihood=True))
     assert found == {"random": 0.5, "likelihood_sum": 0.0, "likelihood_mean": 1.0, "likelihood_pmi": 1.0, "scorer": 0.5}

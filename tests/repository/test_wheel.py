@@ -49,7 +49,7 @@ def test_the_wheel_has_every_module_and_every_data_file_and_no_tests(wheel):
         in_tree = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
         assert in_tree <= names
         assert f"{package}/py.typed" in names
-    assert {"serving/page.html", "cappy/configs/demo.yaml", "cappy/configs/schema.json"} <= names
+    assert {"serving/page.html", "cappy/configs/demo.yaml", "cappy/configs/schema.json", "evaluation/suites/bigbench.yaml"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
 
 
