@@ -108,7 +108,15 @@ def show_inspection(result: dict[str, Any], console: Console) -> None:
         console.print(Text(f"  {problem}", style="red"))
     if result["kind"] in ("dataset", "pairs"):
         _show_origin(result, console)
-    show_summary(result["kind"], result["summary"] | ({"uri": result["uri"]} if "uri" in result["summary"] else {}), console)
+    summary = {key: value for key, value in result["summary"].items() if key != "selection"}
+    show_summary(result["kind"], summary | ({"uri": result["uri"]} if "uri" in summary else {}), console)
+    if result.get("selection"):
+        fitted = result["selection"]
+        weights, measured = (
+            ", ".join(f"{name} {each[name]:.3g}" for name in each) for each in (fitted["weights"], fitted["cross_validated"])
+        )
+        console.print(Text(f"selection fitted on {fitted['rows']:,} pools, weights: {weights}"))
+        console.print(Text(f"cross-validated label of the picks: {measured or 'unknown'}"))
     reasons = result.get("dead_letters", {})
     for reason, count in list(reasons.items())[:_REASONS]:
         console.print(Text(f"  {count:,} x {_short(reason, 200)}", style="yellow"))
@@ -244,10 +252,12 @@ def _size(count: int) -> str:
 _METHOD_NAMES = {
     "greedy": "greedy",
     "sample": "sample",
-    "self_sum": "self-sum",
-    "self_mean": "self-mean",
+    "self_sum": "self\nsum",
+    "self_mean": "self\nmean",
     "scorer": "scorer",
+    "consensus": "con-\nsensus",
     "blend": "blend",
+    "fitted": "fitted",
     "oracle": "oracle",
 }
 

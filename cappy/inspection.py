@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from cluster import artifacts, storage
 from cluster.errors import CappyError, first_line
+from training import selection
 
 _DEAD_LETTERS = "dead_letters.jsonl"
 _NUMBER = r"\b\d[\d.,]*\b"
@@ -36,6 +37,8 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
         "problems": artifacts.verify(uri, manifest) if verify else [],
         "verified": verify,
     }
+    if selection.FILE in manifest["files"] and not result["problems"]:
+        result["selection"] = selection.summarise(selection.read(uri))
     if manifest["kind"] in ("dataset", "pairs"):
         result |= {key: manifest[key] for key in ("metric", "lineage", "schema")}
         result |= {key: manifest[key] for key in ("rates", "cost", "copied_from", "made_from") if key in manifest}

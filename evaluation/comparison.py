@@ -13,18 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from cluster.config import EvaluationConfig
+from cluster.config import EvaluationConfig, LabelConfig
 from cluster.errors import CappyError
 from evaluation import statistics
 from evaluation.statistics import Booleans, Floats, Integers
 from generation.logprobs import mean_logprobs
-from training.blend import blend_scores
+from training.consensus import DEFAULT_METRIC, consensus
+from training.selection import Pool, Selection, signals
 from training.validation import rank_agreement
 
-BASELINES = ("greedy", "sample", "self_sum", "self_mean")
-"""Methods without a scorer: the greedy candidate, one sample, the highest sum or mean of log-probabilities."""
-METHODS = (*BASELINES, "scorer", "blend", "oracle")
-"""All methods in display order; `blend` adds the LLM's log-probability to the scorer's score (`training.blend`)."""
+BASELINES = ("greedy", "sample", "self_sum", "self_mean", "consensus")
+"""Methods without a scorer: the greedy candidate, one sample, the highest sum or mean of log-probabilities, the highest mean agreement
+with the other candidates (`training.consensus`)."""
+METHODS = (*BASELINES, "scorer", "blend", "fitted", "oracle")
+"""All methods in display order. `blend` adds the LLM's log-probability to the scorer's score (`training.blend`). `fitted` ranks by the
+fitted selection of the scorer (`training.selection`)."""
 _CURVE_POINTS = 32
 _CALIBRATION_BINS = 10
 
@@ -54,14 +57,19 @@ class Baselines:
     """Number of rows left out because a baseline of `picks` has no candidate there."""
 
 
-def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) -> Baselines:
-    """Pick a candidate of every row by each baseline. `decodings` are those of the set's sampler, with `name` and `temperature`.
+def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]], metric: LabelConfig = DEFAULT_METRIC) -> Baselines:
+    """Pick a candidate of every row by each baseline.
 
     The greedy baseline takes the decoding with temperature 0. The sample baseline takes the first candidate of the first decoding
     above 0. A baseline is left out if no row allows it (no such decoding, no log-probabilities). A row is left out if one of the
     remaining baselines has no candidate there, so that all methods are compared on the same rows.
 
-    Raises `CappyError` if no baseline or no row is left.
+    Args:
+        rows: the rows.
+        decodings: the decodings of the set's sampler, with `name` and `temperature`.
+        metric: the metric that compares two responses in the consensus.
+
+    Raises `CappyError` if no row is left.
     """
     greedy = next((each["name"] for each in decodings if each["temperature"] == 0), None)
     sampling = next((each["name"] for each in decodings if each["temperature"] > 0), None)
@@ -74,6 +82,7 @@ def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) 
         "sample": _first_of(rows, sampling),
         "self_sum": np.where(known_R, statistics.pick_best(logprobs_RC, present_RC), -1),
         "self_mean": np.where(sized_R, statistics.pick_best(mean_logprobs(logprobs_RC, tokens_RC), present_RC), -1),
+        "consensus": np.array([consensus(responses(row), metric).argmax() for row in rows], np.int64),
     }
     missing = {
         "greedy": f"no candidate of a decoding with temperature 0 (decodings: {', '.join(each['name'] for each in decodings)})",
@@ -81,15 +90,36 @@ def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]]) 
         "self_sum": "the candidates have no log-probabilities",
         "self_mean": "the candidates have no log-probabilities or token counts",
     }
-    left_out = {name: missing[name] for name in BASELINES if (picks[name] < 0).all()}
-    if len(left_out) == len(BASELINES):
-        raise CappyError(f"no baseline to compare with: {'; '.join(left_out.values())}; generate the set with one of them")
+    left_out = {name: reason for name, reason in missing.items() if (picks[name] < 0).all()}
     possible = {name: picks[name] for name in BASELINES if name not in left_out}
     keep = np.stack(list(possible.values())).min(axis=0) >= 0
     if not keep.any():
         raise CappyError(f"no row has candidates for all of {', '.join(possible)}; generate the set with one sampler config")
     kept = [row for row, wanted in zip(rows, keep, strict=True) if wanted]
     return Baselines(kept, {name: each[keep] for name, each in possible.items()}, left_out, int((~keep).sum()))
+
+
+def responses(row: Row) -> list[str]:
+    """Return the responses of the candidates of a row."""
+    return [each["response"] for each in row["candidates"]]
+
+
+def pool_of(row: Row) -> Pool:
+    """Return the candidates of a scored row as a pool."""
+    fields = {name: [each[name] for each in row["candidates"]] for name in ("score", "logprob", "tokens")}
+    return Pool(responses(row), fields["score"], fields["logprob"], fields["tokens"])
+
+
+def pick_selected(rows: Sequence[Row], selections: Sequence[Selection | None]) -> Integers | None:
+    """Return the index of the candidate that the selection of each scored row picks, [R]; where it is None the highest score is picked.
+
+    Returns None if no selection has a variant for the signals of its row.
+    """
+    pools = [pool_of(row) for row in rows]
+    usable = any(each and each.variant(signals(pool, each.metric)) for pool, each in zip(pools, selections, strict=True))
+    by_score = Selection(())
+    picks = [int((each or by_score).rank(pool).argmax()) for pool, each in zip(pools, selections, strict=True)] if usable else []
+    return np.array(picks, np.int64) if usable else None
 
 
 def _first_of(rows: Sequence[Row], decoding: str | None) -> Integers:
@@ -109,11 +139,15 @@ def pad_field(rows: Sequence[Row], field: str) -> tuple[Floats, Booleans]:
 
 
 def compare_methods(
-    rows: Sequence[Row], baseline_picks: Mapping[str, Integers], settings: EvaluationConfig, seed: int, logprob_weight: float | None = None
+    rows: Sequence[Row],
+    baseline_picks: Mapping[str, Integers],
+    settings: EvaluationConfig,
+    seed: int,
+    selections: Mapping[str, Sequence[Selection | None]] | None = None,
 ) -> Comparison:
     """Compare the picks by `score` with those of the baselines and the oracle on scored rows.
 
-    With `logprob_weight`, and log-probabilities and token counts for all candidates, `blend` is compared too.
+    `selections` are further methods, `blend` and `fitted`: the selection of each row, [R]. See `pick_selected`.
 
     Keys of `results`, all Rouge-L in points (0 to 100) with bootstrap intervals:
 
@@ -121,6 +155,7 @@ def compare_methods(
     - `per_task`: the same for each task.
     - `best_baseline`: the baseline with the highest average.
     - `gain`: scorer minus that baseline, paired by row.
+    - `gains`: the same for the scorer and each further method against each baseline.
     - `gap_closed`: the share of the oracle's lead over that baseline that the scorer gains; null without a lead.
     - `outcomes`: rows that the scorer wins, ties and loses against that baseline.
     - `curves`: average against the number of candidates.
@@ -128,13 +163,15 @@ def compare_methods(
     """
     labels_RC, present_RC = pad_field(rows, "label")
     scores_RC, _ = pad_field(rows, "score")
-    means_RC = mean_logprobs(pad_field(rows, "logprob")[0], pad_field(rows, "tokens")[0])
     picks = {
         **baseline_picks,
         "scorer": statistics.pick_best(scores_RC, present_RC),
     }
-    if logprob_weight is not None and not np.isnan(means_RC[present_RC]).any():
-        picks["blend"] = statistics.pick_best(np.asarray(blend_scores(scores_RC, means_RC, logprob_weight), np.float64), present_RC)
+    for method, each in (selections or {}).items():
+        selected = pick_selected(rows, each)
+        if selected is not None:
+            picks[method] = selected
+    trained = [method for method in picks if method not in baseline_picks]
     picks["oracle"] = statistics.pick_best(labels_RC, present_RC)
     methods = list(picks)
     values_RM = np.stack([labels_RC[np.arange(len(rows)), picks[method]] for method in methods], axis=1)
@@ -176,6 +213,17 @@ def compare_methods(
             points_BM[:, column_of["scorer"]] - points_BM[:, column_of[best]],
             settings.confidence,
         ),
+        "gains": {
+            method: {
+                baseline: _estimate(
+                    points_M[column_of[method]] - points_M[column_of[baseline]],
+                    points_BM[:, column_of[method]] - points_BM[:, column_of[baseline]],
+                    settings.confidence,
+                )
+                for baseline in baseline_picks
+            }
+            for method in trained
+        },
         "gap_closed": None if np.isnan(share) else _estimate(share, shares_B, settings.confidence),
         "outcomes": {
             "wins": int((difference_R > 0).sum()),

@@ -23,6 +23,8 @@ from evaluation.comparison import Comparison, Row, compare_methods, pick_baselin
 from evaluation.statistics import Integers
 from generation.dataset import RegressionSet
 from training.adapted_index import read_published
+from training.consensus import consensus_metric
+from training.selection import Selection, blend_selection
 
 _COLUMNS = ("id", "dataset", "instruction", "references", "candidates")
 _PAIRS_AT_ONCE = 512
@@ -41,7 +43,10 @@ _CANDIDATE = pa.struct(
 
 
 class PairScorer(Protocol):
-    """A scorer of pairs: `training.scorer.Scorer` or another. With an attribute `logprob_weight` the blend is compared too."""
+    """A scorer of pairs: `training.scorer.Scorer` or another.
+
+    With an attribute `logprob_weight` the blend is compared too, with an attribute `selection` the fitted selection.
+    """
 
     def score(self, instructions: list[str], responses: list[str]) -> NDArray[np.floating[Any]]:
         """Return one number per pair; a higher number is better."""
@@ -82,20 +87,20 @@ def _compare(config: Config, uri: str, load: Callable[[Config], PairScorer]) -> 
     """Score the rows of the split; return the content of `results.json` and of `rows.parquet`."""
     dataset = RegressionSet(config.dataset_uri)
     rows, without = read_rows(dataset, config.evaluation.split)
-    base = pick_baselines(rows, dataset.manifest["config"]["sampler"]["decodings"])
+    metric = consensus_metric(dataset.manifest.get("metric"))
+    base = pick_baselines(rows, dataset.manifest["config"]["sampler"]["decodings"], metric)
     for name, reason in base.left_out.items():
         log(f"evaluate: {name} is left out: {reason}")
     adapted: dict[str | None, str] = {}
     if config.evaluation.adapted:
         adapted = {scorer.dataset: scorer.uri for scorer in read_published(config.adapted_uri, "evaluation.adapted")}
-        scored, weight = score_rows_by_task(base.rows, adapted, config, load), None  # the scorers have different weights
-    else:
-        scorer = load(config)
-        scored, weight = score_rows(scorer, base.rows), getattr(scorer, "logprob_weight", None)
-    compared = compare_methods(scored, base.picks, config.evaluation, config.seed, weight)
+    scored, selections = score_rows_by_task(base.rows, adapted, config, load)
+    compared = compare_methods(scored, base.picks, config.evaluation, config.seed, selections)
+    # Adapted scorers have no weight of a blend.
+    blend = None if config.evaluation.adapted else selections["blend"][0]
     results = {
         **compared.results,
-        "logprob_weight": weight,
+        "logprob_weight": blend.variants[0].weights[1] if blend else None,
         "left_out": base.left_out,
         "skipped": {"without_samples": without, "incomplete": base.incomplete},
         "made": {**_provenance(config, dataset, uri), "adapted": sorted(adapted.values())},
@@ -173,18 +178,25 @@ def score_rows(scorer: PairScorer, rows: Sequence[Row]) -> list[Row]:
 
 def score_rows_by_task(
     rows: Sequence[Row], adapted: Mapping[str | None, str], config: Config, load: Callable[[Config], PairScorer] = load_scorer
-) -> list[Row]:
-    """Return the rows with a `score` on every candidate, each task scored by its adapted scorer, the other tasks by the main scorer.
+) -> tuple[list[Row], dict[str, list[Selection | None]]]:
+    """Score every candidate, each task by its adapted scorer, the other tasks by the main scorer.
 
-    `adapted` maps tasks to the URIs of their scorers.
+    Returns the rows with a `score` on every candidate, and for `blend` and `fitted` the selection of each row's scorer, [R]; None if it
+    has none. `adapted` maps tasks to the URIs of their scorers.
     """
     uris = [adapted.get(row["dataset"], adapted.get(None, config.scorer_uri)) for row in rows]
     scored: dict[int, Row] = {}
+    blend_of: dict[str, Selection | None] = {}
+    fitted_of: dict[str, Selection | None] = {}
     for uri in dict.fromkeys(uris):
         indices = [index for index, row_uri in enumerate(uris) if row_uri == uri]
         scorer = load(config.model_copy(update={"scorer_path": uri}))
         scored |= zip(indices, score_rows(scorer, [rows[index] for index in indices]), strict=True)
-    return [scored[index] for index in range(len(rows))]
+        weight = getattr(scorer, "logprob_weight", None)
+        blend_of[uri] = None if weight is None else blend_selection(weight)
+        fitted_of[uri] = getattr(scorer, "selection", None)
+    selections = {"blend": [blend_of[uri] for uri in uris], "fitted": [fitted_of[uri] for uri in uris]}
+    return [scored[index] for index in range(len(rows))], selections
 
 
 def to_table(rows: Sequence[Row], compared: Comparison) -> pa.Table:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import LabelConfig
+from generation.labels import describe_metric
 from generation.logprobs import mean_logprobs
 from training.consensus import consensus, consensus_metric
 from training.selection import Pool, Selection
@@ -142,7 +143,7 @@ def _calibrated_likelihood(instruction: str, candidates: Sequence[Candidate]) ->
 
 def consensus_rank(label: LabelConfig) -> Rank:
     """Return a method that ranks a candidate by its mean agreement with each other draw (`training.consensus`)."""
-    metric = consensus_metric(label)
+    metric = consensus_metric(describe_metric(label))
 
     def rank(instruction: str, candidates: Sequence[Candidate]) -> Floats:
         return consensus([each["response"] for each in candidates], metric)

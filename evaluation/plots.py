@@ -25,7 +25,9 @@ NAMES = {
     "self_sum": "Self-score, sum",
     "self_mean": "Self-score, mean",
     "scorer": "Scorer",
+    "consensus": "Consensus",
     "blend": "Scorer + log-probability",
+    "fitted": "Fitted selection",
     "oracle": "Oracle",
     "random": "Random pick",
 }

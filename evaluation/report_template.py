@@ -9,6 +9,7 @@ STYLE = """\
   --page: #f6f6f3; --card: #ffffff; --ink: #1d2126; --soft: #626a74; --line: #e2e2dc; --accent: #c8451b;
   --good: #1b7f4d; --bad: #b3261e; --good-wash: #e3f3ea; --bad-wash: #fbe7e5; --wash: #eeeee9;
   --plot-greedy: #6d7a8c; --plot-sample: #b4bcc7; --plot-self_sum: #3f7fb5; --plot-self_mean: #8fbfe3;
+  --plot-consensus: #7a6fb8; --plot-fitted: #a8321f;
   --plot-scorer: #d9501f; --plot-blend: #e39a3b; --plot-oracle: #1d8a63; --plot-random: #a3a9b2;
 }
 @media (prefers-color-scheme: dark) {
@@ -16,6 +17,7 @@ STYLE = """\
     --page: #14171a; --card: #1c2024; --ink: #e6e7e4; --soft: #9aa2ab; --line: #2d3238; --accent: #ff8a5c;
     --good: #5fd39a; --bad: #ff8f86; --good-wash: #17352a; --bad-wash: #3d201e; --wash: #262b30;
     --plot-greedy: #8d9bb0; --plot-sample: #566070; --plot-self_sum: #4f9ad6; --plot-self_mean: #a5d2f3;
+    --plot-consensus: #a89ee0; --plot-fitted: #ff9a7a;
     --plot-scorer: #ff7a45; --plot-blend: #f0b35e; --plot-oracle: #4fcf9c; --plot-random: #727a85;
   }
 }
@@ -53,7 +55,7 @@ th, td { padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--li
 th { font-size: .8125rem; font-weight: 600; color: var(--soft); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 tbody tr:last-child td { border-bottom: 0; }
-.methods th, .methods td { padding: 7px 5px; }
+.methods th, .methods td { padding: 7px 3px; }
 .methods td:first-child { min-width: 7.5em; overflow-wrap: anywhere; }
 tr.average td { border-top: 2px solid var(--line); font-weight: 600; border-bottom: 0; }
 td .range { display: block; font-size: .75rem; font-weight: 400; color: var(--soft); white-space: nowrap; }

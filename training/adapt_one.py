@@ -25,8 +25,9 @@ from cluster.config import Config, TrainingConfig
 from cluster.errors import CappyError
 from generation.dataset import Pairs, RegressionSet, explode
 from generation.schema import DATASET
-from training import batch_plan, cross_fit, gate, loop, lora, model_card, validation
+from training import batch_plan, cross_fit, gate, loop, lora, model_card, selection, selection_fit, validation
 from training.batch_plan import Size
+from training.consensus import consensus_metric
 from training.encoding import encode_pairs
 from training.records import GateDecision, Metrics, MetricsLine, Outcome, TaskPoints
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
@@ -112,11 +113,19 @@ def adapt_task(
     scorer, wrapped = load_trainable(config, training, base, device)
     before = _measure(scorer, tables, dataset.greedy())
     decision: GateDecision | None = None
+    fitted: selection.Selection | None = None
     if held_out is not None:
         base_scores = cross_fit.score_candidates(held_out, scorer.score)
         fold_scores = _cross_fit(config, task, base, dataset, held_out, train_rows, device)
         old, new = (gate.row_values(held_out, scores, config.adapt.metric) for scores in (base_scores, fold_scores))
         decision = gate.decide_on_rows(old, new, config.adapt)
+        fitted = selection_fit.fit_on_rows(
+            held_out,
+            fold_scores,
+            consensus_metric(dataset.manifest.get("metric")),
+            selection.read(str(models.resolve(base.name, "adapt.base", adapters=True))) if base.scorer else None,
+            {"scores": "held out", "trainings": config.adapt.folds},
+        )
     fit_result, lines = _fit(scorer, pairs, training, config, config.adapt.pairs)
     after = _measure(scorer, tables, dataset.greedy())
     points: TaskPoints | None = None
@@ -148,13 +157,14 @@ def adapt_task(
         "trained_parameters": fit_result["trained_parameters"],
         "pairs_per_second": fit_result["pairs_per_second"],
         "gate": decision,
+        "selection": selection.summarise(fitted),
         "figures": points,
         "label": dataset.manifest.get("metric", {}).get("name", "rouge_l"),
         "seconds": round(time.monotonic() - start, 1),
         "identity": task.identity,
     }
     if state == "published":
-        return _publish(config, task, base, scorer, wrapped, result, lines, dataset, check)
+        return _publish(config, task, base, scorer, wrapped, result, lines, dataset, fitted, check)
     folder_writer.FolderWriter(task.uri, check).write_json(RESULTS, result)
     return result
 
@@ -354,6 +364,7 @@ def _publish(
     result: Outcome,
     lines: list[MetricsLine],
     dataset: RegressionSet,
+    fitted: selection.Selection | None,
     check: Callable[[], None],
 ) -> Outcome:
     """Write the scorer or its adapters, card, metrics, config and outcome, then the manifest. Return the outcome."""
@@ -369,6 +380,8 @@ def _publish(
         (target / "loss.svg").write_bytes(model_card.plot_loss(lines))
         (target / "README.md").write_text(model_card.render_adapted_card(config, result), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        if fitted is not None:
+            (target / selection.FILE).write_text(selection.to_text(fitted), encoding="utf-8")
         (target / RESULTS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         # Readers refuse a folder with this marker and without a manifest.
         check()

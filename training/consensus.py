@@ -8,7 +8,8 @@ Shapes: C draws of a pool, D distinct responses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +24,17 @@ DEFAULT_METRIC = LabelConfig()
 """Rouge-L, as in the labels of the paper."""
 
 
-def consensus_metric(label: LabelConfig) -> LabelConfig:
-    """Return the metric of the consensus for sets with the labels of `label`: the same, or Rouge-L if only `references` can be judged.
+def consensus_metric(described: Mapping[str, Any] | None) -> LabelConfig:
+    """Return the metric of the consensus for a set whose manifest describes its label metric as `described` (`name`, `mode`).
 
-    A label function of the user checks a response against the references. It cannot compare two responses.
+    It is the label metric. A label function of the user checks a response against references and cannot compare two responses. For
+    such labels it is Rouge-L in `unicode` mode, and for a manifest without the metric Rouge-L in `paper` mode.
     """
-    return label if label.metric in METRICS else LabelConfig(mode="unicode")
+    if not described:
+        return DEFAULT_METRIC
+    if described["name"] not in METRICS:
+        return LabelConfig(mode="unicode")
+    return LabelConfig(metric=described["name"], mode=described.get("mode") or "paper")
 
 
 def consensus(responses: Sequence[str], metric: LabelConfig = DEFAULT_METRIC) -> Floats:

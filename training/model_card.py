@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.config import Config, ObjectiveConfig
-from training.records import CalibrationGroup, MetricsLine, Outcome, TrainSummary
+from training.records import CalibrationGroup, MetricsLine, Outcome, SelectionSummary, TrainSummary
 
 
 def plot_loss(metrics: Sequence[MetricsLine]) -> bytes:
@@ -144,6 +144,32 @@ The published weights are those of {chosen}.
 """
 
 
+def describe_selection(fitted: SelectionSummary | None) -> str:
+    """Return the paragraph of a card on the fitted selection, with its table; an empty text without one."""
+    if not fitted:
+        return ""
+    measured = fitted["cross_validated"]
+    rows = "".join(
+        f"| {name} | {weight:.3f} | {100 * measured[name]:.1f} |\n" if measured else f"| {name} | {weight:.3f} | |\n"
+        for name, weight in fitted["weights"].items()
+    )
+    total = (
+        f"""By cross-validation the picks of all signals together have a mean label of {100 * measured["fitted"]:.1f}
+points, random picks {100 * measured["random"]:.1f}, and the best candidates {100 * measured["oracle"]:.1f}.
+
+"""
+        if measured
+        else ""
+    )
+    return f"""`selection.json` ranks candidates by several signals. It was fitted on {fitted["rows"]:,} train rows, with scores of scorers
+that were not trained on them.
+
+| signal | weight | mean label of its picks, in points |
+| --- | --: | --: |
+{rows}
+{total}"""
+
+
 def render_adapted_card(config: Config, result: Outcome) -> str:
     """Return the model card, as Markdown, of a scorer adapted to one task."""
     figures, base = result["figures"], result["base"]
@@ -188,7 +214,7 @@ scorer = Scorer.load("{result["uri"]}")
 
 {measured}
 
-![loss](loss.svg)
+{describe_selection(result.get("selection"))}![loss](loss.svg)
 
 Trained {trained} on {result["pairs"]:,} pairs ({result["distinct_pairs"]:,} distinct, of {result["train_rows"]:,} train rows):
 {result["steps"]:,} steps of {config.adapt.batch_size} pairs, AdamW at {result["learning_rate"]:g}. `config.yaml` has all settings,

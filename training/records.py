@@ -57,6 +57,18 @@ class BlendRecord(TypedDict):
     """Mean label of the picks with the log-probability, in [0, 1]."""
 
 
+class SelectionSummary(TypedDict):
+    """The main variant of a fitted selection (`training.selection`)."""
+
+    rows: int
+    """Number of pools that it was fitted on."""
+    l2: float | None
+    weights: dict[str, float]
+    """Weight of each standardised signal."""
+    cross_validated: dict[str, float]
+    """Mean label of the picks on held-out pools, in [0, 1]: `fitted`, each single signal, `random` and `oracle`."""
+
+
 class Progress(TypedDict):
     """The counters and results of a run so far."""
 
@@ -247,6 +259,8 @@ class Outcome(OutcomeState, total=False):
     pairs_per_second: float
     gate: GateDecision | None
     """None without cross-validation and without validation rows."""
+    selection: SelectionSummary | None
+    """None without a fitted selection."""
     figures: TaskPoints | None
     """None without validation rows."""
     label: str

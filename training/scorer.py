@@ -27,6 +27,7 @@ from training.encoding import Encoded, encode_pairs, pad
 
 if TYPE_CHECKING:
     from cluster.config import ScorerConfig, TrainingConfig
+    from training.selection import Selection
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 
@@ -35,7 +36,7 @@ CHECKPOINTS = "_checkpoints"
 SCORER_FILES = (
     r"(adapter_|generation_)?config\.json|(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
     r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|vocab\.(txt|json)|merges\.txt|(spiece|sentencepiece\.bpe)\.model",
-    r"README\.md|config\.yaml|metrics\.jsonl|loss\.svg|calibration\.svg|results\.json",
+    r"README\.md|config\.yaml|metrics\.jsonl|loss\.svg|calibration\.svg|results\.json|selection\.json",
 )
 """Patterns of the files of a scorer or of its adapters beside the manifest, for `artifacts.OwnedFiles`."""
 
@@ -156,6 +157,8 @@ class Scorer:
         self.max_length = max_length
         """Limit of instruction plus response, in tokens."""
         self.dtype = pick_dtype(dtype, self.device)
+        self.selection: Selection | None = None
+        """The fitted selection of its folder (`training.selection`); None without one."""
 
     @classmethod
     def load(
@@ -175,9 +178,10 @@ class Scorer:
             setting: the setting that error messages name.
             cpu_kernels: False uses the plain modules of transformers, as `scorer.cpu_kernels`.
 
-        Raises `CappyError` when `name` is not a finished one-label model, or cannot score pairs.
+        Raises `CappyError` when `name` is not a finished one-label model, cannot score pairs, or has a damaged `selection.json`.
         """
         from cluster import models
+        from training import selection
 
         refuse_unfinished(name)
         folder = models.resolve(name, setting, adapters=True)
@@ -193,6 +197,7 @@ class Scorer:
         if scorer.device.type == "cpu" and cpu_kernels:
             encoder_kernels.pack_for_cpu(scorer.model)
         scorer._check_scores(f"{setting}={name}")
+        scorer.selection = selection.read(str(folder))
         return scorer
 
     @property

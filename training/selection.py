@@ -23,6 +23,7 @@ from cluster.config import LabelConfig
 from cluster.errors import CappyError
 from generation.logprobs import mean_logprobs
 from training.consensus import DEFAULT_METRIC, agreement_matrix, weighted_agreement
+from training.records import SelectionSummary
 
 Floats = NDArray[np.float64]
 
@@ -228,6 +229,15 @@ def read(folder: str) -> Selection | None:
     except ValueError as error:
         raise CappyError(f"{uri} is not JSON ({error}); publish the scorer again or delete the file") from None
     return Selection.from_json(tree, uri)
+
+
+def summarise(selection: Selection | None) -> SelectionSummary | None:
+    """Return the figures of the first variant, which has the most signals; None without a selection or a variant."""
+    if selection is None or not selection.variants:
+        return None
+    first = selection.variants[0]
+    weights = dict(zip(first.signals, first.weights, strict=True))
+    return {"rows": first.rows, "l2": first.l2, "weights": weights, "cross_validated": first.cross_validated}
 
 
 def to_text(selection: Selection) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from cluster.config import LabelConfig, fingerprint
 from training.consensus import DEFAULT_METRIC
@@ -22,7 +23,7 @@ from training.selection import VARIANTS, Floats, Pool, Selection, Variant, lower
 
 TEMPERATURE = 0.2
 """Divisor of the labels in the softmax: a label difference of 0.2 is a factor of e in the target."""
-STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The L2 strengths that cross-validation chooses from."""
 FOLDS = 5
 MIN_POOLS = 8
@@ -62,8 +63,8 @@ def fit_selection(
         labels: the label of each draw of each pool, in [0, 1].
         groups: the group of each pool. The pools of a group are in one fold of the cross-validation: one task, or one row.
         metric: the label metric.
-        prior: a selection to start from, such as that of the base of an adapted scorer. The weights are regularised towards its
-            weights instead of towards 0.
+        prior: a selection that can serve as the start, such as that of the base of an adapted scorer. Cross-validation chooses for each
+            variant whether the weights are regularised towards its weights or towards 0.
         made: JSON values that describe the origin of the pools and scores.
     """
     labels_of = [np.asarray(each, np.float64) for each in labels]
@@ -97,6 +98,36 @@ def fit_selection(
     return Selection(tuple(variants), metric, {**description, **(made or {})})
 
 
+def fit_on_rows(
+    rows: pa.Table, scores: Sequence[np.ndarray], metric: LabelConfig, prior: Selection | None = None, made: Mapping[str, Any] | None = None
+) -> Selection | None:
+    """Return the selection fitted on the sampled candidates of rows, as `fit_selection` does.
+
+    Cross-validation is over datasets if the rows have `FOLDS` of them or more, else over instructions.
+
+    Args:
+        rows: rows with columns `dataset`, `instruction` and `candidates`. Rows without sampled candidates are skipped.
+        scores: the held-out scores of the candidates of each row, (candidates,).
+        metric: the metric of the labels.
+        prior: as for `fit_selection`.
+        made: as for `fit_selection`.
+    """
+    pools, labels, datasets, instructions = [], [], [], []
+    columns = (rows[name].to_pylist() for name in ("dataset", "instruction", "candidates"))
+    for dataset, instruction, candidates, scores_C in zip(*columns, scores, strict=True):
+        sampled = [at for at, each in enumerate(candidates) if each["source"] == "sampled"]
+        if not sampled:
+            continue
+        kept = [candidates[at] for at in sampled]
+        fields = {name: [each[name] for each in kept] for name in ("response", "logprob", "tokens", "label")}
+        pools.append(Pool(fields["response"], scores_C[sampled].tolist(), fields["logprob"], fields["tokens"]))
+        labels.append(fields["label"])
+        datasets.append(dataset)
+        instructions.append(instruction)
+    groups = datasets if len(set(datasets)) >= FOLDS else instructions
+    return fit_selection(pools, labels, groups, metric, prior, made)
+
+
 def _fit_variant(
     names: tuple[str, ...],
     found: Sequence[Mapping[str, Floats]],
@@ -105,29 +136,30 @@ def _fit_variant(
     responses: Sequence[Sequence[str]],
     prior: Variant | None,
 ) -> Variant:
-    """Fit one variant: choose the L2 strength by the held-out loss, then fit on all pools."""
-    scales = prior.scales if prior else tuple(_typical_deviation(each[name] for each in found) for name in names)
+    """Fit one variant: choose the start and the L2 strength by the held-out loss, then fit on all pools."""
+    scales = tuple(_typical_deviation(each[name] for each in found) for name in names)
     unfitted = Variant(names, (0.0,) * len(names), scales)
     data = _pad([unfitted.features(each) for each in found], labels)
-    start_K = np.array(prior.weights if prior else unfitted.weights)
+    starts = [np.array(each.weights) for each in (prior, unfitted) if each]
     folds_N = _folds(groups)
-    count = folds_N.max() + 1
-    strength, measured = _UNVALIDATED_STRENGTH, {}
-    if count > 1:
-        losses = dict.fromkeys(STRENGTHS, 0.0)
-        weights_of: dict[tuple[float, int], Floats] = {}
-        for fold in range(count):
+    chosen, measured = (_UNVALIDATED_STRENGTH, 0), {}
+    if folds_N.max() > 0:
+        # The strongest first: of equal losses it is chosen.
+        options = [(strength, start) for strength in reversed(STRENGTHS) for start in range(len(starts))]
+        losses = dict.fromkeys(options, 0.0)
+        weights_of: dict[tuple[float, int, int], Floats] = {}
+        for fold in range(folds_N.max() + 1):
             train, held_out = data.take(folds_N != fold), data.take(folds_N == fold)
-            for each in STRENGTHS:
-                weights_of[each, fold] = _fit_weights(train, each, start_K)
-                losses[each] += _loss(held_out, weights_of[each, fold]) * len(held_out.targets_NC)
-        strength = min(reversed(STRENGTHS), key=lambda each: losses[each])
-        held_out_values = [unfitted.features(each) @ weights_of[strength, int(fold)] for each, fold in zip(found, folds_N, strict=True)]
-        measured = {"fitted": _mean_pick(held_out_values, labels, responses)}
+            for strength, start in options:
+                weights_K = weights_of[strength, start, fold] = _fit_weights(train, strength, starts[start])
+                losses[strength, start] += _loss(held_out, weights_K) * len(held_out.targets_NC)
+        chosen = min(options, key=lambda option: losses[option])
+        fitted = [unfitted.features(each) @ weights_of[(*chosen, int(fold))] for each, fold in zip(found, folds_N, strict=True)]
+        measured = {"fitted": _mean_pick(fitted, labels, responses)}
         measured |= {name: _mean_pick([each[name] for each in found], labels, responses) for name in names}
         measured |= {"random": _mean(each.mean() for each in labels), "oracle": _mean(each.max() for each in labels)}
-    weights_K = _fit_weights(data, strength, start_K)
-    return Variant(names, tuple(weights_K.tolist()), scales, l2=strength, rows=len(found), cross_validated=measured)
+    weights_K = _fit_weights(data, chosen[0], starts[chosen[1]])
+    return Variant(names, tuple(weights_K.tolist()), scales, l2=chosen[0], rows=len(found), cross_validated=measured)
 
 
 def _typical_deviation(values: Iterable[Floats]) -> float:

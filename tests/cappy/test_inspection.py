@@ -5,10 +5,11 @@ import pytest
 from rich.console import Console
 
 from cappy import display, inspection
-from cluster import copying, storage
+from cluster import artifacts, copying, storage
 from cluster.errors import CappyError
 from generation import export_pairs
 from tests.generation.made_set import publish
+from training.selection import Selection, Variant, to_text
 
 
 def shown(result):
@@ -33,6 +34,16 @@ def test_a_set_shows_sources_labels_by_source_rates_cost_and_its_dead_letters_co
     assert last[-2:] == ["13", "13"]  # the 13 references, and the 13 samples that equal them
     (row,) = result["samples"]
     assert len(row["candidates"]) == 7 and f"say right {int(row['id'], 16)}, please" in text
+
+
+def test_a_scorer_shows_its_fitted_selection(tmp_path):
+    fitted = Selection((Variant(("score", "consensus"), (0.5, -0.25), (1.0, 1.0), rows=1200, cross_validated={"fitted": 0.316}),))
+    entry = storage.write_bytes(f"{tmp_path}/selection.json", to_text(fitted).encode())
+    manifest = {"kind": "scorer", "created": "now", "code_version": "x", "summary": {"steps": 3}, "files": {"selection.json": entry}}
+    artifacts.publish(str(tmp_path), manifest)
+    text = shown(inspection.run_inspect(str(tmp_path)))
+    assert "selection fitted on 1,200 pools, weights: score 0.5, consensus -0.25" in text
+    assert "cross-validated label of the picks: fitted 0.316" in text
 
 
 def test_brackets_in_paths_and_names_are_shown(tmp_path):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.config import EvaluationConfig
+from cluster.config import EvaluationConfig, LabelConfig
 from cluster.errors import CappyError
 from evaluation.comparison import compare_methods, pick_baselines
 from tests.evaluation.conftest import candidate
+from training.selection import Selection, Variant, blend_selection
 
 DECODINGS = [{"name": "hot", "temperature": 1.0}, {"name": "greedy", "temperature": 0.0}, {"name": "cool", "temperature": 0.5}]
 
@@ -50,7 +51,7 @@ def test_an_empty_response_of_no_tokens_does_not_divide_by_zero():
 
 def test_a_baseline_that_no_row_allows_is_left_out_with_the_reason():
     found = pick_baselines([row(candidate("a", 0, "hot", None))], [{"name": "hot", "temperature": 1.0}])
-    assert list(found.picks) == ["sample"]
+    assert list(found.picks) == ["sample", "consensus"]
     assert "temperature 0" in found.left_out["greedy"]
     assert "log-probabilities" in found.left_out["self_sum"]
 
@@ -64,9 +65,26 @@ def test_a_row_that_lacks_a_baseline_is_left_out_for_all_methods():
     assert found.incomplete == 2
 
 
-def test_a_set_without_any_baseline_is_an_error_with_the_fix():
+def test_every_set_has_the_consensus_as_a_baseline():
+    rows = [row(candidate("a b", 0, "unknown", None), candidate("c a", 1, "unknown", None), candidate("c a d", 1, "unknown", None))]
+    found = pick_baselines(rows, DECODINGS)
+    assert {name: picks.tolist() for name, picks in found.picks.items()} == {"consensus": [1]}
+    assert list(found.left_out) == ["greedy", "sample", "self_sum", "self_mean"]
+
+
+def test_the_label_metric_compares_the_candidates():
+    rows = [row(candidate("x y", 0, "greedy", -1), candidate("y x", 0, "hot", -1), candidate("y x z", 0, "hot", -1))]
+    assert pick_baselines(rows, DECODINGS).picks["consensus"].tolist() == [1]
+    assert pick_baselines(rows, DECODINGS, LabelConfig(metric="exact_match")).picks["consensus"].tolist() == [0]
+
+
+def test_rows_without_a_common_decoding_are_an_error_with_the_fix():
     with pytest.raises(CappyError, match="generate the set"):
-        pick_baselines([row(candidate("a", 0, "unknown", None))], DECODINGS)
+        pick_baselines([row(candidate("a", 0, "greedy", -1)), row(candidate("a", 0, "hot", -1))], DECODINGS)
+
+
+def selected(rows, base, **selections):
+    return compare_methods(rows, base, EvaluationConfig(resamples=100), 0, selections)
 
 
 def compared(rows, resamples=200):
@@ -81,10 +99,16 @@ def test_results_of_two_tasks_by_hand():
     ]
     results = compared(rows).results
     means = {method: each["mean"] for method, each in results["averages"].items()}
-    assert means == pytest.approx({"greedy": 40, "sample": 20, "self_sum": 40, "self_mean": 40, "scorer": 30, "oracle": 70})
+    assert means == pytest.approx(
+        {"greedy": 40, "sample": 20, "self_sum": 40, "self_mean": 40, "consensus": 40, "scorer": 30, "oracle": 70}
+    )
     assert results["best_baseline"] == "greedy"
     assert results["gain"]["mean"] == pytest.approx(-10)
     assert results["gap_closed"]["mean"] == pytest.approx(-1 / 3)
+    assert {baseline: each["mean"] for baseline, each in results["gains"]["scorer"].items()} == pytest.approx(
+        {"greedy": -10, "sample": 10, "self_sum": -10, "self_mean": -10, "consensus": -10}
+    )
+    assert results["gains"]["scorer"]["greedy"] == results["gain"]
     assert results["outcomes"] == {"wins": 1, "ties": 1, "losses": 1}
     assert results["per_task"]["other"]["methods"]["scorer"]["mean"] == pytest.approx(10)
 
@@ -93,12 +117,23 @@ def test_the_blend_adds_the_mean_log_probability_at_its_weight():
     # Mean log-probabilities are -1/4, -2/4 and -3/4: at weight 2 the first leads by 0.5 and by 1.
     rows = [scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)), scored((0.4, 0.5), (0.0, 0.9), (0.8, 0.2))]
     base = pick_baselines(rows, DECODINGS).picks
-    blend = compare_methods(rows, base, EvaluationConfig(resamples=100), 0, logprob_weight=2.0)
+    blend = selected(rows, base, blend=[blend_selection(2.0)] * 2)
     assert blend.picks["blend"].tolist() == [1, 0]
-    assert blend.results["methods"] == ["greedy", "sample", "self_sum", "self_mean", "scorer", "blend", "oracle"]
-    assert compare_methods(rows, base, EvaluationConfig(resamples=100), 0, logprob_weight=0.0).picks["blend"].tolist() == [1, 1]
-    rows[0]["candidates"][0]["logprob"] = None
-    assert "blend" not in compare_methods(rows, {"greedy": base["greedy"]}, EvaluationConfig(resamples=100), 0, logprob_weight=2.0).picks
+    assert blend.results["methods"] == ["greedy", "sample", "self_sum", "self_mean", "consensus", "scorer", "blend", "oracle"]
+    assert selected(rows, base, blend=[blend_selection(0.0)] * 2).picks["blend"].tolist() == [1, 1]
+    for each in rows:
+        each["candidates"][0]["logprob"] = None
+    assert "blend" not in selected(rows, {"greedy": base["greedy"]}, blend=[blend_selection(2.0)] * 2).picks
+
+
+def test_each_row_is_ranked_by_the_selection_of_its_scorer_or_by_the_score():
+    rows = [scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)), scored((0.4, 0.5), (0.0, 0.9), (0.8, 0.2))]
+    base = pick_baselines(rows, DECODINGS).picks
+    lowest = Selection((Variant(("score",), (-1.0,), (1.0,)),))
+    compared = selected(rows, base, fitted=[None, lowest])
+    assert compared.picks["fitted"].tolist() == [1, 2]
+    assert set(compared.results["gains"]) == {"scorer", "fitted"}
+    assert "fitted" not in selected(rows, base, fitted=[None, None]).picks
 
 
 def test_curves_end_at_the_averages_and_start_at_the_random_pick():

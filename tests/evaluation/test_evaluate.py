@@ -44,7 +44,7 @@ def test_evaluate_publishes_numbers_rows_report_and_config(published, rows):
 
 def test_summary_has_every_method_and_task_with_ordered_intervals(published, rows):
     summary = run_evaluate(published, load=lambda _: NoisyScorer(rows))
-    assert list(summary["averages"]) == ["greedy", "sample", "self_sum", "self_mean", "scorer", "oracle"]
+    assert list(summary["averages"]) == ["greedy", "sample", "self_sum", "self_mean", "consensus", "scorer", "oracle"]
     assert set(summary["per_task"]) == set(TASKS)
     assert summary["instructions"] == len(rows)
     for each in [*summary["averages"].values(), summary["gain"], summary["gap_closed"]]:
@@ -162,7 +162,7 @@ def test_a_set_without_greedy_decoding_is_compared_without_it(config, rows):
     only = [{**row, "candidates": [each for each in row["candidates"] if each["decoding"] != "greedy"]} for row in rows]
     publish_set(Path(config.dataset_uri), only, sampled)
     summary = run_evaluate(config, load=lambda _: NoisyScorer(rows))
-    assert list(summary["averages"]) == ["sample", "self_sum", "self_mean", "scorer", "oracle"]
+    assert list(summary["averages"]) == ["sample", "self_sum", "self_mean", "consensus", "scorer", "oracle"]
     assert "greedy" in printed(summary).split("left out:")[1]
 
 

@@ -14,6 +14,7 @@ from evaluation import report
 from evaluation.evaluate import run_evaluate
 from tests.evaluation.conftest import TASKS, NoisyScorer, make_rows, publish_set
 from tests.serving import browser
+from training.selection import Selection, Variant
 
 HOSTILE = "</td><script>alert('out')</script><img src=x onerror=alert(1)> & \"quotes\""
 
@@ -119,6 +120,7 @@ def test_an_example_shows_a_repeated_response_once_with_every_method_that_picked
 
 class BlendedScorer(NoisyScorer):
     logprob_weight = 0.5
+    selection = Selection((Variant(("score", "consensus"), (1.0, 1.0), (1.0, 1.0)),))
 
 
 @pytest.mark.skipif(not browser.INSTALLED, reason="needs chromium and chromedriver")
@@ -129,7 +131,7 @@ def test_every_table_and_plot_fits_its_card_at_1200_pixels(tmp_path):
     rows = make_rows(4, tasks=(*TASKS, "a_task_with_a_name_that_is_longer_than_most_names"))
     publish_set(Path(config.dataset_uri), rows, config)
     summary = run_evaluate(config, load=lambda _: BlendedScorer(rows))
-    assert len(summary["averages"]) == 7
+    assert len(summary["averages"]) == 9
     with browser.chromium() as driver:
         driver.set_window_size(1200, 900)
         driver.get(Path(summary["report"]).as_uri())

@@ -19,6 +19,7 @@ from tests.training.conftest import rows
 from training import adapt_one, gate, lora
 from training.adapt_one import Base, Task
 from training.scorer import Scorer, load_tokenizer, new_model
+from training.selection import VARIANTS
 
 
 def task_rows(name: str, count: int, seed: int, choices: bool = False) -> list[dict[str, Any]]:
@@ -170,6 +171,10 @@ def test_full_adaptation_publishes_a_plain_scorer_with_better_picks(dataset: str
     assert set(storage.list_files(task.uri)) == {*manifest["files"], artifacts.MANIFEST}
     assert AutoModelForSequenceClassification.from_pretrained(task.uri).config.num_labels == 1
     assert after(task, config) == pytest.approx(result["figures"]["after"])
+    fitted = Scorer.load(task.uri).selection
+    assert fitted.made["scores"] == "held out" and [each.signals for each in fitted.variants] == list(VARIANTS)
+    assert result["selection"]["cross_validated"]["fitted"] >= result["selection"]["cross_validated"]["random"]
+    assert "selection.json" in manifest["files"]
     assert "Scorer.load" in Path(task.uri, "README.md").read_text()
     assert adapt_one.adapt_task(config, task, base_of(base)) == storage.read_json(
         f"{task.uri}/results.json"
@@ -198,6 +203,7 @@ def test_cross_validation_needs_no_validation_rows_and_does_not_change_the_weigh
         assert crossed[key] == alone[key]
     weights = [Path(each["uri"], "model.safetensors").read_bytes() for each in (crossed, alone)]
     assert weights[0] == weights[1]
+    assert alone["selection"] is None and Scorer.load(alone["uri"]).selection is None
 
 
 def test_without_folds_the_gate_takes_a_part_of_the_validation_rows(dataset: str, base: str, encoder: Path, tmp_path: Path):

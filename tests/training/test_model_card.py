@@ -67,6 +67,17 @@ def test_the_card_of_an_adapted_scorer_has_its_points():
     assert "The gate used the same rows." in same
 
 
+def test_the_card_shows_the_fitted_selection():
+    measured = {"fitted": 0.316, "score": 0.3, "consensus": 0.25, "random": 0.16, "oracle": 0.38}
+    fitted = {"rows": 1200, "l2": 0.1, "weights": {"score": 0.4, "consensus": -0.2}, "cross_validated": measured}
+    card = model_card.render_adapted_card(CONFIG, OUTCOME | {"selection": fitted})
+    assert "fitted on 1,200 train rows" in card and "| score | 0.400 | 30.0 |\n| consensus | -0.200 | 25.0 |" in card
+    assert "31.6\npoints, random picks 16.0, and the best candidates 38.0" in card
+    unmeasured = model_card.render_adapted_card(CONFIG, OUTCOME | {"selection": fitted | {"cross_validated": {}}})
+    assert "| score | 0.400 | |" in unmeasured and "cross-validation" not in unmeasured
+    assert "selection.json" not in model_card.render_adapted_card(CONFIG, OUTCOME | {"selection": None})
+
+
 def test_the_card_of_adapters_without_validation_rows_has_no_points():
     card = model_card.render_adapted_card(CONFIG, OUTCOME | {"figures": None, "method": "lora", "trained_parameters": 1234})
     assert "The task had no validation rows, so the gain was not measured." in card
