@@ -46,11 +46,19 @@ def show_plan(result: dict[str, Any], console: Console) -> None:
         ("storage", size(totals["bytes"])),
     ]
     if result["compute"]:
+        if machine := result["compute"]["machine"]:
+            hours = machine["hours"]
+            lines.append(("time on this machine", f"{duration(hours['expected'])} expected, {duration(hours['most'])} at most"))
         hours = result["compute"]["gpu_hours"]
-        lines.append(("GPU-hours", f"{hours['expected']:,.3g} expected, {hours['most']:,.3g} at most"))
+        lines.append(("GPU-hours", f"{hours['expected']:,.3g} expected, {hours['most']:,.3g} at most, on {result['compute']['gpu']}"))
         for count, wall in result["compute"]["wall_hours"].items():
             lines.append((f"time on {int(count):,} GPU{'s' if count != '1' else ''}", duration(wall) if wall is not None else "too few"))
     lines.append(("dollars", f"{result['dollars']['expected']:,.2f} expected, {result['dollars']['most']:,.2f} at most"))
+    if training := result["training"]:
+        times = [f"{duration(training['gpu_hours'])} on one GPU"]
+        if training["machine_hours"] is not None:
+            times.insert(0, f"{duration(training['machine_hours'])} on this machine")
+        lines.append(("training", f"{training['pairs']:,} pairs of {training['tokens_per_pair']:,.3g} tokens: {', '.join(times)}"))
     _print_pairs(lines, console)
     for warning in result["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.config import Config
-from generation import token_limits
+from cluster.hardware import GPUS, Device
+from generation import speed, token_limits
+from generation.speed import EncoderSize
 
 BYTES_PER_PAIR = 131.0
 """21 GB for 160M pairs, with zstd and one row per instruction."""
-GPU_FLOPS = 990e12
-"""Peak of an H200 for dense bfloat16, in FLOP/s."""
-GPU_SHARE = 0.5
-"""Share of the peak that an engine is assumed to reach."""
+_SPECIAL_TOKENS = 3  # of a pair of an encoder
 
 
 @dataclass
@@ -46,6 +45,18 @@ class Count:
 
 
 @dataclass(frozen=True)
+class MachineRates:
+    """The speed of this machine, with all its replicas."""
+
+    name: str
+    sampled: float
+    """Sampled tokens per second."""
+    prompt: float | None
+    """Prompt tokens per second; None if `sampled` already includes the time of the prompts."""
+    origin: str
+
+
+@dataclass(frozen=True)
 class Rates:
     """The speed of one replica, and the mean sizes of a candidate and a pair; `origin` has the source of each value."""
 
@@ -58,6 +69,27 @@ class Rates:
     bytes_per_pair: float
     """Compressed bytes of a published pair."""
     origin: Mapping[str, str]
+    gpu: Device = GPUS["H200"]
+    """The GPU of the estimates on GPUs."""
+    machine: MachineRates | None = None
+    """The rates of this machine, if it has no GPU."""
+    cpu: Device | None = None
+    """The CPU of this machine, if it has no GPU."""
+    encoder: EncoderSize | None = None
+    """The encoder of the scorer; None if its size is not known."""
+    warnings: tuple[str, ...] = ()
+    """Sentences about models that do not fit."""
+
+
+def mean_context(counts: Mapping[str, Count], config: Config) -> float:
+    """Return the mean number of tokens that a decoding step reads for a candidate: its prompt, and half of its sampled tokens."""
+    rows = sum(count.sampled_rows for count in counts.values())
+    references = sum(count.sampled_references for count in counts.values())
+    if not rows:
+        return 1.0
+    reference = sum(count.reference_tokens for count in counts.values()) / max(1, references)
+    instruction = sum(count.prompt_tokens for count in counts.values()) / rows
+    return instruction + config.sampler.prompt.shots * (instruction + reference) + reference / 2
 
 
 def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tokens_from: str = "given") -> dict[str, Any]:
@@ -72,7 +104,8 @@ def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tok
     Returns:
         `mixture` (one entry per dataset), `totals`, `compute`, `dollars` and `assumptions`. Sampled tokens, hours and dollars
         have an `expected` value and a `most` value, the maximum that the decodings allow. `compute.wall_hours` has the
-        expected hours by number of GPUs; None if a replica needs more GPUs. `compute` is None for an endpoint.
+        expected hours by number of GPUs; None if a replica needs more GPUs. `compute.machine` has the hours of this machine, None
+        if it has a GPU. `compute` is None for an endpoint. `training` has the estimate of `cappy train` (`_training_costs`).
     """
     sampler = config.sampler
     candidates = sum(decoding.n for decoding in sampler.decodings)
@@ -96,7 +129,7 @@ def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tok
     shots = sampler.prompt.shots
     if shots:
         assumptions.append(("tokens of a shot", "an instruction and a reference", f"{shots} of mean length before each instruction"))
-    result = {
+    result: dict[str, Any] = {
         "mixture": rows,
         "totals": {
             "instructions": total["train"] + total["validation"],
@@ -109,6 +142,9 @@ def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tok
             "bytes": round(sum(pairs.values()) * rates.bytes_per_pair),
         },
     }
+    training, trained_by = _training_costs(rows, total, config, rates)
+    result["training"] = training
+    assumptions += trained_by
     if sampler.engine.kind == "endpoint":
         return result | _endpoint_costs(total, config, assumptions)
     return result | _gpu_costs(total, config, rates, assumptions)
@@ -155,11 +191,7 @@ def _dataset_row(count: Count, config: Config, rates: Rates, candidates: int) ->
 def _gpu_costs(total: dict[str, Any], config: Config, rates: Rates, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:
     plan, engine = config.plan, config.sampler.engine
     replica_gpus = engine.tensor_parallel if engine.kind == "vllm" else 1
-    prompt_seconds = total["fresh_tokens"] / rates.prompt if rates.prompt else 0.0
-    hours = {
-        name: (prompt_seconds + total[key] / rates.sampled) / 3600
-        for name, key in (("expected", "sampled_tokens"), ("most", "most_tokens"))
-    }
+    hours = _sampling_hours(total, rates.sampled, rates.prompt)
     gpu_hours = {name: value * replica_gpus for name, value in hours.items()}
     assumptions = [
         *assumptions,
@@ -173,11 +205,16 @@ def _gpu_costs(total: dict[str, Any], config: Config, rates: Rates, assumptions:
         ("speed", "proportional to replicas", "replicas share nothing; the start of the engines and the merge are not counted"),
         ("dollars of a GPU hour", plan.gpu_dollars_per_hour, "plan.gpu_dollars_per_hour"),
     ]
+    machine = rates.machine
+    if machine:
+        assumptions.append((f"sampled tokens/s of {machine.name}", _round(machine.sampled), machine.origin))
     if rates.prompt:
         assumptions.append(("reads of a prompt", "1", "its candidates, and all rows with the same shots, share it in the prefix cache"))
     return {
         "compute": {
+            "gpu": rates.gpu.name,
             "gpu_hours": gpu_hours,
+            "machine": {"name": machine.name, "hours": _sampling_hours(total, machine.sampled, machine.prompt)} if machine else None,
             "wall_hours": {
                 str(count): hours["expected"] / (count // replica_gpus) if count >= replica_gpus else None for count in plan.gpus
             },
@@ -185,6 +222,51 @@ def _gpu_costs(total: dict[str, Any], config: Config, rates: Rates, assumptions:
         "dollars": {name: value * plan.gpu_dollars_per_hour for name, value in gpu_hours.items()},
         "assumptions": _assumption_rows(assumptions),
     }
+
+
+def _sampling_hours(total: dict[str, Any], sampled: float, prompt: float | None) -> dict[str, float]:
+    """Return the expected and the largest hours: prompt tokens / prompt rate + sampled tokens / sampled rate."""
+    prompt_seconds = total["fresh_tokens"] / prompt if prompt else 0.0
+    return {name: (prompt_seconds + total[key] / sampled) / 3600 for name, key in (("expected", "sampled_tokens"), ("most", "most_tokens"))}
+
+
+def _training_costs(
+    rows: Mapping[str, dict[str, Any]], total: dict[str, Any], config: Config, rates: Rates
+) -> tuple[dict[str, Any] | None, list[tuple[str, Any, str]]]:
+    """Return the estimate of `cappy train` and its assumptions; None if the size of the encoder or the length of the pairs is unknown.
+
+    The pairs are those of the train rows, times `training.epochs`. Their length is the mean prompt without shots plus the mean candidate,
+    up to `scorer.max_length`. `generation.speed` has the formulas; the start and the validations are not counted.
+    """
+    if rates.encoder is None or not total["sampled_rows"]:
+        return None, []
+    instruction = total["fresh_tokens"] / total["sampled_rows"]
+    candidate = total["sampled_tokens"] / max(1, total["candidates"])
+    tokens = min(instruction + candidate + _SPECIAL_TOKENS, config.scorer.max_length)
+    pairs = sum(row["pairs"] * row["train"] / max(1, row["train"] + row["validation"]) for row in rows.values())
+    trained = round(pairs * config.training.epochs)
+    devices = {"gpu": rates.gpu, "machine": rates.cpu}
+    trained_per_second = {
+        name: speed.trained_pairs_per_second(rates.encoder, device, tokens) if device else None for name, device in devices.items()
+    }
+    return {
+        "pairs": trained,
+        "tokens_per_pair": _round(tokens),
+        "flops": 3 * speed.pair_flops(rates.encoder, tokens) * trained,
+        "gpu_hours": trained / (trained_per_second["gpu"] or math.inf) / 3600,
+        "machine_hours": trained / rate / 3600 if (rate := trained_per_second["machine"]) else None,
+        "trained_pairs_per_second": {name: rate and _round(rate) for name, rate in trained_per_second.items()},
+        "scored_pairs_per_second": {
+            name: _round(speed.scored_pairs_per_second(rates.encoder, device, tokens)) if device else None
+            for name, device in devices.items()
+        },
+    }, [
+        (
+            "training speed",
+            f"{speed.COMPUTE_SHARE:.0%} of the FLOP/s",
+            f"a calculation for {config.scorer.encoder} on {rates.gpu.name}" + (f" and {rates.cpu.name}" if rates.cpu else ""),
+        )
+    ]
 
 
 def _endpoint_costs(total: dict[str, Any], config: Config, assumptions: list[tuple[str, Any, str]]) -> dict[str, Any]:

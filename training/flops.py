@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import nn
 
+from cluster import hardware
 from training import encoder_kernels
-
-# Dense bfloat16 FLOP/s of the makers' data sheets by a part of `torch.cuda.get_device_name`. The first match counts.
-_PEAKS = {
-    "B200": 2250e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX A6000": 155e12,
-    "RTX 4090": 165e12,
-}
 
 
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bfloat16 FLOP/s of a GPU by its name; None for an unknown GPU."""
-    return next((flops for name, flops in _PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
+    gpu = hardware.find_gpu(device_name)
+    return gpu.flops if gpu else None
 
 
 def device_peak_flops(device: torch.device) -> float | None:

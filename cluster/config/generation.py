@@ -25,6 +25,10 @@ LabelMetric = Annotated[
 """The name of a label metric or of a function."""
 
 
+GPUName = Literal["B200", "H100 PCIe", "H100 NVL", "H100", "H200", "GH200", "A100", "L40S", "L4", "A10G", "RTX A6000", "RTX 4090"]
+"""The GPUs in the table of `cluster.hardware`."""
+
+
 class LabelConfig(Section):
     """The label of a sampled response: a metric against the references."""
 
@@ -75,17 +79,23 @@ class GenerateConfig(ExtendedSection):
     """Licence of the set for its card, e.g. `apache-2.0`. null writes unknown; the licences of the sources and the LLM decide it."""
 
 
-class PlanConfig(Section):
+class PlanConfig(ExtendedSection):
     """Assumptions of `cappy plan`. They do not change the set."""
+
+    added: ClassVar[tuple[str, ...]] = ("gpu",)
 
     gpus: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 8, 64, 512), min_length=1)
     """Numbers of GPUs for which the wall time is estimated."""
+    gpu: GPUName | None = None
+    """The GPU of the estimate; null is the GPU of this machine, or an H200 on a machine without a known GPU. Such a machine gets an
+    estimate for its CPU too."""
     gpu_dollars_per_hour: float = Field(4.0, ge=0)
     """Price of one GPU-hour, in dollars."""
     rates_from: str | None = None
     """Source of a measured rate: a published set, or the JSON result of a benchmark with `tokens_per_second`; local or s3://."""
     sampled_tokens_per_second: float | None = Field(None, gt=0)
-    """Sampled tokens per second of one replica; null takes `rates_from`, else an estimate from the size of the LLM."""
+    """Sampled tokens per second of one replica; null takes `rates_from`, else an estimate from the size of the LLM and the memory
+    bandwidth of the device."""
     prompt_tokens_per_second: float | None = Field(None, gt=0)
     """Prompt tokens per second of one replica; null means that the rate above includes the prompts."""
     bytes_per_pair: float | None = Field(None, gt=0)

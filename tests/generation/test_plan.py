@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -66,18 +67,20 @@ def test_settings_take_precedence_over_measurements_and_measurements_over_calcul
     assert of_set.bytes_per_pair == sum(n for name, n in storage.list_files(f"{tmp_path}/set/data").items()) / 91
     benchmark = plan.find_rates(load(None, [f"plan.rates_from={tmp_path}/rates.json"]))
     assert (benchmark.sampled, benchmark.tokens_per_candidate, benchmark.bytes_per_pair) == (123.0, 7.5, cost_model.BYTES_PER_PAIR)
-    calculated = plan.find_rates(load(None, ["sampler.model=meta-llama/Llama-3.1-8B-Instruct", "sampler.engine.tensor_parallel=2"]))
-    assert calculated.sampled == calculated.prompt == pytest.approx(0.5 * 990e12 * 2 / 16e9)
-    assert (
-        "a calculation, not a measurement" in calculated.origin["sampled"] and "from the name of the model" in calculated.origin["sampled"]
-    )
+    llama = ["sampler.model=meta-llama/Llama-3.1-8B-Instruct", "plan.gpu=H100"]
+    calculated = plan.find_rates(load(None, [*llama, "sampler.engine.tensor_parallel=2"]), context=1000)
+    # 64 candidates of 1,000 tokens: 16 GB of weights and 8.4 GB of KV cache per step, at 60 % of twice 3.35 TB/s.
+    products = 2 * 8e9 * 64 / (0.5 * 2 * 989e12)
+    assert calculated.sampled == pytest.approx(64 / ((16e9 + 64 * 131e6) / (0.6 * 6.7e12) + products + 0.003))
+    assert "calculated for 2 H100 from the memory traffic, 64 candidates" in calculated.origin["sampled"]
+    assert "from the name of the model" in calculated.origin["sampled"] and not any("H100" in text for text in calculated.warnings)
     for uri, reason in ((f"{tmp_path}/none.json", "has no tokens_per_second"), (f"{tmp_path}/gone.json", "cannot be read as JSON")):
         with pytest.raises(UsageError, match=rf"plan.rates_from={uri} {reason}"):
             plan.find_rates(load(None, [f"plan.rates_from={uri}"]))
 
 
 def test_the_command_prints_the_plan_with_every_assumption_and_writes_no_files(tmp_path):
-    settings = ["--set", rows_file(tmp_path), "--set", f"workspace={tmp_path}/w", "--set", "sampler.model=some/llm-70b"]
+    settings = ["--set", rows_file(tmp_path), "--set", f"workspace={tmp_path}/w", "--set", "sampler.model=some/llm-7b"]
     result = json.loads(cappy("plan", *settings, "--json").stdout.splitlines()[-1])
     assert result["totals"]["pairs"] == 31 + 2 + 30 + 30 * 17 and result["dead_letters"] == 1
     assert result["mixture"]["choice"]["candidates"] == 0 and set(result["compute"]["wall_hours"]) == {"1", "8", "64", "512"}
@@ -86,6 +89,7 @@ def test_the_command_prints_the_plan_with_every_assumption_and_writes_no_files(t
     for text in (
         "GPU-hours",
         "time on 512 GPUs",
+        "training",
         "sampled tokens",
         "573: reference 31",
         "plan.gpu_dollars_per_hour",
@@ -94,6 +98,28 @@ def test_the_command_prints_the_plan_with_every_assumption_and_writes_no_files(t
     ):
         assert text in shown
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tensor_parallel", "warning"),
+    [("L4", 1, "do not fit into 1 L4; set sampler.engine.tensor_parallel=7 or more"), ("H200", 2, None)],
+)
+def test_weights_that_do_not_fit_are_a_warning(gpu, tensor_parallel, warning):
+    sizes = ["sampler.model=some/llm-70b", f"plan.gpu={gpu}", f"sampler.engine.tensor_parallel={tensor_parallel}"]
+    warnings = [text for text in plan.find_rates(load(None, sizes)).warnings if "this machine" not in text]
+    assert [text.partition("(140 GB) ")[2].partition(", or")[0] for text in warnings] == ([warning] if warning else [])
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_gets_an_estimate_of_its_cpu(tmp_path):
+    config = load(None, [rows_file(tmp_path)])
+    result = plan.run_plan(config)
+    machine, training = result["compute"]["machine"], result["training"]
+    assert machine["name"].endswith("CPU core(s)") and machine["hours"]["expected"] > result["compute"]["gpu_hours"]["expected"]
+    assert training["machine_hours"] > training["gpu_hours"] > 0
+    assert training["pairs"] == config.training.epochs * result["totals"]["pairs"]  # all rows are train rows
+    measured = plan.find_rates(load(None, ["plan.sampled_tokens_per_second=9", "sampler.replicas=2"]))
+    assert measured.machine and (measured.machine.sampled, measured.machine.origin) == (18, "plan.sampled_tokens_per_second")
 
 
 def test_the_plan_of_the_demo_uses_the_tokenizer_of_its_embedded_model():
