@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -136,13 +136,9 @@ def are_right(texts: Sequence[str], references: Sequence[Sequence[str]], config:
     if not texts:
         return []
     columns = pa.array([[text] for text in texts], TEXTS), pa.array(references, TEXTS)
-    best = np.maximum(compute_labels(*columns, text_metric(config, "exact_match")), rouge_l_batch(*columns, mode="unicode"))
+    metric = LabelConfig(metric="exact_match") if user_metric.is_user_metric(config.metric) else config
+    best = np.maximum(compute_labels(*columns, metric), rouge_l_batch(*columns, mode="unicode"))
     return [value > 1 - 1e-9 for value in best.tolist()]
-
-
-def text_metric(config: LabelConfig, instead: Literal["rouge_l", "exact_match"] = "rouge_l") -> LabelConfig:
-    """Return the metric of a config, or `instead` if it is the function of a user, which need not compare two texts."""
-    return LabelConfig(metric=instead) if user_metric.is_user_metric(config.metric) else config
 
 
 def has_unseen_words(text: str, config: LabelConfig) -> bool:

@@ -23,6 +23,19 @@ from generation import cost_model, speed
 from generation.cost_model import MachineRates, Rates
 from generation.speed import EncoderSize, LLMSize
 
+# Parameters of models whose names have no size.
+_PARAMETERS = {
+    "bart0": 406e6,
+    "bart-base": 139e6,
+    "bart-large": 406e6,
+    "flan-t5-small": 77e6,
+    "flan-t5-base": 248e6,
+    "flan-t5-large": 783e6,
+    "flan-t5-xl": 2.85e9,
+    "flan-t5-xxl": 11.3e9,
+    "t0": 11.1e9,
+    "t0pp": 11.1e9,
+}
 # Layers, hidden size and intermediate size of encoders that need no local folder.
 _ENCODERS = {
     "minilm-l6": EncoderSize(6, 384, 1536),
@@ -199,18 +212,31 @@ def _model_size(config: Config) -> tuple[LLMSize, str]:
         parameters = float(sum(_count_parameters(file) for file in folder.glob("*.safetensors")))
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kv_bytes = _kv_bytes(settings) or speed.guess_kv_bytes(parameters)
-        if settings.get("is_encoder_decoder"):
-            return (
-                LLMSize(parameters / 2, kv_bytes),
-                f"half of {parameters / 1e9:.3g}G parameters (the encoder or the decoder processes a token)",
-            )
-        return LLMSize(parameters, kv_bytes), f"{parameters / 1e9:.3g}G parameters, counted"
-    stated = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", name.lower())
+        size, known = LLMSize(parameters, kv_bytes), f"{parameters / 1e9:.3g}G parameters, counted"
+        split = bool(settings.get("is_encoder_decoder"))
+    else:
+        parameters, known = _named_parameters(name)
+        size = LLMSize(parameters, speed.guess_kv_bytes(parameters))
+        split = config.sampler.engine.kind == "transformers"
+    if not split:
+        return size, known
+    return (
+        LLMSize(size.parameters / 2, size.kv_bytes),
+        f"half of {size.parameters / 1e9:.3g}G parameters (the encoder or the decoder processes a token)",
+    )
+
+
+def _named_parameters(name: str) -> tuple[float, str]:
+    """Return the number of parameters by the name of a model, and the source of the number."""
+    name = name.lower().partition("@")[0]
+    known = _PARAMETERS.get(name.rpartition("/")[2])
+    if known:
+        return known, f"{known / 1e9:.3g}G parameters, by a table"
+    stated = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", name)
     if stated:
         parameters = float(stated[1]) * (1e9 if stated[2] == "b" else 1e6)
-        return LLMSize(parameters, speed.guess_kv_bytes(parameters)), f"{parameters / 1e9:.3g}G parameters, from the name of the model"
-    assumed = "8G parameters, assumed (no local copy of the model, no size in its name; set plan.sampled_tokens_per_second)"
-    return LLMSize(8e9, speed.guess_kv_bytes(8e9)), assumed
+        return parameters, f"{parameters / 1e9:.3g}G parameters, from the name of the model"
+    return 8e9, "8G parameters, assumed (no local copy of the model, no size in its name; set plan.sampled_tokens_per_second)"
 
 
 def _kv_bytes(settings: Mapping[str, Any]) -> float | None:
