@@ -30,7 +30,7 @@ def test_t0_names_one_template_of_each_of_its_38_datasets_at_one_commit():
 
 
 def local_copy(source, folder, names):
-    """Return a mixture of some parts, with a folder in place of the hub. The same library reads it, in the layout of the hub's copy."""
+    """Return a mixture of some parts, with a folder instead of the hub. The same library reads it, in the layout of the hub's copy."""
     some = [part for part in source.parts if part.source.dataset in names]
     for part in some:
         rows = [
@@ -47,7 +47,7 @@ def local_copy(source, folder, names):
 
 @pytest.mark.parametrize(("model", "parameters"), [("yuchenlin/BART0", "0.406G"), ("bigscience/T0_3B", "3G")])
 def test_cappy_large_has_the_mixture_of_t0_and_a_plan_with_each_generator(model, parameters, tmp_path):
-    """The plan reads a local folder in place of P3 on the hub, which tests cannot reach."""
+    """The plan reads a local folder instead of P3 on the hub, which tests cannot reach."""
     config = load("cappy-large", [f"sampler.model={model}"])
     assert {part.source.data_dir for part in config.source.parts} == {part.source.data_dir for part in load("t0").source.parts}
     config = config.model_copy(update={"source": local_copy(config.source, tmp_path, ("qasc", "xsum", "common_gen"))})
