@@ -204,6 +204,22 @@ def evaluate(
     return _run("evaluate", config, overrides, address, overwrite)
 
 
+@command(epilog="Example: cappy compare runs/a/evaluation runs/b/evaluation --method scorer")
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A folder or s3:// prefix that evaluate published.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one, with rows of the same set.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="Compare this method. Repeatable. The default is all common methods.", show_default=False),
+    ] = None,
+) -> Report:
+    """Compare two evaluations on their common rows: paired differences B - A with intervals, on average and for each task."""
+    from cappy import display_suites, verbs
+
+    result = verbs.compare(first, second, methods=method or ())
+    return Report(result, partial(display_suites.show_compare, result))
+
+
 @command(epilog="Then: curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' -d '{...}'")
 def serve(
     config: ConfigFile = None,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cappy.display_suites import show_suite
 from generation.dataset import LABEL_BINS
 
 if TYPE_CHECKING:
@@ -300,45 +301,6 @@ def show_evaluation(summary: dict[str, Any], console: Console) -> None:
     console.print(table, soft_wrap=False)
     for line in _gain_lines(summary):
         console.print(line, soft_wrap=False)
-
-
-def show_suite(summary: dict[str, Any], console: Console) -> None:
-    """Print the average of each method of a suite, the gain of each trained method over it, and the headline for each task."""
-    titles, trained, headline, rival = summary["titles"], list(summary["gains"]), summary["headline"], summary["rival"]
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", overflow="fold")
-    table.add_column("points", justify="right", no_wrap=True)
-    for method in trained:
-        table.add_column(f"gain of {titles[method].lower()}", justify="right")
-    for method, estimate in summary["averages"].items():
-        cells = [_gain_cell(gains.get(method)) for gains in summary["gains"].values()]
-        table.add_row(Text(titles[method]), f"{estimate['mean']:.1f}", *cells)
-    console.print(table)
-    tasks = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    paper = summary["suite"]["paper"]
-    for name in ("task", "rows", titles[headline].lower(), titles[rival].lower(), *(["paper"] if paper else [])):
-        tasks.add_column(name, justify="left" if name == "task" else "right", overflow="fold")
-    for task, entry in summary["per_task"].items():
-        points = [f"{entry['methods'][method]['mean']:.1f}" for method in (headline, rival)]
-        tasks.add_row(Text(task), f"{entry['rows']:,}", *points, *([f"{paper[task]:.1f}" if task in paper else ""] if paper else []))
-    console.print(tasks)
-    gain = summary["gains"].get(headline, {}).get(rival)
-    if gain:
-        over = f"over rows [{gain['low']:+.1f}, {gain['high']:+.1f}], over tasks [{gain['low_tasks']:+.1f}, {gain['high_tasks']:+.1f}]"
-        console.print(Text(f"{titles[headline]} - {titles[rival].lower()}: {gain['mean']:+.1f} points, {over}"), soft_wrap=True)
-        few = gain["not_below"]
-        console.print(Text(f"not below it on {few['tasks']} of {few['of']} tasks with {few['min_rows']} rows or more"), soft_wrap=True)
-    for baseline in ("greedy", "consensus"):
-        share = summary["oracle_gap"].get(headline, {}).get(baseline)
-        if share:
-            console.print(Text(f"{share['mean']:.0%} of the gap from {baseline} to the oracle [{share['low']:.0%}, {share['high']:.0%}]"))
-    for method, reason in summary["left_out"].items():
-        console.print(Text(f"left out: {titles.get(method, method)} ({reason})"))
-    console.print(Text(f"report: {summary['report']}"), soft_wrap=True)
-
-
-def _gain_cell(gain: dict[str, Any] | None) -> Text:
-    return Text(f"{gain['mean']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}]" if gain else "")
 
 
 def show_adapted(summary: dict[str, Any], console: Console) -> None:

@@ -111,6 +111,18 @@ def evaluate(
     return _run("evaluate", loaded, settings, overwrite, address)
 
 
+def compare(first: str, second: str, *, methods: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the paired differences of two published evaluations on their common rows, `second` - `first`, for each method.
+
+    `methods` selects the methods; by default all methods that both have are compared.
+
+    Example: `cappy.compare("runs/a/evaluation", "runs/b/evaluation")["methods"]["scorer"]["difference"]`
+    """
+    from evaluation.compare import run_compare
+
+    return run_compare(first, second, methods=tuple(methods))
+
+
 def suite_config(config: Any, suite: str | None, data: str | None, overrides: Sequence[str]) -> tuple[Any, list[str]]:
     """Return the config of `cappy evaluate` and its overrides, for a suite that reads its rows from `data`.
 

@@ -21,7 +21,7 @@ from cluster.config import SamplerConfig
 from cluster.errors import UsageError
 from generation import prompts
 from generation.engines.prompt_encoding import encode_prompt
-from training.scorer import pick_dtype
+from training.scorer import pick_dtype, quiet
 
 Floats = NDArray[np.float64]
 _BATCH_TOKENS = 2048
@@ -48,7 +48,7 @@ class ChoiceLikelihood:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = config.engine.dtype
         name = pick_dtype("float32" if dtype == "float32" else "auto", self._device)
-        with models.one_line_errors(config.model, "sampler.model"):
+        with models.one_line_errors(config.model, "sampler.model"), quiet():
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
             self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, name)).to(self._device).eval()
         self._prompt, self._neutral = config.prompt, neutral_prompt

@@ -111,7 +111,7 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
         )
     for name in names:
         setattr(config, name, training.attention_dropout)
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         try:
             model = AutoModelForSequenceClassification.from_pretrained(
@@ -263,7 +263,7 @@ class Scorer:
     def save(self, folder: str | Path) -> None:
         """Write model and tokenizer into a folder, for `from_pretrained` of `AutoModelForSequenceClassification` and `AutoTokenizer`."""
         self.tokenizer.model_max_length = self.max_length
-        with _quiet():
+        with quiet():
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
@@ -293,7 +293,7 @@ def set_pad_token(model: Any, tokenizer: Any) -> None:
 def _load_whole(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
     """Return the model, in float32, and the tokenizer of a folder that has both."""
     tokenizer = load_tokenizer(folder, name, setting)
-    with _quiet():
+    with quiet():
         try:
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -343,7 +343,7 @@ def refuse_unfinished(name: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide the progress bars and reports that transformers prints when it loads a model."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from cappy.display import show_suite
+from cappy.display_suites import show_suite
 from cluster import artifacts, storage
 from cluster.config import Config
 from cluster.errors import UsageError
