@@ -39,7 +39,8 @@ def run_compare(
     - `methods`: for each method `first` and `second`, the averages over tasks. Their `difference` has `low` and `high` over rows, and
       `low_tasks` and `high_tasks` over tasks. `outcomes` counts rows. `per_task` has the same for each task.
 
-    Raises `CappyError` if one of them is not a published evaluation or is damaged, and `UsageError` if they have no row or method in common.
+    Raises `CappyError` if one of them is not a published evaluation or is damaged. Raises `UsageError` if they have no row or method in
+    common.
     """
     tables = [_read_rows(uri, setting) for uri, setting in ((first, "A"), (second, "B"))]
     columns = [_methods(table) for table in tables]
