@@ -40,7 +40,8 @@ from evaluation.comparison import Row
 from evaluation.evaluate import read_rows, score_rows
 from evaluation.statistics import Floats
 from generation.dataset import RegressionSet
-from serving import early_stopping, responses
+from serving import responses
+from training import early_stopping
 
 MIN_GAINS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 TARGETS = (0.3, 0.5, 0.7, 0.9)

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 from cluster.config import AdaptiveConfig, DecodingConfig
 from generation.engines.contract import Candidate, request_seed
-from serving import early_stopping
 from serving.backend import ApiError, OnFinished, Sampled, Scored
-from serving.early_stopping import StopReason
 from serving.responses import distinct_responses
+from training import early_stopping
+from training.early_stopping import StopReason
 
 Sample = Callable[[Sequence[DecodingConfig], Sequence[int | None], OnFinished | None], Awaitable[Sampled]]
 """Samples the candidates of decodings, with one seed each. May call the third argument with the responses that finished early."""

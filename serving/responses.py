@@ -17,8 +17,8 @@ from generation.engines.contract import Candidate
 from generation.logprobs import mean_logprob
 from serving.api_model import ApiModel
 from serving.completions_api import SampleRequest, TextRequest
-from serving.early_stopping import StopReason
 from training.blend import blend_scores
+from training.early_stopping import StopReason
 
 _WORDS = re.compile(r"\s*\S+|\s+$")
 """A word with the white space before it, or white space at the end; the matches of a text join to the text."""

@@ -64,7 +64,7 @@ _ONE = Scaling(max=1)
 
 
 class AdaptiveConfig(Section):
-    """Early stopping: conditions under which fewer than `serving.candidates` candidates are sampled; see `serving/early_stopping.py`.
+    """Early stopping: conditions under which fewer than `serving.candidates` candidates are sampled; see `training/early_stopping.py`.
 
     It is off unless `min_gain` or `target_score` is set here or in a request. The prior is the distribution of the scores before
     any score of the instruction is known. `python -m benchmarks.adaptive` fits its mean and standard deviation on train rows.

@@ -48,6 +48,9 @@ class SuiteConfig(Section):
     pool_sizes: tuple[int, ...] = Field((1, 2, 4, 8, 16), min_length=1)
     """Numbers of candidates for which gain, sampled tokens and time are reported. A pool has the greedy candidate first, then the other
     candidates in the order in which a server samples them. Only with kind `sampled`."""
+    min_gains: tuple[float, ...] = (0.003, 0.01, 0.03)
+    """Values of `serving.adaptive.min_gain` for which early stopping is replayed over the largest pool, with the other settings of
+    `serving.adaptive`. Only with kind `sampled`."""
     paper: dict[str, float] = Field(default_factory=dict)
     """Published figures by dataset, in points, for a column beside the measured ones."""
     questions: dict[str, tuple[Question, ...]] = Field(default_factory=dict)
@@ -59,4 +62,6 @@ class SuiteConfig(Section):
             raise ValueError(f"kind={self.kind} with {len(self.questions)} groups of questions: give questions with kind=questions only")
         if any(size < 1 for size in self.pool_sizes):
             raise ValueError(f"pool_sizes={list(self.pool_sizes)}: give numbers of candidates, from 1")
+        if any(gain <= 0 for gain in self.min_gains):
+            raise ValueError(f"min_gains={list(self.min_gains)}: give numbers above 0")
         return self

@@ -77,7 +77,9 @@ _PAGE = (
 <div class="panel"><table>
 <thead><tr><th>Candidates</th><th>Tokens</th><th>Sampling, s</th><th>Scoring, s</th>
 {% for method in results.cost[0].points %}<th>{{ titles.get(method, method) }}</th>{% endfor %}</tr></thead><tbody>
-{% for each in results.cost %}<tr><td>{{ each.candidates }}{{ each.get("note", "") }}</td><td>{{ each.tokens|fixed }}</td>
+{% for each in results.cost %}<tr><td>{{ each.candidates|fixed }}
+{% if each.min_gain is not none %}, early stopping at {{ each.min_gain }}
+{% endif %}</td><td>{{ each.tokens|fixed }}</td>
 <td>{{ "–" if each.sampling_seconds is none else each.sampling_seconds|fixed(2) }}</td>
 <td>{{ "–" if each.scoring_seconds is none else each.scoring_seconds|fixed(2) }}</td>
 {% for estimate in each.points.values() %}<td>{{ estimate.mean|fixed }}<span class="range">{{ range(estimate) }}</span></td>

@@ -8,7 +8,6 @@ with a scorer, a selection and a best baseline that were chosen without it. Each
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,12 @@ from cluster.lease import Lease
 from cluster.progress import log
 from evaluation import statistics
 from evaluation.evaluate import PairScorer
-from evaluation.methods import Method, Rank, consensus_rank, fitted_rank, rank_by, sampled_methods
+from evaluation.methods import consensus_rank
 from evaluation.statistics import Floats, Integers
 from evaluation.suites import results as suite_results
-from evaluation.suites.scores import Row, ScoreStore, score_candidates
+from evaluation.suites.cost import replay_costs
+from evaluation.suites.pools import Pools, pool_values
+from evaluation.suites.scores import Row, ScoreStore, score_candidates, scorer_folder
 from evaluation.suites.steps import Steps
 from generation import engines, generate
 from generation.dataset import RegressionSet
@@ -34,34 +35,7 @@ from training.cross_fit import deal_folds
 
 _COLUMNS = ("id", "dataset", "template", "instruction", "references", "candidates")
 _CALIBRATION_BINS = 10
-_CURVE = ("greedy", "self_mean", "consensus", "random", "scorer", "scorer_fitted", "adapted", "fitted", "oracle")
 LoadScorer = Callable[[str], PairScorer]
-
-
-@dataclass(frozen=True)
-class Pools:
-    """The rows of a suite with their candidates, and the scorers that score them."""
-
-    rows: list[Row]
-    folds: Integers
-    """Fold of each row, [R]."""
-    decodings: list[dict[str, Any]]
-    label: LabelConfig
-    selections: dict[tuple[str, int], selection.Selection | None]
-    """The selection of the scorer of each (task, fold)."""
-    zero_shot: selection.Selection | None
-    """The selection of the zero-shot scorer."""
-    models: tuple[str, ...]
-    """The methods with a trained scorer."""
-
-    def methods(self, task: str, fold: int) -> list[Method]:
-        """Return the methods for the rows of a task in a fold."""
-        return sampled_methods(self.decodings, self.label, {name: self._rank(name, task, fold) for name in self.models})
-
-    def _rank(self, name: str, task: str, fold: int) -> Rank:
-        if name == "scorer_fitted":
-            return fitted_rank(self.zero_shot, "scorer")
-        return fitted_rank(self.selections[task, fold], "adapted") if name == "fitted" else rank_by(name)
 
 
 def run_sampled(
@@ -106,14 +80,14 @@ def run_sampled(
                 before = store.pairs, store.seconds
                 _score_adapted(of_fold, scorers, store, f"fold-{fold}", load, _label(dataset))
                 measured |= {"pairs": store.pairs - before[0], "scoring_seconds": store.seconds - before[1]}
-            selections |= {(task, fold): selection.read(uri) if uri else None for task, uri in scorers.items()}
+            selections |= {(task, fold): selection.read(scorer_folder(uri)) if uri else None for task, uri in scorers.items()}
     pools = Pools(
         rows,
         folds_R,
         dataset.manifest["config"]["sampler"]["decodings"],
         _label(dataset),
         selections,
-        selection.read(zero_shot) if zero_shot is not None else None,
+        selection.read(scorer_folder(zero_shot)) if zero_shot is not None else None,
         tuple(models),
     )
     with steps.step("compare"):
@@ -218,7 +192,7 @@ def compare_pools(pools: Pools, config: Config, rates: Mapping[str, Any], steps:
     """
     rows, settings = pools.rows, config.evaluation
     methods = pools.methods(rows[0]["dataset"], int(pools.folds[0]))
-    by_method = _values(pools, rows, pools.folds, [each["candidates"] for each in rows])
+    by_method = pool_values(pools, rows, pools.folds, [each["candidates"] for each in rows])
     complete = suite_results.complete_values(methods, by_method)
     kept = [rows[index] for index in complete.rows]
     folds_R = pools.folds[complete.rows]
@@ -246,22 +220,8 @@ def compare_pools(pools: Pools, config: Config, rates: Mapping[str, Any], steps:
         "best_baselines": {str(names[task]): {str(fold): name for (of, fold), name in chosen.items() if of == task} for task, _ in chosen},
         "candidates": sum(len(row["candidates"]) for row in kept),
         "calibration": {name: _calibration(kept, name) for name in ("scorer", "adapted") if name in values},
-        "cost": _cost(pools, kept, folds_R, tasks_R, config, rates, steps),
+        "cost": replay_costs(pools, kept, folds_R, tasks_R, config, rates, steps),
     }, kept
-
-
-def _values(pools: Pools, rows: Sequence[Row], folds_R: Integers, candidates: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Floats]:
-    """Return the value of each method on each row, [R], for the given candidates of the rows."""
-    cache: dict[tuple[str, int], list[Method]] = {}
-    found: dict[str, list[float]] = {}
-    for row, fold, pool in zip(rows, folds_R.tolist(), candidates, strict=True):
-        key = (row["dataset"], fold)
-        if key not in cache:
-            cache[key] = pools.methods(*key)
-        labels_C = np.asarray([each["label"] for each in pool], np.float64)
-        for method in cache[key]:
-            found.setdefault(method.name, []).append(method.value(row["instruction"], pool, labels_C))
-    return {name: np.asarray(values, np.float64) for name, values in found.items()}
 
 
 def _calibration(rows: Sequence[Row], name: str) -> list[dict[str, float]]:
@@ -269,60 +229,3 @@ def _calibration(rows: Sequence[Row], name: str) -> list[dict[str, float]]:
     distinct = [each for row in rows for each in {each["response"]: each for each in row["candidates"]}.values()]
     scores, values = (np.asarray([each[field] for each in distinct], np.float64) for field in (name, "label"))
     return statistics.calibration(scores, values, _CALIBRATION_BINS)
-
-
-def order_pool(candidates: Sequence[Mapping[str, Any]], decodings: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the positions of the candidates in the order of sampling: the greedy ones, then one of each other decoding in turn."""
-    temperature = {each["name"]: each["temperature"] for each in decodings}
-    place = {each["name"]: number for number, each in enumerate(decodings)}
-    seen: dict[str, int] = {}
-    keys = []
-    for position, each in enumerate(candidates):
-        name = each["decoding"]
-        turn = seen[name] = seen.get(name, -1) + 1
-        keys.append((temperature.get(name, 1.0) > 0, turn, place.get(name, len(place)), position))
-    return [key[-1] for key in sorted(keys)]
-
-
-def _cost(
-    pools: Pools, rows: Sequence[Row], folds_R: Integers, tasks_R: Integers, config: Config, rates: Mapping[str, Any], steps: Steps
-) -> list[dict[str, Any]]:
-    """Return points, sampled tokens and time for pools of the first k candidates, for each k of `suite.pool_sizes`.
-
-    `tokens` is the mean per instruction. `sampling_seconds` are the tokens over the measured rate of the sampling, `scoring_seconds` the
-    distinct responses over the measured rate of the scoring; null without a rate.
-    """
-    suite, settings = config.suite, config.evaluation
-    assert suite is not None
-    scored = [each for name, each in steps.measured.items() if name.startswith("score ") and each.get("pairs")]
-    pairs_per_second = (
-        sum(each["pairs"] for each in scored) / max(sum(each["scoring_seconds"] for each in scored), 1e-9) if scored else None
-    )
-    tokens_per_second = rates.get("tokens_per_second")
-    ordered = [[row["candidates"][index] for index in order_pool(row["candidates"], pools.decodings)] for row in rows]
-    largest = max(map(len, ordered))
-    found = []
-    for size in sorted({min(size, largest) for size in suite.pool_sizes}):
-        parts = [pool[:size] for pool in ordered]
-        values = _values(pools, rows, folds_R, parts)
-        shown = [name for name in _CURVE if name in values and not np.isnan(values[name]).any()]
-        values_RM = np.stack([values[name] for name in shown], axis=1)
-        points_M = 100 * statistics.macro_average(values_RM, tasks_R)
-        samples_BM = 100 * statistics.bootstrap(values_RM, tasks_R, settings.resamples, config.seed).mean(axis=1)
-        low_M, high_M = statistics.interval(samples_BM, settings.confidence)
-        tokens = float(np.mean([sum(each["tokens"] or 0 for each in part) for part in parts]))
-        distinct = float(np.mean([len({each["response"] for each in part}) for part in parts]))
-        found.append(
-            {
-                "candidates": size,
-                "tokens": tokens,
-                "distinct": distinct,
-                "sampling_seconds": tokens / tokens_per_second if tokens_per_second else None,
-                "scoring_seconds": distinct / pairs_per_second if pairs_per_second else None,
-                "points": {
-                    name: {"mean": float(points_M[index]), "low": float(low_M[index]), "high": float(high_M[index])}
-                    for index, name in enumerate(shown)
-                },
-            }
-        )
-    return found

@@ -6,18 +6,20 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import artifacts, folder_writer, storage
+from cluster import artifacts, folder_writer, models, storage
 from cluster.lease import Lease
 from cluster.progress import log
 from evaluation.evaluate import PairScorer, score_rows
 from evaluation.statistics import Floats
 from training.adapt import folder_name
+from training.lora import weights_sha256
 
 _KEY = b"cappy"
 _UNIT_ROWS = 128
@@ -103,8 +105,13 @@ def score_candidates(
     return store.read_or_compute(name, rows, {task: scorer_key(uri) for task, uri in scorers.items()}, compute)
 
 
-def scorer_key(uri: str) -> list[str | None]:
-    """Return an id of the weights of a scorer: its name, and the id of its publication if it has a manifest."""
+def scorer_key(uri: str) -> list[str]:
+    """Return an id of the weights of a scorer: its name, and the id of its publication, or the SHA-256 of a model without a manifest."""
     manifest = storage.join(uri, artifacts.MANIFEST)
     written = storage.read_json(manifest).get("writer") if storage.exists(manifest) else None
-    return [uri.rstrip("/").rsplit("/", 1)[-1], written]
+    return [uri.rstrip("/").rsplit("/", 1)[-1], written or weights_sha256(Path(scorer_folder(uri)))]
+
+
+def scorer_folder(name: str) -> str:
+    """Return the folder of a scorer, which is its URI if it is published there, and else the local folder of a model."""
+    return name if storage.exists(storage.join(name, artifacts.MANIFEST)) else str(models.resolve(name, "scorer_path", adapters=True))

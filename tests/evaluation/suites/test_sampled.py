@@ -15,11 +15,11 @@ from rich.console import Console
 
 from cappy.display_suites import show_suite
 from cluster import artifacts, storage
-from cluster.config import Config
+from cluster.config import AdaptiveConfig, Config
 from cluster.errors import UsageError
 from evaluation.suites import sampled
+from evaluation.suites.cost import order_pool, stop_size
 from evaluation.suites.run import run_suite
-from evaluation.suites.sampled import order_pool
 from generation import dataset as datasets
 from generation.dataset import RegressionSet
 from generation.schema import DATASET
@@ -85,6 +85,22 @@ def test_the_order_of_a_pool_is_that_of_sampling():
     assert order_pool([{"decoding": name} for name in names], temperatures) == [2, 0, 3, 1, 4]
 
 
+def test_early_stopping_ends_a_pool_with_a_good_score_and_draws_all_of_a_pool_without_one():
+    decodings = [{"name": "greedy", "temperature": 0}, {"name": "hot", "n": 6, "temperature": 1.0}]
+    names = ["greedy"] + ["hot"] * 6
+    settings = AdaptiveConfig(min_gain=0.01, round_size=2)
+
+    def pool(best: float) -> list[dict[str, Any]]:
+        scores = [best, 0.05, 0.1, 0.05, 0.1, 0.05, 0.1]
+        pairs = zip(names, scores, strict=True)
+        return [
+            {"response": f"{number}", "decoding": name, "logprob": -9.0, "adapted": value} for number, (name, value) in enumerate(pairs)
+        ]
+
+    assert stop_size(pool(0.95), "adapted", decodings, settings) == 1
+    assert stop_size(pool(0.1), "adapted", decodings, settings) == 7
+
+
 @pytest.mark.slow
 def test_a_suite_killed_in_the_middle_and_resumed_gives_the_same_figures(suite: Config, ray_here: None, monkeypatch: pytest.MonkeyPatch):
     original = sampled.adapt.run_adapt
@@ -111,7 +127,8 @@ def test_a_suite_killed_in_the_middle_and_resumed_gives_the_same_figures(suite: 
         assert of_fold == {row_id for each in split.batches("validation") for row_id in each["id"].to_pylist()}
     # The candidates show whether a scorer learned the task: the adapted one gains over the untrained one.
     assert resumed["gains"]["adapted"]["greedy"]["low"] > 0
-    assert [each["candidates"] for each in resumed["cost"]] == [1, 2, 3]
+    assert [each["candidates"] for each in resumed["cost"]][:3] == [1, 2, 3]
+    assert [each["min_gain"] for each in resumed["cost"]] == [None, None, None, 0.003, 0.01, 0.03]
     assert resumed["cost"][0]["points"]["greedy"] == resumed["cost"][0]["points"]["fitted"]
     assert resumed["cost"][2]["points"]["adapted"]["mean"] == pytest.approx(resumed["averages"]["adapted"]["mean"])
     with pytest.raises(UsageError, match="already holds a finished run"):

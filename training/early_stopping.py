@@ -1,4 +1,4 @@
-"""Early stopping of sampling: compare the expected gain of one more candidate with a price. Pure: no Ray, no web framework.
+"""Early stopping of sampling: compare the expected gain of one more candidate with a price. Pure: no Ray, no files.
 
 Candidates are sampled in rounds (`plan_rounds`) and scored. After each round `stop_reason` applies the settings of `serving.adaptive`.
 Let b be the best score so far. The next candidate is expected to raise it by

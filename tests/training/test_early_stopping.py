@@ -9,8 +9,8 @@ import pytest
 from cluster.config import AdaptiveConfig, Config, DecodingConfig
 from generation.engines.contract import Candidate
 from serving.completions_api import parse_chat_request
-from serving.early_stopping import expected_gain, new_response_probability, nth_best_score, plan_rounds, stop_reason
 from serving.sampling_policy import select_decodings
+from training.early_stopping import expected_gain, new_response_probability, nth_best_score, plan_rounds, stop_reason
 
 PRIOR = AdaptiveConfig(prior_mean=0.4, prior_std=0.2, prior_weight=2)
 
