@@ -257,9 +257,11 @@ def _encoder_size(config: Config) -> EncoderSize | None:
     folder = Path(name).expanduser() / "config.json"
     if known or not folder.is_file():
         return known
-    settings = json.loads(folder.read_text(encoding="utf-8"))
-    sizes = [settings.get(key) for key in ("num_hidden_layers", "hidden_size", "intermediate_size")]
-    return EncoderSize(*map(int, sizes)) if all(sizes) else None
+    try:
+        settings = json.loads(folder.read_text(encoding="utf-8"))
+        return EncoderSize(*(int(settings[key]) for key in ("num_hidden_layers", "hidden_size", "intermediate_size")))
+    except (OSError, ValueError, KeyError, TypeError):  # `cappy train` reports the problem
+        return None
 
 
 def local_model_folder(config: Config) -> Path | None:

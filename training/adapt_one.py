@@ -7,36 +7,32 @@ pairs are repeated or cut to `adapt.pairs`. The selection of rows is a function 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from typing import Any, Literal, TypedDict, cast
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from cluster import artifacts, folder_writer, models, storage
 from cluster.config import Config, TrainingConfig
 from cluster.errors import CappyError
-from generation.dataset import Pairs, RegressionSet, explode
-from generation.schema import DATASET
+from generation.dataset import Pairs, RegressionSet
 from training import batch_plan, cross_fit, gate, loop, lora, model_card, selection, selection_fit, validation
 from training.batch_plan import Size
 from training.consensus import consensus_metric
 from training.encoding import encode_pairs
 from training.records import GateDecision, Metrics, MetricsLine, Outcome, TaskPoints
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
+from training.task_rows import LeftOut, candidate_rows, collect_pairs, epoch_order, only_references
 from training.validation import Floats
 
 RESULTS = "results.json"
-_COLUMNS = ("id", "dataset", "instruction", "candidates")
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -211,69 +207,13 @@ def _cross_fit(
     training = config.adapt.training(config.training)
 
     def train(instructions: frozenset[str]) -> cross_fit.Score:
-        pairs, left = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed, without=instructions)
+        left_out = LeftOut(instructions, only_references(dataset, task.dataset, instructions))
+        pairs, left = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed, left_out)
         scorer, _ = load_trainable(config, training, base, device)
         _fit(scorer, pairs, training, config, max(round(config.adapt.pairs * left / train_rows), 1))
         return scorer.score
 
     return cross_fit.cross_fit(held_out, config.adapt.folds, config.seed, train)
-
-
-def collect_pairs(
-    dataset: RegressionSet, only: str | None, size: int, seed: int, without: frozenset[str] = frozenset()
-) -> tuple[Pairs, int]:
-    """Return at most `size` distinct train pairs of a task, chosen and ordered by hash, and the number of its train rows.
-
-    Rows with an instruction of `without` are left out and not counted. A pair that is in several rows gets its highest label. Holds at
-    most twice `size` pairs, plus one batch, in memory.
-    """
-    found: dict[bytes, tuple[str, str, float]] = {}
-    seen = 0
-    for table in dataset.batches("train", columns=_COLUMNS, only=only):
-        if without:
-            table = table.filter(pa.array([text not in without for text in table["instruction"].to_pylist()], pa.bool_()))
-        seen += table.num_rows
-        exploded = explode(table)
-        for instruction, response, label in zip(exploded.instructions, exploded.responses, exploded.labels.tolist(), strict=True):
-            key = _hash_key(seed, instruction, response)
-            found[key] = (instruction, response, max(label, found[key][2] if key in found else 0.0))
-        if len(found) > 2 * size:
-            found = _first_by_hash(found, size)
-    chosen = list(_first_by_hash(found, size).values())
-    instructions = [instruction for instruction, _, _ in chosen]
-    numbers = {instruction: number for number, instruction in enumerate(dict.fromkeys(instructions))}
-    groups = np.fromiter((numbers[instruction] for instruction in instructions), np.int64, len(instructions))
-    labels = np.array([label for _, _, label in chosen], np.float32)
-    return Pairs(instructions, [response for _, response, _ in chosen], labels, groups), seen
-
-
-def candidate_rows(dataset: RegressionSet, split: str, only: str | None, size: int, seed: int) -> pa.Table:
-    """Return at most `size` rows of a task in a split, chosen and ordered by hash.
-
-    Only rows with candidates to choose from count: samples of the LLM or answer choices.
-    """
-    found: dict[bytes, dict[str, Any]] = {}
-    for table in dataset.batches(split, columns=_COLUMNS, only=only):
-        for row in table.to_pylist():
-            if any(each["source"] in ("sampled", "choice") for each in row["candidates"]):
-                found[_hash_key(seed, row["id"])] = row
-        if len(found) > 2 * size:
-            found = _first_by_hash(found, size)
-    return pa.Table.from_pylist(list(_first_by_hash(found, size).values()), pa.schema([DATASET.field(name) for name in _COLUMNS]))
-
-
-def _hash_key(seed: int, *texts: str) -> bytes:
-    return hashlib.blake2b("\0".join([str(seed), *texts]).encode(), digest_size=12).digest()
-
-
-def _first_by_hash(found: dict[bytes, T], size: int) -> dict[bytes, T]:
-    return dict(sorted(found.items())[:size])
-
-
-def epoch_order(distinct: int, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of an epoch, int64 (count,): shuffled positions of the distinct pairs, repeated until there are `count`."""
-    draw = np.random.default_rng([seed, epoch, 4])
-    return np.concatenate([draw.permutation(distinct) for _ in range(-(-count // distinct))])[:count]
 
 
 def _measure(scorer: Scorer, tables: Sequence[pa.Table], greedy: str | None) -> list[Metrics]:

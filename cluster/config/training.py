@@ -166,7 +166,7 @@ class AdaptConfig(ExtendedSection):
     """Share of the optimizer steps in which the learning rate rises; 0.1 as in the paper."""
     folds: int = Field(2, ge=0, le=20)
     """Folds of the cross-validation on the train rows of a task; the gate decides on it. Each fold is scored by a training on the
-    others, which takes (folds - 1) times the time of the published training. 0 turns it off."""
+    others, which takes (folds - 1) times the time of the published training, and the rows are scored. 0 turns it off."""
     gate: bool = True
     """Publish an adapted scorer only if it is better than the base; false always publishes it. The comparison is the cross-validation
     on the train rows of the task. With `folds: 0` it is on a share of its validation rows (`gate_fraction`)."""

@@ -15,7 +15,7 @@ from cluster.errors import CappyError
 from evaluation import evaluate
 from generation.dataset import RegressionSet
 from tests.generation.made_set import publish
-from training import adapt_one, stream, train
+from training import stream, task_rows, train
 
 READERS = {
     "batches": lambda uri: list(RegressionSet(uri).batches("train")),
@@ -25,7 +25,7 @@ READERS = {
     "to_ray": lambda uri: RegressionSet(uri).to_ray(),
     "training windows": lambda uri: list(stream.read_windows(RegressionSet(uri), "train", 16, seed=1, epoch=0)),
     "count": lambda uri: stream.count_pairs(RegressionSet(uri), "train"),
-    "adapt": lambda uri: adapt_one.collect_pairs(RegressionSet(uri), None, 10, 1),
+    "adapt": lambda uri: task_rows.collect_pairs(RegressionSet(uri), None, 10, 1),
     "evaluate": lambda uri: evaluate.read_rows(RegressionSet(uri), "train"),
     "train": lambda uri: train.run_train(Config(dataset=uri, scorer_path=f"{uri}-scorer", scorer={"encoder": "minilm-l6"})),
     "inspect --no-verify": lambda uri: inspection.run_inspect(uri, verify=False),

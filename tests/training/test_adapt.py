@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cappy.display import show_adapted
 from cluster import artifacts, storage
-from cluster.config import Config, FilesSource, load, paths
+from cluster.config import AdaptConfig, Config, FilesSource, load, paths
 from cluster.errors import CappyError, Stopped, UsageError
 from evaluation.evaluate import score_rows_by_task
 from generation import generate
@@ -102,6 +102,14 @@ def test_a_foreign_results_file_is_neither_read_nor_overwritten(content: str, tm
     with pytest.raises(UsageError, match=r"wrote, e\.g\. results\.json; nothing was deleted"):
         adapt._refuse_foreign_results(str(tmp_path))
     assert (tmp_path / "results.json").read_text() == content
+
+
+def test_the_first_line_of_a_run_has_the_pairs_of_the_cross_validation():
+    settings = AdaptConfig(pairs=100, epochs=2, folds=3)
+    assert adapt.describe_work(settings, 4) == (
+        "adapting 4 task(s): 200 pairs each, and 3 trainings for cross-validation, 400 pairs more (adapt.folds=3)"
+    )
+    assert adapt.describe_work(AdaptConfig(pairs=100, folds=0), 1) == "adapting 1 task(s): 100 pairs each"
 
 
 def test_lora_without_a_base_is_refused(tmp_path: Path):

@@ -16,10 +16,11 @@ from cluster.errors import CappyError
 from generation.dataset import RegressionSet
 from generation.schema import DATASET
 from tests.training.conftest import rows
-from training import adapt_one, gate, lora
+from training import adapt_one, lora
 from training.adapt_one import Base, Task
 from training.scorer import Scorer, load_tokenizer, new_model
 from training.selection import VARIANTS
+from training.task_rows import candidate_rows
 
 
 def task_rows(name: str, count: int, seed: int, choices: bool = False) -> list[dict[str, Any]]:
@@ -81,39 +82,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     return publish_tasks(str(tmp_path_factory.mktemp("adapt") / "set"), train, validation)
 
 
-def test_the_rows_of_a_dataset_are_read_without_the_row_groups_of_others(dataset: str):
-    opened = RegressionSet(dataset)
-    for name, count in (("colors", 40), ("lonely", 5), ("sides", 30), ("absent", 0)):
-        tables = list(opened.batches("train", rows=7, columns=["dataset", "instruction"], only=name))
-        assert sum(table.num_rows for table in tables) == count
-        assert {value for table in tables for value in table["dataset"].to_pylist()} == ({name} if count else set())
-
-
-def test_the_pairs_of_a_task_are_distinct_and_chosen_by_hash_for_any_order_of_rows(dataset: str, tmp_path: Path):
-    pairs, seen = adapt_one.collect_pairs(RegressionSet(dataset), "colors", 1000, seed=1)
-    texts = list(zip(pairs.instructions, pairs.responses, strict=True))
-    assert seen == 40 and len(texts) == len(set(texts)) > 90
-    assert len(set(pairs.groups.tolist())) == len(set(pairs.instructions))
-    reverse = publish_tasks(str(tmp_path / "reverse"), task_rows("colors", 40, 1)[::-1], task_rows("colors", 1, 4))
-    cut, _ = adapt_one.collect_pairs(RegressionSet(reverse), "colors", 20, seed=1)
-    assert list(zip(cut.instructions, cut.responses, strict=True)) == texts[:20]
-    assert np.array_equal(cut.labels, pairs.labels[:20])
-    other, _ = adapt_one.collect_pairs(RegressionSet(dataset), "colors", 20, seed=2)
-    assert other.instructions != cut.instructions
-    everything, _ = adapt_one.collect_pairs(RegressionSet(dataset), None, 1000, seed=1)
-    assert len(everything) > len(pairs)
-
-
-def test_an_epoch_repeats_all_pairs_equally_and_is_cut_to_its_size():
-    order = adapt_one.epoch_order(7, 24, seed=1, epoch=0)
-    assert len(order) == 24
-    assert all(sorted(order[start : start + 7].tolist()) == list(range(7)) for start in (0, 7, 14))
-    assert order[:7].tolist() != order[7:14].tolist() and order.tolist() != adapt_one.epoch_order(7, 24, seed=1, epoch=1).tolist()
-    assert sorted(adapt_one.epoch_order(7, 3, seed=1, epoch=0).tolist()) == sorted(
-        set(adapt_one.epoch_order(7, 3, seed=1, epoch=0).tolist())
-    )
-
-
 def test_a_task_is_trained_by_one_worker_and_adapt_settings_override_training_settings():
     shared = TrainingConfig(workers=4, min_workers=2, parallel="fsdp", batch_size=16, window=64, weight_decay=0.05, epochs=9)
     mine = AdaptConfig(batch_size=128, warmup=0.2).training(shared)
@@ -121,19 +89,6 @@ def test_a_task_is_trained_by_one_worker_and_adapt_settings_override_training_se
     assert (mine.window, mine.warmup, mine.weight_decay, mine.learning_rate) == (128, 0.2, 0.05, 2e-5)
     assert AdaptConfig(base="x", method="lora").training(shared).learning_rate == 5e-4
     assert AdaptConfig(base="x", method="lora", learning_rate=1e-3).training(shared).learning_rate == 1e-3
-
-
-def test_validation_rows_are_chosen_by_hash_and_split_between_gate_and_results(dataset: str):
-    opened = RegressionSet(dataset)
-    sampled = adapt_one.candidate_rows(opened, "validation", "colors", 1000, seed=1)
-    assert len(sampled) == 30
-    few = adapt_one.candidate_rows(opened, "validation", "sides", 5, seed=1)
-    assert few.equals(adapt_one.candidate_rows(opened, "validation", "sides", 1000, seed=1)[:5])
-    deciding, figures = gate.split_validation_rows(few, 0.5)
-    assert (len(deciding), len(figures)) == (3, 2) and pa.concat_tables([deciding, figures]).equals(few)
-    deciding, figures = gate.split_validation_rows(few, 1.0)
-    assert deciding.equals(few) and figures is few
-    assert len(adapt_one.candidate_rows(opened, "train", "absent", 5, seed=1)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +99,7 @@ def base(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def after(task: Task, config: Config) -> float:
     """Return the mean label, in points, of the picks of a published scorer on the validation rows."""
     scorer = Scorer.load(task.uri)
-    rows = adapt_one.candidate_rows(RegressionSet(config.dataset_uri), "validation", task.dataset, 1000, config.seed).to_pylist()
+    rows = candidate_rows(RegressionSet(config.dataset_uri), "validation", task.dataset, 1000, config.seed).to_pylist()
     return 100 * float(np.mean([row["candidates"][scorer.best(row["instruction"], answers(row)).index]["label"] for row in rows]))
 
 
@@ -211,15 +166,6 @@ def test_without_folds_the_gate_takes_a_part_of_the_validation_rows(dataset: str
     result = adapt_one.adapt_task(config, task_of(config, "colors"), base_of(base))
     assert (result["gate"]["rows"], result["gate"]["split"], result["figures"]["rows"]) == (15, "validation", 15)
     assert result["gate"]["gain"] > 0 and result["figures"]["apart"] and "low" not in result["gate"]
-
-
-def test_the_pairs_of_a_fold_have_no_instruction_of_its_held_out_rows(dataset: str):
-    opened = RegressionSet(dataset)
-    everything, rows = adapt_one.collect_pairs(opened, "colors", 1000, seed=1)
-    without = frozenset(everything.instructions[:10])
-    left, fewer = adapt_one.collect_pairs(opened, "colors", 1000, seed=1, without=without)
-    assert not without & set(left.instructions) and without | set(left.instructions) == set(everything.instructions)
-    assert fewer < rows and len(left) < len(everything)
 
 
 def test_a_scorer_that_does_not_gain_is_not_published(dataset: str, base: str, encoder: Path, tmp_path: Path):
