@@ -26,8 +26,8 @@ class LeftOut:
     instructions: frozenset[str]
     """Rows with these instructions are left out."""
     references: frozenset[str]
-    """Mismatched candidates with these texts are left out. They are references of left-out rows only: with label 0 in other rows, and
-    without the row where they are right, they would teach that the right answer of a left-out row is wrong."""
+    """Mismatched candidates with these texts are left out. They are references of left-out rows only. With label 0 in other rows they
+    would teach that the right answer of a left-out row is wrong."""
 
     def remove(self, table: pa.Table) -> pa.Table:
         """Return the rows of a table, and the candidates of each, that are not left out."""
