@@ -13,6 +13,7 @@ from cluster.config import DecodingConfig
 from cluster.errors import CappyError
 from generation.engines.contract import Candidate
 from generation.prompts import Message
+from training.selection import Selection
 
 
 class ApiError(CappyError):
@@ -73,6 +74,8 @@ class Scored(TypedDict):
     """Version of the scorer's weights; it changes with each publication. Absent if no `cappy` command published the scorer."""
     logprob_weight: NotRequired[float]
     """Weight of the LLM's mean log-probability in the blend. Absent if none was fitted with the scorer."""
+    selection: NotRequired[Selection]
+    """The fitted selection of the scorer. Absent if it has none."""
 
 
 def merge_scored(parts: Sequence[Scored]) -> Scored:

@@ -19,6 +19,7 @@ from serving.backend import ApiError, OnFinished, Sampled, Scored
 from serving.responses import distinct_responses
 from training import early_stopping
 from training.early_stopping import StopReason
+from training.selection import Selection
 
 Sample = Callable[[Sequence[DecodingConfig], Sequence[int | None], OnFinished | None], Awaitable[Sampled]]
 """Samples the candidates of decodings, with one seed each. May call the third argument with the responses that finished early."""
@@ -45,6 +46,8 @@ class Pool:
     """Version of the scorer in its last result, see `Scored`. Earlier scores may be from an earlier version."""
     logprob_weight: float | None = None
     """Weight of the blend, if one was fitted with the scorer."""
+    selection: Selection | None = None
+    """The fitted selection of the scorer, if it has one."""
     stop_reason: StopReason | None = None
     """The reason why sampling stopped; None if all candidates were sampled in one round without an error."""
     scorer_error: ApiError | TimeoutError | None = None
@@ -165,6 +168,7 @@ async def _draw_round(
                     continue
                 pool.score_of |= zip(responses, scored["scores"], strict=True)
                 pool.version, pool.logprob_weight = scored.get("version"), scored.get("logprob_weight")
+                pool.selection = scored.get("selection")
             on_progress(pool)
         finally:
             for task in scoring:

@@ -8,13 +8,24 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from cluster.config import Config, DecodingConfig, Fallback
+from cluster.config import Config, DecodingConfig, Fallback, LabelConfig, SelectionMode
+from generation.labels import describe_metric
 from serving import best_of_n, sampling_policy
 from serving.backend import ApiError, Backend, Scored, merge_scored
 from serving.completions_api import SampleRequest, TextRequest, build_prompt
 from serving.prometheus import Metrics
-from serving.responses import Completion, Latency, build_completion, fallback_ranking_scores, merge_completions, ranking_scores
+from serving.responses import (
+    Completion,
+    Latency,
+    SelectedBy,
+    build_completion,
+    fallback_ranking_scores,
+    merge_completions,
+    ranking_scores,
+)
 from serving.streaming import build_progress_chunk
+from training.consensus import consensus_metric
+from training.selection import blend_selection
 
 _PAIRS_PER_CALL = 64
 """Pairs in one call of the scorer. A long list is spread over the replicas, and pairs of other requests are scored in between."""
@@ -30,6 +41,7 @@ async def complete_request(
     backend: Backend,
     metrics: Metrics,
     on_progress: OnProgress,
+    fitted_scorers: set[str],
     *,
     early: bool,
 ) -> Completion:
@@ -43,11 +55,12 @@ async def complete_request(
         backend: The LLM and the scorers.
         metrics: Counts the pools.
         on_progress: Called during sampling if the request has `cappy.progress`.
+        fitted_scorers: Names of the scorers that are known to have a fitted selection. Answers of scorers update it.
         early: See `best_of_n.draw_pool`.
     """
     parts = request.split() if isinstance(request, TextRequest) else [request]
     tasks = [
-        asyncio.ensure_future(_complete_prompt(part, scorer, decodings, config, backend, metrics, on_progress, early=early))
+        asyncio.ensure_future(_complete_prompt(part, scorer, decodings, config, backend, metrics, on_progress, fitted_scorers, early=early))
         for part in parts
     ]
     try:
@@ -66,6 +79,7 @@ async def _complete_prompt(
     backend: Backend,
     metrics: Metrics,
     on_progress: OnProgress,
+    fitted_scorers: set[str],
     *,
     early: bool,
 ) -> Completion:
@@ -81,7 +95,9 @@ async def _complete_prompt(
         assert scorer is not None
         return score_pairs(backend, scorer, [instruction] * len(responses), responses)
 
-    logprobs = sampling_policy.needs_logprobs(request, config, scored=scorer is not None)
+    if not sampling_policy.needs_scores(request, config):
+        scorer = None
+    logprobs = sampling_policy.needs_logprobs(request, config, scored=scorer is not None, fitted=scorer in fitted_scorers)
     pool = await best_of_n.draw_pool(
         decodings,
         lambda drawn, seeds, on_finished: backend.sample(prompt, drawn, seeds, logprobs, on_finished),
@@ -94,14 +110,13 @@ async def _complete_prompt(
         on_progress=report_progress if request.cappy.progress else None,
     )
     metrics.observe_pool(pool)
-    fallback = _fallback(request, pool, config)
+    if scorer and pool.has_scores:
+        (fitted_scorers.add if pool.selection else fitted_scorers.discard)(scorer)
+    mode = sampling_policy.select_mode(request, config)
+    fallback = None if mode == "consensus" else _fallback(request, pool, config)
     if fallback:
         metrics.count_fallback(fallback)
-    if fallback or scorer is None:
-        ranking = fallback_ranking_scores(pool.candidates, fallback or "first")
-    else:
-        weight = pool.logprob_weight if config.serving.selection == "blend" else None
-        ranking = ranking_scores(pool.candidates, pool.scores, weight)
+    selected_by, ranking = await _rank(pool, mode, scorer, fallback, consensus_metric(describe_metric(config.generate.label)))
     answer = build_completion(
         request,
         pool.candidates,
@@ -114,12 +129,31 @@ async def _complete_prompt(
         completion_id=completion_id,
         created=created,
         fallback=fallback,
+        selection=selected_by,
         cost=pool.cost,
         stopped=pool.stop_reason,
     )
     if answer.cappy and answer.cappy.abstained:
         metrics.count_abstention()
     return answer
+
+
+async def _rank(
+    pool: best_of_n.Pool, mode: SelectionMode, scorer: str | None, fallback: Fallback | None, metric: LabelConfig
+) -> tuple[SelectedBy | None, list[float]]:
+    """Return how the choices are selected, None by a fallback or for the LLM alone, and the scores that rank the candidates."""
+    candidates = pool.candidates
+    if mode == "consensus" or fallback == "consensus":
+        # The comparison of many long responses takes long, and its compiled code releases the GIL.
+        ranking = await asyncio.to_thread(fallback_ranking_scores, candidates, "consensus", metric)
+        return (None if fallback else "consensus"), ranking
+    if fallback or scorer is None:
+        return None, fallback_ranking_scores(candidates, fallback or "first", metric)
+    if mode == "blend" and pool.logprob_weight is not None:
+        return "blend", ranking_scores(candidates, pool.scores, blend_selection(pool.logprob_weight))
+    if mode in ("scorer", "fitted") and pool.selection is not None:
+        return "fitted", await asyncio.to_thread(ranking_scores, candidates, pool.scores, pool.selection)
+    return "score", ranking_scores(candidates, pool.scores, None)
 
 
 def _fallback(request: SampleRequest, pool: best_of_n.Pool, config: Config) -> Fallback | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cluster.config import Fallback
+from cluster.config import Fallback, SelectionMode
 from generation.prompts import Message
 from serving import json_limits, messages, request_fields
 from serving.api_model import ApiModel, make_model_optional
@@ -56,6 +56,9 @@ class CappyOptions(ApiModel):
     """Minimum score of the best candidate; below it the answer is a refusal. Has no effect when the fallback selects."""
     fallback: Fallback | None = None
     """How the choices are selected when the scorer fails or times out; null means the server's `serving.fallback`."""
+    selection: SelectionMode | None = None
+    """How the choices are selected; null means the server's `serving.selection`. `consensus` needs no scorer, so it also applies to the LLM
+    alone."""
     scorer: str | None = None
     """Name of the scorer that selects the choices; null means the scorer of `model`."""
     min_gain: float | None = Field(None, ge=0, allow_inf_nan=False)

@@ -258,6 +258,8 @@ def score_pairs(scorer: LoadedScorer, instructions: Sequence[str], responses: Se
         scored["version"] = scorer.version
     if scorer.logprob_weight is not None:
         scored["logprob_weight"] = scorer.logprob_weight
+    if scorer.selection is not None:
+        scored["selection"] = scorer.selection
     return scored
 
 

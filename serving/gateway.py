@@ -22,6 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from cluster import ports
 from cluster.config import Config
+from generation.labels import describe_metric
 from serving import boosted, openapi, readiness, request_body, sampling_policy, scoring_api, streaming
 from serving.admission import AdmissionQueue, Place
 from serving.api_keys import Keyring
@@ -32,6 +33,7 @@ from serving.model_registry import ModelRegistry
 from serving.prometheus import Metrics
 from serving.responses import ChatCompletion, Completion, Model, ModelList, TextCompletion
 from serving.web_ui import build_page
+from training.consensus import consensus, consensus_metric
 
 _EARLY_SCORING_LOAD = 0.25
 """Share of `serving.max_concurrency` up to which a request's candidates are scored as they finish.
@@ -59,12 +61,16 @@ def build_api(
         metrics: The Prometheus metrics, new ones by default.
         proxied: Whether Ray Serve's proxy is in front of the application.
     """
-    probe = readiness.build_probe(config, backend)
+    fitted_scorers: set[str] = set()
+    probe = readiness.build_probe(config, backend, fitted_scorers)
 
     @asynccontextmanager
     async def check_readiness(_: FastAPI) -> AsyncIterator[None]:
         """Send test requests on a slow timer while the application runs."""
         checks = asyncio.ensure_future(probe.check_regularly()) if probe else None
+        if serving.selection in ("consensus", "fitted") or serving.fallback == "consensus":
+            # The first call compiles the code, or loads it, which takes seconds.
+            await asyncio.to_thread(consensus, ["a", "b"], consensus_metric(describe_metric(config.generate.label)))
         try:
             yield
         finally:
@@ -96,7 +102,8 @@ def build_api(
     async def complete(http: Request, place: Place, request: SampleRequest, prompts: int = 1) -> Response:
         """Answer a chat or text completion with one body or a stream."""
         scorer = registry.find_selection_scorer(request)
-        decodings = sampling_policy.select_decodings(request, config, scored=scorer is not None, prompts=prompts)
+        selects = scorer is not None or request.cappy.selection == "consensus"
+        decodings = sampling_policy.select_decodings(request, config, scored=selects, prompts=prompts)
         http.scope["caller"].count_candidates(prompts * sum(decoding.n for decoding in decodings))
         events: asyncio.Queue[str | None] = asyncio.Queue()
 
@@ -110,6 +117,7 @@ def build_api(
                 backend,
                 metrics,
                 lambda chunk: events.put_nowait(streaming.format_event(chunk)),
+                fitted_scorers,
                 early=early,
             )
             if probe and scorer:

@@ -69,6 +69,13 @@ class ModelRegistry:
                     param=f"cappy.{name}",
                     code="invalid_value",
                 )
+        if requested is None and served.scorer is None and request.cappy.selection in ("score", "blend", "fitted"):
+            raise ApiError(
+                f"cappy.selection={request.cappy.selection} needs a scorer, and model={request.model!r} is the LLM alone; "
+                f"set cappy.scorer, or use consensus",
+                param="cappy.selection",
+                code="invalid_value",
+            )
         if requested is None:
             return served.scorer
         if requested not in self.scorers:

@@ -73,8 +73,11 @@ class RequestProbe:
             self.record_success()
 
 
-def build_probe(config: Config, backend: Backend) -> RequestProbe | None:
-    """Return the probe of a server, or None if `serving.probe_s` and the LLM allow no test requests."""
+def build_probe(config: Config, backend: Backend, fitted_scorers: set[str] | None = None) -> RequestProbe | None:
+    """Return the probe of a server, or None if `serving.probe_s` and the LLM allow no test requests.
+
+    `fitted_scorers` are the names of the scorers that are known to have a fitted selection; see `boosted.complete_request`.
+    """
     serving = config.serving
     scaled_to_zero = not (serving.llm_replicas.min and serving.scorer_replicas.min)
     if serving.probe_s is None or scaled_to_zero or config.sampler.engine.kind == "endpoint":
@@ -83,12 +86,16 @@ def build_probe(config: Config, backend: Backend) -> RequestProbe | None:
         model=serving.model_name,
         messages=[ChatMessage(role="user", content="hi")],
         max_tokens=_MAX_TOKENS,
-        cappy=CappyOptions(candidates=min(_CANDIDATES, serving.max_candidates), fallback="none"),
+        cappy=CappyOptions(candidates=min(_CANDIDATES, serving.max_candidates), fallback="none", selection="score"),
     )
     decodings = sampling_policy.select_decodings(request, config)
+    fitted = set() if fitted_scorers is None else fitted_scorers
 
     async def send() -> None:
         # Separate metrics: those of the server count the requests of clients.
-        await boosted.complete_request(request, serving.scorer_name, decodings, config, backend, Metrics(), lambda _: None, early=False)
+        metrics = Metrics()
+        await boosted.complete_request(
+            request, serving.scorer_name, decodings, config, backend, metrics, lambda _: None, fitted, early=False
+        )
 
     return RequestProbe(send, serving.probe_s, serving.probe_timeout_s)

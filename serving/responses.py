@@ -10,15 +10,17 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
-from cluster.config import Fallback
+from cluster.config import Fallback, LabelConfig
 from generation.engines.contract import Candidate
 from generation.logprobs import mean_logprob
 from serving.api_model import ApiModel
 from serving.completions_api import SampleRequest, TextRequest
-from training.blend import blend_scores
+from training.consensus import consensus
 from training.early_stopping import StopReason
+from training.selection import Pool, Selection
+
+SelectedBy = Literal["score", "fitted", "consensus", "blend"]
+"""The signals that selected the choices."""
 
 _WORDS = re.compile(r"\s*\S+|\s+$")
 """A word with the white space before it, or white space at the end; the matches of a text join to the text."""
@@ -104,6 +106,8 @@ class CappyAnswer(ApiModel):
     """Every candidate, best first, if the request has `return_candidates`."""
     fallback: Fallback | None = None
     """How the choices were selected if the scorer failed or timed out."""
+    selection: SelectedBy | None = None
+    """How the choices were selected otherwise; null for the LLM alone."""
     abstained: bool = False
     """Whether no candidate reached `min_score`."""
     drawn: int
@@ -226,23 +230,35 @@ def select_choices(candidates: Sequence[Candidate], scores: Sequence[float], n: 
     return [*first_of.values(), *(position for position in ranked if position not in firsts)][:n]
 
 
-def ranking_scores(candidates: Sequence[Candidate], scores: Sequence[float], weight: float | None) -> list[float]:
-    """Return the scores that rank the candidates: `scores`, or with `weight` their blend with the LLM's mean log-probability.
+def ranking_scores(candidates: Sequence[Candidate], scores: Sequence[float], selection: Selection | None) -> list[float]:
+    """Return the scores that rank the candidates: `scores`, or the values of a selection.
 
-    If any candidate lacks a log-probability, the result is `scores`: a blend could not rank that candidate fairly.
+    A candidate without a score (NaN) gets NaN, and the selection ranks the others as one pool.
     """
-    means = [mean_logprob(each["logprob"], each["tokens"]) for each in candidates]
-    known = [mean for mean in means if mean is not None]
-    if weight is None or len(known) < len(means):
+    if selection is None:
         return list(scores)
-    return [float(value) for value in blend_scores(np.array(scores), np.array(known), weight)]
+    ranked = [position for position, score in enumerate(scores) if not math.isnan(score)]
+    pool = [candidates[position] for position in ranked]
+    values = selection.rank(
+        Pool(
+            [each["response"] for each in pool],
+            [scores[position] for position in ranked],
+            [each["logprob"] for each in pool],
+            [each["tokens"] for each in pool],
+        )
+    )
+    value_of = dict(zip(ranked, values.tolist(), strict=True))
+    return [value_of.get(position, math.nan) for position in range(len(candidates))]
 
 
-def fallback_ranking_scores(candidates: Sequence[Candidate], fallback: Fallback) -> list[float]:
+def fallback_ranking_scores(candidates: Sequence[Candidate], fallback: Fallback, metric: LabelConfig) -> list[float]:
     """Return the scores that rank the candidates without a scorer.
 
-    `self_score` ranks by the mean log-probability, if every candidate has one. All other cases rank in the order of sampling.
+    `self_score` ranks by the mean log-probability, if every candidate has one. `consensus` ranks by the mean agreement with the other
+    candidates by `metric`. All other cases rank in the order of sampling.
     """
+    if fallback == "consensus":
+        return [float(value) for value in consensus([each["response"] for each in candidates], metric)]
     means = [mean_logprob(each["logprob"], each["tokens"]) for each in candidates]
     known = [mean for mean in means if mean is not None]
     if fallback == "self_score" and len(known) == len(means):
@@ -263,6 +279,7 @@ def build_completion(
     created: int,
     version: str | None = None,
     fallback: Fallback | None = None,
+    selection: SelectedBy | None = None,
     cost: float | None = None,
     stopped: StopReason | None = None,
 ) -> Completion:
@@ -283,6 +300,7 @@ def build_completion(
         created: Unix time in seconds.
         version: Version of the scorer.
         fallback: The fallback that made `ranking`, None if the scorer did.
+        selection: The selection that made `ranking`, None if a fallback did.
         cost: Cost of sampling in US dollars, if known.
         stopped: The reason for the end of sampling, None without rounds.
     """
@@ -308,6 +326,7 @@ def build_completion(
         answer.cappy = CappyAnswer(
             candidates=[build_scored_candidate(candidates[position], scores[position], position in chosen) for position in shown],
             fallback=fallback,
+            selection=selection,
             abstained=abstained,
             drawn=len(candidates),
             stopped=stopped,
@@ -365,6 +384,7 @@ def _merge_extras(extras: Sequence[CappyAnswer]) -> CappyAnswer:
     return CappyAnswer(
         candidates=[candidate for each in extras for candidate in each.candidates],
         fallback=next((each.fallback for each in extras if each.fallback), None),
+        selection=extras[0].selection,
         abstained=any(each.abstained for each in extras),
         drawn=sum(each.drawn for each in extras),
         stopped=next((each.stopped for each in extras if each.stopped), None),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cluster.config import AdaptiveConfig, Config, DecodingConfig, Fallback
+from cluster.config import AdaptiveConfig, Config, DecodingConfig, Fallback, SelectionMode
 from generation.engines.contract import RequestDecoding
 from serving.backend import ApiError
 from serving.completions_api import SampleRequest
@@ -161,15 +161,34 @@ def select_fallback(request: SampleRequest, config: Config) -> Fallback:
     return request.cappy.fallback or config.serving.fallback
 
 
-def needs_logprobs(request: SampleRequest, config: Config, scored: bool) -> bool:
+def select_mode(request: SampleRequest, config: Config) -> SelectionMode:
+    """Return how the choices are selected."""
+    return request.cappy.selection or config.serving.selection
+
+
+def needs_scores(request: SampleRequest, config: Config) -> bool:
+    """Return whether any step reads the scores: the selection, the stopping rule, `min_score`, or the list of candidates."""
+    options = request.cappy
+    listed = options.return_candidates or options.progress
+    return (
+        select_mode(request, config) != "consensus"
+        or listed
+        or options.min_score is not None
+        or bool(select_stopping_rule(request, config))
+    )
+
+
+def needs_logprobs(request: SampleRequest, config: Config, scored: bool, fitted: bool = False) -> bool:
     """Return whether any step reads the candidates' log-probabilities, which cost the LLM time to compute.
 
-    The list of candidates, a blend, the fallback `self_score` and the rule `min_gain` read them.
+    The list of candidates, a blend, a fitted selection, the fallback `self_score` and the rule `min_gain` read them. `fitted` states
+    that the scorer is known to have a fitted selection.
     """
     options = request.cappy
     if options.return_candidates or options.progress:
         return True
-    selects = config.serving.selection == "blend" or select_fallback(request, config) == "self_score"
+    mode = select_mode(request, config)
+    selects = mode in ("blend", "fitted") or (mode == "scorer" and fitted) or select_fallback(request, config) == "self_score"
     stopping = select_stopping_rule(request, config)
     return scored and (selects or bool(stopping and stopping.min_gain))
 

@@ -22,6 +22,7 @@ from cluster.errors import CappyError
 
 if TYPE_CHECKING:
     from training.scorer import Dtype, Scorer
+    from training.selection import Selection
 
 logger = logging.getLogger("ray.serve")
 # The request that starts a check for a new version waits for it this long. After that the loaded version answers the request.
@@ -44,6 +45,8 @@ class LoadedScorer:
     """12 hex digits of the manifest's SHA-256. None for a model without a manifest, which is assumed never to change."""
     logprob_weight: float | None
     """See `Scorer.logprob_weight`."""
+    selection: Selection | None = None
+    """See `Scorer.selection`."""
 
 
 @dataclass
@@ -174,7 +177,7 @@ def load_if_changed(uri: str, setting: str, loaded: LoadedScorer | None, dtype: 
         model = Scorer.load(uri, dtype, setting=setting, cpu_kernels=cpu_kernels)
     if read_version(uri) != version:
         raise CappyError(f"{setting}={uri} changed while it was loaded: a new version was published, or it was withdrawn")
-    return LoadedScorer(model, version, model.logprob_weight)
+    return LoadedScorer(model, version, model.logprob_weight, model.selection)
 
 
 def read_version(uri: str) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ VARIANTS = (
 )
 """The signals of each variant, best first: all, without log-probabilities, without a score, without both."""
 
+_AGREEMENT_SIGNALS = ("consensus", "score_consensus")
 # Standard deviations below this are rounding errors.
 _SMALLEST_SCALE = 1e-6
 
@@ -65,17 +66,23 @@ def signals(pool: Pool, metric: LabelConfig = DEFAULT_METRIC) -> dict[str, Float
     """Return the signals of the draws of a pool by name, each (C,) and finite. Repeats of a response have the same values.
 
     - `score`: the scorer's raw logit.
-    - `score_consensus`: the consensus with each other draw weighted by the softmax of the scores, standardised within the pool.
     - `logprob_mean`, `logprob_sum`: the log-probability in nats, per token and in all.
-    - `consensus`: the mean agreement with the other draws, in [0, 1]; see `training.consensus`.
     - `frequency`: the share of the draws that have this response, in (0, 1].
     - `length`: ln(1 + number of words), words separated by white space.
+    - `consensus`: the mean agreement with the other draws, in [0, 1]; see `training.consensus`.
+    - `score_consensus`: the same with each other draw weighted by the softmax of the scores, standardised within the pool.
 
     A value that repeats of a response differ in is averaged over them. A pool with one score that is unknown, NaN or infinite has no
     signals of the score. The same applies to its log-probabilities and token counts.
 
     Raises `ValueError` if the lists of the pool differ in length.
     """
+    found = value_signals(pool)
+    return found | agreement_signals(pool.responses, metric, found.get("score"))
+
+
+def value_signals(pool: Pool) -> dict[str, Floats]:
+    """Return the signals of `signals` that compare no two responses."""
     count = len(pool.responses)
     numbers = {response: number for number, response in enumerate(dict.fromkeys(pool.responses))}
     positions_C = np.array([numbers[response] for response in pool.responses], np.int64)
@@ -92,19 +99,24 @@ def signals(pool: Pool, metric: LabelConfig = DEFAULT_METRIC) -> dict[str, Float
             return None
         return np.asarray((np.bincount(positions_C, values_C, len(numbers)) / repeats_D)[positions_C], np.float64)
 
-    agreement_CC = agreement_matrix(pool.responses, metric)
     found: dict[str, Floats] = {}
-    scores_C = known(pool.scores)
+    scores_C, logprobs_C, tokens_C = known(pool.scores), known(pool.logprobs), known(pool.tokens)
     if scores_C is not None:
         found["score"] = scores_C
-        found["score_consensus"] = weighted_agreement(agreement_CC, _standardise(scores_C, _SMALLEST_SCALE, 1.0))
-    logprobs_C, tokens_C = known(pool.logprobs), known(pool.tokens)
     if logprobs_C is not None and tokens_C is not None:
         found["logprob_mean"] = mean_logprobs(logprobs_C, tokens_C)
         found["logprob_sum"] = logprobs_C
-    found["consensus"] = weighted_agreement(agreement_CC, np.zeros(count))
     found["frequency"] = repeats_D[positions_C] / max(count, 1)
     found["length"] = np.log1p(np.array([len(response.split()) for response in pool.responses], np.float64))
+    return found
+
+
+def agreement_signals(responses: Sequence[str], metric: LabelConfig, scores_C: Floats | None) -> dict[str, Floats]:
+    """Return `consensus` and, with scores, `score_consensus`; see `signals`."""
+    agreement_CC = agreement_matrix(responses, metric)
+    found = {"consensus": weighted_agreement(agreement_CC, np.zeros(len(responses)))}
+    if scores_C is not None:
+        found["score_consensus"] = weighted_agreement(agreement_CC, _standardise(scores_C, _SMALLEST_SCALE, 1.0))
     return found
 
 
@@ -156,9 +168,9 @@ class Selection:
     made: dict[str, Any] = field(default_factory=dict)
     """How it was fitted: JSON values for people, for example the origin of the scores."""
 
-    def variant(self, found: Mapping[str, Floats]) -> Variant | None:
-        """Return the variant for a pool with these signals; None if there is none."""
-        return next((each for each in self.variants if found.keys() >= set(each.signals)), None)
+    def variant(self, found: Collection[str]) -> Variant | None:
+        """Return the variant for a pool with the signals of these names; None if there is none."""
+        return next((each for each in self.variants if set(found) >= set(each.signals)), None)
 
     def rank(self, pool: Pool) -> Floats:
         """Return a finite value for each draw of a pool, (C,); the highest is the best, of equal values the first.
@@ -166,10 +178,13 @@ class Selection:
         Repeats of a response get equal values. Empty responses get the lowest value. Without a variant for the signals of the pool, the
         scores decide, else the consensus.
         """
-        found = signals(pool, self.metric)
-        variant = self.variant(found)
-        values_C = variant.rank(found) if variant else found.get("score", found["consensus"])
-        return lower_empty(values_C, pool.responses)
+        found = value_signals(pool)
+        scored = "score" in found
+        variant = self.variant({*found, *_AGREEMENT_SIGNALS[: 1 + scored]})
+        wanted = variant.signals if variant else ("score",) if scored else ("consensus",)
+        if set(wanted) & set(_AGREEMENT_SIGNALS):  # the slow part
+            found |= agreement_signals(pool.responses, self.metric, found.get("score"))
+        return lower_empty(variant.rank(found) if variant else found[wanted[0]], pool.responses)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `selection.json`."""

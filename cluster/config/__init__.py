@@ -20,7 +20,17 @@ from cluster.config.sampler import (
     Seq2SeqConfig,
     VLLMConfig,
 )
-from cluster.config.serving import AdaptiveConfig, ApiKeyConfig, Fallback, NamedScorer, Replicas, Scaling, ServingConfig, check_names
+from cluster.config.serving import (
+    AdaptiveConfig,
+    ApiKeyConfig,
+    Fallback,
+    NamedScorer,
+    Replicas,
+    Scaling,
+    SelectionMode,
+    ServingConfig,
+    check_names,
+)
 from cluster.config.sources import (
     DEMO_TASKS,
     BigBenchSource,
@@ -71,6 +81,7 @@ __all__ = [
     "Scaling",
     "ScorerConfig",
     "Section",
+    "SelectionMode",
     "Seq2SeqConfig",
     "ServingConfig",
     "Source",

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cluster.config.base import Section
 
-Fallback = Literal["none", "self_score", "first"]
+Fallback = Literal["none", "self_score", "consensus", "first"]
+SelectionMode = Literal["scorer", "score", "fitted", "consensus", "blend"]
 
 
 class ApiKeyConfig(Section):
@@ -135,9 +136,13 @@ class ServingConfig(Section):
     scorer_context: Literal["last", "conversation"] = "last"
     """Instruction that the scorer reads for a chat: `last` is the last user message alone, as in training. `conversation` is all
     messages as one text, in the form of `sampler.prompt.form=raw`."""
-    selection: Literal["scorer", "blend"] = "scorer"
-    """`scorer` selects by the score alone. `blend` adds the mean log-probability of the LLM, at the weight that was fitted with the
-    scorer; without a weight or a log-probability it selects by the score alone."""
+    selection: SelectionMode = "scorer"
+    """`scorer` ranks by the fitted selection of the scorer (`selection.json`), and by the score if it has none. `fitted` does the same and
+    requests log-probabilities from the start; `scorer` does so only after an answer of the scorer showed that it has a selection.
+    `score` selects by the score alone.
+    `consensus` selects the candidate that agrees most with the others by the metric of `generate.label`, without a scorer.
+    `blend` adds the mean log-probability of the LLM, at the weight that was fitted with the scorer; without a weight or a
+    log-probability it selects by the score alone."""
     llm_replicas: Replicas = _ONE
     """Replicas of the LLM: a number, or `{min, max, target, up_after_s, down_after_s}`."""
     scorer_replicas: Replicas = _ONE
@@ -164,8 +169,8 @@ class ServingConfig(Section):
     scorer_timeout_s: float = Field(30.0, gt=0)
     """Time limit of the scorer, in seconds; after it `fallback` applies."""
     fallback: Fallback = "none"
-    """Selection if the scorer fails or times out: `self_score` takes the highest mean log-probability of the LLM, `first` takes the
-    first candidate, `none` rejects the request with status 503."""
+    """Selection if the scorer fails or times out: `self_score` takes the highest mean log-probability of the LLM, `consensus` the
+    candidate that agrees most with the others, `first` the first candidate. `none` rejects the request with status 503."""
     keep_alive_s: float = Field(5.0, gt=0)
     """Interval between keep-alive comments of a streamed answer during sampling and scoring, in seconds."""
     probe_s: float | None = Field(60.0, gt=0)

@@ -40,8 +40,9 @@ class Echo:
     `error` is raised by `sample` and `wait` delays it, in seconds; `scorer_error` and `scorer_wait` do the same for `score`.
     """
 
-    def __init__(self, error=None, wait=0.0, up=True, weight=None, scorer_error=None, scorer_wait=0.0):
+    def __init__(self, error=None, wait=0.0, up=True, weight=None, scorer_error=None, scorer_wait=0.0, selection=None):
         self.error, self.wait, self.up, self.weight = error, wait, up, weight
+        self.selection = selection
         self.scorer_error, self.scorer_wait = scorer_error, scorer_wait
         self.prompts, self.read, self.scorers, self.cancelled = [], [], [], 0
 
@@ -68,6 +69,7 @@ class Echo:
         if self.scorer_error:
             raise self.scorer_error
         fitted = {} if self.weight is None else {"logprob_weight": self.weight}
+        fitted |= {} if self.selection is None else {"selection": self.selection}
         return {"scores": [float(len(each)) for each in responses], "tokens": [len(each) for each in responses], "version": "v1", **fitted}
 
     async def ready(self):

@@ -9,6 +9,7 @@ from cluster.config import Config, ServingConfig
 from serving.backend import ApiError
 from serving.gateway import build_api
 from tests.serving.standin import BODY, Echo, client
+from training.selection import Selection, Variant
 
 
 async def test_candidates_are_scored_as_they_finish_at_low_load_and_never_without_a_scorer():
@@ -51,6 +52,8 @@ async def test_the_best_candidate_answers_and_each_response_is_scored_once():
         ({"fallback": "self_score"}, {}, True),
         ({"fallback": "self_score"}, {"cappy": {"fallback": "first"}}, False),
         ({"selection": "blend"}, {}, True),
+        ({"selection": "fitted"}, {}, True),
+        ({"selection": "consensus"}, {}, False),
         ({"selection": "blend"}, {"model": "cappy-llm"}, False),
         ({"adaptive": {"min_gain": 0.01}}, {}, True),
         ({"adaptive": {"target_score": 0.9}}, {}, False),
@@ -85,6 +88,85 @@ async def test_a_fitted_weight_blends_the_log_probability_with_selection_blend(s
         answer = (await http.post("/v1/chat/completions", json=body)).json()
     assert answer["choices"][0]["message"]["content"] == best
     assert {each["response"]: each["score"] for each in answer["cappy"]["candidates"]} == {"": 0, "x": 1, "xx": 2, "xxx": 3}
+
+
+SHORTEST = Selection((Variant(("score", "logprob_mean"), (-1.0, 0.0), (1.0, 1.0)), Variant(("score",), (1.0,), (1.0,))))
+
+
+@pytest.mark.parametrize(
+    ("server", "requested", "fitted", "best", "selected_by"),
+    [
+        ({}, None, None, "xxx", "score"),
+        ({}, None, SHORTEST, "x", "fitted"),
+        ({"selection": "fitted"}, None, SHORTEST, "x", "fitted"),
+        ({"selection": "fitted"}, None, None, "xxx", "score"),
+        ({"selection": "score"}, None, SHORTEST, "xxx", "score"),
+        ({"selection": "score"}, "fitted", SHORTEST, "x", "fitted"),
+        ({}, "score", SHORTEST, "xxx", "score"),
+        ({}, "blend", SHORTEST, "xxx", "score"),
+    ],
+)
+async def test_the_fitted_selection_of_the_scorer_selects(server, requested, fitted, best, selected_by):
+    async with client(Echo(selection=fitted), **server) as http:
+        body = {**BODY, "cappy": {"return_candidates": True, "selection": requested}}
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+    assert (answer["choices"][0]["message"]["content"], answer["cappy"]["selection"]) == (best, selected_by)
+    assert answer["cappy"]["candidates"][0]["response"] == best
+
+
+async def test_log_probabilities_are_requested_once_the_scorer_is_known_to_have_a_selection():
+    backend = Echo(selection=SHORTEST)
+    async with client(backend) as http:
+        wanted = []
+        for selection in (SHORTEST, SHORTEST, None, None):
+            backend.selection = selection
+            assert (await http.post("/v1/chat/completions", json=BODY)).status_code == 200
+            wanted.append(backend.logprobs)
+    assert wanted == [False, True, True, False]
+
+
+class Voters(Echo):
+    """A backend whose candidates agree on the shortest, which the scorer ranks last."""
+
+    async def sample(self, prompt, decodings, seeds, logprobs, on_finished=None):
+        sampled = await super().sample(prompt, decodings, seeds, logprobs, on_finished)
+        for at, each in enumerate(sampled["candidates"]):
+            each |= {"response": "a" if at % 2 else f"something else {at}", "logprob": None}
+        return sampled
+
+
+@pytest.mark.parametrize(
+    ("server", "cappy", "best", "selected_by"),
+    [
+        ({"selection": "consensus"}, {}, "a", "consensus"),
+        ({}, {"selection": "consensus"}, "a", "consensus"),
+        ({"selection": "consensus"}, {"selection": "score"}, "something else 0", "score"),
+    ],
+)
+async def test_the_consensus_selects_the_candidate_with_the_most_agreement(server, cappy, best, selected_by):
+    backend = Voters()
+    async with client(backend, **server) as http:
+        body = {**BODY, "cappy": {"candidates": 4, **cappy}}
+        answer = (await http.post("/v1/chat/completions", json=body)).json()
+    assert (answer["choices"][0]["message"]["content"], answer["cappy"]["selection"]) == (best, selected_by)
+    assert bool(backend.read) == (selected_by == "score")
+
+
+async def test_the_consensus_selects_for_the_llm_alone_and_the_other_selections_need_a_scorer():
+    async with client(Voters()) as http:
+        body = {**BODY, "model": "cappy-llm"}
+        answer = (await http.post("/v1/chat/completions", json=body | {"cappy": {"selection": "consensus"}})).json()
+        assert answer["choices"][0]["message"]["content"] == "a" and answer["cappy"]["drawn"] == 8
+        refused = await http.post("/v1/chat/completions", json=body | {"cappy": {"selection": "fitted"}})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "cappy.selection"
+
+
+@pytest.mark.parametrize("cappy", [{"fallback": "consensus"}, {"selection": "consensus", "return_candidates": True}])
+async def test_the_consensus_selects_when_the_scorer_fails_without_log_probabilities(cappy):
+    async with client(Voters(scorer_error=ApiError("down", 503))) as http:
+        answer = (await http.post("/v1/chat/completions", json={**BODY, "cappy": cappy})).json()
+    assert answer["choices"][0]["message"]["content"] == "a"
+    assert (answer["cappy"]["fallback"], answer["cappy"]["selection"]) in {("consensus", None), (None, "consensus")}
 
 
 @pytest.mark.parametrize(
