@@ -152,7 +152,7 @@ def compare_methods(
     Keys of `results`, all Rouge-L in points (0 to 100) with bootstrap intervals:
 
     - `averages`: mean over tasks, by method.
-    - `per_task`: the same for each task.
+    - `per_task`: the same for each task; `gains` of the scorer and each further method over the best baseline.
     - `best_baseline`: the baseline with the highest average.
     - `gain`: scorer minus that baseline, paired by row.
     - `gains`: the same for the scorer and each further method against each baseline.
@@ -202,6 +202,14 @@ def compare_methods(
                 "methods": {
                     method: _estimate(points_TM[task, column], points_BTM[:, task, column], settings.confidence)
                     for column, method in enumerate(methods)
+                },
+                "gains": {
+                    method: _estimate(
+                        points_TM[task, column_of[method]] - points_TM[task, column_of[best]],
+                        points_BTM[:, task, column_of[method]] - points_BTM[:, task, column_of[best]],
+                        settings.confidence,
+                    )
+                    for method in trained
                 },
                 "quality": _average_quality(quality_R[tasks_R == task]),
             }

@@ -182,7 +182,7 @@ def plot_gains(gains: dict[str, dict[str, float]]) -> str:
 def plot_cost(cost: Sequence[dict[str, Any]], titles: dict[str, str]) -> str:
     """Return the points of each method against the sampled tokens of an instruction. An entry has `tokens` and `points` by method."""
     series = [each for each in cost if each["min_gain"] is None]
-    colours = {"adapted": "self_sum", "consensus": "self_mean", "scorer_fitted": "blend", "fitted": "scorer", "scorer": "greedy"}
+    colours = {"adapted": "scorer", "scorer": "blend", "scorer_fitted": "self_sum"}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         axes = figure.subplots()

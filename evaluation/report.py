@@ -28,7 +28,10 @@ def render_report(results: dict[str, Any], rows: pa.Table, examples: int) -> str
     label = candidates.field("label").to_numpy(zero_copy_only=False).astype(np.float64)
     score = candidates.field("score").to_numpy(zero_copy_only=False).astype(np.float64)
     picked = {name: rows[f"rouge_l_{name}"].to_numpy() for name in (results["best_baseline"], "scorer")}
+    headline = "fitted" if "fitted" in results["methods"] else "scorer"
+    gains = {task: entry["gains"][headline] for task, entry in results["per_task"].items()}
     figures = {
+        "gains": plots.plot_gains(gains),
         "bars": plots.plot_bars(results),
         "curves": plots.plot_curves(results),
         "scores": plots.plot_scores(score, label, results["calibration"]),
@@ -44,6 +47,7 @@ def render_report(results: dict[str, Any], rows: pa.Table, examples: int) -> str
         figures={name: Markup(svg) for name, svg in figures.items()},
         names=plots.NAMES,
         best=results["best_baseline"],
+        headline=headline,
         examples=choose_examples(rows, results["best_baseline"], examples, results["seed"]),
         interval=f"{results['confidence']:.0%}",
     )

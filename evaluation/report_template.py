@@ -191,6 +191,10 @@ PAGE = (
 {{ results.outcomes.ties|count }} ties, {{ results.outcomes.losses|count }} losses.
 {% for method, reason in results.left_out.items() %} {{ names[method] }} is left out: {{ reason }}.{% endfor %}</p>
 
+<h2>Gain of each task</h2>
+<p class="soft">{{ names[headline] }} minus {{ rival }}, paired by instruction, with {{ interval }} intervals.</p>
+<div class="panel wide">{{ figures.gains }}</div>
+
 <h2>Gain against number of candidates</h2>
 <p class="soft">Exact expected Rouge-L of the pick from k random candidates of the pool.
 The band of the scorer is its {{ interval }} interval.</p>

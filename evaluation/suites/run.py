@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from cluster import artifacts, storage
 from cluster.config import Config
+from cluster.redaction import redact_tree
 from cluster.runtime import code_version, ray_session
 from evaluation import publish
 from evaluation.evaluate import PairScorer, load_scorer
@@ -67,6 +68,7 @@ def run_suite(config: Config, *, overwrite: bool = False, load_llm: LoadLLM = en
                 "dataset": results["dataset"],
                 "scorer": scorer,
                 "inputs": {**_inputs(results["dataset"], scorer), "row_sha256": results.get("row_sha256")},
+                "source": redact_tree(config.source.model_dump(mode="json")) if suite.kind != "questions" else None,
                 "seed": config.seed,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "code_version": code_version(),
@@ -110,6 +112,8 @@ def to_table(rows: Sequence[Row]) -> pa.Table:
 
 
 def summarise(uri: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the summary of the verb: the results without plots and provenance, and the location of the report."""
+    """Return the summary of the verb: the results without plots, provenance and gains of single tasks, and the location of the report."""
     left_out = ("calibration", "adapt", "made", "best_baselines")
-    return {"uri": uri, "report": storage.join(uri, "report.html"), **{key: value for key, value in results.items() if key not in left_out}}
+    tasks = {task: {key: value for key, value in entry.items() if key != "gains"} for task, entry in results["per_task"].items()}
+    kept = {key: value for key, value in results.items() if key not in left_out}
+    return {"uri": uri, "report": storage.join(uri, "report.html"), **kept, "per_task": tasks}

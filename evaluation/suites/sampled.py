@@ -62,11 +62,15 @@ def run_sampled(
     store = ScoreStore(storage.join(config.workspace, "scores"), str(dataset.manifest.get("writer")), held)
     tasks = sorted({row["dataset"] for row in rows})
     models: list[str] = []
+    zero_shot_selection: selection.Selection | None = None
     if zero_shot is not None:
-        models += ["scorer", "scorer_fitted"]
+        models.append("scorer")
         with steps.step("score zero-shot") as measured:
             _add_scores(rows, "scorer", score_candidates(store, "zero-shot", rows, dict.fromkeys(tasks, zero_shot), load))
             measured |= {"pairs": store.pairs, "scoring_seconds": store.seconds}
+        zero_shot_selection = selection.read(scorer_folder(zero_shot))
+        if zero_shot_selection is not None:
+            models.append("scorer_fitted")
     else:
         log("zero-shot scorer left out: scorer_path and adapt.base name none")
     selections: dict[tuple[str, int], selection.Selection | None] = {}
@@ -87,7 +91,7 @@ def run_sampled(
         dataset.manifest["config"]["sampler"]["decodings"],
         _label(dataset),
         selections,
-        selection.read(scorer_folder(zero_shot)) if zero_shot is not None else None,
+        zero_shot_selection,
         tuple(models),
     )
     with steps.step("compare"):
