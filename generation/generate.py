@@ -82,7 +82,7 @@ def result_settings(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "max_per_bin", "unit_rows")}
     if config.generate.reuse:
-        generate["reuse"] = tree["generate"]["reuse"]
+        generate |= {name: tree["generate"][name] for name in ("reuse", "reuse_only") if name in tree["generate"]}
     generate["label"] = labels.describe_metric(config.generate.label)
     source = {key: tree[key] for key in ("source", "decontaminate")}
     return {"seed": config.seed, **source, "sampler": config.sampler.result_settings(), "generate": generate}

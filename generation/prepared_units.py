@@ -58,6 +58,7 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
     counts = dict.fromkeys(SPLITS, 0)
     failed = 0
     found = PreparationCounts()
+    without = 0
     schema = PREPARED_WITH_REUSE if config.generate.reuse else PREPARED
 
     def flush(split: str) -> None:
@@ -82,6 +83,9 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
             split, row = each
             if config.generate.reuse and row["answer_choices"] is None:
                 row["reused"] = reusable.find(row["id"])
+                if row["reused"] is None and config.generate.reuse_only:
+                    without += 1
+                    continue
             pending[split].append(row)
             if len(pending[split]) == config.generate.unit_rows:
                 flush(split)
@@ -109,7 +113,10 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
         result["max_tokens"] = found.lengths.limits()
     if config.generate.reuse:
         result["reused"] = reusable.counts
-        log(f"generate.reuse has the candidates of {reusable.counts['rows']:,} of {found.sampled:,} rows; the other rows are sampled")
+        result["sampled_rows"] = found.sampled - without
+        if without:
+            log(f"generate.reuse_only: {without:,} rows are left out, because no set of generate.reuse has their candidates")
+        log(f"generate.reuse has the candidates of {reusable.counts['rows']:,} of {found.sampled - without:,} rows to sample")
     if found.merged:
         log(f"{found.merged:,} repeated rows of the source were merged")
     run_lease.check()

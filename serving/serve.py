@@ -21,7 +21,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 
 from cluster import artifacts, models, ports, progress, storage
-from cluster.config import Config, ServingConfig
+from cluster.config import DEFAULT_SCORER, Config, ServingConfig
 from cluster.errors import CappyError, UsageError
 from cluster.runtime import find_cappy_error, ray_session
 from generation import engines
@@ -49,6 +49,7 @@ def run_serve(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
     """
     serving = config.serving
     check_access_and_limits(config)
+    config = with_default_scorer(config)
     joined = ray.is_initialized() or bool(os.environ.get("RAY_ADDRESS"))
     port_error = None
     try:
@@ -87,6 +88,16 @@ def base_url(serving: ServingConfig) -> str:
     """Return the server's URL for clients on this machine."""
     host = "127.0.0.1" if serving.host == "0.0.0.0" else serving.host
     return f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"
+
+
+def with_default_scorer(config: Config) -> Config:
+    """Return the config with the scorer of the package if `scorer_path` is not set and the workspace has no scorer."""
+    uri = storage.check_uri(config.scorer_uri, "scorer_path")
+    files = (artifacts.MANIFEST, CHECKPOINTS_FOLDER, "config.json")
+    if config.scorer_path or any(storage.exists(storage.join(uri, name)) for name in files):
+        return config
+    progress.log(f"serve: {uri} has no scorer, and scorer_path is not set; using {DEFAULT_SCORER}, the scorer of the package")
+    return config.model_copy(update={"scorer_path": DEFAULT_SCORER})
 
 
 def check_scorer(config: Config) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TypedDict, cast
 import torch
 
 from cluster import artifacts, folder_writer, lease, models, storage
-from cluster.config import AdaptConfig, Config, differences, paths
+from cluster.config import DEFAULT_SCORER, AdaptConfig, Config, differences, paths
 from cluster.errors import Stopped, UsageError
 from cluster.lease import Lease
 from cluster.progress import Bar, log
@@ -220,7 +220,7 @@ def _finished_outcomes(tasks: list[Task]) -> dict[str, Outcome]:
         outcome = adapt_one.read_outcome(task)
         if outcome is None:
             continue
-        if outcome["identity"] == task.identity:
+        if outcome["identity"] == task.identity or _has_earlier_default_base(outcome, task):
             found[task.name] = outcome
         elif outcome["state"] == "published":
             changes = "; ".join(differences(outcome["identity"], task.identity))
@@ -229,6 +229,21 @@ def _finished_outcomes(tasks: list[Task]) -> dict[str, Outcome]:
                 f"choose another adapted_path, or use --overwrite"
             )
     return found
+
+
+def _has_earlier_default_base(outcome: Outcome, task: Task) -> bool:
+    """Return whether a task was adapted from the plain encoder, the default before `cappy-minilm`, with otherwise equal settings."""
+    base, before = task.identity.get("base", {}), outcome["identity"].get("base", {})
+    if base.get("name") != DEFAULT_SCORER or before.get("scorer") is not False:
+        return False
+
+    def without_base(identity: dict[str, Any]) -> dict[str, Any]:
+        return {**identity, "base": None, "adapt": {**identity["adapt"], "base": None}}
+
+    equal = without_base(outcome["identity"]) == without_base(task.identity)
+    if equal:
+        log(f"{task.name} was adapted from {before['name']} by an earlier version and is kept; --overwrite adapts it from {DEFAULT_SCORER}")
+    return equal
 
 
 def _delete_earlier_files(tasks: list[Task], check: Callable[[], None] = lambda: None) -> None:

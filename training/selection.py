@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster import storage
+from cluster import models, storage
 from cluster.config import LabelConfig
 from cluster.errors import CappyError
 from generation.logprobs import mean_logprobs
@@ -236,6 +236,8 @@ def read(folder: str) -> Selection | None:
 
     Raises `CappyError` for a damaged file.
     """
+    if folder in models.EMBEDDED:
+        folder = str(models.resolve(folder, "scorer_path"))
     uri = storage.join(folder, FILE)
     try:
         tree = storage.read_json(uri)

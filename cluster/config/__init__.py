@@ -4,7 +4,7 @@ A config is made of the defaults, then a YAML file, then `--set section.key=valu
 A rule for several fields is a validator of their section. Imports no Ray and no model library, so that the command line starts fast.
 """
 
-from cluster.config.base import Section
+from cluster.config.base import DEFAULT_SCORER, Section
 from cluster.config.evaluation import EvaluationConfig
 from cluster.config.generation import GenerateConfig, LabelConfig, PlanConfig
 from cluster.config.loading import CONFIG_FOLDER, differences, fingerprint, load
@@ -48,6 +48,7 @@ from cluster.config.training import AdaptConfig, LoraConfig, ObjectiveConfig, Sc
 
 __all__ = [
     "CONFIG_FOLDER",
+    "DEFAULT_SCORER",
     "DEMO_TASKS",
     "GREEDY",
     "PAPER_DECODINGS",

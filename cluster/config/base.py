@@ -6,6 +6,9 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
+DEFAULT_SCORER = "cappy-minilm"
+"""The scorer that ships with the package (`cluster.packed_scorer`)."""
+
 
 class Section(BaseModel):
     """A part of the tree. It is immutable, and an unknown key is an error."""

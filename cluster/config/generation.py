@@ -48,7 +48,7 @@ class LabelConfig(Section):
 class GenerateConfig(ExtendedSection):
     """How `cappy generate` assembles and writes the regression set."""
 
-    added: ClassVar = ("reuse",)
+    added: ClassVar = ("reuse", "reuse_only")
 
     label: LabelConfig = LabelConfig()
     """The metric that labels sampled responses."""
@@ -63,6 +63,8 @@ class GenerateConfig(ExtendedSection):
     """Published sets, or candidate files of `python -m generation.candidate_file`, local or s3://. A row that has all its candidates there
     is not sampled: same row id, `sampler.model` and names of the decodings. Its labels are computed again. The first set with a row
     decides."""
+    reuse_only: bool = False
+    """Leave out the rows that would be sampled because `reuse` does not have their candidates; no LLM is loaded."""
     unit_rows: int = Field(32, ge=1)
     """Instructions in a unit of work. A unit is sampled by one call, saved in one write, and never sampled again."""
     shard_mib: int = Field(128, ge=1)

@@ -11,15 +11,15 @@ from cluster.config import Config, FilesSource, HubSource, MixtureSource, RowsSo
 def absolute(config: Config) -> Config:
     """Return the config with absolute local paths."""
     paths: dict[str, Any] = {
-        name: storage.absolute(value)
+        name: value if value in models.EMBEDDED else storage.absolute(value)
         for name in ("workspace", "dataset", "scorer_path", "adapted_path", "evaluation_path")
         if (value := getattr(config, name))
     }
     if config.sampler.engine.kind != "endpoint":  # the model of an endpoint is a name there, never a local folder
         paths["sampler"] = config.sampler.model_copy(update={"model": models.absolute(config.sampler.model)})
     paths["scorer"] = config.scorer.model_copy(update={"encoder": models.absolute(config.scorer.encoder)})
-    if config.adapt.base:
-        paths["adapt"] = config.adapt.model_copy(update={"base": models.absolute(config.adapt.base)})
+    if base := config.adapt_base:
+        paths["adapt"] = config.adapt.model_copy(update={"base": models.absolute(base)})
     scorers = tuple(each.model_copy(update={"path": models.absolute(each.path)}) for each in config.serving.scorers)
     paths["serving"] = config.serving.model_copy(update={"scorers": scorers})
     paths["source"] = _absolute_source(config.source)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import yaml
 from pydantic import Field, model_validator
 
-from cluster.config.base import ExtendedSection
+from cluster.config.base import DEFAULT_SCORER, ExtendedSection
 from cluster.config.evaluation import EvaluationConfig
 from cluster.config.generation import GenerateConfig, PlanConfig
 from cluster.config.sampler import SamplerConfig
@@ -66,6 +66,23 @@ class Config(ExtendedSection):
                 f"use 1 and raise sampler.engine.concurrency"
             )
         return self
+
+    @model_validator(mode="after")
+    def _base_of_adapters(self) -> Config:
+        if self.adapt.method == "lora" and self.adapt_base is None:
+            raise ValueError(
+                "adapt.method=lora with base=null: adapters need a base that all tasks share; set adapt.base to a published scorer"
+            )
+        return self
+
+    @property
+    def adapt_base(self) -> str | None:
+        """Return `adapt.base`, or the scorer of the package if neither it nor `scorer.encoder` is given.
+
+        A dumped config gives every setting. So `paths.absolute` writes this value into `adapt.base`.
+        """
+        given = "base" in self.adapt.model_fields_set or "encoder" in self.scorer.model_fields_set
+        return self.adapt.base if given else self.adapt.base or DEFAULT_SCORER
 
     @property
     def dataset_uri(self) -> str:

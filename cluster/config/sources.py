@@ -39,7 +39,7 @@ class BigBenchSource(Section):
 class RowsSource(ExtendedSection):
     """Settings that files and hub datasets share: the format of the rows, and the split."""
 
-    added: ClassVar[tuple[str, ...]] = ("max_instruction_chars", "dataset_rows")
+    added: ClassVar[tuple[str, ...]] = ("max_instruction_chars", "dataset_rows", "choice_rows")
 
     format: Literal["auto", "cappy", "p3", "promptsource", "natural-instructions", "bigbench", "alpaca", "chat"] = "auto"
     """Format of the rows. `auto` detects it from the keys of each row, and `promptsource` from `templates`. `alpaca` has the columns of a
@@ -60,6 +60,8 @@ class RowsSource(ExtendedSection):
     dataset_rows: int | None = Field(None, ge=1)
     """Largest number of rows per dataset, selected by hash: this many rows with answer choices, and this many without. null takes all.
     A larger value takes the rows of a smaller value and more."""
+    choice_rows: int | None = Field(None, ge=1)
+    """As `dataset_rows`, for the rows with answer choices only; null takes `dataset_rows`."""
     validation_fraction: float = Field(0.2, ge=0, lt=1)
     """Share of the examples (or datasets) without a `split` that is assigned to validation, by hash."""
     split_by: Literal["example", "dataset"] = "example"

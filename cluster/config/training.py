@@ -145,7 +145,8 @@ class AdaptConfig(ExtendedSection):
     added: ClassVar = ("folds",)
 
     base: str | None = None
-    """The published scorer to start from: a folder, a hub name or an s3:// folder; null starts from `scorer.encoder`."""
+    """The published scorer to start from: a folder, a hub name or an s3:// folder. null starts from `scorer.encoder`. If neither this
+    setting nor `scorer.encoder` is given, it is `cappy-minilm`, the scorer of the package."""
     by: Literal["dataset", "all"] = "dataset"
     """Definition of a task: each dataset of the source, or all datasets together."""
     tasks: tuple[str, ...] | None = Field(None, min_length=1)
@@ -193,8 +194,6 @@ class AdaptConfig(ExtendedSection):
     def _consistent(self) -> AdaptConfig:
         if self.folds == 1:
             raise ValueError("folds=1: one fold leaves no rows to train on; use 2 or more, or 0 for no cross-validation")
-        if self.method == "lora" and self.base is None:
-            raise ValueError("method=lora with base=null: adapters need a base that all tasks share; set adapt.base to a published scorer")
         return self
 
     def training(self, training: TrainingConfig) -> TrainingConfig:

@@ -83,7 +83,7 @@ def zero_shot_scorer(config: Config) -> str | None:
     """Return the scorer that is compared without adaptation: `scorer_path`, the scorer of the workspace, or `adapt.base`."""
     if config.scorer_path or storage.exists(storage.join(config.scorer_uri, artifacts.MANIFEST)):
         return config.scorer_uri
-    return config.adapt.base
+    return config.adapt_base
 
 
 def _load(config: Config, uri: str) -> PairScorer:

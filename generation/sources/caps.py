@@ -14,15 +14,19 @@ _HASH_BYTES = 8
 
 
 class DatasetCaps:
-    """At most `count` rows of each dataset with answer choices, and as many without: the rows with the smallest hashes."""
+    """Caps of the rows of each dataset, with and without answer choices: the rows with the smallest hashes are kept."""
 
-    def __init__(self, rows: Iterable[Instruction | DeadLetter], count: int, seed: int) -> None:
-        """Read `rows` once; memory holds `count` hashes for each dataset."""
+    def __init__(self, rows: Iterable[Instruction | DeadLetter], choice_rows: int | None, other_rows: int | None, seed: int) -> None:
+        """Read `rows` once; memory holds as many hashes for each dataset as it keeps rows.
+
+        `choice_rows` is the cap of rows with answer choices, `other_rows` that of the others; None keeps all.
+        """
         self._seed = seed
+        self._counts = {True: choice_rows, False: other_rows}
         heaps: dict[tuple[str, bool], list[int]] = {}
         kept: dict[tuple[str, bool], set[int]] = {}
         for row in rows:
-            if isinstance(row, DeadLetter):
+            if isinstance(row, DeadLetter) or (count := self._counts[row.answer_choices is not None]) is None:
                 continue
             heap, hashes = heaps.setdefault(_group(row), []), kept.setdefault(_group(row), set())
             value = self._hash(row)
@@ -38,7 +42,11 @@ class DatasetCaps:
 
     def take(self, rows: Iterable[Instruction | DeadLetter]) -> Iterator[Instruction | DeadLetter]:
         """Yield the rows within the caps, in order, and all dead letters."""
-        return (row for row in rows if isinstance(row, DeadLetter) or self._hash(row) <= self._largest.get(_group(row), -1))
+        return (row for row in rows if isinstance(row, DeadLetter) or self._keeps(row))
+
+    def _keeps(self, row: Instruction) -> bool:
+        unlimited = self._counts[row.answer_choices is not None] is None
+        return unlimited or self._hash(row) <= self._largest.get(_group(row), -1)
 
     def _hash(self, row: Instruction) -> int:
         text = "\0".join((str(self._seed), row.dataset, row.template or "", row.instruction))

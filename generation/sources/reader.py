@@ -114,11 +114,12 @@ def _bigbench_rows(source: BigBenchSource, seed: int, notes: Notes) -> Generator
 def _file_or_hub_rows(source: FilesSource | HubSource, seed: int, notes: Notes) -> Generator[Instruction | DeadLetter]:
     """Yield the rows of a source within its caps (`sources.caps`), and the dead letters."""
     shared = _find_shared_texts(source, seed)
-    if source.dataset_rows is None:
+    choice_rows = source.choice_rows or source.dataset_rows
+    if choice_rows is None and source.dataset_rows is None:
         yield from _short_rows(source, _parsed_rows(source, seed, notes, shared), notes)
         return
     # The cap needs a separate reading, which counts and logs nothing.
-    caps = DatasetCaps(_short_rows(source, _parsed_rows(source, seed, None, shared), None), source.dataset_rows, seed)
+    caps = DatasetCaps(_short_rows(source, _parsed_rows(source, seed, None, shared), None), choice_rows, source.dataset_rows, seed)
     yield from caps.take(_short_rows(source, _parsed_rows(source, seed, notes, shared), notes))
 
 

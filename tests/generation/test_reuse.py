@@ -76,7 +76,7 @@ def test_rows_of_an_earlier_set_are_not_sampled_and_new_rows_are(kind, first, co
     assert manifest["reused"] == {"rows": ROWS, "candidates": 4 * ROWS, "tokens": 3 * 4 * ROWS, "sources": {str(given): ROWS}}
     assert "responses of 30 instructions are from earlier sets" in (tmp_path / "set" / "README.md").read_text()
     error = capsys.readouterr().err
-    assert "generate.reuse has the candidates of 30 of 40 rows" in error and "warning: generate.reuse" not in error
+    assert "generate.reuse has the candidates of 30 of 40 rows to sample" in error and "warning: generate.reuse" not in error
 
 
 def refuse_to_load(config):
@@ -114,6 +114,14 @@ def test_a_run_that_was_started_without_reuse_is_not_resumed_with_it(first, tmp_
     Path(staging, "prepared.json").write_text("{}")
     with pytest.raises(UsageError, match=r"started with other settings \(generate\.reuse: null -> "):
         generate.run_generate(config_for(rows, tmp_path / "set", f"generate.reuse=[{first}]"), load=FixedLLM)
+
+
+def test_with_reuse_only_the_rows_without_candidates_are_left_out(compact, tmp_path, capsys):
+    overrides = [f"generate.reuse=[{compact}]", "generate.reuse_only=true"]
+    config = config_for(write_rows(tmp_path / "rows.jsonl", ROWS + 10), tmp_path / "set", *overrides)
+    summary = generate.run_generate(config, load=refuse_to_load)
+    assert summary["reused"] == ROWS and summary["instructions"] == ROWS + 1
+    assert "generate.reuse_only: 10 rows are left out" in capsys.readouterr().err
 
 
 def test_only_rows_with_all_decodings_are_usable():

@@ -50,6 +50,9 @@ def test_the_wheel_has_every_module_and_every_data_file_and_no_tests(wheel):
         assert in_tree <= names
         assert f"{package}/py.typed" in names
     assert {"serving/page.html", "cappy/configs/demo.yaml", "cappy/configs/schema.json", "evaluation/suites/bigbench.yaml"} <= names
+    packaged = {path.relative_to(ROOT).as_posix() for path in (ROOT / "cluster" / "packaged").rglob("*") if path.is_file()}
+    assert {f"cluster/packaged/cappy-minilm/{name}" for name in ("delta.safetensors", "pack.json", "config.json", "README.md")} <= packaged
+    assert packaged <= names and sum(zipfile.ZipFile(wheel).getinfo(name).file_size for name in packaged) <= 10_000_000
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
 
 
@@ -102,6 +105,38 @@ def test_the_installed_commands_generate_train_and_evaluate_from_another_folder(
         f"import cappy; scorer = cappy.Scorer.load({str(tmp_path / 'run' / 'scorer')!r}); print(len(scorer.score(['a', 'b'], ['c', 'd'])))"
     )
     assert run("python", "-c", source).split() == ["2"]
+
+
+@pytest.mark.slow
+def test_the_installed_package_serves_with_nothing_configured(installed, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "RAY_ADDRESS")}
+    port = ports.free_port()
+    log = tmp_path / "serve.log"
+    # The port alone is set, because another process may use the default.
+    command = [str(installed / "cappy"), "serve", "--set", f"serving.port={port}"]
+    with log.open("w") as stream:
+        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 8}
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=300).raise_for_status().json()
+        assert answer["choices"][0]["message"]["content"].strip()
+        pairs = {"text_1": "What is the capital of France?", "text_2": ["Paris", "Berlin"]}
+        scores = httpx.post(f"http://127.0.0.1:{port}/v1/score", json=pairs, timeout=60).raise_for_status().json()
+        assert [type(each["score"]) for each in scores["data"]] == [float, float]
+        assert "using cappy-minilm, the scorer of the package" in log.read_text()
+    finally:
+        processes = [*psutil.Process(server.pid).children(recursive=True)] if server.poll() is None else []
+        server.terminate()
+        try:
+            server.wait(60)
+        finally:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            server.kill()
 
 
 @pytest.mark.slow

@@ -42,6 +42,25 @@ def test_a_server_without_keys_on_the_network_is_refused_unless_the_config_allow
     serve.check_access_and_limits(Config(serving=ServingConfig(host="0.0.0.0", allow_no_keys=True)))
 
 
+def test_a_server_without_a_scorer_uses_the_scorer_of_the_package(tmp_path, capsys):
+    config = Config(workspace=str(tmp_path / "run"))
+    assert serve.with_default_scorer(config).scorer_uri == "cappy-minilm"
+    assert f"{tmp_path}/run/scorer has no scorer" in capsys.readouterr().err
+    given = Config(workspace=str(tmp_path), scorer_path=str(tmp_path / "none"))
+    assert serve.with_default_scorer(given) is given
+    with pytest.raises(CappyError, match=r"scorer_path=.*none"):
+        serve.check_scorer(given)
+
+
+@pytest.mark.parametrize("name", ["_MANIFEST.json", "config.json", "_checkpoints/lease"])
+def test_a_scorer_in_the_workspace_is_used_and_an_unfinished_one_is_not_replaced(name, tmp_path):
+    path = tmp_path / "scorer" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    config = Config(workspace=str(tmp_path))
+    assert serve.with_default_scorer(config) is config
+
+
 def test_the_first_signal_stops_the_server_and_later_ones_do_not_disturb_the_shutdown():
     before = signal.getsignal(signal.SIGTERM)
     steps = []

@@ -114,7 +114,18 @@ def test_the_first_line_of_a_run_has_the_pairs_of_the_cross_validation():
 
 def test_lora_without_a_base_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match=r"method=lora with base=null: adapters need a base that all tasks share; set adapt\.base"):
-        load(None, ["adapt.method=lora"])
+        load(None, ["adapt.method=lora", "adapt.base=null"])
+
+
+def test_a_task_that_an_earlier_version_adapted_from_the_plain_encoder_is_finished(tmp_path: Path, capsys):
+    before = {"seed": 7, "adapt": {"base": None, "pairs": 9}, "base": {"name": "minilm-l6", "scorer": False}, "task": "tense"}
+    now = {**before, "adapt": {"base": "cappy-minilm", "pairs": 9}, "base": {"name": "cappy-minilm", "scorer": True}}
+    outcome: Any = {"task": "tense", "state": "published", "identity": before}
+    task = Task("tense", "tense", str(tmp_path), now)
+    assert adapt._has_earlier_default_base(outcome, task)
+    assert "tense was adapted from minilm-l6 by an earlier version and is kept" in capsys.readouterr().err
+    for other in ({**now, "seed": 8}, {**now, "base": {"name": "my/scorer", "scorer": True}}):
+        assert not adapt._has_earlier_default_base(outcome, Task("tense", "tense", str(tmp_path), other))
 
 
 def test_an_objective_that_compares_candidates_is_refused():

@@ -31,6 +31,12 @@ def test_a_cap_takes_the_same_rows_in_any_order_and_a_larger_cap_takes_more(tmp_
     assert other != taken[4]
 
 
+def test_rows_with_choices_can_have_a_separate_cap(tmp_path):
+    taken = read(tmp_path, ROWS, choice_rows=3)
+    assert len(taken) == 40 + 3 and sum(row.answer_choices is not None for row in taken) == 3
+    assert len(read(tmp_path, ROWS, choice_rows=3, dataset_rows=5)) == 5 + 5 + 3
+
+
 def test_rows_with_a_long_instruction_are_left_out_counted_and_logged_once(tmp_path, capsys):
     rows = [
         *ROWS,
