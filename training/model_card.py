@@ -135,7 +135,7 @@ In a pair of more than {config.scorer.max_length} tokens the instruction is cut,
 
 ![loss](loss.svg)
 
-{calibration}{blended}Trained on
+{calibration}{blended}{describe_selection(summary.get("selection"))}Trained on
 {summary["pairs"]:,} pairs ({summary["cut_pairs"]:,} cut to {config.scorer.max_length} tokens) of `{config.dataset_uri}`
 (written by {dataset.get("code_version", "unknown code")}): {summary["epochs"]} epochs, {summary["steps"]:,} steps of
 {training.batch_size} pairs, AdamW at {training.learning_rate:g} with a {training.schedule} schedule. Loss: {loss}.

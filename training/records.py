@@ -93,6 +93,8 @@ class Progress(TypedDict):
     calibration: list[CalibrationGroup]
     best: BestRecord
     blend: BlendRecord | None
+    selection: NotRequired[dict[str, Any] | None]
+    """The content of `selection.json`; None without one. Absent in checkpoints of earlier versions."""
     finished: bool
     """True once the weights to publish are in the model."""
 
@@ -149,6 +151,8 @@ class TrainSummary(TypedDict):
     calibration: list[CalibrationGroup]
     best: PublishedBest
     blend: BlendRecord | None
+    selection: SelectionSummary | None
+    """None without a fitted selection."""
     cut_pairs: int
 
 

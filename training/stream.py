@@ -11,14 +11,16 @@ All three are functions of (seed, epoch). A reader that skips to a window gets t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from generation.dataset import Pairs, RegressionSet, concat_tables, explode, open_shard
+from generation.schema import DATASET
 from training.batch_plan import Size
 
 _LANES = 8  # row groups read at the same time
@@ -29,27 +31,52 @@ _COLUMNS = ["instruction", "candidates"]
 Item = TypeVar("Item")
 
 
-def count_pairs(dataset: RegressionSet, split: str) -> Size:
-    """Read a split and return its number of pairs and instructions, without exact repeats. Raises `CappyError` for a damaged shard."""
+def count_pairs(dataset: RegressionSet, split: str, seed: int = 0, held_out: float = 0.0) -> Size:
+    """Read a split and return its number of pairs and instructions, without exact repeats and without held-out instructions.
+
+    Raises `CappyError` for a damaged shard.
+    """
     pairs = instructions = 0
     for batch in dataset.pairs(split):
-        pairs += len(batch)
-        instructions += len(np.unique(batch.groups))
+        groups = batch.groups[~are_held_out(batch.instructions, seed, held_out)] if held_out else batch.groups
+        pairs += len(groups)
+        instructions += len(np.unique(groups))
     return Size(pairs, instructions)
 
 
+def are_held_out(instructions: Sequence[str], seed: int, share: float) -> np.ndarray:
+    """Return whether each instruction is in the held-out share, bool (instructions,). It is a function of the seed and the text."""
+    return np.array([_position(seed, text) < share for text in instructions], bool)
+
+
+def _position(seed: int, instruction: str) -> float:
+    """Return a number in [0, 1) from a hash of the seed and the text."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{instruction}".encode(), digest_size=6).digest()) / 2**48
+
+
+def read_held_out(dataset: RegressionSet, split: str, seed: int, share: float, most: int) -> pa.Table:
+    """Return the held-out rows with sampled candidates, at most `most` of them, in the order of a hash of their instructions."""
+    found: list[dict[str, Any]] = []
+    for table in dataset.batches(split, columns=["dataset", *_COLUMNS]):
+        kept = table.filter(pa.array(are_held_out(table["instruction"].to_pylist(), seed, share)))
+        found += [row for row in kept.to_pylist() if any(each["source"] == "sampled" for each in row["candidates"])]
+        found = sorted(found, key=lambda row: _position(seed, row["instruction"]))[:most]
+    return pa.Table.from_pylist(found, pa.schema([DATASET.field(name) for name in ("dataset", *_COLUMNS)]))
+
+
 def read_windows(
-    dataset: RegressionSet, split: str, size: int, seed: int, epoch: int, skip: int = 0, whole: bool = False
+    dataset: RegressionSet, split: str, size: int, seed: int, epoch: int, skip: int = 0, whole: bool = False, held_out: float = 0.0
 ) -> Iterator[Pairs]:
     """Yield one epoch of a split as windows of `size` pairs, without the first `skip` windows. The last window may be smaller.
 
-    With `whole` a window has `size` instructions with all their pairs. Holds a block of rows and a window of pairs in memory.
+    Instructions of the share `held_out` are left out. With `whole` a window has `size` instructions with all their pairs. Holds a block of
+    rows and a window of pairs in memory.
     Raises `CappyError` when a shard is damaged or rows are missing.
     """
     buffered: list[Pairs] = []
     held = 0  # pairs or, with `whole`, instructions in `buffered`
     number = 0
-    for pairs in _read_shuffled(dataset, split, seed, epoch):
+    for pairs in _read_shuffled(dataset, split, seed, epoch, held_out):
         buffered.append(pairs)
         held += len(np.unique(pairs.groups)) if whole else len(pairs)
         while held >= size:
@@ -74,10 +101,13 @@ def prefetch(items: Iterator[Item]) -> Iterator[Item]:
             yield item  # type: ignore[misc]
 
 
-def _read_shuffled(dataset: RegressionSet, split: str, seed: int, epoch: int) -> Iterator[Pairs]:
+def _read_shuffled(dataset: RegressionSet, split: str, seed: int, epoch: int, held_out: float) -> Iterator[Pairs]:
     """Yield the pairs of an epoch in shuffled order, a few rows at a time. `groups` are positions of rows in that order."""
     seen = 0
-    for number, block in enumerate(_blocks(_pieces(dataset, split, seed, epoch))):
+    pieces = _pieces(dataset, split, seed, epoch)
+    if held_out:
+        pieces = (each.filter(pa.array(~are_held_out(each["instruction"].to_pylist(), seed, held_out))) for each in pieces)
+    for number, block in enumerate(_blocks(pieces)):
         order = np.random.default_rng([seed, epoch, 1, number]).permutation(len(block))
         shuffled = block.take(pa.array(order, pa.int64()))
         for start in range(0, len(shuffled), _PIECE_ROWS):

@@ -26,7 +26,7 @@ from cluster.lease import Claim, Lease
 from cluster.progress import Bar, log
 from cluster.runtime import find_cappy_error, on_sigterm, ray_session
 from generation.dataset import RegressionSet
-from training import batch_plan, checkpoint, model_card, stream
+from training import batch_plan, checkpoint, model_card, selection, stream
 from training.batch_plan import Size
 from training.records import Event, Job, TrainSummary
 from training.run_channel import RunChannel, run_worker
@@ -88,7 +88,7 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worke
         artifacts.refuse_published(uri, "scorer_path", "train")
         dataset.verify("train", "validation")
         run_folder = storage.join(checkpoints, run_name)
-        size = _count_pairs(dataset, storage.join(run_folder, "size.json"))
+        size = _count_pairs(config, dataset, storage.join(run_folder, "size.json"))
         total = config.training.epochs * batch_plan.steps_in_epoch(size, config.training)
         if checkpoint.last_step(run_folder) < total:
             with ray_session():
@@ -125,12 +125,12 @@ def identity(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
     return {"seed": config.seed, "scorer": scorer, "training": training, "dataset": manifest.get("writer"), "files": manifest["files"]}
 
 
-def _count_pairs(dataset: RegressionSet, uri: str) -> Size:
+def _count_pairs(config: Config, dataset: RegressionSet, uri: str) -> Size:
     """Return the size of the train split. It is counted once in a run and stored in the file `uri` for a resumed run."""
     try:
         return Size(**storage.read_json(uri))
     except (FileNotFoundError, ValueError, TypeError):
-        size = stream.count_pairs(dataset, "train")
+        size = stream.count_pairs(dataset, "train", config.seed, config.training.selection_share)
     if not size.pairs:
         raise CappyError(f"dataset={dataset.uri} has no train pairs; generate a set with train rows")
     storage.write_json(uri, size._asdict())
@@ -269,6 +269,8 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint
     tokenizer = load_tokenizer(folder, config.scorer.encoder, "scorer.encoder")
     progress = state.trainer_state["progress"]
     best = progress["best"]
+    tree = progress.get("selection")
+    fitted = None if tree is None else selection.Selection.from_json(tree)
     target = storage.new_temporary_folder("scorer")
     try:
         (target / "metrics.jsonl").write_text("".join(f"{line}\n" for line in state.lines), encoding="utf-8")
@@ -284,10 +286,13 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint
             "calibration": progress["calibration"],
             "best": {"metric": best["metric"], "value": best["value"], "step": best["step"]},
             "blend": progress["blend"],
+            "selection": selection.summarise(fitted),
             "cut_pairs": progress["cut_pairs"],
         }
         model.config.cappy = {"blend": progress["blend"]}
         Scorer(model, tokenizer, config.scorer.max_length).save(target)
+        if fitted is not None:
+            (target / selection.FILE).write_text(selection.to_text(fitted), encoding="utf-8")
         (target / "loss.svg").write_bytes(model_card.plot_loss([json.loads(line) for line in state.lines]))
         if progress["calibration"]:
             (target / "calibration.svg").write_bytes(model_card.plot_calibration(progress["calibration"]))

@@ -11,23 +11,26 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from cluster import models
 from cluster.config import Config
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
-from training import batch_plan, blend, checkpoint, flops, loop, stream, validation
+from training import batch_plan, blend, checkpoint, cross_fit, flops, loop, selection_fit, stream, validation
 from training.batch_plan import Size
 from training.best_checkpoint import BestWeights
+from training.consensus import consensus_metric
 from training.encoding import encode_pairs
 from training.records import BlendRecord, Event, Job, MetricsLine, Position, Progress
 from training.scorer import Scorer, load_tokenizer, new_model, pick_dtype
 
 _LOG_EVERY = 10  # optimizer steps between lines of metrics.jsonl and updates of the progress bar
+_SELECTION_ROWS = 2000  # held-out instructions that a selection is fitted on
 _VALIDATION_ROWS = 64  # instructions per validation batch of a worker
 
 
@@ -84,6 +87,7 @@ class _Worker:
             "calibration": [],
             "best": self.best.record,
             "blend": None,
+            "selection": None,
             "finished": False,
         }
 
@@ -182,7 +186,9 @@ class _Worker:
         size = batch_plan.window_size(self.size, training)
         first, skip, _ = batch_plan.position(self.progress["step"], self.size, training)
         for epoch in range(first, training.epochs):
-            windows = stream.read_windows(self.dataset, "train", size, self.config.seed, epoch, skip, whole=training.objective.grouped)
+            windows = stream.read_windows(
+                self.dataset, "train", size, self.config.seed, epoch, skip, training.objective.grouped, training.selection_share
+            )
             for number, pairs in enumerate(windows, skip):
                 encoded = encode_pairs(tokenizer, pairs.instructions, pairs.responses, scorer.max_length)
                 yield batch_plan.Window(epoch, number, encoded, pairs.labels, pairs.groups)
@@ -253,12 +259,13 @@ class _Worker:
         return True
 
     def _finish(self) -> None:
-        """Load the weights to publish and fit the blend's weight with them. The last checkpoint contains both."""
+        """Load the weights to publish, and fit the blend's weight and the selection with them. The last checkpoint contains all."""
         loop.sum_over_workers([0.0], self.world, self.device)  # a barrier: the first worker has written the file of weights
         weights = self.best.weights()
         if weights is not None:
             checkpoint.restore_weights(weights, self.model, f"the best weights, of step {self.best.record['step']},")
         self.progress["blend"] = self._fit_blend()
+        self.progress["selection"] = self._fit_selection()
         self.progress["finished"] = True
 
     def _fit_blend(self) -> BlendRecord | None:
@@ -279,6 +286,24 @@ class _Worker:
             return None
         scorer, blended = (blend.mean_label(tally, each) for each in (0.0, weight))
         return {"logprob_weight": weight, "rows": int(tally[0]), "selection_train": scorer, "selection_train_blend": blended}
+
+    def _fit_selection(self) -> dict[str, Any] | None:
+        """Fit a selection on the held-out instructions; return the content of its file. None if it is turned off or cannot be fitted."""
+        share = self.config.training.selection_share
+        if not share:
+            return None
+        self._prepare_scoring()
+        rows = stream.read_held_out(self.dataset, "train", self.config.seed, share, _SELECTION_ROWS)
+        sizes = [len(candidates) for candidates in rows["candidates"].to_pylist()]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        scores = np.zeros(offsets[-1])
+        mine = np.arange(self.rank, len(rows), self.world)
+        for row, values in zip(mine, cross_fit.score_candidates(rows.take(pa.array(mine)), self.scorer.score), strict=True):
+            scores[offsets[row] : offsets[row + 1]] = values
+        scores = loop.sum_over_workers(scores, self.world, self.device)
+        metric = consensus_metric(self.dataset.manifest.get("metric"))
+        fitted = selection_fit.fit_on_rows(rows, np.split(scores, offsets[1:-1]), metric, made={"scores": "held out", "share": share})
+        return None if fitted is None else fitted.to_json()
 
     def _prepare_scoring(self) -> None:
         if self.sharded:

@@ -53,8 +53,10 @@ class ObjectiveConfig(Section):
         return self
 
 
-class TrainingConfig(Section):
+class TrainingConfig(ExtendedSection):
     """Settings of `cappy train`."""
+
+    added: ClassVar = ("selection_share",)
 
     workers: int = Field(1, ge=1)
     """Number of data-parallel training processes."""
@@ -100,6 +102,9 @@ class TrainingConfig(Section):
     """Early stopping: stop after this many validations in a row without improvement; null trains to the end."""
     blend_rows: int = Field(500, ge=0)
     """Number of train instructions on which the weight of the log-probability in `serving.selection: blend` is fitted; 0 fits none."""
+    selection_share: float = Field(0.0, ge=0, le=0.5)
+    """Share of the train instructions, by hash, that are held out of the training. A selection of several signals is fitted on their
+    sampled candidates and published as `selection.json`. 0 trains on all rows and fits none."""
     checkpoint_every: int = Field(200, ge=1)
     """Optimizer steps between checkpoints."""
     checkpoints_kept: int = Field(2, ge=1)

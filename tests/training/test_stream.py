@@ -82,3 +82,17 @@ def wait_until(reached, seconds=30):
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_held_out_instructions_are_in_no_window_and_keep_their_rows(dataset: RegressionSet):
+    windows = list(stream.read_windows(dataset, "train", 128, seed=5, epoch=0, held_out=0.25))
+    size = stream.count_pairs(dataset, "train", seed=5, held_out=0.25)
+    trained = {text for pairs in windows for text in pairs.instructions}
+    rows = stream.read_held_out(dataset, "train", 5, 0.25, 1000)
+    held_out = set(rows["instruction"].to_pylist())
+    everything = {text for pairs in stream.read_windows(dataset, "train", 128, seed=5, epoch=0) for text in pairs.instructions}
+    assert size.pairs == sum(map(len, windows))
+    assert not trained & held_out and trained | held_out == everything
+    assert 0.1 < len(held_out) / len(everything) < 0.4
+    assert stream.read_held_out(dataset, "train", 5, 0.25, 3)["instruction"].to_pylist() == rows["instruction"].to_pylist()[:3]
+    assert set(stream.read_held_out(dataset, "train", 6, 0.25, 1000)["instruction"].to_pylist()) != held_out

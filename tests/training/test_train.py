@@ -77,6 +77,21 @@ def test_a_run_publishes_a_trained_scorer(trained: tuple[Config, dict[str, Any]]
     assert load(Path(config.scorer_uri, "config.yaml")).scorer == config.scorer
 
 
+def test_a_selection_is_fitted_on_held_out_instructions(encoder: Path, tmp_path: Path, ray_here: None):
+    publish(str(tmp_path / "dataset"), 70, 5)
+    config = settings(str(tmp_path), encoder, epochs=1, selection_share=0.4)
+    summary = train.run_train(config)
+    assert 0 < summary["pairs"] < 210 and 8 <= summary["selection"]["rows"] <= 70 - summary["pairs"] / 3
+    manifest = artifacts.read_manifest(config.scorer_uri, "scorer", "train")
+    assert "selection.json" in manifest["files"] and artifacts.verify(config.scorer_uri, manifest) == []
+    selection = Scorer.load(config.scorer_uri).selection
+    assert (
+        selection.made["share"] == 0.4
+        and dict(zip(selection.variants[0].signals, selection.variants[0].weights, strict=True)) == (summary["selection"]["weights"])
+    )
+    assert "selection.json" in Path(config.scorer_uri, "README.md").read_text()
+
+
 def test_the_published_scorer_loads_and_its_scores_have_the_validation_mse(trained: tuple[Config, dict[str, Any]]):
     config, summary = trained
     plain = AutoModelForSequenceClassification.from_pretrained(config.scorer_uri)
