@@ -36,10 +36,10 @@ def test_annotate_names_its_source_and_checks_the_settings(tmp_path):
         cappy.annotate(f"{tmp_path}/set", f"{tmp_path}/new", settings={"generate.label.metric": "bleu"})
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "serve"])
-def test_a_verb_without_its_input_is_an_error_that_names_it(verb, tmp_path):
-    with pytest.raises(CappyError, match=f"{tmp_path}/(dataset|scorer)"):
-        getattr(cappy, verb)(settings={"workspace": str(tmp_path)})
+@pytest.mark.parametrize(("verb", "missing"), [("train", "dataset"), ("evaluate", "dataset"), ("serve", "none")])
+def test_a_verb_without_its_input_is_an_error_that_names_it(verb, missing, tmp_path):
+    with pytest.raises(CappyError, match=f"{tmp_path}/{missing}"):
+        getattr(cappy, verb)(settings={"workspace": str(tmp_path), "scorer_path": f"{tmp_path}/none"})
 
 
 @pytest.mark.parametrize("verb", ["generate", "train", "adapt", "evaluate", "serve"])
