@@ -27,7 +27,8 @@ def error_line(result, code):
 def test_help_lists_all_verbs_and_each_has_a_help_page():
     text = re.sub(r"\x1b\[[0-9;]*m", "", cappy("--help", COLUMNS="120").stdout)
     verbs = set(re.findall(r"^│ (\w+) ", text, re.M)) - {"─"}
-    assert {"plan", "generate", "annotate", "train", "adapt", "evaluate", "serve", "inspect", "push", "pull", "doctor", "config"} == verbs
+    made = {"plan", "generate", "annotate", "train", "adapt", "evaluate", "compare", "serve"}
+    assert made | {"inspect", "push", "pull", "doctor", "config"} == verbs
     for verb in verbs:
         help_ = CliRunner(env={"COLUMNS": "120"}).invoke(app, [verb, "--help"])
         assert help_.exit_code == 0 and "Usage:" in help_.stdout
@@ -37,7 +38,7 @@ def test_help_lists_all_verbs_and_each_has_a_help_page():
     ("arguments", "code", "message"),
     [
         (["generate", "--set", "sampler.replica=2"], 2, "unknown key sampler.replica; did you mean 'replicas'?"),
-        (["generate", "no-such.yaml"], 2, "config file no-such.yaml does not exist; give a path or one of: adapt, demo, t0"),
+        (["generate", "no-such.yaml"], 2, "config file no-such.yaml does not exist; give a path or one of: adapt, cappy-large, cappy-"),
         (
             ["generate", "--set", "source={kind: files, path: /none/*.jsonl}"],
             2,
@@ -54,7 +55,7 @@ def test_help_lists_all_verbs_and_each_has_a_help_page():
             "generate.label: mode=unicode is for rouge_l and token_f1; metric=chrf compares no words; leave mode out",
         ),
         (["evaluate", "--set", "workspace=/none/w"], 1, "/none/w/dataset is not there; run `cappy generate`"),
-        (["serve", "--set", "workspace=/none/w"], 1, "/none/w/scorer"),
+        (["serve", "--set", "scorer_path=/none/w/scorer"], 2, "scorer_path=/none/w/scorer: no such folder"),
         (["push", "/none/w", "/none/v"], 1, "SRC=/none/w has no readable _MANIFEST.json"),
         (["pull", "ftp://x/y"], 2, "SRC=ftp://x/y: unsupported scheme; use a local path or s3://"),
         (["inspect", "/none/w"], 1, "URI=/none/w has no readable _MANIFEST.json"),
