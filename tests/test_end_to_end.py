@@ -151,6 +151,6 @@ def test_the_evaluation_compares_all_methods_on_every_validation_row(run):
     summary = results["evaluate"]
     assert summary["instructions"] == 32 and summary["tasks"] == 2
     averages = {method: figures["mean"] for method, figures in summary["averages"].items()}
-    assert set(averages) == {"greedy", "sample", "self_sum", "self_mean", "scorer", "blend", "oracle"}
+    assert set(averages) == {"greedy", "sample", "self_sum", "self_mean", "consensus", "scorer", "blend", "oracle"}
     assert averages["oracle"] >= max(averages.values()) and averages["oracle"] > averages["sample"]
     assert set(storage.list_files(f"{workspace}/evaluation")) >= {"report.html", "results.json", "rows.parquet", "config.yaml"}
