@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -68,7 +68,9 @@ def local_gpu() -> Device | None:
         return None
     import torch
 
-    return find_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    gpu = find_gpu(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    # A GPU is sold with several sizes of memory.
+    return gpu and replace(gpu, memory=float(torch.cuda.get_device_properties(0).total_memory))
 
 
 @lru_cache(maxsize=1)

@@ -87,7 +87,7 @@ class ChoiceLikelihood:
 
     def _pack(self, prompt: list[int], texts: Sequence[str]) -> _Pack:
         answers = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        room = self._limit - max(map(len, answers))
+        room = max(1, self._limit - max(map(len, answers)))
         return (prompt[-room:] or [self._tokenizer.bos_token_id or 0]), answers
 
     def _add_unconditional(self, texts: set[str]) -> None:

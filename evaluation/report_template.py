@@ -111,25 +111,33 @@ button {
 @media print { body { background: #fff; } .buttons { display: none; } .panel, .card, details { break-inside: avoid; } }
 """
 
-PAGE = (
-    """\
-{% set rival = names[best]|lower %}
-{% set made = results.made %}
+
+def page_start(title: str) -> str:
+    """Return the template of the start of a page, up to `<main>`. `title` is a template too. Defines the macro `range(estimate)`."""
+    return f"""\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>Cappy evaluation: {{ results.gain.mean|signed }} points over {{ rival }}</title>
+<title>{title}</title>
 <style>
-"""
-    + STYLE
-    + """</style>
+{STYLE}</style>
 </head>
 <body>
 <main>
-{% macro range(estimate) %}{{ estimate.low|fixed }} – {{ estimate.high|fixed }}{% endmacro %}
+{{% macro range(estimate) %}}{{{{ estimate.low|fixed }}}} – {{{{ estimate.high|fixed }}}}{{% endmacro %}}
+"""
+
+
+PAGE = (
+    """\
+{% set rival = names[best]|lower %}
+{% set made = results.made %}
+"""
+    + page_start("Cappy evaluation: {{ results.gain.mean|signed }} points over {{ rival }}")
+    + """\
 
 <header>
   <h1>

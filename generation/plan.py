@@ -19,7 +19,7 @@ from generation import cost_model, prepared_units, prompts
 from generation.cost_model import Count
 from generation.engines.chat_template import check_template
 from generation.few_shot import PreparationCounts
-from generation.rates import find_rates, local_model_folder
+from generation.rates import find_rates, local_model_folder, read_measured_rates
 from generation.schema import SPLITS
 from generation.sources import reader
 from generation.sources.merge import merge_rows
@@ -37,7 +37,7 @@ def run_plan(config: Config) -> dict[str, Any]:
     `dead_letters` are unusable rows, `merged` are repeated rows. `warnings` are sentences about problems of the source that the
     run would have. Raises `UsageError` or `CappyError` if the source or `plan.rates_from` cannot be read.
     """
-    find_rates(config)  # an error is raised before the source is counted
+    read_measured_rates(config)  # an error is raised before the source is counted
     prompt_tokens, text_tokens, tokens_from = _token_counters(config)
     source = count_source(config, prompt_tokens, text_tokens)
     rates = find_rates(config, cost_model.mean_context(source.counts, config))

@@ -23,6 +23,7 @@ from generation import cost_model, speed
 from generation.cost_model import MachineRates, Rates
 from generation.speed import EncoderSize, LLMSize
 
+_DEFAULT_GPU = "H200"
 # Parameters of models whose names have no size.
 _PARAMETERS = {
     "bart0": 406e6,
@@ -54,7 +55,7 @@ def find_rates(config: Config, context: float = 512.0) -> Rates:
     `plan.rates_from` has no rates.
     """
     given, uri = config.plan, config.plan.rates_from
-    measured = _measured_rates(storage.check_uri(uri, "plan.rates_from"), config.sampler.model) if uri else {}
+    measured = read_measured_rates(config)
     values: dict[str, float | None] = {"tokens_per_candidate": None, "bytes_per_pair": cost_model.BYTES_PER_PAIR}
     origin = {
         "tokens_per_candidate": "the mean length of the references, within min_tokens and max_tokens",
@@ -99,9 +100,6 @@ def find_rates(config: Config, context: float = 512.0) -> Rates:
         encoder=_encoder_size(config),
         warnings=tuple(warnings),
     )
-
-
-_DEFAULT_GPU = "H200"
 
 
 def _gpu_rates(
@@ -157,8 +155,14 @@ def _most_candidates(config: Config, context: float) -> int:
     return max(1, int(engine.batch_tokens / max(context, 1.0))) if engine.kind == "transformers" else 1
 
 
-def _measured_rates(uri: str, model: str) -> dict[str, Any]:
-    """Return `tokens_per_second` of one replica, and the other rates in a published set or in the JSON of a benchmark."""
+def read_measured_rates(config: Config) -> dict[str, Any]:
+    """Return `tokens_per_second` of one replica, and the other rates in `plan.rates_from`; an empty dict if it is not set.
+
+    It is a published set or the JSON of a benchmark. Raises `UsageError` if it has no rates.
+    """
+    if not config.plan.rates_from:
+        return {}
+    uri, model = storage.check_uri(config.plan.rates_from, "plan.rates_from"), config.sampler.model
     if uri.endswith(".json"):
         result = _rates_from_benchmark(_read_json(uri))
     else:

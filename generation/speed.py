@@ -6,8 +6,8 @@ The shares and the time between steps are assumptions. With them the formulas ag
 - SmolLM2-135M, 285 to 319 tokens/s on 2 CPU cores (vLLM),
 - training of MiniLM, 19.5 pairs/s of 190.6 tokens on 2 CPU cores.
 
-Scoring with MiniLM ran at 43 pairs/s on one core of a faster CPU, against 20 pairs/s
-here. A poor setup is not covered: Gemma-3-1B ran at about 730 tokens/s per H100.
+Scoring with MiniLM ran at 43 pairs/s on one core of another CPU, and the formula gives 20 pairs/s for a core here. A poor setup is not
+covered: Gemma-3-1B ran at about 730 tokens/s per H100.
 
 B: candidates that are decoded at a time; L: tokens of their context.
 """

@@ -33,109 +33,99 @@ OnProgress = Callable[[dict[str, Any]], None]
 """Receives the chunks that report the progress of a stream."""
 
 
-async def complete_request(
-    request: SampleRequest,
-    scorer: str | None,
-    decodings: list[DecodingConfig],
-    config: Config,
-    backend: Backend,
-    metrics: Metrics,
-    on_progress: OnProgress,
-    fitted_scorers: set[str],
-    *,
-    early: bool,
-) -> Completion:
-    """Return the answer to a request. The prompts of a text completion are sampled concurrently, each with its own pool.
+class BoostedDecoding:
+    """Answers requests: samples candidates, scores them, and selects the choices.
 
     Args:
-        request: The parsed request.
-        scorer: Name of the scorer, None for the LLM alone.
-        decodings: The decodings of each prompt.
         config: The settings of the server.
         backend: The LLM and the scorers.
         metrics: Counts the pools.
-        on_progress: Called during sampling if the request has `cappy.progress`.
-        fitted_scorers: Names of the scorers that are known to have a fitted selection. Answers of scorers update it.
-        early: See `best_of_n.draw_pool`.
+        fitted_scorers: Names of the scorers that are known to have a fitted selection, which decides whether the LLM computes
+            log-probabilities. Answers of scorers update it.
     """
-    parts = request.split() if isinstance(request, TextRequest) else [request]
-    tasks = [
-        asyncio.ensure_future(_complete_prompt(part, scorer, decodings, config, backend, metrics, on_progress, fitted_scorers, early=early))
-        for part in parts
-    ]
-    try:
-        return merge_completions(await asyncio.gather(*tasks))
-    finally:
-        # If one prompt failed, or the client disconnected, the other answers are not needed.
-        for task in tasks:
-            task.cancel()
 
+    def __init__(self, config: Config, backend: Backend, metrics: Metrics, fitted_scorers: set[str]) -> None:
+        self._config, self._backend, self._metrics = config, backend, metrics
+        self._fitted_scorers = fitted_scorers
 
-async def _complete_prompt(
-    request: SampleRequest,
-    scorer: str | None,
-    decodings: list[DecodingConfig],
-    config: Config,
-    backend: Backend,
-    metrics: Metrics,
-    on_progress: OnProgress,
-    fitted_scorers: set[str],
-    *,
-    early: bool,
-) -> Completion:
-    """Sample and score the candidates of one prompt and return the answer with the best."""
-    completion_id, created = uuid.uuid4().hex, int(time.time())
-    prompt = build_prompt(request, config.sampler.prompt.system)
-    instruction = sampling_policy.scorer_instruction(request, config)
+    async def complete(
+        self, request: SampleRequest, scorer: str | None, decodings: list[DecodingConfig], on_progress: OnProgress, *, early: bool
+    ) -> Completion:
+        """Return the answer to a request. The prompts of a text completion are sampled concurrently, each with its own pool.
 
-    def report_progress(pool: best_of_n.Pool) -> None:
-        on_progress(build_progress_chunk(request, pool.candidates, pool.scores, completion_id=completion_id, created=created))
+        Args:
+            request: The parsed request.
+            scorer: Name of the scorer, None for the LLM alone.
+            decodings: The decodings of each prompt.
+            on_progress: Called during sampling if the request has `cappy.progress`.
+            early: See `best_of_n.draw_pool`.
+        """
+        parts = request.split() if isinstance(request, TextRequest) else [request]
+        tasks = [asyncio.ensure_future(self._complete_prompt(part, scorer, decodings, on_progress, early)) for part in parts]
+        try:
+            return merge_completions(await asyncio.gather(*tasks))
+        finally:
+            # If one prompt failed, or the client disconnected, the other answers are not needed.
+            for task in tasks:
+                task.cancel()
 
-    def score(responses: Sequence[str]) -> Awaitable[Scored]:
-        assert scorer is not None
-        return score_pairs(backend, scorer, [instruction] * len(responses), responses)
+    async def _complete_prompt(
+        self, request: SampleRequest, scorer: str | None, decodings: list[DecodingConfig], on_progress: OnProgress, early: bool
+    ) -> Completion:
+        """Sample and score the candidates of one prompt and return the answer with the best."""
+        config, backend = self._config, self._backend
+        completion_id, created = uuid.uuid4().hex, int(time.time())
+        prompt = build_prompt(request, config.sampler.prompt.system)
+        instruction = sampling_policy.scorer_instruction(request, config)
 
-    if not sampling_policy.needs_scores(request, config):
-        scorer = None
-    logprobs = sampling_policy.needs_logprobs(request, config, scored=scorer is not None, fitted=scorer in fitted_scorers)
-    pool = await best_of_n.draw_pool(
-        decodings,
-        lambda drawn, seeds, on_finished: backend.sample(prompt, drawn, seeds, logprobs, on_finished),
-        score if scorer else None,
-        seed=request.seed,
-        n=request.n,
-        stopping=sampling_policy.select_stopping_rule(request, config) if scorer else None,
-        scorer_timeout_s=config.serving.scorer_timeout_s,
-        early=early,
-        on_progress=report_progress if request.cappy.progress else None,
-    )
-    metrics.observe_pool(pool)
-    if scorer and pool.has_scores:
-        (fitted_scorers.add if pool.selection else fitted_scorers.discard)(scorer)
-    mode = sampling_policy.select_mode(request, config)
-    fallback = None if mode == "consensus" else _fallback(request, pool, config)
-    if fallback:
-        metrics.count_fallback(fallback)
-    selected_by, ranking = await _rank(pool, mode, scorer, fallback, consensus_metric(describe_metric(config.generate.label)))
-    answer = build_completion(
-        request,
-        pool.candidates,
-        pool.scores,
-        ranking,
-        prompt_tokens=pool.prompt_tokens,
-        scorer=scorer,
-        version=pool.version,
-        latency=Latency(sampling_s=round(pool.sampling_s, 4), scoring_s=round(pool.scoring_s, 4)),
-        completion_id=completion_id,
-        created=created,
-        fallback=fallback,
-        selection=selected_by,
-        cost=pool.cost,
-        stopped=pool.stop_reason,
-    )
-    if answer.cappy and answer.cappy.abstained:
-        metrics.count_abstention()
-    return answer
+        def report_progress(pool: best_of_n.Pool) -> None:
+            on_progress(build_progress_chunk(request, pool.candidates, pool.scores, completion_id=completion_id, created=created))
+
+        def score(responses: Sequence[str]) -> Awaitable[Scored]:
+            assert scorer is not None
+            return score_pairs(backend, scorer, [instruction] * len(responses), responses)
+
+        if not sampling_policy.needs_scores(request, config):
+            scorer = None
+        logprobs = sampling_policy.needs_logprobs(request, config, scored=scorer is not None, fitted=scorer in self._fitted_scorers)
+        pool = await best_of_n.draw_pool(
+            decodings,
+            lambda drawn, seeds, on_finished: backend.sample(prompt, drawn, seeds, logprobs, on_finished),
+            score if scorer else None,
+            seed=request.seed,
+            n=request.n,
+            stopping=sampling_policy.select_stopping_rule(request, config) if scorer else None,
+            scorer_timeout_s=config.serving.scorer_timeout_s,
+            early=early,
+            on_progress=report_progress if request.cappy.progress else None,
+        )
+        self._metrics.observe_pool(pool)
+        if scorer and pool.has_scores:
+            (self._fitted_scorers.add if pool.selection else self._fitted_scorers.discard)(scorer)
+        mode = sampling_policy.select_mode(request, config)
+        fallback = None if mode == "consensus" else _fallback(request, pool, config)
+        if fallback:
+            self._metrics.count_fallback(fallback)
+        selected_by, ranking = await _rank(pool, mode, scorer, fallback, consensus_metric(describe_metric(config.generate.label)))
+        answer = build_completion(
+            request,
+            pool.candidates,
+            pool.scores,
+            ranking,
+            prompt_tokens=pool.prompt_tokens,
+            scorer=scorer,
+            version=pool.version,
+            latency=Latency(sampling_s=round(pool.sampling_s, 4), scoring_s=round(pool.scoring_s, 4)),
+            completion_id=completion_id,
+            created=created,
+            fallback=fallback,
+            selection=selected_by,
+            cost=pool.cost,
+            stopped=pool.stop_reason,
+        )
+        if answer.cappy and answer.cappy.abstained:
+            self._metrics.count_abstention()
+        return answer
 
 
 async def _rank(

@@ -65,26 +65,28 @@ def build_api(
     probe = readiness.build_probe(config, backend, fitted_scorers)
 
     @asynccontextmanager
-    async def check_readiness(_: FastAPI) -> AsyncIterator[None]:
-        """Send test requests on a slow timer while the application runs."""
-        checks = asyncio.ensure_future(probe.check_regularly()) if probe else None
-        if serving.selection in ("consensus", "fitted") or serving.fallback == "consensus":
-            # The first call compiles the code, or loads it, which takes seconds.
-            await asyncio.to_thread(consensus, ["a", "b"], consensus_metric(describe_metric(config.generate.label)))
+    async def run_beside_requests(_: FastAPI) -> AsyncIterator[None]:
+        """Send test requests on a slow timer while the application runs, and load the code of the consensus."""
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(probe.check_regularly())] if probe else []
+        if serving.selection in ("scorer", "fitted", "consensus") or serving.fallback == "consensus":
+            # Compiled code: the first call takes seconds.
+            metric = consensus_metric(describe_metric(config.generate.label))
+            tasks.append(asyncio.ensure_future(asyncio.to_thread(consensus, ["a", "b"], metric)))
         try:
             yield
         finally:
-            if checks:
-                checks.cancel()
+            for task in tasks:
+                task.cancel()
 
     # Redirects are off: their target would contain the client's Host header.
-    api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=check_readiness)
+    api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=run_beside_requests)
     started = int(time.time())
     serving = config.serving
     registry = ModelRegistry(serving, further)
     admission = AdmissionQueue(serving.max_concurrency, serving.max_queue)
     metrics = metrics or Metrics()
     metrics.requests_in_progress.set_function(lambda: admission.active)
+    decoding = boosted.BoostedDecoding(config, backend, metrics, fitted_scorers)
 
     async def run_admitted(place: Place, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` when the queue allows it and within the time limit, and measure both times."""
@@ -104,23 +106,15 @@ def build_api(
         scorer = registry.find_selection_scorer(request)
         selects = scorer is not None or request.cappy.selection == "consensus"
         decodings = sampling_policy.select_decodings(request, config, scored=selects, prompts=prompts)
-        http.scope["caller"].count_candidates(prompts * sum(decoding.n for decoding in decodings))
+        http.scope["caller"].count_candidates(prompts * sum(each.n for each in decodings))
         events: asyncio.Queue[str | None] = asyncio.Queue()
 
         async def run() -> Completion:
             early = admission.active <= _EARLY_SCORING_LOAD * serving.max_concurrency
-            answer = await boosted.complete_request(
-                request,
-                scorer,
-                decodings,
-                config,
-                backend,
-                metrics,
-                lambda chunk: events.put_nowait(streaming.format_event(chunk)),
-                fitted_scorers,
-                early=early,
+            answer = await decoding.complete(
+                request, scorer, decodings, lambda chunk: events.put_nowait(streaming.format_event(chunk)), early=early
             )
-            if probe and scorer:
+            if probe and scorer and sampling_policy.needs_scores(request, config):
                 probe.record_success()
             return answer
 

@@ -76,7 +76,7 @@ class RequestProbe:
 def build_probe(config: Config, backend: Backend, fitted_scorers: set[str] | None = None) -> RequestProbe | None:
     """Return the probe of a server, or None if `serving.probe_s` and the LLM allow no test requests.
 
-    `fitted_scorers` are the names of the scorers that are known to have a fitted selection; see `boosted.complete_request`.
+    `fitted_scorers` are the names of the scorers that are known to have a fitted selection; see `boosted.BoostedDecoding`.
     """
     serving = config.serving
     scaled_to_zero = not (serving.llm_replicas.min and serving.scorer_replicas.min)
@@ -89,13 +89,10 @@ def build_probe(config: Config, backend: Backend, fitted_scorers: set[str] | Non
         cappy=CappyOptions(candidates=min(_CANDIDATES, serving.max_candidates), fallback="none", selection="score"),
     )
     decodings = sampling_policy.select_decodings(request, config)
-    fitted = set() if fitted_scorers is None else fitted_scorers
+    # Separate metrics: those of the server count the requests of clients.
+    decoding = boosted.BoostedDecoding(config, backend, Metrics(), set() if fitted_scorers is None else fitted_scorers)
 
     async def send() -> None:
-        # Separate metrics: those of the server count the requests of clients.
-        metrics = Metrics()
-        await boosted.complete_request(
-            request, serving.scorer_name, decodings, config, backend, metrics, lambda _: None, fitted, early=False
-        )
+        await decoding.complete(request, serving.scorer_name, decodings, lambda _: None, early=False)
 
     return RequestProbe(send, serving.probe_s, serving.probe_timeout_s)

@@ -11,25 +11,11 @@ import jinja2
 from markupsafe import Markup
 
 from evaluation import plots
-from evaluation.report_template import STYLE
+from evaluation.report_template import page_start
 
 _PAGE = (
-    """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Cappy suite</title>
-<style>
-"""
-    + STYLE
-    + """</style>
-</head>
-<body>
-<main>
-{% macro range(estimate) %}{{ estimate.low|fixed }} – {{ estimate.high|fixed }}{% endmacro %}
+    page_start("Cappy suite")
+    + """\
 <header>
   <h1>{{ titles[headline] }}: {{ results.averages[headline].mean|fixed }} points</h1>
   <p class="soft">{{ "Rouge-L of the answer" if results.suite.kind == "sampled" else "Accuracy" }}, 0 to 100, averaged over
