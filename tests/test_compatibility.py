@@ -167,6 +167,7 @@ def test_a_scorer_and_adapters_to_it_give_the_scores_they_gave(old: Path, name: 
     np.testing.assert_allclose(scores, RECORDED["scores"][name], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_an_interrupted_train_resumes_and_ends_with_the_weights_of_an_unbroken_run(old: Path):
     (file,) = (old / "stopped/_checkpoints").glob("*/*/metrics.jsonl")
@@ -241,6 +242,7 @@ def test_an_exported_serve_config_builds_the_graph_with_the_scorer_of_each_task(
     assert {"a": f"{old}/adapted/a", "b": f"{old}/adapted/b"} in bound["Scorer"].init_args
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_serve_runs_an_exported_config_and_answers_with_the_scorer_of_each_task(old: Path, tmp_path: Path, no_ray: None):
     llm = OpenAIServer()

@@ -73,12 +73,6 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
         Stopped: SIGTERM ended the run.
     """
     start = time.monotonic()
-    objective = config.training.objective
-    if objective.grouped:
-        raise UsageError(
-            f"training.objective: pairwise={objective.pairwise:g}, listwise={objective.listwise:g}, labels={objective.labels} compares an "
-            f"instruction's candidates, but `cappy adapt` trains on single pairs; set pairwise=0, listwise=0 and labels=plain or power"
-        )
     given, config = config, paths.absolute(config)
     config = config.model_copy(update={"dataset": storage.check_uri(config.dataset_uri, "dataset"), "adapted_path": config.adapted_uri})
     uri = storage.check_uri(config.adapted_uri, "adapted_path")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict, cast
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -94,7 +95,8 @@ def adapt_task(
     if earlier and earlier["identity"] == task.identity:  # Ray repeats a task whose node was lost at its end
         return earlier
     dataset = RegressionSet(config.dataset_uri, verified=True)  # by the driver
-    pairs, train_rows = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed)
+    whole = config.training.objective.grouped
+    pairs, train_rows = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed, whole=whole)
     if not len(pairs):
         raise CappyError(f"no train rows of {task.name} in dataset={dataset.uri}; generate some, or remove the task from adapt.tasks")
     rows = candidate_rows(dataset, "validation", task.dataset, config.adapt.validation_rows, config.seed)
@@ -208,7 +210,8 @@ def _cross_fit(
 
     def train(instructions: frozenset[str]) -> cross_fit.Score:
         left_out = LeftOut(instructions, only_references(dataset, task.dataset, instructions))
-        pairs, left = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed, left_out)
+        whole = training.objective.grouped
+        pairs, left = collect_pairs(dataset, task.dataset, config.adapt.pairs, config.seed, left_out, whole=whole)
         scorer, _ = load_trainable(config, training, base, device)
         _fit(scorer, pairs, training, config, max(round(config.adapt.pairs * left / train_rows), 1))
         return scorer.score
@@ -231,12 +234,14 @@ def load_trainable(config: Config, training: TrainingConfig, base: Base, device:
 
 
 def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config, count: int) -> tuple[FitResult, list[MetricsLine]]:
-    """Train the scorer's model on `count` pairs per epoch: `pairs`, repeated or cut.
+    """Train the scorer's model on about `count` pairs per epoch: `pairs`, repeated or cut.
 
-    Return the measurements, and a line of metrics.jsonl for every `_LOG_EVERY` steps.
+    An objective that compares the candidates of an instruction repeats or cuts whole instructions. Return the measurements, and a line
+    of metrics.jsonl for every `_LOG_EVERY` steps.
     """
-    size = Size(count, len(set(pairs.instructions)))
-    windows = _windows(scorer, pairs, size.pairs, training, config.seed)
+    instructions = len(np.unique(pairs.groups))
+    size = Size(count, max(round(count * instructions / len(pairs)), 1))
+    windows = _windows(scorer, pairs, size, training, config.seed)
     steps = batch_plan.plan_steps(windows, training, config.seed, rank=0, world=1, first=0, size=size)
     total = batch_plan.steps_in_epoch(size, training) * training.epochs
     pad_id = scorer.tokenizer.pad_token_id
@@ -267,14 +272,15 @@ def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config,
             )
     scorer.model.eval()
     seconds = time.monotonic() - start
+    seen = sum(pairs_of_step for _, pairs_of_step in losses)
     return {
         "steps": total,
-        "pairs": size.pairs * training.epochs,
+        "pairs": seen,
         "cut_pairs": cut,
         "learning_rate": training.learning_rate,
         "train_mse": _mean(losses[-(total // training.epochs) :]),
         "trained_parameters": sum(each.numel() for each in scorer.model.parameters() if each.requires_grad),
-        "pairs_per_second": round(size.pairs * training.epochs / max(seconds, 1e-9), 1),
+        "pairs_per_second": round(seen / max(seconds, 1e-9), 1),
     }, lines
 
 
@@ -283,16 +289,24 @@ def _mean(losses: Sequence[tuple[float, int]]) -> float:
     return sum(loss * size for loss, size in losses) / sum(size for _, size in losses)
 
 
-def _windows(scorer: Scorer, pairs: Pairs, count: int, training: TrainingConfig, seed: int) -> Iterator[batch_plan.Window]:
-    """Yield tokenised windows of all epochs; an epoch has `count` pairs."""
+def _windows(scorer: Scorer, pairs: Pairs, size: Size, training: TrainingConfig, seed: int) -> Iterator[batch_plan.Window]:
+    """Yield tokenised windows of all epochs. An epoch has `size.pairs` pairs, or `size.instructions` whole instructions."""
+    if training.objective.grouped:
+        members, count = batch_plan.rows_by_group(pairs.groups), size.instructions
+    else:
+        members, count = list(np.arange(len(pairs))[:, None]), size.pairs
+    held = batch_plan.window_size(size, training)
     for epoch in range(training.epochs):
-        order = epoch_order(len(pairs), count, seed, epoch)
-        for number, start in enumerate(range(0, count, training.window)):
-            rows = order[start : start + training.window]
+        order = epoch_order(len(members), count, seed, epoch)
+        for number, start in enumerate(range(0, count, held)):
+            chosen = [members[item] for item in order[start : start + held]]
+            rows = np.concatenate(chosen)
             encoded = encode_pairs(
                 scorer.tokenizer, [pairs.instructions[row] for row in rows], [pairs.responses[row] for row in rows], scorer.max_length
             )
-            yield batch_plan.Window(epoch, number, encoded, pairs.labels[rows], pairs.groups[rows])
+            # A repeated instruction is a separate group.
+            groups = np.repeat(np.arange(len(chosen)), [len(each) for each in chosen])
+            yield batch_plan.Window(epoch, number, encoded, pairs.labels[rows], groups)
 
 
 def _publish(

@@ -50,11 +50,14 @@ def only_references(dataset: RegressionSet, only: str | None, instructions: froz
     return frozenset(of_part - of_others)
 
 
-def collect_pairs(dataset: RegressionSet, only: str | None, size: int, seed: int, left_out: LeftOut | None = None) -> tuple[Pairs, int]:
+def collect_pairs(
+    dataset: RegressionSet, only: str | None, size: int, seed: int, left_out: LeftOut | None = None, *, whole: bool = False
+) -> tuple[Pairs, int]:
     """Return at most `size` distinct train pairs of a task, chosen and ordered by hash, and the number of its train rows.
 
-    Rows of `left_out` are not counted. A pair that is in several rows gets its highest label. Holds at most twice `size` pairs, plus one
-    batch, in memory.
+    Rows of `left_out` are not counted. A pair that is in several rows gets its highest label. With `whole`, instructions are chosen
+    with all their pairs, for an objective that compares them; only the last instruction may be cut. Holds at most twice `size` pairs,
+    plus one batch, in memory.
     """
     found: dict[bytes, tuple[str, str, float]] = {}
     seen = 0
@@ -65,6 +68,7 @@ def collect_pairs(dataset: RegressionSet, only: str | None, size: int, seed: int
         exploded = explode(table)
         for instruction, response, label in zip(exploded.instructions, exploded.responses, exploded.labels.tolist(), strict=True):
             key = _hash_key(seed, instruction, response)
+            key = _hash_key(seed, instruction) + key if whole else key
             found[key] = (instruction, response, max(label, found[key][2] if key in found else 0.0))
         if len(found) > 2 * size:
             found = _first_by_hash(found, size)
@@ -100,6 +104,6 @@ def _first_by_hash(found: dict[bytes, T], size: int) -> dict[bytes, T]:
 
 
 def epoch_order(distinct: int, count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of an epoch, int64 (count,): shuffled positions of the distinct pairs, repeated until there are `count`."""
+    """Return the order of an epoch, int64 (count,): shuffled positions of the `distinct` items, repeated until there are `count`."""
     draw = np.random.default_rng([seed, epoch, 4])
     return np.concatenate([draw.permutation(distinct) for _ in range(-(-count // distinct))])[:count]

@@ -49,6 +49,7 @@ def test_training_and_scoring_need_only_torch_and_transformers():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM takes the GPU of this machine")
 def test_the_engine_check_passes_on_cpu():

@@ -68,6 +68,7 @@ def _answers(url):
         return False
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_generate_runs_as_a_job_and_returns_its_result_and_its_errors(head, bucket, tmp_path):
     # Classification rows need no LLM: no request goes to the endpoint, and the job is short.

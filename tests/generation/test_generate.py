@@ -188,6 +188,7 @@ def test_a_killed_run_publishes_nothing_and_resumes_without_sampling_finished_un
     assert repr(rows_by_split(place)) == repr(rows_by_split(unbroken[0]))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_on_sigterm_the_units_in_progress_are_finished_and_the_same_command_resumes(rows, tmp_path, unbroken):
     place = str(tmp_path / "set")

@@ -31,6 +31,7 @@ def rows_by_split(uri):
     return repr({split: opened.to_pandas(split).to_dict("records") for split in ("train", "validation")})
 
 
+@pytest.mark.full
 def test_with_a_faulty_connection_to_s3_the_set_is_the_same_or_is_not_published(source, bucket, tmp_path, monkeypatch):
     sound = os.environ["AWS_ENDPOINT_URL"]
     with FaultyProxy(sound, KINDS, rate=0.25) as proxy:

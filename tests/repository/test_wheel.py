@@ -90,6 +90,7 @@ def test_the_installed_package_is_the_wheel_and_not_the_checkout(run, installed)
     assert all(line.startswith(str(installed.parent)) for line in places.split())
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_installed_commands_generate_train_and_evaluate_from_another_folder(run, tmp_path):
     assert "cappy-ray" in run("cappy", "--version")

@@ -128,14 +128,6 @@ def test_a_task_that_an_earlier_version_adapted_from_the_plain_encoder_is_finish
         assert not adapt._has_earlier_default_base(outcome, Task("tense", "tense", str(tmp_path), other))
 
 
-def test_an_objective_that_compares_candidates_is_refused():
-    with pytest.raises(
-        UsageError,
-        match=r"training\.objective: pairwise=1, listwise=0, labels=plain compares an instruction's candidates, .* set pairwise=0",
-    ):
-        adapt.run_adapt(load(None, ["training.objective.pairwise=1"]))
-
-
 @pytest.fixture(scope="module")
 def adapted(encoder: Path, tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> tuple[Config, dict[str, Any]]:
     """Return the config and the result of a run with three tasks. One of them has no train rows."""

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from cluster import artifacts, storage
-from cluster.config import AdaptConfig, Config, ScorerConfig, TrainingConfig
+from cluster.config import AdaptConfig, Config, ObjectiveConfig, ScorerConfig, TrainingConfig
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
 from generation.schema import DATASET
@@ -134,6 +134,16 @@ def test_full_adaptation_publishes_a_plain_scorer_with_better_picks(dataset: str
     assert adapt_one.adapt_task(config, task, base_of(base)) == storage.read_json(
         f"{task.uri}/results.json"
     )  # a finished task is not repeated
+
+
+@pytest.mark.parametrize("objective", [{"mse": 0, "listwise": 1}, {"pairwise": 0.1}], ids=["listwise", "pairwise"])
+def test_an_objective_that_compares_candidates_trains_whole_instructions(objective, dataset: str, base: str, encoder: Path, tmp_path: Path):
+    config = settings(tmp_path, encoder, base=base, pairs=1200, epochs=2)
+    training = config.training.model_copy(update={"objective": ObjectiveConfig(**objective)})
+    config = config.model_copy(update={"dataset": dataset, "training": training})
+    result = adapt_one.adapt_task(config, task_of(config, "colors"), base_of(base))
+    assert result["state"] == "published" and result["figures"]["after"] > result["figures"]["before"]
+    assert result["pairs"] == pytest.approx(2400, rel=0.02) and result["steps"] == pytest.approx(150, rel=0.1)
 
 
 def test_lora_publishes_adapters_only_and_they_load_as_a_scorer(dataset: str, base: str, encoder: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ def test_the_pairs_of_a_task_are_distinct_and_chosen_by_hash_for_any_order_of_ro
     assert other.instructions != cut.instructions
     everything, _ = task_rows.collect_pairs(RegressionSet(dataset), None, 1000, seed=1)
     assert len(everything) > len(pairs)
+
+
+def test_whole_instructions_are_chosen_with_all_their_pairs(dataset: str):
+    everything, _ = task_rows.collect_pairs(RegressionSet(dataset), "colors", 1000, seed=1)
+    pairs_of = Counter(everything.instructions)
+    whole, seen = task_rows.collect_pairs(RegressionSet(dataset), "colors", 20, seed=1, whole=True)
+    assert seen == 40 and len(whole) == 20 and np.array_equal(whole.groups, np.sort(whole.groups))
+    *complete, last = dict.fromkeys(whole.instructions)
+    chosen = Counter(whole.instructions)
+    assert complete and all(chosen[text] == pairs_of[text] for text in complete) and chosen[last] <= pairs_of[last]
+    other, _ = task_rows.collect_pairs(RegressionSet(dataset), "colors", 20, seed=2, whole=True)
+    assert list(dict.fromkeys(other.instructions)) != [*complete, last]
 
 
 def test_an_epoch_repeats_all_pairs_equally_and_is_cut_to_its_size():

@@ -194,6 +194,7 @@ def test_two_workers_train_from_and_to_object_storage(encoder: Path, bucket: str
     assert Scorer.load(config.scorer_uri).score(["say after me red fox"], ["a red fox"])[0] > 0.4
 
 
+@pytest.mark.full
 def test_a_run_that_lost_worker_driver_and_checkpoint_ends_bit_equal(
     trained: tuple[Config, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -295,6 +296,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.full
 def test_a_run_that_lost_its_lease_does_not_touch_the_scorer_of_the_next_run(
     encoder: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
 ):
