@@ -107,7 +107,7 @@ def responses(row: Row) -> list[str]:
 def pool_of(row: Row) -> Pool:
     """Return the candidates of a scored row as a pool."""
     fields = {name: [each[name] for each in row["candidates"]] for name in ("score", "logprob", "tokens")}
-    return Pool(responses(row), fields["score"], fields["logprob"], fields["tokens"])
+    return Pool(responses(row), fields["score"], fields["logprob"], fields["tokens"], row["instruction"])
 
 
 def pick_selected(rows: Sequence[Row], selections: Sequence[Selection | None]) -> Integers | None:

@@ -166,6 +166,7 @@ def fitted_rank(selection: Selection | None, scores: str) -> Rank:
             np.asarray(values, np.float64),
             [each.get("logprob") for each in candidates],
             [each.get("tokens") for each in candidates],
+            instruction,
         )
         return selection.rank(pool)
 

@@ -106,7 +106,8 @@ class BoostedDecoding:
         fallback = None if mode == "consensus" else _fallback(request, pool, config)
         if fallback:
             self._metrics.count_fallback(fallback)
-        selected_by, ranking = await _rank(pool, mode, scorer, fallback, consensus_metric(describe_metric(config.generate.label)))
+        metric = consensus_metric(describe_metric(config.generate.label))
+        selected_by, ranking = await _rank(instruction, pool, mode, scorer, fallback, metric)
         answer = build_completion(
             request,
             pool.candidates,
@@ -129,7 +130,7 @@ class BoostedDecoding:
 
 
 async def _rank(
-    pool: best_of_n.Pool, mode: SelectionMode, scorer: str | None, fallback: Fallback | None, metric: LabelConfig
+    instruction: str, pool: best_of_n.Pool, mode: SelectionMode, scorer: str | None, fallback: Fallback | None, metric: LabelConfig
 ) -> tuple[SelectedBy | None, list[float]]:
     """Return how the choices are selected, None by a fallback or for the LLM alone, and the scores that rank the candidates."""
     candidates = pool.candidates
@@ -140,10 +141,10 @@ async def _rank(
     if fallback or scorer is None:
         return None, fallback_ranking_scores(candidates, fallback or "first", metric)
     if mode == "blend" and pool.logprob_weight is not None:
-        return "blend", ranking_scores(candidates, pool.scores, blend_selection(pool.logprob_weight))
+        return "blend", ranking_scores(instruction, candidates, pool.scores, blend_selection(pool.logprob_weight))
     if mode in ("scorer", "fitted") and pool.selection is not None:
-        return "fitted", await asyncio.to_thread(ranking_scores, candidates, pool.scores, pool.selection)
-    return "score", ranking_scores(candidates, pool.scores, None)
+        return "fitted", await asyncio.to_thread(ranking_scores, instruction, candidates, pool.scores, pool.selection)
+    return "score", ranking_scores(instruction, candidates, pool.scores, None)
 
 
 def _fallback(request: SampleRequest, pool: best_of_n.Pool, config: Config) -> Fallback | None:

@@ -230,8 +230,8 @@ def select_choices(candidates: Sequence[Candidate], scores: Sequence[float], n: 
     return [*first_of.values(), *(position for position in ranked if position not in firsts)][:n]
 
 
-def ranking_scores(candidates: Sequence[Candidate], scores: Sequence[float], selection: Selection | None) -> list[float]:
-    """Return the scores that rank the candidates: `scores`, or the values of a selection.
+def ranking_scores(instruction: str, candidates: Sequence[Candidate], scores: Sequence[float], selection: Selection | None) -> list[float]:
+    """Return the scores that rank the candidates of an instruction: `scores`, or the values of a selection.
 
     A candidate without a score (NaN) gets NaN, and the selection ranks the others as one pool.
     """
@@ -245,6 +245,7 @@ def ranking_scores(candidates: Sequence[Candidate], scores: Sequence[float], sel
             [scores[position] for position in ranked],
             [each["logprob"] for each in pool],
             [each["tokens"] for each in pool],
+            instruction,
         )
     )
     value_of = dict(zip(ranked, values.tolist(), strict=True))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ Floats = NDArray[np.float64]
 FILE = "selection.json"
 """Name of the file in the folder of a scorer."""
 VERSION = 1
-TEXT_SIGNALS = ("consensus", "frequency", "length")
+TEXT_SIGNALS = ("consensus", "frequency", "length", "overlap")
 """Signals that every pool has."""
 LOGPROB_SIGNALS = ("logprob_mean", "logprob_sum")
 """Signals of pools with log-probabilities and token counts."""
@@ -47,6 +48,7 @@ VARIANTS = (
 _AGREEMENT_SIGNALS = ("consensus", "score_consensus")
 # Standard deviations below this are rounding errors.
 _SMALLEST_SCALE = 1e-6
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Pool:
     """Log-probabilities of the responses in nats, the sum over their tokens."""
     tokens: Sequence[int | None] | Floats | None = None
     """Numbers of sampled tokens."""
+    instruction: str = ""
+    """The text that the responses answer, as the scorer reads it."""
 
 
 def signals(pool: Pool, metric: LabelConfig = DEFAULT_METRIC) -> dict[str, Floats]:
@@ -69,6 +73,7 @@ def signals(pool: Pool, metric: LabelConfig = DEFAULT_METRIC) -> dict[str, Float
     - `logprob_mean`, `logprob_sum`: the log-probability in nats, per token and in all.
     - `frequency`: the share of the draws that have this response, in (0, 1].
     - `length`: ln(1 + number of words), words separated by white space.
+    - `overlap`: the share of the words of the response that the instruction has, in [0, 1], without case and punctuation.
     - `consensus`: the mean agreement with the other draws, in [0, 1]; see `training.consensus`.
     - `score_consensus`: the same with each other draw weighted by the softmax of the scores, standardised within the pool.
 
@@ -108,7 +113,18 @@ def value_signals(pool: Pool) -> dict[str, Floats]:
         found["logprob_sum"] = logprobs_C
     found["frequency"] = repeats_D[positions_C] / max(count, 1)
     found["length"] = np.log1p(np.array([len(response.split()) for response in pool.responses], np.float64))
+    known_words = set(_words(pool.instruction))
+    overlap = {response: _share([word in known_words for word in _words(response)]) for response in numbers}
+    found["overlap"] = np.array([overlap[response] for response in pool.responses], np.float64)
     return found
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / max(len(flags), 1)
 
 
 def agreement_signals(responses: Sequence[str], metric: LabelConfig, scores_C: Floats | None) -> dict[str, Floats]:

@@ -1,12 +1,13 @@
 """Fit a selection on labelled pools: a listwise softmax ranker with an L2 strength chosen by cross-validation. Pure numpy.
 
-The loss of a pool is the cross entropy of two softmax distributions, as in ListNet (Cao et al. 2007). The target is the softmax of
-its labels at temperature `TEMPERATURE`. The loss is convex in the weights.
+The loss of a pool is the cross entropy of two softmax distributions over its distinct responses, as in ListNet (Cao et al. 2007). The
+target is the softmax of their labels at temperature `TEMPERATURE`. The loss is convex in the weights. Repeats count once: otherwise a
+response that is drawn often has a large share of the softmax with any weights, and the fit learns to avoid it.
 
 The scores of the pools must come from a scorer that was not trained on their rows. Scores of trained rows are too good, and the fit
 would give them too much weight.
 
-Shapes: N pools, C draws (padded), K signals.
+Shapes: N pools, C distinct responses (padded), K signals.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ _MIN_SCALE = 1e-3  # of signals that are constant in every pool
 
 
 class _Data(NamedTuple):
-    """The pools of one variant, padded."""
+    """The distinct responses of the pools of one variant, padded."""
 
     features_NCK: Floats
     targets_NC: Floats
     """Softmax of the labels; 0 for padding."""
     present_NC: np.ndarray
-    """bool: real draws."""
+    """bool: real responses."""
 
     def take(self, rows: np.ndarray) -> _Data:
         return _Data(self.features_NCK[rows], self.targets_NC[rows], self.present_NC[rows])
@@ -54,7 +55,9 @@ def fit_selection(
     prior: Selection | None = None,
     made: Mapping[str, Any] | None = None,
 ) -> Selection | None:
-    """Return the selection fitted on labelled pools, None if fewer than `MIN_POOLS` of them have draws with different labels.
+    """Return the selection fitted on labelled pools, None if fewer than `MIN_POOLS` of them have responses with different labels.
+
+    Empty responses do not count, because a selection never picks them.
 
     A variant of `selection.VARIANTS` is left out if fewer than `MIN_POOLS` of these pools have its signals.
 
@@ -68,7 +71,8 @@ def fit_selection(
         made: JSON values that describe the origin of the pools and scores.
     """
     labels_of = [np.asarray(each, np.float64) for each in labels]
-    kept = [number for number, labels_C in enumerate(labels_of) if len(labels_C) > 1 and labels_C.min() < labels_C.max()]
+    distinct = [_distinct(pool.responses) for pool in pools]
+    kept = [number for number, at in enumerate(distinct) if len(set(labels_of[number][at].tolist())) > 1]
     if len(kept) < MIN_POOLS:
         return None
     found = [signals(pools[number], metric) for number in kept]
@@ -120,7 +124,7 @@ def fit_on_rows(
             continue
         kept = [candidates[at] for at in sampled]
         fields = {name: [each[name] for each in kept] for name in ("response", "logprob", "tokens", "label")}
-        pools.append(Pool(fields["response"], scores_C[sampled].tolist(), fields["logprob"], fields["tokens"]))
+        pools.append(Pool(fields["response"], scores_C[sampled].tolist(), fields["logprob"], fields["tokens"], instruction))
         labels.append(fields["label"])
         datasets.append(dataset)
         instructions.append(instruction)
@@ -139,7 +143,11 @@ def _fit_variant(
     """Fit one variant: choose the start and the L2 strength by the held-out loss, then fit on all pools."""
     scales = tuple(_typical_deviation(each[name] for each in found) for name in names)
     unfitted = Variant(names, (0.0,) * len(names), scales)
-    data = _pad([unfitted.features(each) for each in found], labels)
+    distinct = [_distinct(each) for each in responses]
+    features = [unfitted.features(each) for each in found]
+    data = _pad(
+        [each[at] for each, at in zip(features, distinct, strict=True)], [each[at] for each, at in zip(labels, distinct, strict=True)]
+    )
     starts = [np.array(each.weights) for each in (prior, unfitted) if each]
     folds_N = _folds(groups)
     chosen, measured = (_UNVALIDATED_STRENGTH, 0), {}
@@ -154,12 +162,21 @@ def _fit_variant(
                 weights_K = weights_of[strength, start, fold] = _fit_weights(train, strength, starts[start])
                 losses[strength, start] += _loss(held_out, weights_K) * len(held_out.targets_NC)
         chosen = min(options, key=lambda option: losses[option])
-        fitted = [unfitted.features(each) @ weights_of[(*chosen, int(fold))] for each, fold in zip(found, folds_N, strict=True)]
+        fitted = [each @ weights_of[(*chosen, int(fold))] for each, fold in zip(features, folds_N, strict=True)]
         measured = {"fitted": _mean_pick(fitted, labels, responses)}
         measured |= {name: _mean_pick([each[name] for each in found], labels, responses) for name in names}
         measured |= {"random": _mean(each.mean() for each in labels), "oracle": _mean(each.max() for each in labels)}
     weights_K = _fit_weights(data, chosen[0], starts[chosen[1]])
     return Variant(names, tuple(weights_K.tolist()), scales, l2=chosen[0], rows=len(found), cross_validated=measured)
+
+
+def _distinct(responses: Sequence[str]) -> list[int]:
+    """Return the positions of the first draw of each distinct response that is not empty."""
+    first: dict[str, int] = {}
+    for position, response in enumerate(responses):
+        if response:
+            first.setdefault(response, position)
+    return list(first.values())
 
 
 def _typical_deviation(values: Iterable[Floats]) -> float:

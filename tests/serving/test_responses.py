@@ -39,21 +39,21 @@ def test_empty_and_scoreless_responses_rank_last():
 
 def test_the_blend_adds_the_mean_log_probability_unless_one_is_missing():
     candidates = [{**candidate("a", 4), "logprob": -8.0}, {**candidate("b", 2), "logprob": -1.0}, {**candidate("", 0), "logprob": 0.0}]
-    first, second, empty = responses.ranking_scores(candidates, [0.9, 0.5, 0.1], blend_selection(0.5))
+    first, second, empty = responses.ranking_scores("", candidates, [0.9, 0.5, 0.1], blend_selection(0.5))
     assert second - first == pytest.approx(0.25 + 0.1) and empty < first
-    assert responses.ranking_scores(candidates, [0.9, 0.5, 0.1], None) == [0.9, 0.5, 0.1]
+    assert responses.ranking_scores("", candidates, [0.9, 0.5, 0.1], None) == [0.9, 0.5, 0.1]
     unknown = [*candidates, {**candidate("c"), "logprob": None}]
-    ranking = responses.ranking_scores(unknown, [0.9, 0.5, 0.1, 0.2], blend_selection(0.5))
+    ranking = responses.ranking_scores("", unknown, [0.9, 0.5, 0.1, 0.2], blend_selection(0.5))
     assert responses.rank_candidates(unknown, ranking) == [0, 1, 3, 2]
 
 
 def test_a_selection_ranks_the_scored_candidates_as_one_pool():
     selection = Selection((Variant(("score", "consensus"), (1.0, 5.0), (1.0, 1.0)),))
     candidates = [candidate("a b"), candidate("a c"), candidate("d"), candidate("d")]
-    first, second, third, missing = responses.ranking_scores(candidates, [0.1, 0.2, 0.3, float("nan")], selection)
+    first, second, third, missing = responses.ranking_scores("", candidates, [0.1, 0.2, 0.3, float("nan")], selection)
     assert second > first > third and math.isnan(missing)
     alone = Selection((Variant(("score", "consensus"), (1.0, 0.0), (1.0, 1.0)),))
-    assert math.isnan(responses.ranking_scores([candidate("a")], [float("nan")], alone)[0])
+    assert math.isnan(responses.ranking_scores("", [candidate("a")], [float("nan")], alone)[0])
 
 
 def test_the_fallback_consensus_ranks_by_the_agreement_with_the_other_candidates():

@@ -11,7 +11,7 @@ from training.selection import VARIANTS, Pool, Selection, Variant, blend_selecti
 
 MIXED = Selection(tuple(Variant(names, tuple(1.0 - 0.3 * at for at in range(len(names))), (0.5,) * len(names)) for names in VARIANTS))
 VALID = {"signals": ["score"], "weights": [1], "scales": [1], "pool_variance": 1, "l2": 1, "rows": 1, "cross_validated": {}}
-POOL = Pool(["a fox", "a red fox", "", "a fox"], [0.2, 0.7, 0.1, 0.2], [-3.0, -4.0, -9.0, -3.0], [2, 3, 1, 2])
+POOL = Pool(["a fox", "a red fox", "", "a fox"], [0.2, 0.7, 0.1, 0.2], [-3.0, -4.0, -9.0, -3.0], [2, 3, 1, 2], "Red? A dog!")
 
 finite = st.floats(-5, 5)
 texts = st.sampled_from(["a fox", "a red fox", "the dog", "+", "x y z", ""])
@@ -32,6 +32,7 @@ def test_the_signals_of_a_pool():
     assert found["consensus"].tolist() == pytest.approx([(0.8 + 1) / 3, 1.6 / 3, 0, (0.8 + 1) / 3])
     assert found["frequency"].tolist() == [0.5, 0.25, 0.25, 0.5]
     assert found["length"].tolist() == pytest.approx(np.log1p([2, 3, 0, 2]))
+    assert found["overlap"].tolist() == pytest.approx([1 / 2, 2 / 3, 0, 1 / 2])
 
 
 def test_a_good_response_supports_similar_responses():
@@ -79,7 +80,7 @@ def test_an_empty_response_is_never_picked():
 
 
 def test_scores_that_differ_by_rounding_do_not_decide():
-    selection = Selection((Variant(VARIANTS[0], (1.0, 0, 1.0, 0, 0, 0, 0), (0.1, 1, 0.5, 1, 1, 1, 1)),))
+    selection = Selection((Variant(VARIANTS[0], (1.0, 0, 1.0, 0, 0, 0, 0, 0), (0.1, 1, 0.5, 1, 1, 1, 1, 1)),))
     assert selection.rank(Pool(["a", "b"], [0.3, 0.3 + 1e-7], [-1.0, -2.0], [1, 1])).argmax() == 0
 
 

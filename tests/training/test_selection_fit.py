@@ -121,3 +121,26 @@ def test_hostile_pools_leave_the_fit_finite(hostile):
     selection = fit_selection([*pools, hostile], [*labels, labels[0]], rows([*pools, hostile]))
     for pool in (*pools, hostile):
         assert np.isfinite(selection.rank(pool)).all()
+
+
+def test_a_response_that_is_drawn_often_counts_once():
+    # The most frequent response is right in two of three pools. In a softmax over draws its repeats would have most of the mass.
+    draw = np.random.default_rng(15)
+    pools, labels = [], []
+    for number in range(120):
+        frequent, rare = draw.choice(WORDS, 2, replace=False)
+        pools.append(Pool([frequent] * 7 + [rare]))
+        labels.append(np.array([1.0] * 7 + [0.0]) if number % 3 else np.array([0.0] * 7 + [1.0]))
+    variant = fit_selection(pools, labels, rows(pools)).variants[0]
+    assert variant.cross_validated["fitted"] == variant.cross_validated["frequency"] == pytest.approx(2 / 3)
+
+
+def test_words_of_the_instruction_can_mark_the_right_response():
+    draw = np.random.default_rng(16)
+    pools, labels = [], []
+    for _ in range(40):
+        instruction, *others = (" ".join(draw.choice(WORDS, 3, replace=False)) + f" {draw.integers(1000)}" for _ in range(5))
+        at = int(draw.integers(5))
+        pools.append(Pool([*others[:at], instruction, *others[at:]], instruction=f"Repeat: {instruction}!"))
+        labels.append(np.eye(5)[at])
+    assert fit_selection(pools, labels, rows(pools)).variants[0].cross_validated["fitted"] > 0.9
