@@ -303,17 +303,20 @@ def show_evaluation(summary: dict[str, Any], console: Console) -> None:
         console.print(line, soft_wrap=False)
 
 
+_ADAPTED_POINTS = ("random", "self", "before", "after", "fitted", "oracle")
+
+
 def show_adapted(summary: dict[str, Any], console: Console) -> None:
     """Print the outcome of `cappy adapt` for each task, the averages and the URI of the scorers. Fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("task", overflow="fold")
-    for name in ("rows", "random", "self", "before", "after", "oracle"):
+    for name in ("rows", *_ADAPTED_POINTS):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("gate", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for outcome in summary["tasks"]:
         figures, gate = outcome.get("figures"), outcome.get("gate")
-        shown = [""] * 6 if figures is None else [f"{figures['rows']:,}", *_point_cells(figures)]
+        shown = [""] * (1 + len(_ADAPTED_POINTS)) if figures is None else [f"{figures['rows']:,}", *_point_cells(figures)]
         gain = "" if gate is None or gate["gain"] is None else f"{gate['gain']:+.1f}"
         style = {"published": "green", "rejected": "yellow", "failed": "red"}[outcome["state"]]
         table.add_row(Text(outcome["task"]), *shown, gain, Text(outcome["state"], style=style))
@@ -322,7 +325,7 @@ def show_adapted(summary: dict[str, Any], console: Console) -> None:
         table.add_row("average", "", *_point_cells(summary["averages"]), style="bold")
     console.print(table, soft_wrap=False)
     if "after the gate" in summary["averages"]:
-        console.print(Text(f"with the scorer the gate chose for each task: {summary['averages']['after the gate']:.1f} points on average"))
+        console.print(Text(f"with the decision of the gate for each task: {summary['averages']['after the gate']:.1f} points on average"))
     for outcome in summary["tasks"]:
         if outcome["state"] == "failed":
             console.print(Text(f"{outcome['task']}: {outcome['error']}", style="red"), soft_wrap=True)
@@ -337,7 +340,7 @@ def show_adapted(summary: dict[str, Any], console: Console) -> None:
 
 
 def _point_cells(figures: dict[str, Any]) -> list[str]:
-    values = [figures.get(name) for name in ("random", "self", "before", "after", "oracle")]
+    values = [figures.get(name) for name in _ADAPTED_POINTS]
     return ["" if value is None else f"{value:.1f}" for value in values]
 
 

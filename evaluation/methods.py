@@ -68,6 +68,7 @@ def sampled_methods(decodings: Sequence[Mapping[str, Any]], label: LabelConfig, 
         "scorer": "Scorer, zero-shot",
         "scorer_fitted": "Fitted selection, zero-shot",
         "adapted": "Scorer, adapted",
+        "fitted_no_scorer": "Fitted selection, no scorer",
         "fitted": "Fitted selection, adapted",
     }
     return [
@@ -151,23 +152,23 @@ def consensus_rank(label: LabelConfig) -> Rank:
     return rank
 
 
-def fitted_rank(selection: Selection | None, scores: str) -> Rank:
-    """Return a method that ranks by a fitted selection, with the field `scores` as the scorer's scores.
+def fitted_rank(selection: Selection | None, scores: str | None) -> Rank:
+    """Return a method that ranks by a fitted selection, with the field `scores` as the scorer's scores, or without scores.
 
-    Without a selection it ranks by the scores.
+    Without a selection it ranks by the scores, and with neither by the consensus.
     """
 
     def rank(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
-        values = [each.get(scores) for each in candidates]
-        if selection is None or any(value is None for value in values):
-            return rank_by(scores)(instruction, candidates)
+        values = None if scores is None else rank_by(scores)(instruction, candidates)
+        if scores is not None and (selection is None or values is None):
+            return values
         pool = Pool(
             [each["response"] for each in candidates],
-            np.asarray(values, np.float64),
+            values,
             [each.get("logprob") for each in candidates],
             [each.get("tokens") for each in candidates],
             instruction,
         )
-        return selection.rank(pool)
+        return (selection or Selection(())).rank(pool)
 
     return rank

@@ -32,7 +32,7 @@ from generation.dataset import RegressionSet
 from generation.sampler import LoadLLM
 from training import adapt_one, lora, scorer, train
 from training.adapt_one import RESULTS, Base, Task
-from training.records import Outcome
+from training.records import Outcome, TaskPoints
 from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
 
 _LEASE = "_lease"
@@ -58,7 +58,7 @@ class AdaptSummary(TypedDict):
     rejected: int
     failed: int
     averages: dict[str, float]
-    """Means over the measured tasks, in points; `after the gate` uses the base for rejected tasks."""
+    """Means over the measured tasks, in points. `after the gate` uses the published selections, and the base for rejected tasks."""
     seconds: float
 
 
@@ -122,6 +122,7 @@ def describe_work(settings: AdaptConfig, tasks: int) -> str:
 def describe_outcome(outcome: Outcome) -> str:
     """Return the outcome of a task in one line."""
     name, gate = outcome["task"], outcome.get("gate")
+    kept = "; the base with a fitted selection" if gate and gate.get("weights") == "base" else ""
     if outcome["state"] == "failed":
         return f"{name}: {outcome['error']}"
     if gate is None or gate["before"] is None or gate["after"] is None:
@@ -130,7 +131,7 @@ def describe_outcome(outcome: Outcome) -> str:
         gain = f"{gate['before']:.1f} -> {gate['after']:.1f} points on the gate's rows"
         if (low := gate.get("low")) is not None and (high := gate.get("high")) is not None:
             gain += f" (cross-validated, gain {gate['gain']:+.1f} [{low:+.1f}, {high:+.1f}])"
-    return f"{name}: {gain}, {outcome['state']}"
+    return f"{name}: {gain}, {outcome['state']}{kept}"
 
 
 def folder_name(task: str) -> str:
@@ -316,6 +317,14 @@ def _default_concurrency(cpus: int, tasks: int) -> int:
     return max((os.cpu_count() or 1) // cpus, 1)  # the embedded Ray is given more CPUs than the machine has
 
 
+def _used_points(state: str, points: TaskPoints) -> float | None:
+    """Return the points of a task after the gate: of the base, or of the published scorer with its selection."""
+    if state != "published":
+        return points["before"]
+    fitted = points.get("fitted")
+    return points["after"] if fitted is None else fitted
+
+
 def _last_line(error: BaseException) -> str:
     return next(reversed(str(error).strip().splitlines()), "")[:300]
 
@@ -325,12 +334,12 @@ def _summarise(uri: str, config: Config, base: Base, outcomes: list[Outcome], se
     states = Counter(outcome["state"] for outcome in outcomes)
     measured = [(outcome["state"], points) for outcome in outcomes if (points := outcome.get("figures"))]
     means = {}
-    for name in ("before", "after", "random", "self", "oracle"):
-        values = [points[name] for _, points in measured]
+    for name in ("before", "after", "fitted", "random", "self", "oracle"):
+        values = [cast("float | None", points.get(name)) for _, points in measured]
         known = [value for value in values if value is not None]
         if values and len(known) == len(values):
             means[name] = sum(known) / len(known)
-    used = [value for state, points in measured if (value := points["after" if state == "published" else "before"]) is not None]
+    used = [value for state, points in measured if (value := _used_points(state, points)) is not None]
     return {
         "uri": uri,
         "dataset": config.dataset_uri,

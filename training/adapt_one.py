@@ -1,4 +1,4 @@
-"""Adapt a scorer to one task: collect its pairs, fine-tune, cross-validate, decide the gate, publish. No Ray.
+"""Adapt a scorer to one task: collect its pairs, cross-validate, decide the gate, fine-tune, publish. No Ray.
 
 The pairs follow the recipe of the Cappy paper. Correct responses have label 1. As many correct responses of other instructions of
 the task have label 0. The LLM's samples have their Rouge-L. `cappy generate` has labelled them all. Repeats are removed, then the
@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from cluster import artifacts, folder_writer, models, storage
-from cluster.config import Config, TrainingConfig
+from cluster.config import Config, LabelConfig, TrainingConfig
 from cluster.errors import CappyError
 from generation.dataset import Pairs, RegressionSet
 from training import batch_plan, cross_fit, gate, loop, lora, model_card, selection, selection_fit, validation
@@ -106,6 +106,7 @@ def adapt_task(
     # Without cross-validation the gate takes a part of the validation rows.
     deciding, reporting = gate.split_validation_rows(rows, config.adapt.gate_fraction) if held_out is None else (rows[:0], rows)
     tables = [table for table in (deciding, reporting) if len(table)]
+    metric = consensus_metric(dataset.manifest.get("metric"))
     training = config.adapt.training(config.training)
     device = torch.device("cuda" if gpu else "cpu")
     scorer, wrapped = load_trainable(config, training, base, device)
@@ -115,23 +116,19 @@ def adapt_task(
     if held_out is not None:
         base_scores = cross_fit.score_candidates(held_out, scorer.score)
         fold_scores = _cross_fit(config, task, base, dataset, held_out, train_rows, device)
-        old, new = (gate.row_values(held_out, scores, config.adapt.metric) for scores in (base_scores, fold_scores))
-        decision = gate.decide_on_rows(old, new, config.adapt)
-        fitted = selection_fit.fit_on_rows(
-            held_out,
-            fold_scores,
-            consensus_metric(dataset.manifest.get("metric")),
-            selection.read(str(models.resolve(base.name, "adapt.base", adapters=True))) if base.scorer else None,
-            {"scores": "held out", "trainings": config.adapt.folds},
-        )
+        decision, fitted = _decide(config, base, held_out, base_scores, fold_scores, metric)
     fit_result, lines = _fit(scorer, pairs, training, config, config.adapt.pairs)
+    if decision and decision.get("weights") == "base":
+        scorer, wrapped = load_trainable(config, training, base, device)
+    scorer.model.eval()
     after = _measure(scorer, tables, dataset.greedy())
     points: TaskPoints | None = None
     if tables:
         if decision is None:
             decision = {**gate.decide_gate(before[0], after[0], config.adapt), "rows": len(deciding), "split": "validation"}
+        picked = gate.row_values(reporting, cross_fit.score_candidates(reporting, scorer.score), "selection", fitted) if fitted else None
         points = {
-            **gate.summarise_points(before[-1], after[-1]),
+            **gate.summarise_points(before[-1], after[-1], picked),
             "rows": len(reporting),
             "apart": reporting is not rows or not len(deciding),
         }
@@ -165,6 +162,28 @@ def adapt_task(
         return _publish(config, task, base, scorer, wrapped, result, lines, dataset, fitted, check)
     folder_writer.FolderWriter(task.uri, check).write_json(RESULTS, result)
     return result
+
+
+def _decide(
+    config: Config, base: Base, held_out: pa.Table, base_scores: list[Floats], fold_scores: list[Floats], metric: LabelConfig
+) -> tuple[GateDecision, selection.Selection | None]:
+    """Return the decision of the gate, and the selection that is fitted on the held-out scores of the published weights."""
+    of_base = selection.read(str(models.resolve(base.name, "adapt.base", adapters=True))) if base.scorer else None
+    before = gate.row_values(held_out, base_scores, config.adapt.metric, of_base)
+    found: dict[str, selection.Selection] = {}
+    values: dict[str, Floats] = {}
+    # A plain encoder has an untrained head: its scores mean nothing.
+    for weights, scores in (("base", base_scores), ("adapted", fold_scores))[0 if base.scorer else 1 :]:
+        made = {"scores": "held out", "trainings": config.adapt.folds if weights == "adapted" else 0}
+        by_score = gate.row_values(held_out, scores, config.adapt.metric)
+        fitted = selection_fit.fit_on_rows(held_out, scores, metric, of_base, made)
+        if fitted is not None:
+            found[weights] = fitted[0]
+        decides = fitted is not None and config.adapt.metric == "selection"
+        values[weights] = np.where(np.isnan(fitted[1]), by_score, fitted[1]) if fitted and decides else by_score
+    fits = config.adapt.gate and config.adapt.metric == "selection" and "base" in found
+    decision = gate.decide_on_rows(before, values["adapted"], config.adapt, values["base"] if fits else None)
+    return decision, found.get("base" if decision.get("weights") == "base" else "adapted")
 
 
 def read_outcome(task: Task) -> Outcome | None:

@@ -1,9 +1,10 @@
 """The gate of `cappy adapt`: compare the base and the adapted scorer, and decide. No torch, no Ray, no files.
 
-The comparison is the cross-validation on the train rows (`training.cross_fit`): for each row, the scorer of a fold that was trained
-without it against the base. The scorer is published when the mean gain is above 0 and at least `adapt.min_gain`. The interval is
-reported and does not decide: `python -m benchmarks.gate` shows that a rule on its lower end rejects most scorers that gain, and costs
-more points than it saves. With `adapt.folds: 0` the mean on a share of the validation rows decides.
+The comparison is the cross-validation on the train rows (`training.cross_fit`). For each row, a scorer and a selection that were fitted
+without it pick a candidate. Its label is compared with that of the pick of the base. The scorer is published when the mean gain is above
+0 and at least `adapt.min_gain`. If a selection fitted to the scores of the base picks better, the base is published with this selection.
+The interval is reported and does not decide: `python -m benchmarks.gate` shows that a rule on its lower end rejects most scorers that
+gain, and costs more points than it saves. With `adapt.folds: 0` the mean on a share of the validation rows decides.
 
 Shapes: C candidates of one row.
 """
@@ -15,36 +16,58 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from cluster.config import AdaptConfig
 from training.records import GateDecision, Metrics, TaskPoints
+from training.selection import Pool, Selection
 from training.validation import Floats, Row, rank_agreement
 
 CONFIDENCE = 0.8
 _NORMAL_QUANTILE = 1.2816  # of 0.9, so that 80 % are within +- that many standard errors
 
 
-def row_values(rows: pa.Table, scores: Sequence[Floats], metric: str) -> Floats:
+def row_values(rows: pa.Table, scores: Sequence[Floats], metric: str, fitted: Selection | None = None) -> Floats:
     """Return the metric of each row, float64 (rows,) in [0, 1]; NaN for a row that does not allow it.
 
-    `selection` is the label of the sampled candidate with the best score. In a row with answer choices only, it is 1 if the choice with
-    the best score is right, else 0. `pairwise_accuracy` is the share of candidate pairs in the right order, ties counted half.
+    `selection` is the label of the sampled candidate that `fitted` picks, or of the one with the best score. In a row with answer
+    choices only, it is 1 if the choice with the best score is right, else 0. `pairwise_accuracy` is the share of candidate pairs that
+    the scores have in the right order, ties counted half.
 
     Args:
         rows: rows with column `candidates`.
         scores: the scores of the candidates of each row, (C,), as `cross_fit` returns them.
         metric: `selection` or `pairwise_accuracy`.
+        fitted: the selection of the scorer; None picks by score.
     """
-    measure = _selection if metric == "selection" else _pairwise_accuracy
-    return np.array([measure(row, scores_C) for row, scores_C in zip(rows["candidates"].to_pylist(), scores, strict=True)], np.float64)
+    columns = zip(rows["instruction"].to_pylist(), rows["candidates"].to_pylist(), scores, strict=True)
+    if metric == "selection":
+        return np.array([_selection(instruction, row, scores_C, fitted) for instruction, row, scores_C in columns], np.float64)
+    return np.array([_pairwise_accuracy(row, scores_C) for _, row, scores_C in columns], np.float64)
 
 
-def decide_on_rows(before: Floats, after: Floats, settings: AdaptConfig) -> GateDecision:
+def decide_on_rows(before: Floats, after: Floats, settings: AdaptConfig, base_fitted: Floats | None = None) -> GateDecision:
     """Return the decision on the paired values of train rows, (rows,) each, as `row_values` returns them.
 
-    `before` has the values of the base, `after` those of the scorers of the folds. Only rows with both values count. The interval is
-    mean +- 1.28 standard errors of the paired differences; it is None for one row.
+    The adapted weights pass if they gain and are better than the base with a fitted selection. If they do not pass, the base passes if it
+    gains by the fitted selection. The interval is mean +- 1.28 standard errors of the paired differences; it is None for one row.
+
+    Args:
+        before: the values of the base.
+        after: those of the scorers and selections of the folds.
+        base_fitted: those of the base with the selections of the folds; None without one.
     """
+    adapted = _compare(before, after, settings)
+    if base_fitted is None:
+        return adapted
+    base = _compare(before, base_fitted, settings)
+    if base["passed"] and not (adapted["passed"] and adapted["after"] > base["after"]):  # type: ignore[operator]
+        return {**base, "weights": "base"}
+    return adapted
+
+
+def _compare(before: Floats, after: Floats, settings: AdaptConfig) -> GateDecision:
+    """Return the comparison over the rows that have both values."""
     both = np.isfinite(before) & np.isfinite(after)
     gains = 100 * (after[both] - before[both])
     rows = len(gains)
@@ -86,11 +109,16 @@ def split_validation_rows(rows: pa.Table, fraction: float) -> tuple[pa.Table, pa
     return rows[:deciding], rows[deciding:] if deciding < len(rows) else rows
 
 
-def summarise_points(before: Metrics, after: Metrics) -> TaskPoints:
-    """Return the reported results from the metrics of the base and of the adapted scorer."""
+def summarise_points(before: Metrics, after: Metrics, fitted: Floats | None = None) -> TaskPoints:
+    """Return the reported results from the metrics of the base and of the adapted scorer.
+
+    `fitted` has the values of the picks of the published selection, (rows,), as `row_values` returns them.
+    """
+    known = fitted[np.isfinite(fitted)] if fitted is not None else np.empty(0)
     return {
         "before": _points(before, "selection"),
         "after": _points(after, "selection"),
+        "fitted": 100 * float(known.mean()) if len(known) else None,
         "random": _points(after, "random"),
         "self": _points(after, "self_mean"),
         "oracle": _points(after, "oracle"),
@@ -102,10 +130,14 @@ def _passes(gain: float, settings: AdaptConfig) -> bool:
     return gain > 0 and gain >= settings.min_gain
 
 
-def _selection(candidates: Sequence[Row], scores_C: Floats) -> float:
+def _selection(instruction: str, candidates: Sequence[Row], scores_C: Floats, fitted: Selection | None) -> float:
     sampled = [index for index, each in enumerate(candidates) if each["source"] == "sampled"]
     if sampled:
-        return float(candidates[sampled[int(scores_C[sampled].argmax())]]["label"])
+        values_C: NDArray[np.float64] = scores_C[sampled].astype(np.float64)
+        if fitted is not None:
+            fields = {name: [candidates[index][name] for index in sampled] for name in ("response", "logprob", "tokens")}
+            values_C = fitted.rank(Pool(fields["response"], values_C, fields["logprob"], fields["tokens"], instruction))
+        return float(candidates[sampled[int(values_C.argmax())]]["label"])
     if any(each["source"] == "choice" for each in candidates):
         return float(candidates[int(scores_C.argmax())]["label"] == 1)
     return math.nan

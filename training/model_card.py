@@ -173,7 +173,7 @@ that were not trained on them.
 def render_adapted_card(config: Config, result: Outcome) -> str:
     """Return the model card, as Markdown, of a scorer adapted to one task."""
     figures, base = result["figures"], result["base"]
-    shown = ("before", "after", "random", "self", "oracle")
+    shown = ("before", "after", "fitted", "random", "self", "oracle")
     values: dict[str, Any] = dict(figures or {})
     table = "\n".join(f"| {name} | {values[name]:.1f} |" for name in shown if values.get(name) is not None)
     used = "The gate did not use these rows" if figures and figures["apart"] else "The gate used the same rows"
@@ -187,8 +187,14 @@ def render_adapted_card(config: Config, result: Outcome) -> str:
 | --- | --: |
 {table}
 
-`before` is the pick of the base, `after` that of this scorer. `self` is the candidate with the highest mean log-probability, `oracle` the
-best candidate."""
+`before` is the pick of the base, `after` that of this scorer, `fitted` that of its selection. `self` is the candidate with the highest
+mean log-probability, `oracle` the best candidate."""
+    )
+    decision = result.get("gate")
+    kept = (
+        "These are the weights of the base: in the cross-validation the trained ones were not better. The selection is fitted to the task. "
+        if decision and decision.get("weights") == "base"
+        else ""
     )
     trained = (
         f"{result['trained_parameters']:,} parameters in low-rank adapters of rank {config.adapt.lora.rank} and the head"
@@ -216,7 +222,7 @@ scorer = Scorer.load("{result["uri"]}")
 
 {describe_selection(result.get("selection"))}![loss](loss.svg)
 
-Trained {trained} on {result["pairs"]:,} pairs ({result["distinct_pairs"]:,} distinct, of {result["train_rows"]:,} train rows):
+{kept}Trained {trained} on {result["pairs"]:,} pairs ({result["distinct_pairs"]:,} distinct, of {result["train_rows"]:,} train rows):
 {result["steps"]:,} steps of {config.adapt.batch_size} pairs, AdamW at {result["learning_rate"]:g}. `config.yaml` has all settings,
 `results.json` the measurements.
 """

@@ -212,6 +212,8 @@ class GateDecision(TypedDict):
     high: NotRequired[float | None]
     confidence: NotRequired[float]
     """Of the interval, in [0, 1]."""
+    weights: NotRequired[Literal["base"]]
+    """`base` if the comparison is of the base with a fitted selection, because the adapted weights were not better."""
 
 
 class TaskPoints(TypedDict):
@@ -221,6 +223,8 @@ class TaskPoints(TypedDict):
     """Picks of the base."""
     after: float | None
     """Picks of the adapted scorer."""
+    fitted: NotRequired[float | None]
+    """Picks of the published selection; None without one. Absent in files of earlier versions."""
     random: float | None
     self: float | None
     """Picks by mean log-probability of the LLM."""

@@ -55,7 +55,23 @@ def fit_selection(
     prior: Selection | None = None,
     made: Mapping[str, Any] | None = None,
 ) -> Selection | None:
+    """Return the selection of `fit_with_picks`."""
+    fitted = fit_with_picks(pools, labels, groups, metric, prior, made)
+    return None if fitted is None else fitted[0]
+
+
+def fit_with_picks(
+    pools: Sequence[Pool],
+    labels: Sequence[Sequence[float] | Floats],
+    groups: Sequence[str],
+    metric: LabelConfig = DEFAULT_METRIC,
+    prior: Selection | None = None,
+    made: Mapping[str, Any] | None = None,
+) -> tuple[Selection, Floats] | None:
     """Return the selection fitted on labelled pools, None if fewer than `MIN_POOLS` of them have responses with different labels.
+
+    The array, float64 (pools,), has the label of the held-out pick of each pool: of the selection that cross-validation fitted without its
+    group, with the first variant. It is NaN if there is one group, or if the pool has not the signals of this variant.
 
     Empty responses do not count, because a selection never picks them.
 
@@ -77,48 +93,53 @@ def fit_selection(
         return None
     found = [signals(pools[number], metric) for number in kept]
     variants: list[Variant] = []
+    # If all responses have one label, every pick has it.
+    values_N = np.array([each[at[0] if at else 0] if len(each) else np.nan for each, at in zip(labels_of, distinct, strict=True)])
+    values_N[kept] = np.nan
     for names in VARIANTS:
         usable = [at for at, each in enumerate(found) if each.keys() >= set(names)]
         if len(usable) < MIN_POOLS:
             continue
         start = next((each for each in prior.variants if each.signals == names and each.pool_variance), None) if prior else None
         chosen = [kept[at] for at in usable]
-        variants.append(
-            _fit_variant(
-                names,
-                [found[at] for at in usable],
-                [labels_of[number] for number in chosen],
-                [groups[number] for number in chosen],
-                [pools[number].responses for number in chosen],
-                start,
-            )
+        variant, picked = _fit_variant(
+            names,
+            [found[at] for at in usable],
+            [labels_of[number] for number in chosen],
+            [groups[number] for number in chosen],
+            [pools[number].responses for number in chosen],
+            start,
         )
+        if not variants and picked is not None:
+            values_N[chosen] = picked
+        variants.append(variant)
     description = {
         "loss": f"listwise cross entropy with the softmax of the labels at temperature {TEMPERATURE:g}",
         "groups": len({groups[number] for number in kept}),
         "folds": min(FOLDS, len({groups[number] for number in kept})),
         "prior": prior is not None,
     }
-    return Selection(tuple(variants), metric, {**description, **(made or {})})
+    return Selection(tuple(variants), metric, {**description, **(made or {})}), values_N
 
 
 def fit_on_rows(
     rows: pa.Table, scores: Sequence[np.ndarray], metric: LabelConfig, prior: Selection | None = None, made: Mapping[str, Any] | None = None
-) -> Selection | None:
-    """Return the selection fitted on the sampled candidates of rows, as `fit_selection` does.
+) -> tuple[Selection, Floats] | None:
+    """Return the selection fitted on the sampled candidates of rows, and the label of the held-out pick of each row, as `fit_with_picks`.
 
-    Cross-validation is over datasets if the rows have `FOLDS` of them or more, else over instructions.
+    Cross-validation is over datasets if the rows have `FOLDS` of them or more, else over instructions. The pick of a row without sampled
+    candidates is NaN.
 
     Args:
-        rows: rows with columns `dataset`, `instruction` and `candidates`. Rows without sampled candidates are skipped.
+        rows: rows with columns `dataset`, `instruction` and `candidates`.
         scores: the held-out scores of the candidates of each row, (candidates,).
         metric: the metric of the labels.
         prior: as for `fit_selection`.
         made: as for `fit_selection`.
     """
-    pools, labels, datasets, instructions = [], [], [], []
+    pools, labels, datasets, instructions, positions = [], [], [], [], []
     columns = (rows[name].to_pylist() for name in ("dataset", "instruction", "candidates"))
-    for dataset, instruction, candidates, scores_C in zip(*columns, scores, strict=True):
+    for position, (dataset, instruction, candidates, scores_C) in enumerate(zip(*columns, scores, strict=True)):
         sampled = [at for at, each in enumerate(candidates) if each["source"] == "sampled"]
         if not sampled:
             continue
@@ -128,8 +149,14 @@ def fit_on_rows(
         labels.append(fields["label"])
         datasets.append(dataset)
         instructions.append(instruction)
+        positions.append(position)
     groups = datasets if len(set(datasets)) >= FOLDS else instructions
-    return fit_selection(pools, labels, groups, metric, prior, made)
+    fitted = fit_with_picks(pools, labels, groups, metric, prior, made)
+    if fitted is None:
+        return None
+    values_R = np.full(len(rows), np.nan)
+    values_R[positions] = fitted[1]
+    return fitted[0], values_R
 
 
 def _fit_variant(
@@ -139,8 +166,11 @@ def _fit_variant(
     groups: Sequence[str],
     responses: Sequence[Sequence[str]],
     prior: Variant | None,
-) -> Variant:
-    """Fit one variant: choose the start and the L2 strength by the held-out loss, then fit on all pools."""
+) -> tuple[Variant, Floats | None]:
+    """Fit one variant: choose the start and the L2 strength by the held-out loss, then fit on all pools.
+
+    Return it with the label of the held-out pick of each pool, (N,); None without folds.
+    """
     scales = tuple(_typical_deviation(each[name] for each in found) for name in names)
     unfitted = Variant(names, (0.0,) * len(names), scales)
     distinct = [_distinct(each) for each in responses]
@@ -150,7 +180,7 @@ def _fit_variant(
     )
     starts = [np.array(each.weights) for each in (prior, unfitted) if each]
     folds_N = _folds(groups)
-    chosen, measured = (_UNVALIDATED_STRENGTH, 0), {}
+    chosen, measured, picked_N = (_UNVALIDATED_STRENGTH, 0), {}, None
     if folds_N.max() > 0:
         # The strongest first: of equal losses it is chosen.
         options = [(strength, start) for strength in reversed(STRENGTHS) for start in range(len(starts))]
@@ -163,11 +193,12 @@ def _fit_variant(
                 losses[strength, start] += _loss(held_out, weights_K) * len(held_out.targets_NC)
         chosen = min(options, key=lambda option: losses[option])
         fitted = [each @ weights_of[(*chosen, int(fold))] for each, fold in zip(features, folds_N, strict=True)]
-        measured = {"fitted": _mean_pick(fitted, labels, responses)}
-        measured |= {name: _mean_pick([each[name] for each in found], labels, responses) for name in names}
+        picked_N = _pick(fitted, labels, responses)
+        measured = {"fitted": float(picked_N.mean())}
+        measured |= {name: float(_pick([each[name] for each in found], labels, responses).mean()) for name in names}
         measured |= {"random": _mean(each.mean() for each in labels), "oracle": _mean(each.max() for each in labels)}
     weights_K = _fit_weights(data, chosen[0], starts[chosen[1]])
-    return Variant(names, tuple(weights_K.tolist()), scales, l2=chosen[0], rows=len(found), cross_validated=measured)
+    return Variant(names, tuple(weights_K.tolist()), scales, l2=chosen[0], rows=len(found), cross_validated=measured), picked_N
 
 
 def _distinct(responses: Sequence[str]) -> list[int]:
@@ -188,9 +219,10 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def _mean_pick(values: Sequence[Floats], labels: Sequence[Floats], responses: Sequence[Sequence[str]]) -> float:
-    """Return the mean label of the draws with the highest value."""
-    return _mean(labels_C[lower_empty(each, texts).argmax()] for each, labels_C, texts in zip(values, labels, responses, strict=True))
+def _pick(values: Sequence[Floats], labels: Sequence[Floats], responses: Sequence[Sequence[str]]) -> Floats:
+    """Return the label of the draw with the highest value of each pool, (N,)."""
+    picks = [labels_C[lower_empty(each, texts).argmax()] for each, labels_C, texts in zip(values, labels, responses, strict=True)]
+    return np.array(picks, np.float64)
 
 
 def _folds(groups: Sequence[str]) -> np.ndarray:

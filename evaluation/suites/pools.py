@@ -39,6 +39,8 @@ class Pools:
     def _rank(self, name: str, task: str, fold: int) -> Rank:
         if name == "scorer_fitted":
             return fitted_rank(self.zero_shot, "scorer")
+        if name == "fitted_no_scorer":
+            return fitted_rank(self.selections[task, fold], None)
         return fitted_rank(self.selections[task, fold], "adapted") if name == "fitted" else rank_by(name)
 
 

@@ -76,7 +76,7 @@ def run_sampled(
     selections: dict[tuple[str, int], selection.Selection | None] = {}
     outcomes: list[dict[str, Any]] = []
     if suite.adapted:
-        models += ["adapted", "fitted"]
+        models += ["adapted", "fitted_no_scorer", "fitted"]
         for fold in range(suite.folds):
             scorers = _adapt_fold(config, dataset, rows, folds_R == fold, fold, steps, outcomes)
             of_fold = [row for row, number in zip(rows, folds_R, strict=True) if number == fold]

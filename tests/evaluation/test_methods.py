@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cluster.config import LabelConfig
-from evaluation.methods import choice_methods, rank_by, sampled_methods
+from evaluation.methods import choice_methods, fitted_rank, rank_by, sampled_methods
+from training.selection import Selection, Variant
 
 DECODINGS = [{"name": "hot", "temperature": 0.9}, {"name": "greedy", "temperature": 0.0}, {"name": "top-k", "temperature": 1.0}]
 POOL = [
@@ -46,6 +47,16 @@ def test_a_method_without_its_fields_gives_nan_and_the_others_a_value():
     pool = [{**each, "logprob": None} for each in POOL if each["decoding"] != "greedy"]
     found = values(pool, sampled_methods(DECODINGS, LabelConfig(), {"fitted": rank_by("fitted")}))
     assert {name for name, value in found.items() if math.isnan(value)} == {"greedy", "self_sum", "self_mean", "fitted"}
+
+
+def test_a_fitted_selection_ranks_with_scores_or_without_them():
+    pool = [{"response": text, "score": score, "logprob": None, "tokens": 1} for text, score in (("a", 0.2), ("b", 0.9), ("b b", 0.1))]
+    overlap = Selection((Variant(("score",), (1.0,), (1.0,)), Variant(("overlap",), (1.0,), (1.0,))))
+    assert fitted_rank(overlap, "score")("a", pool).argmax() == 1
+    assert fitted_rank(overlap, None)("a", pool).argmax() == 0
+    assert fitted_rank(None, "score")("a", pool).tolist() == [0.2, 0.9, 0.1]
+    assert fitted_rank(overlap, "missing")("a", pool) is None
+    assert fitted_rank(None, None)("a", pool).argmax() == 1  # the consensus: "b" agrees with "b b"
 
 
 def test_consensus_of_one_candidate_is_that_candidate():

@@ -108,7 +108,8 @@ def answers(row: dict[str, Any]) -> list[str]:
 
 
 def test_full_adaptation_publishes_a_plain_scorer_with_better_picks(dataset: str, base: str, encoder: Path, tmp_path: Path):
-    config = settings(tmp_path, encoder, base=base).model_copy(update={"dataset": dataset})
+    # By the scores alone: the log-probabilities of these rows leave a fitted selection nothing to gain.
+    config = settings(tmp_path, encoder, base=base, metric="pairwise_accuracy").model_copy(update={"dataset": dataset})
     task = task_of(config, "colors")
     result = adapt_one.adapt_task(config, task, base_of(base))
     assert result["state"] == "published" and result["use"] == result["uri"] == task.uri
@@ -138,7 +139,7 @@ def test_full_adaptation_publishes_a_plain_scorer_with_better_picks(dataset: str
 
 @pytest.mark.parametrize("objective", [{"mse": 0, "listwise": 1}, {"pairwise": 0.1}], ids=["listwise", "pairwise"])
 def test_an_objective_that_compares_candidates_trains_whole_instructions(objective, dataset: str, base: str, encoder: Path, tmp_path: Path):
-    config = settings(tmp_path, encoder, base=base, pairs=1200, epochs=2)
+    config = settings(tmp_path, encoder, base=base, pairs=1200, epochs=2, metric="pairwise_accuracy")
     training = config.training.model_copy(update={"objective": ObjectiveConfig(**objective)})
     config = config.model_copy(update={"dataset": dataset, "training": training})
     result = adapt_one.adapt_task(config, task_of(config, "colors"), base_of(base))
@@ -179,7 +180,8 @@ def test_without_folds_the_gate_takes_a_part_of_the_validation_rows(dataset: str
 
 
 def test_a_scorer_that_does_not_gain_is_not_published(dataset: str, base: str, encoder: Path, tmp_path: Path):
-    config = settings(tmp_path, encoder, base=base, pairs=32, learning_rate=1e-12).model_copy(update={"dataset": dataset})
+    config = settings(tmp_path, encoder, base=base, pairs=32, learning_rate=1e-12, metric="pairwise_accuracy")
+    config = config.model_copy(update={"dataset": dataset})
     task = task_of(config, "colors")
     result = adapt_one.adapt_task(config, task, base_of(base))
     assert (result["state"], result["uri"], result["use"]) == ("rejected", None, base)
@@ -188,6 +190,24 @@ def test_a_scorer_that_does_not_gain_is_not_published(dataset: str, base: str, e
         Scorer.load(task.uri)
     free = config.model_copy(update={"adapt": config.adapt.model_copy(update={"gate": False})})
     assert adapt_one.adapt_task(free, task_of(free, "free", "colors"), base_of(base))["state"] == "published"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_base_is_published_with_a_fitted_selection_where_training_does_not_help(
+    method: str, dataset: str, base: str, encoder: Path, tmp_path: Path
+):
+    # The log-probabilities of these rows are informative, and the training changes nothing.
+    config = settings(tmp_path, encoder, base=base, pairs=32, learning_rate=1e-12, method=method).model_copy(update={"dataset": dataset})
+    task = task_of(config, "colors")
+    result = adapt_one.adapt_task(config, task, base_of(base))
+    assert (result["state"], result["gate"]["weights"], result["use"]) == ("published", "base", task.uri)
+    assert result["gate"]["after"] > result["gate"]["before"]
+    assert result["figures"]["fitted"] > result["figures"]["before"] == result["figures"]["after"]
+    published = Scorer.load(task.uri)
+    pairs = (["Name a color.", "Name a color."], ["red", "a stone"])
+    assert np.array_equal(published.score(*pairs), Scorer.load(base).score(*pairs))
+    assert published.selection.made["trainings"] == 0
+    assert "These are the weights of the base" in Path(task.uri, "README.md").read_text()
 
 
 def test_a_task_that_cannot_be_adapted_raises_the_reason(dataset: str, base: str, encoder: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ from cluster.config import AdaptConfig
 from generation.schema import DATASET
 from tests.training.test_adapt_one import task_rows
 from training import gate
+from training.selection import blend_selection
 
 SETTINGS = AdaptConfig()
 
@@ -39,11 +40,13 @@ def test_results_are_in_points_and_accuracy_replaces_selection_for_choices():
     assert figures == {
         "before": 25,
         "after": 50,
+        "fitted": None,
         "random": 20,
         "self": None,
         "oracle": 90,
         "pairwise_accuracy": {"before": 50, "after": 75},
     }
+    assert gate.summarise_points(metrics(0.25), metrics(0.5), np.array([1.0, np.nan, 0.5]))["fitted"] == 75
     assert gate.summarise_points(metrics(None, accuracy=0.5), metrics(None, accuracy=1.0))["after"] == 100
 
 
@@ -93,3 +96,32 @@ def test_the_cross_validated_gain_is_paired_and_has_an_interval():
 def test_the_mean_gain_decides(before: list[float], after: list[float], min_gain: float, passed: bool):
     settings = SETTINGS.model_copy(update={"min_gain": min_gain})
     assert gate.decide_on_rows(np.array(before), np.array(after), settings)["passed"] is passed
+
+
+@pytest.mark.parametrize(
+    ("after", "base_fitted", "passed", "weights", "points"),
+    [
+        (0.6, 0.5, True, None, 60),  # the adapted weights gain more
+        (0.6, 0.6, True, "base", 60),  # equal: no other weights are needed
+        (0.5, 0.6, True, "base", 60),
+        (0.3, 0.6, True, "base", 60),
+        (0.3, 0.4, False, None, 30),  # neither gains
+        (0.6, None, True, None, 60),
+    ],
+)
+def test_the_base_with_a_fitted_selection_passes_if_the_adapted_weights_are_not_better(after, base_fitted, passed, weights, points):
+    rows = np.ones(10)
+    decision = gate.decide_on_rows(0.4 * rows, after * rows, SETTINGS, None if base_fitted is None else base_fitted * rows)
+    assert (decision["passed"], decision.get("weights"), decision["after"]) == (passed, weights, pytest.approx(points))
+
+
+def test_the_values_of_rows_are_those_of_the_picks_of_a_selection():
+    candidates = [
+        {"response": text, "label": label, "source": "sampled", "logprob": logprob, "tokens": 1}
+        for text, label, logprob in (("a", 0.1, -9.0), ("b", 0.7, -1.0), ("", 0.9, 0.0))
+    ]
+    table = pa.Table.from_pylist([{"instruction": "x", "candidates": candidates}])
+    scores = [np.array([0.9, 0.1, 0.2])]
+    assert gate.row_values(table, scores, "selection").tolist() == [0.1]
+    assert gate.row_values(table, scores, "selection", blend_selection(1.0)).tolist() == [0.7]
+    assert gate.row_values(table, scores, "pairwise_accuracy", blend_selection(1.0)).tolist() == [1 / 3]
