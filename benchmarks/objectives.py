@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 WITHOUT = ("without LLM samples", "without pretrained encoder")
 DROPOUT = "attention dropout 0.1"
-COLUMNS = ["instruction", "candidates"]
+COLUMNS = ["dataset", "instruction", "candidates"]
 
 
 def main() -> None:
@@ -63,19 +63,28 @@ def main() -> None:
         default="validation",
         help="rows to measure on; train holds out a fifth of the train rows",
     )
-    parser.add_argument("--instructions", type=int, help="train rows used, drawn by seed; default: all")
+    parser.add_argument(
+        "--hold-out", nargs="+", default=[], help="datasets to measure on; with --split train, instead of a fifth of the rows"
+    )
+    parser.add_argument("--measured", type=int, help="measured rows of each dataset; default: all")
+    parser.add_argument("--instructions", type=int, help="train rows used, the same for each seed; default: all")
+    parser.add_argument("--learning-rate", type=float, default=TrainingConfig().learning_rate)
     parser.add_argument("--only", nargs="*", choices=(*OBJECTIVES, DROPOUT, *WITHOUT))
     parser.add_argument("--json", help="file for the result; - prints it")
     options = parser.parse_args()
     options.data = options.data or demo_set()
-    train, held_out, greedy = read(options.data, options.split)
+    train, held_out, greedy = read(options.data, options.split, options.hold_out)
+    if options.measured:
+        held_out = first_of_each(held_out, options.measured)
+    log(f"{len(train):,} train rows, {len(held_out):,} measured rows")
     if options.instructions and options.instructions < len(train):
         train = train.take(pa.array(np.sort(np.random.default_rng(0).permutation(len(train))[: options.instructions])))
-    kept = ("data", "encoder", "epochs", "max_length", "instructions", "split", "seeds")
+    kept = ("data", "encoder", "epochs", "max_length", "instructions", "learning_rate", "split", "hold_out", "measured", "seeds")
     result: dict[str, Any] = {name: getattr(options, name) for name in kept} | {"variants": {}}
     for name in options.only or (*OBJECTIVES, DROPOUT, *WITHOUT):
         runs = [train_variant(name, train, held_out, greedy, options, seed) for seed in range(options.seeds)]
         result["variants"][name] = {key: _mean([each[key] for each in runs]) for key in runs[0]}
+        result["variants"][name]["selection_by_seed"] = [each["selection"] for each in runs]
         log(f"{name}: {json.dumps(result['variants'][name])}")
     text = json.dumps(result)
     if options.json and options.json != "-":
@@ -83,13 +92,18 @@ def main() -> None:
     print(text)
 
 
-def read(uri: str, split: str) -> tuple[pa.Table, pa.Table, str | None]:
-    """Return the rows for training, the rows for measurement and the name of the greedy decoding."""
+def read(uri: str, split: str, hold_out: Sequence[str] = ()) -> tuple[pa.Table, pa.Table, str | None]:
+    """Return the rows for training, the rows for measurement and the name of the greedy decoding.
+
+    With `split` train, the rows of the datasets `hold_out` are measured, else a fifth of the rows.
+    """
     dataset = RegressionSet(uri)
     train = pa.concat_tables(dataset.batches("train", columns=COLUMNS)).combine_chunks()
     if split == "validation":
         return train, pa.concat_tables(dataset.batches("validation", columns=COLUMNS)).combine_chunks(), dataset.greedy()
     held = np.random.default_rng(0).permutation(len(train)) < len(train) // 5
+    if hold_out:
+        held = np.isin(train["dataset"].to_numpy(zero_copy_only=False), list(hold_out))
     return train.filter(pa.array(~held)), train.filter(pa.array(held)), dataset.greedy()
 
 
@@ -99,7 +113,7 @@ def train_variant(
     """Train one variant and return its metrics on the rows held out."""
     objective = ObjectiveConfig.model_validate(OBJECTIVES.get(name, {}))
     dropout = 0.1 if name == DROPOUT else TrainingConfig().attention_dropout
-    training = TrainingConfig(epochs=options.epochs, objective=objective, attention_dropout=dropout)
+    training = TrainingConfig(epochs=options.epochs, objective=objective, attention_dropout=dropout, learning_rate=options.learning_rate)
     scorer_config = ScorerConfig(encoder=options.encoder, max_length=options.max_length)
     folder = models.resolve(options.encoder, "--encoder")
     model = new_model(folder, scorer_config, training, seed)
@@ -129,7 +143,7 @@ def train_variant(
             break
     seconds = time.monotonic() - start
     model.eval()
-    weight = blend.fit_weight(blend.tally_picks(train, scorer.score))
+    weight = blend.fit_weight(blend.tally_picks(train.slice(0, 400), scorer.score))
     figures = validation.measure_scores(held_out, scorer.score, greedy).metrics()
     return {
         **figures,
@@ -139,6 +153,14 @@ def train_variant(
         "trained": trained,
         "seconds": round(seconds, 1),
     }
+
+
+def first_of_each(rows: pa.Table, count: int) -> pa.Table:
+    """Return `count` rows of each dataset, drawn with a fixed seed."""
+    names = rows["dataset"].to_numpy(zero_copy_only=False)
+    order = np.random.default_rng(1).permutation(len(rows))
+    kept = [order[names[order] == name][:count] for name in np.unique(names)]
+    return rows.take(pa.array(np.sort(np.concatenate(kept))))
 
 
 def size_of(rows: pa.Table) -> Size:
