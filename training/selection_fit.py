@@ -67,6 +67,7 @@ def fit_with_picks(
     metric: LabelConfig = DEFAULT_METRIC,
     prior: Selection | None = None,
     made: Mapping[str, Any] | None = None,
+    variants: Sequence[tuple[str, ...]] = VARIANTS,
 ) -> tuple[Selection, Floats] | None:
     """Return the selection fitted on labelled pools, None if fewer than `MIN_POOLS` of them have responses with different labels.
 
@@ -75,7 +76,7 @@ def fit_with_picks(
 
     Empty responses do not count, because a selection never picks them.
 
-    A variant of `selection.VARIANTS` is left out if fewer than `MIN_POOLS` of these pools have its signals.
+    A variant is left out if fewer than `MIN_POOLS` of these pools have its signals.
 
     Args:
         pools: the pools. Their scores must be of a scorer that was not trained on their rows.
@@ -85,6 +86,7 @@ def fit_with_picks(
         prior: a selection that can serve as the start, such as that of the base of an adapted scorer. Cross-validation chooses for each
             variant whether the weights are regularised towards its weights or towards 0.
         made: JSON values that describe the origin of the pools and scores.
+        variants: the signals of each variant, best first.
     """
     labels_of = [np.asarray(each, np.float64) for each in labels]
     distinct = [_distinct(pool.responses) for pool in pools]
@@ -92,11 +94,11 @@ def fit_with_picks(
     if len(kept) < MIN_POOLS:
         return None
     found = [signals(pools[number], metric) for number in kept]
-    variants: list[Variant] = []
+    fitted: list[Variant] = []
     # If all responses have one label, every pick has it.
     values_N = np.array([each[at[0] if at else 0] if len(each) else np.nan for each, at in zip(labels_of, distinct, strict=True)])
     values_N[kept] = np.nan
-    for names in VARIANTS:
+    for names in variants:
         usable = [at for at, each in enumerate(found) if each.keys() >= set(names)]
         if len(usable) < MIN_POOLS:
             continue
@@ -110,16 +112,16 @@ def fit_with_picks(
             [pools[number].responses for number in chosen],
             start,
         )
-        if not variants and picked is not None:
+        if not fitted and picked is not None:
             values_N[chosen] = picked
-        variants.append(variant)
+        fitted.append(variant)
     description = {
         "loss": f"listwise cross entropy with the softmax of the labels at temperature {TEMPERATURE:g}",
         "groups": len({groups[number] for number in kept}),
         "folds": min(FOLDS, len({groups[number] for number in kept})),
         "prior": prior is not None,
     }
-    return Selection(tuple(variants), metric, {**description, **(made or {})}), values_N
+    return Selection(tuple(fitted), metric, {**description, **(made or {})}), values_N
 
 
 def fit_on_rows(
