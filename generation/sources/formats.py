@@ -21,17 +21,17 @@ from generation.sources.values import Cells, as_choices, as_text, as_texts, is_n
 Row = dict[str, Any]
 Converter = Callable[[Mapping[str, Any]], Iterable[Row | str]]
 
-_OPTIONAL_COLUMNS = ("dataset", "template", "split", "example", "answer_choices")
-_CHATS = ("messages", "conversations")
+OPTIONAL_COLUMNS = frozenset({"dataset", "template", "split", "example", "answer_choices"})
+CHATS = ("messages", "conversations")
 _PROMPT = {"system", "system_prompt"}
 # Columns that each converter reads. All other columns of a row are not used.
 _COLUMNS: dict[str, frozenset[str]] = {
-    "cappy": frozenset({"instruction", "references", "label_index", "task", *_OPTIONAL_COLUMNS}),
-    "p3": frozenset({"inputs_pretokenized", "targets_pretokenized", "idx", "is_correct", *_OPTIONAL_COLUMNS}),
+    "cappy": frozenset({"instruction", "references", "label_index", "task", *OPTIONAL_COLUMNS}),
+    "p3": frozenset({"inputs_pretokenized", "targets_pretokenized", "idx", "is_correct", *OPTIONAL_COLUMNS}),
     "natural-instructions": frozenset({"Definition", "Positive Examples", "Instances"}),
     "bigbench": frozenset({"name", *bigbench.TASK_KEYS}),
-    "alpaca": frozenset({*question_answer.COLUMNS, *_OPTIONAL_COLUMNS}),
-    "chat": frozenset({*_CHATS, *_PROMPT, *_OPTIONAL_COLUMNS}),
+    "alpaca": frozenset({*question_answer.COLUMNS, *OPTIONAL_COLUMNS}),
+    "chat": frozenset({*CHATS, *_PROMPT, *OPTIONAL_COLUMNS}),
 }
 
 
@@ -44,7 +44,7 @@ def detect_format(row: Any) -> str:
         return "p3"
     if {"Definition", "Instances"} <= keys:
         return "natural-instructions"
-    if any(name in keys for name in _CHATS):
+    if any(name in keys for name in CHATS):
         return "chat"
     if "references" not in row and question_answer.find_pair(row):
         return "alpaca"
@@ -59,12 +59,12 @@ def columns_of(format: str) -> frozenset[str]:
 def unused_fields(row: Mapping[str, Any], format: str) -> set[str]:
     """Return the keys of a row whose values do not get into the converted rows."""
     name = detect_format(row) if format == "auto" else format
-    used = question_answer.used_columns(row) | {*_OPTIONAL_COLUMNS} if name == "alpaca" else _COLUMNS[name]
+    used = question_answer.used_columns(row) | {*OPTIONAL_COLUMNS} if name == "alpaca" else _COLUMNS[name]
     if name == "cappy" and is_null(row.get("label_index")):
         used = used - {"task"}
     unused = {str(key) for key, value in row.items() if key not in used and value is not None}
     if name == "chat":
-        unused |= {f"{key}, turns after the last answer" for key in _CHATS if chats.has_turns_after_answer(row.get(key))}
+        unused |= {f"{key}, turns after the last answer" for key in CHATS if chats.has_turns_after_answer(row.get(key))}
     return unused
 
 
@@ -100,7 +100,7 @@ def convert_cappy(row: Mapping[str, Any]) -> Iterable[Row | str]:
 def convert_p3(row: Mapping[str, Any]) -> Iterable[Row | str]:
     """Convert a row of P3 or T0: `inputs_pretokenized`, `targets_pretokenized` and, if the dataset has them, `answer_choices`."""
     yield {
-        **_optional_columns(row),
+        **optional_columns(row),
         "instruction": as_text(row["inputs_pretokenized"], "inputs_pretokenized"),
         "references": as_texts(row["targets_pretokenized"], "targets_pretokenized"),
     }
@@ -190,20 +190,24 @@ def convert_bigbench(row: Mapping[str, Any]) -> Iterable[Row | str]:
 
 def convert_alpaca(row: Mapping[str, Any]) -> Iterable[Row | str]:
     """Convert a row of a question and its answer, in the style of Alpaca, FLAN, Dolly, Orca, SQuAD and others."""
-    yield {**_optional_columns(row), **question_answer.convert(row)}
+    yield {**optional_columns(row), **question_answer.convert(row)}
 
 
 def convert_chat(row: Mapping[str, Any]) -> Iterable[Row | str]:
     """Convert a chat of OpenAI or ShareGPT: the last assistant turn is the reference, all turns before it are the instruction."""
-    name = next((name for name in _CHATS if row.get(name) is not None), _CHATS[0])
+    name = next((name for name in CHATS if row.get(name) is not None), CHATS[0])
     before, answer = chats.split_chat(chats.turns_of(row.get(name), name), name)
-    system = [("system", text) for key in sorted(_PROMPT) if (text := as_text(row.get(key), key)) and text.strip()]
-    yield {**_optional_columns(row), "instruction": chats.render_turns([*system, *before]), "references": [answer]}
+    yield {**optional_columns(row), "instruction": chats.render_turns([*system_turns(row), *before]), "references": [answer]}
 
 
-def _optional_columns(row: Mapping[str, Any]) -> Row:
+def system_turns(row: Mapping[str, Any]) -> list[chats.Turn]:
+    """Return the system prompt in the columns beside a chat as turns."""
+    return [("system", text) for key in sorted(_PROMPT) if (text := as_text(row.get(key), key)) and text.strip()]
+
+
+def optional_columns(row: Mapping[str, Any]) -> Row:
     """Return the optional columns of this project that a row of another format has."""
-    found = {name: row[name] for name in _OPTIONAL_COLUMNS if row.get(name) is not None}
+    found = {name: row[name] for name in sorted(OPTIONAL_COLUMNS) if row.get(name) is not None}
     if "answer_choices" in found:
         # P3 gives generation rows an empty list.
         found["answer_choices"] = as_choices(found["answer_choices"]) or None

@@ -1,7 +1,7 @@
 """Merge the repeated rows of a source in bounded memory; imports no Ray.
 
-Rows with the same dataset, template, split, instruction and answer choices become one row with the references of all, in the
-order of first appearance. Rows are distributed over `_PARTITIONS` by a hash of their instruction, so equal rows are in the
+Rows with the same dataset, template, split, instruction, answer choices and own columns become one row with the references of all,
+in the order of first appearance. Rows are distributed over `_PARTITIONS` by a hash of their instruction, so equal rows are in the
 same partition. Memory holds `_CHUNK_BYTES` of each partition, and the rows of one partition; other rows are in a temporary
 folder. A small source stays in memory. 10 million rows of 1 KB need about 4 GB in the folder.
 """
@@ -126,9 +126,9 @@ def _merge_records(records: Iterable[_Record]) -> tuple[list[_Record], int]:
             letters.append(record)
             continue
         row = Instruction(*record.fields)
-        key = (row.dataset, row.template, row.split, row.instruction, row.answer_choices)
+        key = (row.dataset, row.template, row.split, row.instruction, row.answer_choices, row.own)
+        repeats += key in found
         _, _, references = found.setdefault(key, (record.position, row, {}))
-        repeats += bool(references)
         references.update(dict.fromkeys(row.references))
     right: dict[str, dict[str, None]] = {}
     for _, row, references in found.values():
@@ -140,7 +140,7 @@ def _merge_records(records: Iterable[_Record]) -> tuple[list[_Record], int]:
         # Choices make the wrong answers of a classification row, so it needs no `also_right`.
         if row.answer_choices is None:
             fields["also_right"] = tuple(text for text in right[fold_text(row.instruction)] if text not in references)
-        identity = (row.dataset, row.template, row.split, row.instruction, fields["references"])
+        identity = (row.dataset, row.template, row.split, row.instruction, fields["references"], row.own)
         fields["id_has_choices"] = identity in ids
         ids.add(identity)
         merged.append(_Record(position, False, tuple(fields.values())))

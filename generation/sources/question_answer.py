@@ -28,6 +28,8 @@ PAIRS = (
     ("input", "target"),
 )
 """Columns of an instruction and its correct answer, in search order."""
+QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "inputs", "input")
+"""Question columns, in search order, for rows without an answer column."""
 _BEFORE = ("system", "system_prompt", "definition")
 _AFTER = ("input", "context", "passage")
 _CHOICES = ("choices", "options")
@@ -44,7 +46,7 @@ def find_pair(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def used_columns(row: Mapping[str, Any]) -> set[str]:
     """Return the columns that `convert` reads of a row."""
-    return {*(find_pair(row) or ()), *_BEFORE, *_AFTER, "history"}
+    return {*(find_pair(row) or ()), *question_columns("history")}
 
 
 def convert(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +59,24 @@ def convert(row: Mapping[str, Any]) -> dict[str, Any]:
     if pair is None:
         raise ValueError(f"the row has no answer column; give one of {', '.join(' with '.join(pair) for pair in PAIRS)}")
     question, answer = pair
+    instruction = render_question(row, question)
+    references = _references(row[answer], answer)
+    _check_choices(row, answer, references or [])
+    return {"instruction": instruction, "references": references}
+
+
+def find_question(row: Mapping[str, Any]) -> str | None:
+    """Return the question column of a row without an answer column; None if it has none."""
+    return next((name for name in QUESTIONS if not is_null(row.get(name))), None)
+
+
+def question_columns(question: str) -> set[str]:
+    """Return the columns that `render_question` reads."""
+    return {question, *_BEFORE, *_AFTER, "history"}
+
+
+def render_question(row: Mapping[str, Any], question: str) -> str:
+    """Return the instruction of a row whose question is in the column `question`. Raises `ValueError` for a value that is not text."""
     system = [text for name in _BEFORE if name != question and (text := _optional_text(row.get(name), name))]
     given = [text for name in _AFTER if name != question and (text := _optional_text(row.get(name), name))]
     history = chats.read_history(row.get("history"))
@@ -68,9 +88,7 @@ def convert(row: Mapping[str, Any]) -> dict[str, Any]:
     if text.strip() and given:
         text = "\n\n".join([text.rstrip(), *given])
     turns = [*(("system", each) for each in system), *history, *before, (role, text)]
-    references = _references(row[answer], answer)
-    _check_choices(row, answer, references or [])
-    return {"instruction": chats.render_turns(turns) if text.strip() else text, "references": references}
+    return chats.render_turns(turns) if text.strip() else text
 
 
 def _optional_text(value: Any, name: str) -> str | None:

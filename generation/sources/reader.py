@@ -17,10 +17,10 @@ from typing import Any
 
 from cluster.config import BigBenchSource, FilesSource, HubSource, MixtureSource, RowsSource, Source
 from cluster.errors import UsageError
-from generation.sources import bigbench, files, folders, formats, hub, mixture, promptsource, split
+from generation.sources import bigbench, files, folders, formats, hub, mixture, prompt_rows, promptsource, split
 from generation.sources.caps import DatasetCaps
 from generation.sources.notes import Notes
-from generation.sources.row import DeadLetter, Instruction, dead_letter, row_error
+from generation.sources.row import OWN, DeadLetter, Instruction, dead_letter, row_error
 
 Stream = Callable[[], Iterator[Instruction | DeadLetter]]
 
@@ -30,15 +30,19 @@ def read_rows(source: Source, seed: int, notes: Notes | None = None) -> Iterator
     return row_reader(source, seed, notes)()
 
 
-def row_reader(source: Source, seed: int, notes: Notes | None = None) -> Stream:
+def row_reader(source: Source, seed: int, notes: Notes | None = None, *, as_prompts: bool = False) -> Stream:
     """Return a function that reads the source from its start at each call. Rows of a mixture are counted once, before.
 
-    `notes` logs the unused parts of the source, each line once.
+    Args:
+        source: the source.
+        seed: seed of the split and of the draws.
+        notes: logs the unused parts of the source, each line once.
+        as_prompts: accept rows without references, and keep their other columns in `Instruction.own`; see `sources.prompt_rows`.
     """
     notes = notes or Notes()
     if not isinstance(source, MixtureSource):
-        return partial(_read_limited, source, seed, part_name(source), notes)
-    streams = [partial(_read_limited, part.source, seed, part.name or part_name(part.source), notes) for part in source.parts]
+        return partial(_read_limited, source, seed, part_name(source), notes, as_prompts)
+    streams = [partial(_read_limited, part.source, seed, part.name or part_name(part.source), notes, as_prompts) for part in source.parts]
 
     def everything() -> Iterator[Instruction | DeadLetter]:
         return chain.from_iterable(stream() for stream in streams)
@@ -78,13 +82,16 @@ def part_name(source: Source) -> str:
 
 
 def _read_limited(
-    source: BigBenchSource | FilesSource | HubSource, seed: int, part: str, notes: Notes
+    source: BigBenchSource | FilesSource | HubSource, seed: int, part: str, notes: Notes, as_prompts: bool
 ) -> Iterator[Instruction | DeadLetter]:
     """Yield the rows of a source with the name of its part, up to its limits per dataset and split and its total limit."""
     limits = {"train": source.train_rows, "validation": source.validation_rows}
     taken: Counter[tuple[str, str]] = Counter()
     count = 0
-    rows = _bigbench_rows(source, seed, notes) if isinstance(source, BigBenchSource) else _file_or_hub_rows(source, seed, notes)
+    if isinstance(source, BigBenchSource):
+        rows: Generator[Instruction | DeadLetter] = _bigbench_rows(source, seed, notes)
+    else:
+        rows = _file_or_hub_rows(source, seed, notes, as_prompts)
     with closing(rows):
         for row in rows:
             if isinstance(row, Instruction):
@@ -99,7 +106,7 @@ def _read_limited(
             yield row
 
 
-def _bigbench_rows(source: BigBenchSource, seed: int, notes: Notes) -> Generator[Instruction]:
+def _bigbench_rows(source: BigBenchSource, seed: int, notes: Notes) -> Generator[Instruction | DeadLetter]:
     bigbench.load_tasks(source.tasks)  # in one scan of the archive
     for task in source.tasks:
         without, repeated = bigbench.count_left_out(task, seed)
@@ -111,16 +118,18 @@ def _bigbench_rows(source: BigBenchSource, seed: int, notes: Notes) -> Generator
         yield Instruction(task, example["subtask"], side, example["instruction"], tuple(example["references"]))
 
 
-def _file_or_hub_rows(source: FilesSource | HubSource, seed: int, notes: Notes) -> Generator[Instruction | DeadLetter]:
+def _file_or_hub_rows(source: FilesSource | HubSource, seed: int, notes: Notes, as_prompts: bool) -> Generator[Instruction | DeadLetter]:
     """Yield the rows of a source within its caps (`sources.caps`), and the dead letters."""
-    shared = _find_shared_texts(source, seed)
+    shared = _find_shared_texts(source, seed, as_prompts)
     choice_rows = source.choice_rows or source.dataset_rows
     if choice_rows is None and source.dataset_rows is None:
-        yield from _short_rows(source, _parsed_rows(source, seed, notes, shared), notes)
+        yield from _short_rows(source, _parsed_rows(source, seed, notes, shared, as_prompts), notes)
         return
     # The cap needs a separate reading, which counts and logs nothing.
-    caps = DatasetCaps(_short_rows(source, _parsed_rows(source, seed, None, shared), None), choice_rows, source.dataset_rows, seed)
-    yield from caps.take(_short_rows(source, _parsed_rows(source, seed, notes, shared), notes))
+    caps = DatasetCaps(
+        _short_rows(source, _parsed_rows(source, seed, None, shared, as_prompts), None), choice_rows, source.dataset_rows, seed
+    )
+    yield from caps.take(_short_rows(source, _parsed_rows(source, seed, notes, shared, as_prompts), notes))
 
 
 def _short_rows(
@@ -139,20 +148,23 @@ def _short_rows(
 
 
 def _parsed_rows(
-    source: FilesSource | HubSource, seed: int, notes: Notes | None, shared: split.SharedTexts
+    source: FilesSource | HubSource, seed: int, notes: Notes | None, shared: split.SharedTexts, as_prompts: bool
 ) -> Generator[Instruction | DeadLetter]:
     first: DeadLetter | None = None
     usable = False
-    with closing(_converted_rows(source, seed, notes)) as converted:
+    with closing(_converted_rows(source, seed, notes, as_prompts)) as converted:
         for where, row, file in converted:
-            parsed = row if isinstance(row, DeadLetter) else parse_row(row, where, file, source, shared)
+            parsed = row if isinstance(row, DeadLetter) else parse_row(row, where, file, source, shared, as_prompts)
             usable |= isinstance(parsed, Instruction)
             first = first or (parsed if isinstance(parsed, DeadLetter) else None)
             yield parsed
     if not usable:
+        if as_prompts:
+            needs, example = "`instruction` (text)", '{"instruction": "..."}'
+        else:
+            needs, example = "`instruction` (text) and `references` (a list of texts)", '{"instruction": "...", "references": ["..."]}'
         raise UsageError(
-            f"{_setting(source)}: no row can be used; each needs `instruction` (text) and `references` (a list of texts), "
-            f'e.g. {{"instruction": "...", "references": ["..."]}}, or the columns of another source.format'
+            f"{_setting(source)}: no row can be used; each needs {needs}, e.g. {example}, or the columns of another source.format"
             + (f"; the first error: {first.reason} at {first.where}" if first else "; the source has no rows")
         )
 
@@ -161,16 +173,16 @@ def _setting(source: FilesSource | HubSource) -> str:
     return f"source.path={source.path}" if isinstance(source, FilesSource) else f"source.name={source.name}"
 
 
-def _find_shared_texts(source: FilesSource | HubSource, seed: int) -> split.SharedTexts:
+def _find_shared_texts(source: FilesSource | HubSource, seed: int, as_prompts: bool) -> split.SharedTexts:
     """Read the rows within `source.limit` whose split a hash decides, and return the texts that many of them share."""
     shared = split.SharedTexts()
     if source.split_by == "dataset" or not source.validation_fraction:
         return shared
-    with closing(_converted_rows(source, seed, None)) as converted:
+    with closing(_converted_rows(source, seed, None, as_prompts)) as converted:
         usable = (
             (row, file, source.dataset or row.get("dataset") or file.dataset)
             for _, row, file in converted
-            if not isinstance(row, DeadLetter) and row_error(row) is None
+            if not isinstance(row, DeadLetter) and row_error(row, not as_prompts) is None
         )
         for row, file, dataset in islice(usable, source.limit):
             if not row.get("split") and not file.split:
@@ -178,14 +190,16 @@ def _find_shared_texts(source: FilesSource | HubSource, seed: int) -> split.Shar
     return shared
 
 
-def _converted_rows(source: FilesSource | HubSource, seed: int, notes: Notes | None) -> Generator[tuple[str, Any, folders.DataFile]]:
+def _converted_rows(
+    source: FilesSource | HubSource, seed: int, notes: Notes | None, as_prompts: bool
+) -> Generator[tuple[str, Any, folders.DataFile]]:
     """Yield `(place, row in this project's columns or dead letter, file)`; `notes` logs the unused parts of the source."""
     name, renderer = None, None
     if source.templates is not None:
         name, templates = promptsource.load_templates(source.templates)
         renderer = promptsource.TemplateRenderer(templates, seed)
-    # A template can use any column.
-    columns = None if renderer else formats.columns_of(source.format)
+    # A template can use any column, and a prompt keeps all of them.
+    columns = None if renderer or as_prompts else formats.columns_of(source.format)
     unused: Counter[str] = Counter()
     merged: Counter[str] = Counter()
     try:
@@ -195,10 +209,13 @@ def _converted_rows(source: FilesSource | HubSource, seed: int, notes: Notes | N
             if renderer is not None:
                 converted = renderer.render_rows(raws)
             else:
-                raws = _count_unused(formats.parse_lists(raws), source.format, unused)
+                raws = formats.parse_lists(raws)
+                convert = prompt_rows.convert_row if as_prompts else formats.convert_row
+                if not as_prompts:
+                    raws = _count_unused(raws, source.format, unused)
                 if source.format in ("auto", "p3"):
                     raws = formats.merge_choices(raws, merged)
-                converted = chain.from_iterable(formats.convert_row(where, raw, source.format) for where, raw in raws)
+                converted = chain.from_iterable(convert(where, raw, source.format) for where, raw in raws)
             for where, row in converted:
                 yield where, row, file
     finally:
@@ -238,13 +255,21 @@ def _count_unused(rows: Iterable[tuple[str, Any]], format: str, unused: Counter[
 
 
 def parse_row(
-    row: Mapping[str, Any], where: str, file: folders.DataFile, source: RowsSource, shared: split.SharedTexts | None = None
+    row: Mapping[str, Any],
+    where: str,
+    file: folders.DataFile,
+    source: RowsSource,
+    shared: split.SharedTexts | None = None,
+    as_prompts: bool = False,
 ) -> Instruction | DeadLetter:
     """Return the instruction of a row in Cappy's own columns, or a dead letter with the field, its value and the fix.
 
-    Dataset and split of `file` apply to a row without its own.
+    Dataset and split of `file` apply to a row without its own. With `as_prompts` the references are optional, and blank ones are
+    left out.
     """
-    reason = row_error(row)
+    if as_prompts and isinstance(row.get("references"), list | tuple):
+        row = {**row, "references": [text for text in row["references"] if not isinstance(text, str) or text.strip()]}
+    reason = row_error(row, not as_prompts)
     if reason:
         return dead_letter(where, reason, row)
     instruction, template = row["instruction"], row.get("template")
@@ -261,9 +286,10 @@ def parse_row(
         template=template,
         split=side,
         instruction=instruction,
-        references=tuple(dict.fromkeys(_as_choices(row["references"], choices))),
+        references=tuple(dict.fromkeys(_as_choices(row.get("references") or (), choices))),
         answer_choices=tuple(dict.fromkeys(choices)) if choices is not None else None,
         split_by_hash=not (row.get("split") or file.split) and source.validation_fraction > 0,
+        own=row.get(OWN, ""),
     )
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from generation.schema import SPLITS
 
+OWN = "cappy:own"
+"""Key of a converted row with its other columns, as the JSON of an object; see `sources.prompt_rows`."""
+
 
 @dataclass(frozen=True)
 class DeadLetter:
@@ -30,7 +33,7 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A checked row. `references` has at least one text, and no text in it is blank."""
+    """A checked row. No text in `references` is blank; it is empty only if the source was read as prompts."""
 
     dataset: str
     template: str | None
@@ -46,27 +49,33 @@ class Instruction:
     """References of other rows with the same instruction, of any dataset, template, split and choices."""
     id_has_choices: bool = False
     """Whether the id includes the choices, because an earlier row differs in its choices only."""
+    own: str = ""
+    """The other columns of the row as a JSON object, if the source was read as prompts; see `sources.prompt_rows`."""
 
     @property
     def id(self) -> str:
-        """Return 32 hex digits that hash dataset, template, instruction and references. They do not depend on the split."""
+        """Return 32 hex digits that hash dataset, template, instruction, references and `own`. They do not depend on the split."""
         identity: list[Any] = [self.dataset, self.template, self.instruction, self.references]
         if self.id_has_choices:
             identity.append(self.answer_choices)
+        if self.own:
+            identity.append({"own": self.own})
         return hash_text(json.dumps(identity, ensure_ascii=False), 16).hex()
 
 
-def row_error(row: Any) -> str | None:
+def row_error(row: Any, needs_references: bool = True) -> str | None:
     """Return the first problem of a row in this project's columns, or None if the row is valid.
 
-    The problem is one line with the field and the type or value found in it.
+    The problem is one line with the field and the type or value found in it. Without `needs_references`, `references` may be missing
+    or an empty list.
     """
     if not isinstance(row, Mapping):
         return f"the row is a {type(row).__name__}; it must be an object with `instruction` and `references`"
     for name in ("instruction", "dataset", "template", "split", "example"):
         value = row.get(name)
         if value is None and name == "instruction":
-            return f"`{name}` is missing; the row has {', '.join(map(str, row)) or 'no key'}"
+            found = [str(key) for key, each in row.items() if each is not None and key != OWN]
+            return f"`{name}` is missing; the row has {', '.join(found) or 'no key'}"
         if value is not None and not isinstance(value, str):
             return f"`{name}` is a {type(value).__name__}; it must be text"
         if value is not None and not value.strip():
@@ -76,8 +85,12 @@ def row_error(row: Any) -> str | None:
     if row.get("split") is not None and row["split"] not in SPLITS:
         return f"`split` is {row['split']!r}; it must be train or validation"
     references, choices = row.get("references"), row.get("answer_choices")
+    if not needs_references:
+        references = references or None
     return (
-        _list_error("references", references, True) or _list_error("answer_choices", choices, False) or _choice_error(references, choices)
+        _list_error("references", references, needs_references)
+        or _list_error("answer_choices", choices, False)
+        or _choice_error(references, choices)
     )
 
 
@@ -106,7 +119,7 @@ def _choice_error(references: Any, choices: Any) -> str | None:
     texts = {choice.strip() for choice in choices}
     if len(texts) < 2:
         return f"`answer_choices` has one choice, {choices[0]!r}; a classification row needs two"
-    other = [text for text in references if text.strip() not in texts]
+    other = [text for text in references or () if text.strip() not in texts]
     return f"`references` holds {other[0]!r}, which is not in `answer_choices`" if other else None
 
 
