@@ -85,9 +85,9 @@ def _convert(raw: Mapping[str, Any], name: str) -> tuple[formats.Row, frozenset[
     used = question_answer.used_columns(raw) | formats.OPTIONAL_COLUMNS if name == "alpaca" else formats.columns_of(name)
     if name == "cappy" and is_null(raw.get("label_index")):
         used = used - {"task"}
-    row = next(iter(formats.CONVERTERS[name](raw)))
-    assert isinstance(row, dict)  # a converter of one row raises for a row that it cannot convert
-    return row, used
+    (found,) = formats.CONVERTERS[name](raw)
+    assert isinstance(found, dict)  # these converters give one row or raise
+    return found, used
 
 
 _LEFT_OUT = object()

@@ -80,7 +80,7 @@ def test_the_other_columns_are_kept_and_rows_that_differ_in_them_are_not_merged(
 def test_rows_without_a_prompt_are_dead_letters_that_name_the_columns(tmp_path):
     good, bad, blank = read(tmp_path, {"prompt": "a"}, {"text": "b", "key": 1}, {"prompt": " "})
     assert good.instruction == "a"
-    assert bad.reason == "`instruction` is missing; the row has text, key, cappy:own"
+    assert bad.reason == "`instruction` is missing; the row has text, key"
     assert blank.reason == "`instruction` is empty"
     with pytest.raises(UsageError, match=r"no row can be used; each needs `instruction` \(text\), e.g. "):
         read(tmp_path, {"text": "b"})
