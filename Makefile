@@ -14,7 +14,7 @@ COVERAGE_FLOOR ?= 85
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor demo cappy-minilm test test-all test-fast clients check module-map format docs wheel bench bench-quick lock clean
+.PHONY: help setup doctor demo cappy-minilm test test-all test-fast clients trainers check module-map format docs wheel bench bench-quick lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -63,8 +63,9 @@ test: setup  ## the tests of every change, with real small models and a real S3 
 	  $(PYTEST) -m 'slow and not full' --durations=15 || status=1; \
 	  exit $$status
 
-test-all: setup clients  ## all tests, also those marked `full`
-	@test -n "$$CAPPY_CLIENTS_PYTHON" || ! test -e $(CLIENTS)/.ready || export CAPPY_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python; $(PYTEST)
+test-all: setup clients trainers  ## all tests, also those marked `full`
+	@test -n "$$CAPPY_CLIENTS_PYTHON" || ! test -e $(CLIENTS)/.ready || export CAPPY_CLIENTS_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python; \
+	test -n "$$CAPPY_TRAINERS_PYTHON" || ! test -e $(TRAINERS)/.ready || export CAPPY_TRAINERS_PYTHON=$(CURDIR)/$(TRAINERS)/bin/python; $(PYTEST)
 
 # LangChain, LiteLLM and lm-eval need another version of the openai package than this project.
 CLIENTS := .venv-clients
@@ -75,6 +76,19 @@ clients: setup  ## a separate environment with the client libraries that `make t
 	    { VIRTUAL_ENV=$(CLIENTS) $(BIN)/uv pip install --quiet -r $(CLIENTS_LIST) || $(CLIENTS)/bin/python -m pip install --quiet -r $(CLIENTS_LIST); } && \
 	    touch $(CLIENTS)/.ready; } || \
 	  echo "the client libraries cannot be installed; make test-all skips their tests" >&2
+
+# TRL and sentence-transformers are heavy and only for tests. A .pth file adds the packages of $(VENV) to their environment.
+TRAINERS := .venv-trainers
+TRAINERS_LIST := tests/generation/trainers/requirements.txt
+trainers: setup  ## a separate environment with the trainers that `make test-all` runs on exports (0.1 GB)
+	@test -n "$$CAPPY_TRAINERS_PYTHON" || test $(TRAINERS)/.ready -nt $(TRAINERS_LIST) || \
+	  { $(BIN)/python -m venv $(TRAINERS) && \
+	    site='import sysconfig; print(sysconfig.get_path("purelib"))' && \
+	    $(BIN)/python -c "$$site" > "$$($(TRAINERS)/bin/python -c "$$site")/base.pth" && \
+	    { VIRTUAL_ENV=$(TRAINERS) $(BIN)/uv pip install --quiet --no-deps -r $(TRAINERS_LIST) || \
+	      $(TRAINERS)/bin/python -m pip install --quiet --no-deps -r $(TRAINERS_LIST); } && \
+	    touch $(TRAINERS)/.ready; } || \
+	  echo "the trainers cannot be installed; make test-all skips their tests" >&2
 
 test-fast: setup  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m 'not slow and not full'

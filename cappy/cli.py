@@ -304,6 +304,71 @@ def pull(
     return Report(result, partial(display.show_copy, result))
 
 
+@command(epilog="Example: cappy export runs/demo/dataset runs/demo/dpo --as dpo --margin 0.2")
+def export(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A regression set, pairs, answers or scores: a published folder or prefix.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="An empty folder or s3:// prefix.")],
+    form: Annotated[
+        str, typer.Option("--as", metavar="FORMAT", help="sft, dpo, reward, kto (for TRL), chat (for OpenAI), pairs, or ranking.")
+    ],
+    by: Annotated[
+        str | None,
+        typer.Option("--by", metavar="COLUMN", help="The number that ranks the responses. The default is label of a set, else score."),
+    ] = None,
+    per_instruction: Annotated[
+        int | None,
+        typer.Option("--per-instruction", metavar="N", help="Most rows for an instruction. The default is 1 for sft, chat, dpo, reward."),
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option("--margin", help="dpo, reward, kto, ranking: smallest difference between better and worse responses.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="sft, chat: smallest value of a response. kto: of a desirable one (0.5).")
+    ] = None,
+    candidates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source",
+            help="Use candidates of this source: sampled, reference, choice, mismatched. Repeatable. "
+            "The default is sampled; all for pairs and ranking.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="COLUMN", help="The column with the prompt.")] = "instruction",
+    response: Annotated[str, typer.Option("--response", metavar="COLUMN", help="The column with the response.")] = "response",
+    messages: Annotated[bool, typer.Option("--messages", help="Write prompts and responses as chat messages, for chat models.")] = False,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="A system message (chat, or with --messages).")] = None,
+    duplicates: Annotated[
+        bool, typer.Option("--duplicates", help="pairs: publish all pairs of a set with all columns, as push --pairs.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> Report:
+    """Write training data for other libraries: fine-tuning, preferences, chats or rankings, from a set, answers or scores.
+
+    Picks the best responses of each instruction (sft, chat), or better and worse ones (dpo, reward, kto). Leaves out repeats and
+    responses with contradicting values, and counts them. Writes data/SPLIT/part-*, a card and a manifest.
+    """
+    from cappy import display, verbs
+
+    result = verbs.export(
+        source,
+        destination,
+        form,
+        by=by,
+        per_instruction=per_instruction,
+        margin=margin,
+        threshold=threshold,
+        sources=candidates or (),
+        prompt=prompt,
+        response=response,
+        messages=messages,
+        system=system,
+        duplicates=duplicates,
+        overwrite=overwrite,
+    )
+    return Report(result, partial(display.show_copy if duplicates else display.show_export, result))
+
+
 @command()
 def doctor(
     config: ConfigFile = None,

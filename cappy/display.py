@@ -13,6 +13,7 @@ from rich.text import Text
 
 from cappy.display_suites import show_suite
 from generation.dataset import LABEL_BINS
+from generation.export_card import LEFT_OUT
 
 if TYPE_CHECKING:
     from cappy.doctor import Finding
@@ -398,3 +399,15 @@ def show_copy(result: dict[str, Any], console: Console) -> None:
         else f"all {result['files']} files are already there"
     )
     console.print(Text(f"{result['kind']} {result['uri']}: {state}"))
+
+
+def show_export(result: dict[str, Any], console: Console) -> None:
+    """Print the summary of `cappy export`."""
+    splits = ", ".join(f"{split} {count:,}" for split, count in result["splits"].items())
+    kept = " (already there)" if result["kept"] else ""
+    console.print(Text(f"{result['format']} {result['uri']}{kept}: {result['rows']:,} rows ({splits})", style="bold"))
+    ranked = f", ranked by {result['by']}" if result["by"] else ""
+    console.print(Text(f"from {result['instructions']:,} instructions with {result['candidates']:,} candidates{ranked}"))
+    for name, count in result["left_out"].items():
+        if count:
+            console.print(Text(f"  left out: {count:,} {LEFT_OUT[name]}", style="yellow"))

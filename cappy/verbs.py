@@ -180,6 +180,49 @@ def push(source: str, destination: str, *, pairs: bool = False) -> dict[str, Any
     return copy_folder(source, destination)
 
 
+def export(
+    source: str,
+    destination: str,
+    form: str,
+    *,
+    by: str | None = None,
+    per_instruction: int | None = None,
+    margin: float | None = None,
+    threshold: float | None = None,
+    sources: Sequence[str] = (),
+    prompt: str = "instruction",
+    response: str = "response",
+    messages: bool = False,
+    system: str | None = None,
+    duplicates: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Publish a regression set, pairs, answers or scores in the columns of another library; return a summary with the counts.
+
+    Args:
+        source: A published folder or s3:// prefix with Parquet files.
+        destination: An empty folder or s3:// prefix.
+        form: `sft`, `dpo`, `reward` or `kto` (TRL), `chat` (OpenAI), `pairs`, or `ranking` (sentence-transformers).
+        by: The column, or field of a candidate, that ranks the responses. The default is `label` of a regression set, else `score`.
+        per_instruction: Largest number of rows of an instruction; of responses of each label (kto), or of documents (ranking).
+        margin: Smallest difference between the values of better and worse responses (dpo, reward, kto, ranking).
+        threshold: Smallest value of a response (sft, chat), or of a desirable response (kto; the default is 0.5).
+        sources: Sources of candidates to use. The default is `sampled`, and all for `pairs` and `ranking`.
+        prompt: The column with the prompt.
+        response: The column, or field of a candidate, with the response.
+        messages: Write prompts and responses as lists of chat messages.
+        system: A system message before each prompt (chat, or with `messages`).
+        duplicates: Publish all pairs of a regression set with all columns, as `push` with `pairs` (pairs).
+        overwrite: Replace an export that is published at the destination.
+
+    Example: `cappy.export("runs/demo/dataset", "runs/demo/dpo", "dpo", margin=0.2)["rows"]`
+    """
+    from generation.export import ExportOptions, run_export
+
+    options = ExportOptions(form, by, prompt, response, tuple(sources), per_instruction, margin, threshold, messages, system, duplicates)
+    return run_export(source, destination, options, overwrite=overwrite)
+
+
 def pull(source: str, destination: str | None = None) -> dict[str, Any]:
     """Copy a published folder to this machine, checked as by `push`; return a summary.
 

@@ -63,7 +63,7 @@ class FileEntry(TypedDict):
 
 
 class Manifest(TypedDict, total=False):
-    """The content of `_MANIFEST.json`, for all kinds: `dataset`, `pairs`, `scorer` and `evaluation`. Unknown keys are kept."""
+    """The content of `_MANIFEST.json`, for all kinds: `dataset`, `pairs`, `export`, `scorer` and `evaluation`. Unknown keys are kept."""
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
 
@@ -104,7 +104,7 @@ class Manifest(TypedDict, total=False):
     cost: dict[str, Any]
     """Dollars (dataset)."""
     made_from: dict[str, Any]
-    """URI and fingerprint of the set (pairs)."""
+    """URI and fingerprint of the set (pairs, export)."""
     relabelled_from: dict[str, Any]
     """The set with the earlier labels (a dataset of `annotate`)."""
     encoder: str
@@ -279,6 +279,13 @@ def refuse_published(uri: str, setting: str, verb: str) -> None:
             f"{setting}={uri} already holds a finished run; choose another {setting} (or workspace), "
             f"or run `cappy {verb} --overwrite` to replace it"
         )
+
+
+def refuse_nested(source: str, uri: str) -> None:
+    """Raise `UsageError` if one folder contains the other, because a write or `--overwrite` would then change the source."""
+    one, other = (folder if is_s3(folder) else str(Path(folder).resolve()) for folder in (source, uri))
+    if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
+        raise UsageError(f"DST={uri} and SRC={source} are the same folder or one is in the other; choose a separate folder for DST")
 
 
 def refuse_published_meanwhile(uri: str) -> None:

@@ -28,8 +28,10 @@ from cluster.progress import Bar
 _THREADS = 8
 _ATTEMPTS = 3
 _CHUNK = 8 << 20
-_SCRATCH_FOLDER = "_copying"
-_LEASE = "_lease"
+SCRATCH_FOLDER = "_copying"
+"""The folder of unfinished files at a local destination."""
+LEASE = "_lease"
+"""The folder of the lease of a destination."""
 
 
 def copy_folder(source: str, destination: str) -> dict[str, Any]:
@@ -64,12 +66,17 @@ def copy_folder(source: str, destination: str) -> dict[str, Any]:
 
 
 @contextmanager
-def hold_destination(destination: str, names: Collection[str]) -> Iterator[Callable[[], None]]:
+def hold_destination(
+    destination: str, names: Collection[str], owned: artifacts.OwnedFiles | None = None, *, overwrite: bool = False
+) -> Iterator[Callable[[], None]]:
     """Hold the lease of a destination; yield a check that raises `CappyError` once another run has it or has published.
 
-    Deletes the temporary files of `names` that a killed copy left. After the block the lease leaves no file.
+    Deletes the temporary files of `names` that a killed copy left. With `overwrite` the files of a finished run are deleted too, if
+    they are among `owned`, the files of the verb. After the block the lease leaves no file.
     """
-    with lease.hold(storage.join(destination, _LEASE), f"DST={destination}", keep=False) as held:
+    with lease.hold(storage.join(destination, LEASE), f"DST={destination}", keep=False) as held:
+        if owned is not None:
+            artifacts.clear_destination(destination, "DST", owned, LEASE, held.check, overwrite=overwrite)
 
         def check() -> None:
             held.check()
@@ -88,25 +95,26 @@ class CopySession:
     `check` is called before each write at the destination.
     """
 
-    def __init__(self, destination: str, files: int, check: Callable[[], None]) -> None:
+    def __init__(self, destination: str, files: int, check: Callable[[], None], title: str = "copying") -> None:
         remote = storage.is_s3(destination)
         # The scratch folder is inside a local destination, so that a complete file is moved by one rename.
-        self._bench = storage.new_temporary_folder("copy") if remote else Path(destination, _SCRATCH_FOLDER)
-        self._folder, self._check = folder_writer.FolderWriter(destination, check), check
-        self._bar = Bar("copying", files, "files")
+        self.folder = storage.new_temporary_folder("copy") if remote else Path(destination, SCRATCH_FOLDER)
+        """The scratch folder, which is deleted at the end."""
+        self._writer, self._check = folder_writer.FolderWriter(destination, check), check
+        self._bar = Bar(title, files, "files")
         self._lock = threading.Lock()
         self._stopped = False
         self._bytes = 0
 
     def __enter__(self) -> CopySession:
-        with disk.errors_of(self._bench):
-            self._bench.mkdir(parents=True, exist_ok=True)
+        with disk.errors_of(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._bar.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._bar.__exit__(kind, error, trace)
-        shutil.rmtree(self._bench, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def each(self, work: Callable[[str], Any], names: Iterable[str], threads: int) -> Iterator[tuple[str, Any]]:
         """Yield `(name, work(name))` in the order of completion. After a failure the other threads stop at their next block."""
@@ -126,7 +134,7 @@ class CopySession:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """Yield the path of a local file. The file is deleted after the block, unless it was placed."""
-        file = self._bench / uuid.uuid4().hex
+        file = self.folder / uuid.uuid4().hex
         try:
             yield file
         finally:
@@ -172,7 +180,7 @@ class CopySession:
 
     def place(self, file: Path, name: str) -> None:
         """Move or upload a complete local file to its name at the destination."""
-        self._folder.upload_file(file, name, move=True)
+        self._writer.upload_file(file, name, move=True)
 
     def _moved(self, count: int) -> None:
         with self._lock:
@@ -201,7 +209,7 @@ def refuse_other_files(destination: str, names: Collection[str]) -> None:
     """
     own = {*names, artifacts.MANIFEST}
     there = [disk.final_name(name) or name for name in storage.list_files(destination)]
-    strange = sorted({name for name in there if not name.startswith((f"{_SCRATCH_FOLDER}/", f"{_LEASE}/"))} - own)
+    strange = sorted({name for name in there if not name.startswith((f"{SCRATCH_FOLDER}/", f"{LEASE}/"))} - own)
     if strange:
         raise UsageError(f"DST={destination} holds other files, {strange[0]} first of {len(strange)}; choose an empty place")
 

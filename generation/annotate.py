@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -57,7 +56,7 @@ def run_annotate(config: Config, *, src: str, dst: str, overwrite: bool = False)
     start = time.monotonic()
     source = RegressionSet(src, "SRC")
     uri = storage.check_uri(dst, "DST")
-    _refuse_nested(source.uri, uri)
+    artifacts.refuse_nested(source.uri, uri)
     if not overwrite:
         artifacts.refuse_published(uri, "DST", "annotate")
     artifacts.refuse_foreign(uri, "DST", _OWNED, overwrite=overwrite)
@@ -106,13 +105,6 @@ def _compute_labels(table: pa.Table, responses: pa.ListArray, config: LabelConfi
             except CappyError as error:
                 raise CappyError(f"{error} (row {row_id})") from None
         raise
-
-
-def _refuse_nested(source: str, uri: str) -> None:
-    """Raise `UsageError` if one folder contains the other, because a write or `--overwrite` would then change the source."""
-    one, other = (folder if storage.is_s3(folder) else str(Path(folder).resolve()) for folder in (source, uri))
-    if f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/"):
-        raise UsageError(f"DST={uri} and SRC={source} are the same folder or one is in the other; choose a separate folder for DST")
 
 
 def _claim_destination(uri: str, work: dict[str, Any]) -> None:

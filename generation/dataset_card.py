@@ -100,7 +100,7 @@ def render_card(manifest: Mapping[str, Any]) -> str:
     header = {
         "license": license_,
         "task_categories": ["text-generation", "text-ranking"],
-        "size_categories": [next((name for limit, name in _SIZES if rows < limit), "100M<n<1B" if rows < 10**9 else "n>1B")],
+        "size_categories": [size_category(rows)],
         "tags": ["cappy-ray", "regression", metric["name"].replace("_", "-")],
         "configs": [
             {
@@ -110,15 +110,15 @@ def render_card(manifest: Mapping[str, Any]) -> str:
         ],
     }
     datasets = sorted(summary["datasets"].items(), key=lambda item: (-item[1], item[0]))
-    counts = _markdown_table(
+    counts = markdown_table(
         ("split", "instructions", "pairs"),
         [(split, f"{each['instructions']:,}", f"{each['pairs']:,}") for split, each in manifest["counts"].items()],
     )
-    sources = _markdown_table(("source", "pairs"), [(name, f"{count:,}") for name, count in summary["sources"].items()])
-    by_dataset = _markdown_table(("dataset", "instructions"), [(name, f"{count:,}") for name, count in datasets[:_MAX_DATASETS]])
+    sources = markdown_table(("source", "pairs"), [(name, f"{count:,}") for name, count in summary["sources"].items()])
+    by_dataset = markdown_table(("dataset", "instructions"), [(name, f"{count:,}") for name, count in datasets[:_MAX_DATASETS]])
     if len(datasets) > _MAX_DATASETS:
         by_dataset += f"\n\nand {len(datasets) - _MAX_DATASETS:,} more; `_MANIFEST.json` lists all."
-    decodings = _markdown_table(
+    decodings = markdown_table(
         ("decoding", "n", "settings"),
         [
             (
@@ -129,7 +129,7 @@ def render_card(manifest: Mapping[str, Any]) -> str:
             for each in sampler["decodings"]
         ],
     )
-    columns = _markdown_table(
+    columns = markdown_table(
         ("column", "type", "description"), [(name, kind, _COLUMNS.get(name, "")) for name, kind in _column_types(manifest["schema"])]
     )
     size = f"{summary['instructions']:,} instructions, {summary['pairs']:,} pairs, {summary['tokens']:,} sampled tokens"
@@ -179,12 +179,18 @@ SHA-256; `cappy inspect` verifies them.
 
 ## Licence
 
-{_licence_text(license_)}
-{_canary_section(config["source"])}"""
+{licence_text(license_)}
+{canary_section(config["source"])}"""
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["--:" if name in ("n", "pairs", "instructions") else "---" for name in head]
+def size_category(rows: int) -> str:
+    """Return the size category of the Hugging Face hub for a number of rows."""
+    return next((name for limit, name in _SIZES if rows < limit), "100M<n<1B" if rows < 10**9 else "n>1B")
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; columns with numbers are aligned to the right."""
+    rule = ["--:" if name in ("n", "pairs", "instructions", "rows", "count") else "---" for name in head]
     return "\n".join("| " + " | ".join(_escape_cell(text) for text in line) + " |" for line in (head, rule, *rows))
 
 
@@ -302,7 +308,8 @@ def _made_from_line(manifest: Mapping[str, Any]) -> str:
     return f"- made from: `{manifest['made_from']['uri']}`\n" if "made_from" in manifest else ""
 
 
-def _licence_text(license_: str) -> str:
+def licence_text(license_: str) -> str:
+    """Return the paragraph of a card about a licence; `unknown` is none."""
     if license_ != "unknown":
         return f"{license_}, as set by `generate.license`."
     return (
@@ -311,7 +318,8 @@ def _licence_text(license_: str) -> str:
     )
 
 
-def _canary_section(source: Mapping[str, Any]) -> str:
+def canary_section(source: Mapping[str, Any]) -> str:
+    """Return the section of a card about the canary string of BIG-bench, if rows of this source are from BIG-bench."""
     if not any(leaf["kind"] == "bigbench" for leaf in _find_sources(source)):
         return ""
     return """

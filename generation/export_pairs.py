@@ -1,4 +1,4 @@
-"""`cappy push --pairs`: publish the (instruction, response) pairs of a set as plain Parquet.
+"""`cappy push --pairs` and `cappy export --as pairs --duplicates`: publish the (instruction, response) pairs of a set as plain Parquet.
 
 Each shard is downloaded, verified against the SHA-256 in the manifest, converted and written. The manifest is written last.
 The work runs in threads of this process and imports no Ray, so a machine without a cluster can run it.
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from cluster import artifacts, disk, storage
 from cluster.config import fingerprint
-from cluster.copying import CopySession, copy_summary, hold_destination, is_already_copied, refuse_other_files
+from cluster.copying import LEASE, SCRATCH_FOLDER, CopySession, copy_summary, hold_destination, is_already_copied, refuse_other_files
 from cluster.errors import CappyError
 from generation import dataset_card
 from generation.dataset import RegressionSet, concat_tables, pair_table
@@ -26,24 +26,41 @@ _PAIR_THREADS = 4
 _ROW_GROUP_BYTES = 64 << 20
 
 
-def export_pairs(source: str, destination: str) -> dict[str, Any]:
+_OWNED = artifacts.OwnedFiles(
+    "pairs",
+    "export",
+    (rf"{LEASE}/\d+\.json", rf"{SCRATCH_FOLDER}/[^/]+"),
+    r"_export\.json",
+    (r"data/[^/]+/part-[^/]+\.parquet", r"config\.yaml|README\.md|labels\.svg"),
+)
+
+
+def export_pairs(source: str, destination: str, *, overwrite: bool = False) -> dict[str, Any]:
     """Publish the pairs of a set as Parquet shards with the columns of `schema.PAIRS`, one for each shard of the set.
 
     A row is one pair; duplicates within an instruction are included. Memory holds one row group per thread. After an
-    interruption, the same command starts again. Returns the same summary and raises the same errors as
-    `cluster.copying.copy_folder`.
+    interruption, the same command starts again. `overwrite` replaces pairs that are published at the destination. Returns the same
+    summary and raises the same errors as `cluster.copying.copy_folder`.
     """
     destination = storage.check_uri(destination, "DST")
     opened = RegressionSet(source, "SRC")
     manifest, source = opened.manifest, opened.uri
     shards = {name: entry for name, entry in manifest["files"].items() if name.startswith("data/")}
     made_from = {"uri": source, "fingerprint": fingerprint(manifest["files"])}
-    if is_already_copied(destination, lambda there: there.get("made_from", {}).get("fingerprint") == made_from["fingerprint"]):
+    if overwrite:
+        artifacts.refuse_nested(source, destination)
+        artifacts.refuse_foreign(destination, "DST", _OWNED, overwrite=True)
+    elif is_already_copied(destination, lambda there: there.get("made_from", {}).get("fingerprint") == made_from["fingerprint"]):
         return copy_summary(destination, "pairs", source, shards, ())
     names = {*shards, "config.yaml", "README.md", "labels.svg"}
-    refuse_other_files(destination, names)
+    if not overwrite:
+        refuse_other_files(destination, names)
     start = time.monotonic()
-    with hold_destination(destination, names) as check, CopySession(destination, len(shards), check) as copying:
+    owned = _OWNED if overwrite else None
+    with (
+        hold_destination(destination, names, owned, overwrite=overwrite) as check,
+        CopySession(destination, len(shards), check) as copying,
+    ):
 
         def export_shard(name: str) -> dict[str, Any]:
             with copying.scratch() as shard, copying.scratch() as pairs:

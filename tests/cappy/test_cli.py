@@ -28,7 +28,7 @@ def test_help_lists_all_verbs_and_each_has_a_help_page():
     text = re.sub(r"\x1b\[[0-9;]*m", "", cappy("--help", COLUMNS="120").stdout)
     verbs = set(re.findall(r"^│ (\w+) ", text, re.M)) - {"─"}
     made = {"plan", "generate", "annotate", "train", "adapt", "evaluate", "compare", "serve"}
-    assert made | {"inspect", "push", "pull", "doctor", "config"} == verbs
+    assert made | {"inspect", "push", "pull", "export", "doctor", "config"} == verbs
     for verb in verbs:
         help_ = CliRunner(env={"COLUMNS": "120"}).invoke(app, [verb, "--help"])
         assert help_.exit_code == 0 and "Usage:" in help_.stdout
@@ -57,6 +57,8 @@ def test_help_lists_all_verbs_and_each_has_a_help_page():
         (["evaluate", "--set", "workspace=/none/w"], 1, "/none/w/dataset is not there; run `cappy generate`"),
         (["serve", "--set", "scorer_path=/none/w/scorer"], 2, "scorer_path=/none/w/scorer: no such folder"),
         (["push", "/none/w", "/none/v"], 1, "SRC=/none/w has no readable _MANIFEST.json"),
+        (["export", "/none/w", "/none/v", "--as", "dpo"], 1, "SRC=/none/w has no readable _MANIFEST.json"),
+        (["export", "/none/w", "/none/v", "--as", "csv"], 2, "--as=csv: no such format; choose one of sft, dpo, reward, kto, chat, pairs"),
         (["pull", "ftp://x/y"], 2, "SRC=ftp://x/y: unsupported scheme; use a local path or s3://"),
         (["inspect", "/none/w"], 1, "URI=/none/w has no readable _MANIFEST.json"),
         (["generate", "--address", "127.0.0.1:1"], 2, "--address=127.0.0.1:1: give the cluster's dashboard, e.g. http://127.0.0.1:8265"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
 import cappy
+from cappy.cli import app
 from cluster.errors import CappyError, UsageError
 from tests.generation.made_set import publish
 
@@ -27,6 +29,34 @@ def test_a_set_is_pushed_exported_pulled_and_inspected(tmp_path, monkeypatch):
     assert found["problems"] == [] and len(found["samples"]) == 1
     (tmp_path / "here/copy/config.yaml").write_text("changed")
     assert cappy.inspect("copy")["problems"][0].startswith("config.yaml")
+
+
+def test_export_passes_its_options_and_the_command_prints_the_counts(tmp_path):
+    publish(f"{tmp_path}/set")
+    options = {"by": "label", "per_instruction": 2, "margin": 0.96, "sources": ["sampled", "reference"], "messages": True, "system": "s"}
+    result = cappy.export(f"{tmp_path}/set", f"{tmp_path}/dpo", "dpo", **options)
+    assert result["rows"] == 13 and result["left_out"]["other_sources"] == 13  # of two pairs, one has a smaller margin
+    assert cappy.inspect(f"{tmp_path}/dpo")["summary"]["rows"] == 13
+    arguments = [
+        "export",
+        f"{tmp_path}/set",
+        f"{tmp_path}/dpo",
+        "--as",
+        "dpo",
+        "--by",
+        "label",
+        "--per-instruction",
+        "2",
+        "--margin",
+        "0.96",
+    ]
+    arguments += ["--source", "sampled", "--source", "reference", "--messages", "--system", "s"]
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    assert "(already there): 13 rows (train 10, validation 3)" in " ".join(again.output.split())
+    assert "left out: 13 candidates of sources that the export does not use" in again.output
+    assert cappy.export(f"{tmp_path}/set", f"{tmp_path}/kto", "kto", threshold=0.55)["rows"] == 13 * 5
+    assert cappy.push(f"{tmp_path}/dpo", f"{tmp_path}/copy")["kind"] == "export"
 
 
 def test_annotate_names_its_source_and_checks_the_settings(tmp_path):

@@ -47,10 +47,10 @@ def test_hugging_face_reads_the_splits_from_the_header(tmp_path):
 def test_the_card_has_the_canary_note_for_big_bench_also_within_a_mixture():
     bigbench = Config().model_dump(mode="json")["source"]
     files = {"kind": "files", "path": "rows.jsonl", "train_rows": None}
-    assert "canary" in dataset_card._canary_section(bigbench) and "canary" in dataset_card._canary_section(
+    assert "canary" in dataset_card.canary_section(bigbench) and "canary" in dataset_card.canary_section(
         {"kind": "mixture", "parts": [{"source": bigbench}, files]}
     )
-    assert dataset_card._canary_section(files) == ""
+    assert dataset_card.canary_section(files) == ""
     assert dataset_card._describe_sources({"kind": "mixture", "parts": [files, {"kind": "bigbench", "tasks": ["a", "b"]}]}) == (
         "files (path rows.jsonl); bigbench (tasks a, b)"
     )
