@@ -176,6 +176,7 @@ class _Run:
         self._form = TABLE[options.form]
         self._selection = Selection(options.per_instruction or (1 if self._form.one else None), options.margin or 0.0, options.threshold)
         self._sources = frozenset(options.sources or (("sampled",) if self._form.sampled else ()))
+        self._valued = self._form.compares or options.threshold is not None
         self._columns: Columns | None = None
         self._counts: Counter[str] = Counter()
         self._found_sources: Counter[str] = Counter()
@@ -204,7 +205,8 @@ class _Run:
                         prompt=options.prompt,
                         response=options.response,
                         value=options.by,
-                        needs_value=self._form.compares or options.threshold is not None,
+                        needs_value=self._valued,
+                        selected=not self._form.compares and self._selection.per_instruction == 1 and options.by is None,
                     )
                     for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns.names()):
                         flat = export_source.flatten(pa.Table.from_batches([batch]), columns)
@@ -233,9 +235,8 @@ class _Run:
             self.written[name] = entry
 
     def _rows(self, table: pa.Table) -> Iterator[dict[str, Any]]:
-        valued = self._columns is not None and self._columns.value is not None
         for prompt, found in export_pools.pools(table):
-            candidates = export_pools.merge_candidates(found, self._sources, self._counts, valued=valued)
+            candidates = export_pools.merge_candidates(found, self._sources, self._counts, valued=self._valued)
             self._counts["instructions"] += 1
             if candidates:
                 self._note_largest("value", candidates[0].value)

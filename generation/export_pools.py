@@ -117,7 +117,7 @@ def merge_candidates(
         rows: Response, value and source of each candidate.
         sources: Sources to keep; a candidate without a source is always kept. Empty keeps all.
         counts: Counts of omitted candidates: `empty`, `without_value`, `repeated`, `contradicting`, `other_sources`.
-        valued: Whether values exist; if not, every candidate has the value 0.
+        valued: Whether a candidate needs a value; if not, a candidate without one has the value -inf.
 
     Repeats of a text have equal values. If their values differ, the value of a reference counts; without one the text is left out.
     """
@@ -126,16 +126,18 @@ def merge_candidates(
         text = (response or "").strip()
         if not text:
             counts["empty"] += 1
-        elif valued and (value is None or not math.isfinite(value)):
+        elif value is not None and math.isfinite(value):
+            texts.setdefault(text, []).append((value, source))
+        elif valued:
             counts["without_value"] += 1
         else:
-            texts.setdefault(text, []).append((value if valued and value is not None else 0.0, source))
+            texts.setdefault(text, []).append((-math.inf, source))
     kept = []
     for text, found in texts.items():
         counts["repeated"] += len(found) - 1
         given = [value for value, source in found if source == "reference"]
-        values = given or [value for value, _ in found]
-        if max(values) - min(values) > _TOLERANCE:
+        values = given or [value for value, _ in found if value > -math.inf] or [-math.inf]
+        if len(values) > 1 and max(values) - min(values) > _TOLERANCE:
             counts["contradicting"] += 1
         elif sources and not any(source is None or source in sources for _, source in found):
             counts["other_sources"] += 1

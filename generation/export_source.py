@@ -69,22 +69,26 @@ def open_source(uri: str) -> Source:
 
 
 def split_of(name: str) -> str:
-    """Return the split of a file: the folder below `data/`, or `train` for a file elsewhere."""
+    """Return the split of a file: `validation` or `test` if this is its folder below `data/`, else `train`."""
     folders = name.split("/")[:-1]
-    return folders[1] if len(folders) > 1 and folders[0] == "data" else "train"
+    return folders[1] if folders[:1] == ["data"] and folders[1:2] in (["validation"], ["test"]) else "train"
 
 
-def find_columns(uri: str, schema: pa.Schema, *, prompt: str, response: str, value: str | None, needs_value: bool) -> Columns:
+def find_columns(
+    uri: str, schema: pa.Schema, *, prompt: str, response: str, value: str | None, needs_value: bool, selected: bool = False
+) -> Columns:
     """Return the columns to read.
 
-    `value` None selects `label` of the candidates of a regression set, else `score`, else `label`. Raises `UsageError` that lists the
-    columns of the source if one is missing or of another type.
+    `value` None selects `label` of the candidates of a regression set, else `score`, else `label`. With `selected`, a response beside
+    the list of candidates is read instead of the list: the selected answer. Raises `UsageError` that lists the columns of the source
+    if one is missing or of another type.
     """
     outer = {field.name: field.type for field in schema}
     kind = outer.get(CANDIDATES, pa.null())
     pool = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
     inner = {field.name: field.type for field in kind.value_type} if pool else {}
-    if pool and response not in inner:  # the list is a column of the user's own
+    answered = response in outer and _is_text(outer[response])
+    if pool and (response not in inner or (selected and answered)):
         pool, inner = False, {}
     fields = inner if pool else outer
     there = ", ".join(outer) + (f"; of a candidate: {', '.join(inner)}" if pool else "")
@@ -100,7 +104,7 @@ def find_columns(uri: str, schema: pa.Schema, *, prompt: str, response: str, val
                 f"SRC={uri} has no scores: no column score or label with numbers; it has {there}; "
                 f"name another column with --by, or add scores first"
             )
-    single = not pool or (response in outer and _is_text(outer[response]) and (value is None or value in outer))
+    single = not pool or (answered and (value is None or (value in outer and _is_number(outer[value]))))
     sourced = not pool and "source" in outer and "label" in outer and _is_text(outer["source"])
     return Columns(prompt, response, value, pool, sourced, single)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import time
 from collections import defaultdict
 
 import datasets
@@ -18,21 +22,22 @@ from generation import export, export_pools
 from generation.export import ExportOptions, run_export
 from generation.export_formats import FORMATS
 from tests.cluster.test_copying import SHARD, endpoints, flip
+from tests.conftest import CAPPY, cappy
 from tests.generation.made_set import publish
 
 __all__ = ["endpoints"]  # a fixture
 
 
-def publish_table(uri, rows, kind="scores", schema=None, files=1, **facts):
+def publish_table(uri, rows, kind="scores", schema=None, files=1, folder="data/train"):
     """Publish rows as the Parquet files of a folder of another verb."""
     size = -(-len(rows) // files)
     made = {}
     for number in range(files):
-        name = f"data/train/part-{number:05d}.parquet"
+        name = f"{folder}/part-{number:05d}-0123abcd.parquet"
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows[number * size : (number + 1) * size], schema), sink)
         made[name] = storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
-    artifacts.publish_folder(uri, kind, files=made, summary={}, config={}, **facts)
+    artifacts.publish_folder(uri, kind, files=made, summary={}, config={})
 
 
 def read(uri, split="train"):
@@ -118,14 +123,21 @@ def test_answers_are_read_with_and_without_their_pool(tmp_path):
     rows = [
         {"id": "1", "instruction": "say a", "response": "a", "score": 0.9, "label": "spam", "candidates": pool},
         {"id": "2", "instruction": "say c", "response": "c", "score": 0.8, "label": "ham", "candidates": None},
-        {"id": "3", "instruction": "say d", "response": None, "score": None, "label": "ham", "candidates": []},
+        {"id": "3", "instruction": "say d", "response": None, "score": None, "label": "ham", "candidates": pool[1:]},
+        {"id": "4", "instruction": "say e", "response": "b", "score": 0.1, "label": "ham", "candidates": pool},
+        {"id": "5", "instruction": "say f", "response": "f", "score": None, "label": "ham", "candidates": []},
     ]
-    publish_table(f"{tmp_path}/answers", rows, "answers")
+    publish_table(f"{tmp_path}/answers", rows, "answers", folder="data/answers")
     summary = run_export(f"{tmp_path}/answers", f"{tmp_path}/sft", ExportOptions("sft"))
-    assert [tuple(row.values()) for row in read(f"{tmp_path}/sft")] == [("say a", "a"), ("say c", "c")]
-    assert summary["left_out"]["empty"] == 1
+    chosen = [tuple(row.values()) for row in read(f"{tmp_path}/sft")]
+    assert sorted(chosen) == [("say a", "a"), ("say c", "c"), ("say e", "b"), ("say f", "f")]  # the selected answers
+    assert summary["left_out"]["empty"] == 1 and summary["splits"] == {"train": 4}
+    run_export(f"{tmp_path}/answers", f"{tmp_path}/by", ExportOptions("sft", by="score"))
+    assert {tuple(row.values()) for row in read(f"{tmp_path}/by")} == {("say a", "a"), ("say c", "c"), ("say d", "b"), ("say e", "a")} | {
+        ("say f", "f")
+    }
     run_export(f"{tmp_path}/answers", f"{tmp_path}/dpo", ExportOptions("dpo"))
-    assert [row["rejected"] for row in read(f"{tmp_path}/dpo")] == ["b"]
+    assert [row["rejected"] for row in read(f"{tmp_path}/dpo")] == ["b", "b"]
     publish_table(f"{tmp_path}/alone", [{key: row[key] for key in row if key != "candidates"} for row in rows], "answers")
     run_export(f"{tmp_path}/alone", f"{tmp_path}/alone-sft", ExportOptions("sft", threshold=0.85))
     assert [row["completion"] for row in read(f"{tmp_path}/alone-sft")] == ["a"]
@@ -340,3 +352,23 @@ def test_the_memory_of_an_export_does_not_grow_with_the_source(tmp_path, monkeyp
         assert summary["rows"] == files * 1000
         peaks.append(pool.max_memory())
     assert peaks[1] < 1.5 * peaks[0], peaks
+
+
+@pytest.mark.slow
+def test_a_killed_export_publishes_nothing_and_the_same_command_completes_it(tmp_path):
+    rows = [{"instruction": f"say {n // 4} " + "word " * 30, "response": f"answer {n}", "score": n % 4 / 4} for n in range(100_000)]
+    publish_table(f"{tmp_path}/scores", rows, files=4)
+    command = ["export", f"{tmp_path}/scores", f"{tmp_path}/out", "--as", "dpo", "--json"]
+    running = subprocess.Popen([*CAPPY, *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (tmp_path / "out/_copying/prompts-train/0.arrow").exists():
+        assert running.poll() is None
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    there = set(storage.list_files(f"{tmp_path}/out"))
+    assert "_copying/prompts-train/0.arrow" in there and "_MANIFEST.json" not in there
+    result = json.loads(cappy(*command).stdout.splitlines()[-1])
+    run_export(f"{tmp_path}/scores", f"{tmp_path}/whole", ExportOptions("dpo"))
+    made, whole = (artifacts.read_any_manifest(f"{tmp_path}/{name}", "DST")["files"] for name in ("out", "whole"))
+    assert result["rows"] == 25_000 and made["data/train/part-00000.parquet"] == whole["data/train/part-00000.parquet"]
+    assert set(storage.list_files(f"{tmp_path}/out")) == {*made, "_MANIFEST.json"}

@@ -49,7 +49,8 @@ def test_a_contradiction_counts_also_if_one_source_is_not_exported():
 def test_empty_responses_and_missing_values_are_counted(value):
     rows = [("", 1.0, None), (None, 1.0, None), (" \n", 1.0, None), ("a", value, None)]
     assert merged(rows) == ([], {"empty": 3, "without_value": 1})
-    assert merged([("a", value, None)], valued=False) == ([("a", 0.0)], {})
+    assert merged([("a", value, None)], valued=False) == ([("a", float("-inf"))], {})
+    assert merged([("b", value, None), ("a", 0.1, None), ("b", 0.2, None)], valued=False)[0] == [("b", 0.2), ("a", 0.1)]
 
 
 def test_the_pools_of_several_files_are_those_of_one(tmp_path, monkeypatch):
