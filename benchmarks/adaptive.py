@@ -40,7 +40,7 @@ from evaluation.comparison import Row
 from evaluation.evaluate import read_rows, score_rows
 from evaluation.statistics import Floats
 from generation.dataset import RegressionSet
-from serving import responses
+from serving import ranking
 from training import early_stopping
 
 MIN_GAINS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
@@ -83,7 +83,7 @@ def replay(rounds: Sequence[Sequence[dict[str, Any]]], ways: Mapping[str, Way]) 
             end = way
         else:
             end = next((e for e in ends[:-1] if early_stopping.stop_reason(drawn[:e], scores[:e], way)), ends[-1])
-        pick = responses.rank_candidates(drawn[:end], scores[:end])[0]
+        pick = ranking.rank_candidates(drawn[:end], scores[:end])[0]
         points[place] = drawn[pick]["label"], sum(each["tokens"] for each in drawn[:end]), end
     return points
 

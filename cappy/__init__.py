@@ -20,7 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cappy.verbs import adapt, annotate, compare, evaluate, export, generate, inspect, plan, pull, push, serve, train
+    from cappy.verbs import adapt, annotate, answer, compare, evaluate, export, generate, inspect, plan, pull, push, serve, train
     from cluster.config import Config
     from cluster.config import load as load_config
     from generation.dataset import RegressionSet
@@ -32,6 +32,7 @@ __all__ = [
     "Scorer",
     "adapt",
     "annotate",
+    "answer",
     "compare",
     "evaluate",
     "export",
@@ -45,7 +46,7 @@ __all__ = [
     "train",
 ]
 
-_VERBS = ("plan", "generate", "annotate", "train", "adapt", "evaluate", "compare", "serve", "inspect", "push", "pull", "export")
+_VERBS = ("plan", "generate", "annotate", "train", "adapt", "evaluate", "compare", "answer", "serve", "inspect", "push", "pull", "export")
 _SOURCES = {
     "Config": ("cluster.config", "Config"),
     "load_config": ("cluster.config", "load"),

@@ -34,7 +34,7 @@ app = typer.Typer(
     help="""Improve an LLM with a small scorer that picks the best of its answers (Cappy), on Ray.
 
 The steps: [bold]plan[/bold] the cost, [bold]generate[/bold] a regression set, [bold]train[/bold] the scorer,
-[bold]evaluate[/bold] it, [bold]adapt[/bold] it to tasks, [bold]serve[/bold] the best answers.
+[bold]evaluate[/bold] it, [bold]adapt[/bold] it to tasks. [bold]answer[/bold] a whole data set, or [bold]serve[/bold] the best answers.
 All verbs read one config. Each verb finds the output of the others below the workspace.
 """,
     epilog="Start with: cappy doctor; then cappy generate demo, cappy train demo, cappy evaluate demo, cappy serve demo.",
@@ -220,6 +220,23 @@ def compare(
     return Report(result, partial(display_suites.show_compare, result))
 
 
+@command(
+    epilog="Example: cappy answer --set source.kind=files --set source.path='s3://bucket/prompts/*.jsonl' --set workspace=s3://bucket/run"
+)
+def answer(config: ConfigFile = None, set_: Overrides = None, address: Address = None, overwrite: Overwrite = False) -> Report:
+    """Answer a whole data set: sample candidates of each instruction, score them, publish the best as Parquet.
+
+    Rows need an instruction only: `instruction`, `prompt`, `question`, a chat, or another source.format. References are optional, and
+    the other columns of a row are kept. Rows with `answer_choices` are classified by the scorer, without the LLM.
+
+    The scorer is scorer_path, else the scorer of the workspace, else cappy-minilm. The selection is that of serve: serving.selection,
+    serving.fallback, serving.adaptive. Set answer.min_score to abstain, and answer.keep_candidates to keep all candidates.
+
+    Writes to {workspace}/answers. Run the same command again to resume an interrupted run. sampler.engine.max_cost limits the dollars.
+    """
+    return _run("answer", config, set_, address, overwrite)
+
+
 @command(epilog="Then: curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' -d '{...}'")
 def serve(
     config: ConfigFile = None,
@@ -258,7 +275,7 @@ def serve(
 
 @command(epilog="Example: cappy inspect s3://bucket/demo/dataset --samples 3")
 def inspect(
-    uri: Annotated[str, typer.Argument(help="A folder or s3:// prefix that generate, train or evaluate published.")],
+    uri: Annotated[str, typer.Argument(help="A folder or s3:// prefix that a verb published.")],
     samples: Annotated[int, typer.Option("--samples", min=0, max=100, help="Rows of a regression set to show.")] = 2,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check every file against its SHA-256.")] = True,
 ) -> Report:
@@ -420,7 +437,14 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
 
 
 # The kind of artifact that each verb publishes; it selects the table of its summary.
-_KINDS = {"generate": "dataset", "annotate": "dataset", "train": "scorer", "adapt": "adapted", "evaluate": "evaluation"}
+_KINDS = {
+    "generate": "dataset",
+    "annotate": "dataset",
+    "train": "scorer",
+    "adapt": "adapted",
+    "evaluate": "evaluation",
+    "answer": "answers",
+}
 
 
 def _run(verb: str, config: str | None, overrides: list[str] | None, address: str | None, overwrite: bool, **places: str) -> Report:

@@ -39,8 +39,8 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
     }
     if selection.FILE in manifest["files"] and not result["problems"]:
         result["selection"] = selection.summarise(selection.read(uri))
-    if manifest["kind"] in ("dataset", "pairs"):
-        result |= {key: manifest[key] for key in ("metric", "lineage", "schema")}
+    if manifest["kind"] in ("dataset", "pairs", "answers"):
+        result |= {key: manifest[key] for key in ("metric", "lineage", "schema") if key in manifest}
         result |= {key: manifest[key] for key in ("rates", "cost", "copied_from", "made_from") if key in manifest}
         if not result["problems"]:
             first = min((name for name in manifest["files"] if name.startswith("data/")), default=None)

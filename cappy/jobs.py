@@ -33,6 +33,7 @@ VERBS = {
     "adapt": "training.adapt:run_adapt",
     "evaluate": "evaluation.evaluate:run_evaluate",
     "suite": "evaluation.suites.run:run_suite",
+    "answer": "serving.answer:run_answer",
     "serve": "serving.serve:run_serve",
 }
 
@@ -135,6 +136,7 @@ def main(verb: str) -> int:
                     "scorer_path": config.scorer_uri,
                     "adapted_path": config.adapted_uri,
                     "evaluation_path": config.evaluation_uri,
+                    "answers_path": config.answers_uri,
                 }
             )
             result = run_verb(verb, config, overwrite=request["overwrite"], **request["places"])

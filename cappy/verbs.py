@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config, load
 from cluster.errors import UsageError
+
+if TYPE_CHECKING:
+    from cappy.notebook import Prompt
 
 ConfigLike = Config | str | Path | None
 
@@ -138,6 +141,38 @@ def suite_config(config: Any, suite: str | None, data: str | None, overrides: Se
         raise UsageError(f"--suite {suite} beside a config; give one of them, and change settings with --set")
     rows = [f"source={json.dumps({'kind': 'files', 'path': data})}"] if data is not None else []
     return suite_file(suite), [*rows, *overrides]
+
+
+def answer(
+    config: ConfigLike | Sequence[Prompt] = None,
+    *,
+    llm: str | None = None,
+    scorer: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    address: str | None = None,
+) -> Any:
+    """Answer a data set or a list of prompts by boosted decoding: the LLM samples candidates, and the scorer selects the best.
+
+    With a config, answer the instructions of its source, publish the answers at `config.answers_uri`, and return their summary. Call it
+    again to resume an interrupted run. `overwrite` and `address` are as for `generate`.
+
+    With a list of prompts, answer them on this machine and return a pandas DataFrame with one row for each prompt, in order. A prompt is
+    a text, a chat (a list of turns), or a dict with an instruction and further columns. `error` has the reason of a prompt without an
+    answer.
+
+    `llm` is `sampler.model` and `scorer` is `scorer_path`. Without a scorer, that of the workspace or of the package is used.
+
+    Example: `cappy.answer(["Name a red fruit."], settings={"answer.candidates": 8})["response"]`
+    """
+    if isinstance(config, Sequence) and not isinstance(config, str):
+        from cappy.notebook import answer_prompts
+
+        if overwrite or address:
+            raise UsageError("overwrite and address are for a config; a list of prompts is answered on this machine")
+        return answer_prompts(config, llm, scorer, settings)
+    given = {**(settings or {}), **({"sampler.model": llm} if llm else {}), **({"scorer_path": str(scorer)} if scorer else {})}
+    return _run("answer", config, given, overwrite, address)
 
 
 def serve(config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:

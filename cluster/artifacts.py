@@ -63,7 +63,10 @@ class FileEntry(TypedDict):
 
 
 class Manifest(TypedDict, total=False):
-    """The content of `_MANIFEST.json`, for all kinds: `dataset`, `pairs`, `export`, `scorer` and `evaluation`. Unknown keys are kept."""
+    """The content of `_MANIFEST.json`, for all kinds: `dataset`, `pairs`, `export`, `answers`, `scorer`, `evaluation`.
+
+    Unknown keys are kept.
+    """
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
 

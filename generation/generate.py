@@ -20,24 +20,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import artifacts, folder_writer, lease, storage
-from cluster.config import Config, differences, fingerprint
-from cluster.errors import CappyError, Stopped, UsageError
+from cluster import artifacts, folder_writer, storage
+from cluster.config import Config
+from cluster.errors import CappyError
 from cluster.lease import Lease, LeaseLost
-from cluster.progress import Bar, log
-from cluster.runtime import on_sigterm, ray_session
-from generation import dataset, dataset_card, empty_responses, engines, labels, prepared_units, prometheus, shards, units
+from cluster.progress import log
+from cluster.runtime import ray_session
+from generation import dataset, dataset_card, empty_responses, engines, labels, prepared_units, prometheus, shards, unit_run, units
 from generation.prepared_units import PreparedUnits
 from generation.prometheus import GenerateMetrics
 from generation.sampler import LoadLLM, NoLLM
 from generation.schema import DATASET, SPLITS
 from generation.shards import MergedShard
+from generation.unit_run import UnitRun
 
 # Minimum number of rows before the share of dead letters is checked during sampling; fewer rows are too few to judge a run.
 _ERROR_RATE_ROWS = 200
 # Maximum number of blocks of a plan: the state of Ray Data in the driver grows with the number of blocks.
 _BLOCKS = 1000
-_LEASE = "_lease"
 _OWNED = artifacts.OwnedFiles("dataset", "generate", dataset.WORKING_FILES, r"_staging/(units|letters)/.+", dataset.RESULT_FILES)
 
 
@@ -49,16 +49,13 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
     """
     start = time.monotonic()
     uri = storage.check_uri(config.dataset_uri, "dataset")
-    if not overwrite:
-        artifacts.refuse_published(uri, "dataset", "generate")
-    artifacts.refuse_foreign(uri, "dataset", _OWNED, overwrite=overwrite)
+    unit_run.refuse_destination(uri, "dataset", _OWNED, overwrite=overwrite)
     engines.check_sampler_config(config.sampler)
-    with prometheus.serve_metrics(config.generate) as progress, lease.hold(storage.join(uri, _LEASE), f"dataset={uri}") as run_lease:
-        artifacts.clear_destination(uri, "dataset", _OWNED, _LEASE, run_lease.check, overwrite=overwrite)
-        artifacts.refuse_published(uri, "dataset", "generate")
-        artifacts.refuse_foreign(uri, "dataset", _OWNED, overwrite=False)
+    with (
+        prometheus.serve_metrics(config.generate) as progress,
+        unit_run.hold_destination(uri, "dataset", _OWNED, overwrite=overwrite) as run_lease,
+    ):
         staging = storage.join(uri, "_staging")
-        run_lease.check()
         _claim_destination(staging, config)
         prepared = prepared_units.prepare(staging, config, run_lease)
         prepared_units.warn_about_labels(prepared, config)
@@ -90,21 +87,7 @@ def result_settings(config: Config) -> dict[str, Any]:
 
 def _claim_destination(staging: str, config: Config) -> None:
     """Record the settings of the run, or check them against the record of an earlier attempt."""
-    settings = result_settings(config)
-    record = storage.join(staging, "run.json")
-    if storage.create_json(record, {"fingerprint": fingerprint(settings), "settings": settings}):
-        return
-    started = storage.read_json(record)
-    if started["fingerprint"] != fingerprint(settings):
-        # Without prepared.json there is no work to lose: for example, the source of the earlier attempt could not be read.
-        if not storage.exists(storage.join(staging, "prepared.json")):
-            storage.write_json(record, {"fingerprint": fingerprint(settings), "settings": settings})
-            return
-        changes = "; ".join(differences(started["settings"], settings))
-        raise UsageError(
-            f"dataset={staging.removesuffix('/_staging')} was started with other settings ({changes}); "
-            f"use the same settings to resume, choose another dataset, or start again with --overwrite"
-        )
+    unit_run.claim_destination(staging, result_settings(config), "dataset")
 
 
 def _sample(
@@ -121,44 +104,25 @@ def _sample(
         log(f"{len(finished)} of {len(names)} units are finished already; resuming")
     if not pending:
         return {}
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     reused = prepared["reused"]["rows"] if "reused" in prepared else 0
     if prepared.get("sampled_rows") == reused:
         load = NoLLM
         log("no LLM is started: the candidates of every row are its answer_choices" + (" or in generate.reuse" if reused else ""))
     else:
         log(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
-    ceiling = engines.cost_limit(config.sampler)
-    spent = units.dollars_spent(staging, sorted(finished)) if ceiling is not None else 0.0
-    # On the node of the driver: if the gate were on a worker node, the loss of that node would end the run.
-    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    gate = ray.remote(num_cpus=0, scheduling_strategy=driver_node)(units.BudgetGate).remote(ceiling, spent)
-    failed = empty = sampled = 0
-    closing = on_sigterm("finishing the units in progress; run the same command again to resume", gate.close.remote)
-    with closing as stop_requested, Bar("sampling", total, "instructions", done=done) as bar:
-        for result in build_plan(staging, pending, config, load, gate, prepared.get("max_tokens")).iter_rows():
-            run_lease.check(read_store=False)
-            failed += result["dead_letters"]
+    spent = units.dollars_spent(staging, sorted(finished)) if engines.cost_limit(config.sampler) is not None else 0.0
+    empty = sampled = 0
+    with UnitRun("sampling", config.sampler, total, done, spent, run_lease) as run:
+        for result in run.results(build_plan(staging, pending, config, load, run.gate, prepared.get("max_tokens"))):
             empty += result["empty"] or 0
             sampled += result["candidates"]
-            spent += result["cost"]
             progress.add(result)
-            note = "  ".join([f"{failed} dead letters"] * bool(failed) + [f"${spent:,.4f}"] * bool(spent))
-            bar.advance(result["rows"], note=note, **units.count_drawn(result))
-            if bar.done - done >= _ERROR_RATE_ROWS:
-                prepared_units.check_error_rate(failed, bar.done - done, config)
+            run.advance(result["rows"], **units.count_drawn(result))
+            if run.new_rows >= _ERROR_RATE_ROWS:
+                prepared_units.check_error_rate(run.dead_letters, run.new_rows, config)
                 empty_responses.check_empty_share(empty, sampled, config.sampler)
-        state = f"{bar.done:,} of {total:,} instructions are finished and saved"
-        if stop_requested.is_set():
-            raise Stopped(f"stopped on SIGTERM; {state}; run the same command again to resume")
-        if ray.get(gate.exhausted.remote()):
-            raise CappyError(
-                f"sampler.engine.max_cost={ceiling:g}: the next unit could exceed it, so no other unit was started (${spent:,.4f} spent); "
-                f"{state}; raise max_cost and run the same command again to resume"
-            )
-        return {f"{name}_per_second": rate for name, rate in bar.rates().items()}
+        run.raise_if_stopped()
+        return run.rates()
 
 
 def build_plan(
@@ -187,27 +151,16 @@ def build_plan(
 
 def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, run_lease: Lease) -> dict[str, MergedShard]:
     """Merge the finished units into shards, each in a Ray task; return the results by path, sorted."""
-    import ray
-
     run_lease.check()
     sizes = storage.list_files(storage.join(staging, "units"))
-    merge = ray.remote(num_cpus=1)(shards.write_shard)
-    tasks: dict[Any, str] = {}
+    tasks: dict[str, Sequence[Any]] = {}
     for split in SPLITS:
         # The names come from the prepared units: a unit that is missing in the listing must be an error.
         of_split = {name: sizes.get(f"{name}.parquet", 0) for name in prepared_units.unit_names(prepared) if name.startswith(f"{split}-")}
         for number, names in enumerate(shards.group_by_size(of_split, config.generate.shard_mib << 20)):
             name = shards.shard_path(split, number, run_lease.run)
-            target = storage.join(uri, name)
-            tasks[merge.remote(names, staging, target, config.generate.row_group_rows, run_lease.claim.check)] = name
-    merged: dict[str, MergedShard] = {}
-    pending = list(tasks)
-    with Bar("merging units into shards", len(tasks), "shards") as bar:
-        while pending:
-            ready, pending = ray.wait(pending)
-            for task in ready:
-                merged[tasks[task]] = ray.get(task)
-                bar.advance()
+            tasks[name] = (names, staging, storage.join(uri, name), config.generate.row_group_rows, run_lease.claim.check)
+    merged: dict[str, MergedShard] = unit_run.merge_shards(tasks, shards.write_shard)
     rows = sum(shard["entry"]["rows"] + shard["letters"] for shard in merged.values())
     if rows != prepared["rows"]:
         raise CappyError(f"{uri}: {prepared['rows']} instructions were prepared, but the units have {rows}; run again with --overwrite")
@@ -217,7 +170,7 @@ def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, run_
     empty_responses.check_empty_share(empty, sampled, config.sampler)
     if empty:
         log(empty_responses.empty_warning(empty, sampled))
-    return dict(sorted(merged.items()))
+    return merged
 
 
 def _publish(

@@ -22,6 +22,45 @@ from generation.sources import reader
 from generation.sources.row import DeadLetter
 
 
+class UnitWriter:
+    """Write prepared rows as units of `unit_rows` rows below `{staging}/prepared`.
+
+    Args:
+        staging: URI of the staging folder.
+        schema: columns of a row.
+        splits: the splits; each has its own units.
+        unit_rows: rows of a unit.
+        run_lease: checked before each write.
+    """
+
+    def __init__(self, staging: str, schema: pa.Schema, splits: Sequence[str], unit_rows: int, run_lease: Lease) -> None:
+        self._staging, self._schema, self._size, self._lease = staging, schema, unit_rows, run_lease
+        self._pending: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+        self.units = dict.fromkeys(splits, 0)
+        """Number of units, by split."""
+        self.counts = dict.fromkeys(splits, 0)
+        """Number of rows, by split."""
+
+    def add(self, split: str, row: dict[str, Any]) -> int:
+        """Add a row; return the number of rows that were written."""
+        self._pending[split].append(row)
+        return self._write(split) if len(self._pending[split]) == self._size else 0
+
+    def finish(self) -> int:
+        """Write the rest of each split; return the number of rows that were written."""
+        return sum(self._write(split) for split, rows in self._pending.items() if rows)
+
+    def _write(self, split: str) -> int:
+        self._lease.check(read_store=False)
+        rows = self._pending[split]
+        name = f"{split}-{self.units[split]:06d}"
+        units.write_unit(units.unit_uri(self._staging, "prepared", name), pa.Table.from_pylist(rows, self._schema))
+        self.units[split] += 1
+        self.counts[split] += len(rows)
+        self._pending[split] = []
+        return len(rows)
+
+
 class PreparedUnits(TypedDict):
     """The counts of the prepared units; `_staging/prepared.json` has them as JSON."""
 
@@ -53,22 +92,11 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
     if storage.exists(record):
         earlier: PreparedUnits = storage.read_json(record)
         return earlier
-    pending: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    numbers = dict.fromkeys(SPLITS, 0)
-    counts = dict.fromkeys(SPLITS, 0)
     failed = 0
     found = PreparationCounts()
     without = 0
-    schema = PREPARED_WITH_REUSE if config.generate.reuse else PREPARED
-
-    def flush(split: str) -> None:
-        run_lease.check(read_store=False)
-        units.write_unit(units.unit_uri(staging, "prepared", f"{split}-{numbers[split]:06d}"), pa.Table.from_pylist(pending[split], schema))
-        numbers[split] += 1
-        counts[split] += len(pending[split])
-        bar.advance(len(pending[split]), note=f"{failed} dead letters" if failed else "")
-        pending[split].clear()
-
+    writer = UnitWriter(staging, PREPARED_WITH_REUSE if config.generate.reuse else PREPARED, SPLITS, config.generate.unit_rows, run_lease)
+    counts = writer.counts
     with (
         reuse.reuse_candidates(config) as reusable,
         dead_letter_file() as letters,
@@ -86,12 +114,9 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
                 if row["reused"] is None and config.generate.reuse_only:
                     without += 1
                     continue
-            pending[split].append(row)
-            if len(pending[split]) == config.generate.unit_rows:
-                flush(split)
-        for split in SPLITS:
-            if pending[split]:
-                flush(split)
+            if written := writer.add(split, row):
+                bar.advance(written, note=f"{failed} dead letters" if failed else "")
+        bar.advance(writer.finish())
         letters.flush()
         run_lease.check()
         storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
@@ -99,7 +124,7 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
     check_splits(counts, found, evaluation.left_out, config)
     storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
     result: PreparedUnits = {
-        "units": numbers,
+        "units": writer.units,
         "counts": counts,
         "rows": sum(counts.values()),
         "dead_letters": failed,
@@ -139,15 +164,15 @@ def describe_source(config: Config) -> str:
 
 def unit_names(prepared: PreparedUnits) -> list[str]:
     """Return the names of all units, in order."""
-    return [f"{split}-{number:06d}" for split in SPLITS for number in range(prepared["units"][split])]
+    return [f"{split}-{number:06d}" for split, count in prepared["units"].items() for number in range(count)]
 
 
-def check_error_rate(letters: int, rows: int, config: Config) -> None:
-    """Raise `CappyError` if the share of dead letters exceeds `generate.max_error_rate`."""
+def check_error_rate(letters: int, rows: int, config: Config, uri: str | None = None) -> None:
+    """Raise `CappyError` if the share of dead letters exceeds `generate.max_error_rate`. `uri` is the destination, by default the set."""
     if rows and letters / rows > config.generate.max_error_rate:
         raise CappyError(
             f"{letters} of {rows} rows failed, above generate.max_error_rate={config.generate.max_error_rate}; "
-            f"the reasons are in {config.dataset_uri}/_staging; fix the source or raise the rate"
+            f"the reasons are in {uri or config.dataset_uri}/_staging; fix the source or raise the rate"
         )
 
 

@@ -65,11 +65,25 @@ class Sampler:
     """
 
     def __init__(
-        self, config: SamplerConfig, seed: int, load: LoadLLM = engines.load_engine, limits: Mapping[str, int] | None = None
+        self,
+        config: SamplerConfig,
+        seed: int,
+        load: LoadLLM = engines.load_engine,
+        limits: Mapping[str, int] | None = None,
+        rounds: Sequence[Sequence[DecodingConfig]] | None = None,
     ) -> None:
-        """Load the LLM. `limits` has the largest length of a candidate in tokens, by dataset; see `generation.token_limits`."""
+        """Load the LLM.
+
+        Args:
+            config: the sampler settings.
+            seed: the seed of the run.
+            load: loads the LLM.
+            limits: the largest length of a candidate in tokens, by dataset; see `generation.token_limits`.
+            rounds: the decodings of each round; a row has the number of its round in `round`. None samples the decodings of the config.
+        """
         self.config = config
         self.limits = limits or {}
+        self.rounds = rounds or (config.decodings,)
         self.seed = seed
         self.llm = load(config)
 
@@ -89,7 +103,7 @@ class Sampler:
         return sum(self.llm.max_cost(prompt, decoding) for decoding in decodings)
 
     def _decodings(self, row: dict[str, Any]) -> tuple[DecodingConfig, ...]:
-        return token_limits.limit_decodings(self.config.decodings, self.limits.get(row.get("dataset", "")))
+        return token_limits.limit_decodings(self.rounds[row.get("round") or 0], self.limits.get(row.get("dataset", "")))
 
     def _encode(self, turns: Sequence[prompts.Message], decodings: Sequence[DecodingConfig]) -> Any:
         return self.llm.encode(turns, self.config.prompt.form, max(decoding.max_tokens for decoding in decodings))
@@ -105,7 +119,7 @@ class Sampler:
         for _ in range(self.config.max_attempts):
             try:
                 prompt = self._encode(turns, decodings)
-                draws = await asyncio.gather(*(self._sample_decoding(row["id"], turns, prompt, each) for each in decodings))
+                draws = await asyncio.gather(*(self._sample_decoding(_draw_identity(row), turns, prompt, each) for each in decodings))
             except TemplateError as error:
                 # All rows have the same turns, so the template refuses each of them.
                 raise template_refusal(self.config.prompt, self.config.model, error) from None
@@ -131,11 +145,11 @@ class Sampler:
         return [], f"sampling failed {self.config.max_attempts} times; the last error: {reason}", cost
 
     async def _sample_decoding(
-        self, row_id: str, turns: Sequence[prompts.Message], prompt: Any, decoding: DecodingConfig
+        self, identity: str, turns: Sequence[prompts.Message], prompt: Any, decoding: DecodingConfig
     ) -> tuple[list[Candidate], Exception | None, float]:
         """Return the candidates of one decoding or its exception, and its cost in dollars. A failed request can have a cost."""
-        seed = contract.request_seed(self.seed, row_id, decoding.name)
-        request_id = f"{row_id}-{contract.request_identity(self.config.model, turns, decoding, seed)}"
+        seed = contract.request_seed(self.seed, identity, decoding.name)
+        request_id = f"{identity}-{contract.request_identity(self.config.model, turns, decoding, seed)}"
         try:
             found = await self.llm.sample(prompt, decoding, seed, request_id)
             return [_without_undefined_logprob(candidate) for candidate in found], None, self.llm.pop_cost(request_id)
@@ -153,6 +167,11 @@ def known_result(row: Mapping[str, Any]) -> Sampled | None:
         return [], None, 0.0
     reused = row.get("reused")
     return None if reused is None else (reused, None, 0.0)
+
+
+def _draw_identity(row: Mapping[str, Any]) -> str:
+    """Return the text that decides the seeds of a row, beside the seed of the run: its id, and its round after the first."""
+    return f"{row['id']}.{row['round']}" if row.get("round") else str(row["id"])
 
 
 def append_results(batch: pa.Table, results: Sequence[Sampled]) -> pa.Table:

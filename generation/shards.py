@@ -21,7 +21,7 @@ from generation import dataset, units
 from generation.schema import DATASET, SPLITS
 
 # Shards of older versions have no run id in their names.
-_NAME = re.compile(rf"data/(?:{'|'.join(SPLITS)})/part-\d{{5,}}(?:-([0-9a-f]{{8}}))?\.parquet")
+_NAME = re.compile(rf"data/(?:{'|'.join((*SPLITS, 'answers'))})/part-\d{{5,}}(?:-([0-9a-f]{{8}}))?\.parquet")
 
 
 class MergedShard(TypedDict):
@@ -104,7 +104,7 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
     def read_units() -> Iterator[pa.Table]:
         nonlocal statistics, cost
         for name in names:
-            table = _read_finished(staging, name)
+            table = read_finished(staging, name)
             metadata = units.unit_metadata(table)
             letters.extend(metadata["letters"])
             cost += metadata["counts"]["cost"]
@@ -113,14 +113,8 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
             statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
             yield table.replace_schema_metadata(None).cast(DATASET)
 
-    with storage.temporary_folder("shard") as folder:
-        file = folder / "shard.parquet"
-        with pq.ParquetWriter(file, DATASET, compression="zstd", write_page_checksum=True) as writer:
-            for table in dataset.concat_tables(read_units(), row_group_rows):
-                writer.write_table(table, row_group_size=row_group_rows)
-        check()
-        entry = storage.upload_file(file, target) | {"rows": statistics["instructions"]}
-    storage.write_bytes(dead_letters_uri(staging, target), "".join(f"{line}\n" for line in letters).encode())
+    entry = write_tables(read_units(), DATASET, target, row_group_rows, check)
+    write_letters(staging, target, letters)
     return {
         "entry": entry,
         "statistics": statistics,
@@ -132,16 +126,37 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
     }
 
 
+def write_tables(
+    tables: Iterable[pa.Table], schema: pa.Schema, target: str, row_group_rows: int, check: Callable[[], None]
+) -> dict[str, Any]:
+    """Write tables to the shard `target`, with page checksums; return its entry for the manifest. `check` is called before the upload."""
+    rows = 0
+    with storage.temporary_folder("shard") as folder:
+        file = folder / "shard.parquet"
+        with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+            for table in dataset.concat_tables(tables, row_group_rows):
+                rows += len(table)
+                writer.write_table(table, row_group_size=row_group_rows)
+        check()
+        return storage.upload_file(file, target) | {"rows": rows}
+
+
+def write_letters(staging: str, target: str, letters: Sequence[str]) -> None:
+    """Write the dead letters of a shard's units, each a line of JSON, below `{staging}/letters`."""
+    storage.write_bytes(dead_letters_uri(staging, target), "".join(f"{line}\n" for line in letters).encode())
+
+
 def dead_letters_uri(staging: str, target: str) -> str:
     """Return the URI of the dead letters of a shard's units, which is used until the set is published."""
     return storage.join(staging, "letters", "-".join(target.split("/")[-2:]) + ".jsonl")
 
 
-def _read_finished(staging: str, name: str) -> pa.Table:
+def read_finished(staging: str, name: str, verb: str = "generate") -> pa.Table:
+    """Read the object of a finished unit. Raises `CappyError` if it is missing or damaged."""
     uri = units.unit_uri(staging, "units", name)
     try:
         return units.read_unit(uri)
     except FileNotFoundError:
-        raise CappyError(f"{uri} was deleted after it was written; run `cappy generate` again to sample it again") from None
+        raise CappyError(f"{uri} was deleted after it was written; run `cappy {verb}` again to sample it again") from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise CappyError(f"{uri} is damaged ({first_line(error)}); delete it and run `cappy generate` again to sample it again") from None
+        raise CappyError(f"{uri} is damaged ({first_line(error)}); delete it and run `cappy {verb}` again to sample it again") from None

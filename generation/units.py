@@ -1,4 +1,4 @@
-"""Units of work: sample, label and save one unit on a sampling actor, within the dollar budget of the run.
+"""Units of work: sample and save one unit on a sampling actor, within the dollar budget of the run.
 
 A unit is a group of prepared rows. Its result is one Parquet object with the labelled rows; the metadata of the object has
 the counts and the dead letters. The object is written in one operation, so a partial object never exists. A unit whose
@@ -14,8 +14,9 @@ import asyncio
 import io
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NotRequired, TypedDict
 
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.config import Config
+from cluster.config import Config, DecodingConfig
 from cluster.errors import CappyError
 from generation import engines, labels
 from generation.attempts import EngineAccess, UnitAttempts, record_load
@@ -128,32 +129,46 @@ class BudgetGate:
         if self._budget.is_reserved(unit):
             self._budget.settle(unit, cost)
 
+    def is_open(self) -> bool:
+        """Return whether units can still be admitted."""
+        return not (self._closed or self._exhausted)
+
     def exhausted(self) -> bool:
         """Return whether a unit was refused because of the cost limit."""
         return self._exhausted
 
 
 class UnitWorker:
-    """The stage of the Ray Data plan: one unit name per row in, the `COUNTS` of each finished unit out.
+    """The sampling stage of a Ray Data plan: one unit name per row in, the `COUNTS` of each sampled unit out.
 
     Ray Data builds one per actor. Several calls run concurrently in an actor, so the engine stays busy during the last
     tokens of a unit. Reading, labelling and saving run in threads, outside the event loop of the engine.
     """
 
-    def __init__(self, staging: str, config: Config, load: LoadLLM, gate: Any, limits: Mapping[str, int] | None = None) -> None:
-        """Load the LLM and compile the label metric. `limits` is for `Sampler`."""
+    def __init__(
+        self,
+        staging: str,
+        config: Config,
+        load: LoadLLM,
+        gate: Any,
+        limits: Mapping[str, int] | None = None,
+        rounds: Sequence[Sequence[DecodingConfig]] | None = None,
+        results: UnitResults | None = None,
+    ) -> None:
+        """Load the LLM and prepare for the results, which are labelled rows by default. `limits` and `rounds` are for `Sampler`."""
         self.staging, self.config, self.gate = staging, config, gate
+        self.results = results or LABELLED
         self.access = EngineAccess()
         self.limited = engines.cost_limit(config.sampler) is not None
-        with ThreadPoolExecutor(1) as pool:  # compiles the metric while the engine loads
-            warm = pool.submit(labels.warm_up, config.generate.label)
+        with ThreadPoolExecutor(1) as pool:
+            warm = pool.submit(self.results.warm_up, config)  # while the engine loads
             with record_load(staging, config.sampler):
-                self.sampler = Sampler(config.sampler, config.seed, load, limits)
+                self.sampler = Sampler(config.sampler, config.seed, load, limits, rounds)
             warm.result()
 
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         for unit in batch["unit"].to_pylist():
-            counts = await asyncio.to_thread(read_counts, self.staging, unit) or await self._sample_unit(unit)
+            counts = await asyncio.to_thread(read_counts, self.staging, unit, self.results.folder) or await self._sample_unit(unit)
             if counts is None:
                 return
             # Also for a unit that was finished before: an actor lost between `save_unit` and `release` left its reservation.
@@ -161,7 +176,7 @@ class UnitWorker:
             yield pa.Table.from_pylist([counts], COUNTS)
 
     async def _sample_unit(self, unit: str) -> UnitCounts | None:
-        """Sample, label and save a unit; return its counts, or None if the gate does not admit it."""
+        """Sample and save a unit; return its counts, or None if the gate does not admit it."""
         prepared = await asyncio.to_thread(read_unit, unit_uri(self.staging, "prepared", unit))
         max_cost = await asyncio.to_thread(self.sampler.max_cost, prepared.to_pylist()) if self.limited else 0.0
         while (admitted := await self.gate.acquire.remote(unit, max_cost)) is None:
@@ -170,7 +185,7 @@ class UnitWorker:
             return None
         reservation = await asyncio.to_thread(write_reservation, self.staging, unit, max_cost) if max_cost else None
         sampled = await self._sample_prepared(unit, prepared)
-        counts = await asyncio.to_thread(save_unit, self.staging, unit, sampled, self.config)
+        counts = await asyncio.to_thread(self.results.save, self.staging, unit, sampled, self.config)
         if reservation:
             await asyncio.to_thread(storage.delete, reservation)
         return counts
@@ -202,10 +217,10 @@ def write_unit(uri: str, table: pa.Table) -> None:
     storage.write_bytes(uri, sink.getvalue())
 
 
-def read_counts(staging: str, unit: str) -> UnitCounts | None:
-    """Return the counts of a unit, or None if it is not finished."""
+def read_counts(staging: str, unit: str, folder: str = "units") -> UnitCounts | None:
+    """Return the counts of a unit, or None if `folder` has no object of it."""
     try:
-        return unit_metadata(read_unit(unit_uri(staging, "units", unit)))["counts"]
+        return unit_metadata(read_unit(unit_uri(staging, folder, unit)))["counts"]
     except FileNotFoundError:
         return None
 
@@ -220,11 +235,11 @@ def write_reservation(staging: str, unit: str, max_cost: float) -> str:
     return uri
 
 
-def dollars_spent(staging: str, names: Sequence[str]) -> float:
-    """Return the cost of the finished units `names` plus the maximum cost of all interrupted attempts, in dollars."""
+def dollars_spent(staging: str, names: Sequence[str], folder: str = "units") -> float:
+    """Return the cost of the sampled units `names` in `folder` plus the maximum cost of all interrupted attempts, in dollars."""
     reservations = storage.join(staging, "promises")
     with ThreadPoolExecutor(16) as pool:
-        costs = [float(counts["cost"]) for counts in pool.map(partial(read_counts, staging), names) if counts]
+        costs = [float(counts["cost"]) for counts in pool.map(partial(read_counts, staging, folder=folder), names) if counts]
         lost = pool.map(storage.read_json, [storage.join(reservations, name) for name in storage.list_files(reservations)])
         return sum(costs) + sum(float(each["dollars"]) for each in lost)
 
@@ -233,6 +248,36 @@ def unit_metadata(table: pa.Table) -> UnitMetadata:
     """Return the metadata of the object of a finished unit."""
     found: UnitMetadata = json.loads(table.schema.metadata[_METADATA])
     return found
+
+
+def with_metadata(table: pa.Table, metadata: UnitMetadata) -> pa.Table:
+    """Return the table of a unit with its counts and dead letters, which `unit_metadata` reads."""
+    return table.replace_schema_metadata({_METADATA: json.dumps(metadata).encode()})
+
+
+def count_unit(unit: str, sampled: pa.Table, letters: int, pool_size: int) -> UnitCounts:
+    """Return the counts of a sampled unit.
+
+    Args:
+        unit: name of the unit.
+        sampled: the output of `Sampler`.
+        letters: number of its dead letters.
+        pool_size: candidates that the decodings give for a row.
+    """
+    drawn = [candidate for pool in sampled["sampled"].to_pylist() for candidate in pool]
+    reused = [candidate for pool in (sampled["reused"].to_pylist() if "reused" in sampled.column_names else ()) for candidate in pool or ()]
+    return {
+        "unit": unit,
+        "rows": len(sampled),
+        "candidates": len(drawn),
+        "tokens": sum(candidate["tokens"] for candidate in drawn),
+        "cost": sum(sampled["cost"].to_pylist()),
+        "dead_letters": letters,
+        "empty": sum(not candidate["response"] for candidate in drawn),
+        "missing": sum(max(0, pool_size - len(row["sampled"])) for row in sampled.to_pylist() if row["sampled"]),
+        "reused": len(reused),
+        "reused_tokens": sum(candidate["tokens"] for candidate in reused),
+    }
 
 
 def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> UnitCounts:
@@ -244,24 +289,9 @@ def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> Uni
     if config.generate.max_per_bin is not None and unit.startswith("train-"):
         limit = config.generate.max_per_bin
         rows = [{**row, "candidates": labels.limit_per_bin(row["candidates"], limit, config.seed, row["id"])} for row in rows]
-    pool_size = sum(decoding.n for decoding in config.sampler.decodings)
-    drawn = [candidate for pool in sampled["sampled"].to_pylist() for candidate in pool]
-    reused = [candidate for pool in (sampled["reused"].to_pylist() if "reused" in sampled.column_names else ()) for candidate in pool or ()]
-    counts: UnitCounts = {
-        "unit": unit,
-        "rows": len(sampled),
-        "candidates": len(drawn),
-        "tokens": sum(candidate["tokens"] for candidate in drawn),
-        "cost": sum(sampled["cost"].to_pylist()),
-        "dead_letters": len(letters),
-        "empty": sum(not candidate["response"] for candidate in drawn),
-        "missing": sum(max(0, pool_size - len(row["sampled"])) for row in sampled.to_pylist() if row["sampled"]),
-        "reused": len(reused),
-        "reused_tokens": sum(candidate["tokens"] for candidate in reused),
-    }
+    counts = count_unit(unit, sampled, len(letters), sum(decoding.n for decoding in config.sampler.decodings))
     metadata: UnitMetadata = {"counts": counts, "letters": letters}
-    table = pa.Table.from_pylist(rows, DATASET).replace_schema_metadata({_METADATA: json.dumps(metadata).encode()})
-    write_unit(unit_uri(staging, "units", unit), table)
+    write_unit(unit_uri(staging, "units", unit), with_metadata(pa.Table.from_pylist(rows, DATASET), metadata))
     return counts
 
 
@@ -294,3 +324,19 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 def _dead_letter(row: dict[str, Any], stage: str, reason: str) -> str:
     return DeadLetter(where=row["id"], stage=stage, reason=reason, row=json.dumps(_plain(row), ensure_ascii=False)[:500]).to_json()
+
+
+@dataclass(frozen=True)
+class UnitResults:
+    """The results of `UnitWorker`: their folder, and how the sampled rows of a unit become one."""
+
+    folder: str
+    """Folder of the objects, below the staging folder."""
+    save: Callable[[str, str, pa.Table, Config], UnitCounts]
+    """Saves the object of a unit: staging folder, name, output of `Sampler`, config; returns the counts."""
+    warm_up: Callable[[Config], None] = lambda config: None
+    """Prepares a process, while its engine loads."""
+
+
+LABELLED = UnitResults("units", save_unit, lambda config: labels.warm_up(config.generate.label))
+"""The rows of a regression set: candidates with labels."""

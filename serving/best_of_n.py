@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from cluster.config import AdaptiveConfig, DecodingConfig
 from generation.engines.contract import Candidate, request_seed
 from serving.backend import ApiError, OnFinished, Sampled, Scored
-from serving.responses import distinct_responses
+from serving.ranking import distinct_responses
 from training import early_stopping
 from training.early_stopping import StopReason
 from training.selection import Selection

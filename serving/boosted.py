@@ -8,24 +8,16 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from cluster.config import Config, DecodingConfig, Fallback, LabelConfig, SelectionMode
+from cluster.config import Config, DecodingConfig, Fallback
 from generation.labels import describe_metric
 from serving import best_of_n, sampling_policy
 from serving.backend import ApiError, Backend, Scored, merge_scored
 from serving.completions_api import SampleRequest, TextRequest, build_prompt
 from serving.prometheus import Metrics
-from serving.responses import (
-    Completion,
-    Latency,
-    SelectedBy,
-    build_completion,
-    fallback_ranking_scores,
-    merge_completions,
-    ranking_scores,
-)
+from serving.ranking import SelectedBy, Selector
+from serving.responses import Completion, Latency, build_completion, merge_completions
 from serving.streaming import build_progress_chunk
 from training.consensus import consensus_metric
-from training.selection import blend_selection
 
 _PAIRS_PER_CALL = 64
 """Pairs in one call of the scorer. A long list is spread over the replicas, and pairs of other requests are scored in between."""
@@ -107,7 +99,8 @@ class BoostedDecoding:
         if fallback:
             self._metrics.count_fallback(fallback)
         metric = consensus_metric(describe_metric(config.generate.label))
-        selected_by, ranking = await _rank(instruction, pool, mode, scorer, fallback, metric)
+        selector = Selector(mode, metric, pool.selection, pool.logprob_weight)
+        selected_by, ranking = await _rank(instruction, pool, selector, scorer, fallback)
         answer = build_completion(
             request,
             pool.candidates,
@@ -130,21 +123,14 @@ class BoostedDecoding:
 
 
 async def _rank(
-    instruction: str, pool: best_of_n.Pool, mode: SelectionMode, scorer: str | None, fallback: Fallback | None, metric: LabelConfig
+    instruction: str, pool: best_of_n.Pool, selector: Selector, scorer: str | None, fallback: Fallback | None
 ) -> tuple[SelectedBy | None, list[float]]:
-    """Return how the choices are selected, None by a fallback or for the LLM alone, and the scores that rank the candidates."""
-    candidates = pool.candidates
-    if mode == "consensus" or fallback == "consensus":
-        # The comparison of many long responses takes long, and its compiled code releases the GIL.
-        ranking = await asyncio.to_thread(fallback_ranking_scores, candidates, "consensus", metric)
-        return (None if fallback else "consensus"), ranking
-    if fallback or scorer is None:
-        return None, fallback_ranking_scores(candidates, fallback or "first", metric)
-    if mode == "blend" and pool.logprob_weight is not None:
-        return "blend", ranking_scores(instruction, candidates, pool.scores, blend_selection(pool.logprob_weight))
-    if mode in ("scorer", "fitted") and pool.selection is not None:
-        return "fitted", await asyncio.to_thread(ranking_scores, instruction, candidates, pool.scores, pool.selection)
-    return "score", ranking_scores(instruction, candidates, pool.scores, None)
+    """Return the result of `Selector.rank` for a pool; a slow ranking runs in a thread."""
+
+    def rank() -> tuple[SelectedBy | None, list[float]]:
+        return selector.rank(instruction, pool.candidates, pool.scores, scored=scorer is not None, fallback=fallback)
+
+    return await asyncio.to_thread(rank) if selector.is_slow or fallback == "consensus" else rank()
 
 
 def _fallback(request: SampleRequest, pool: best_of_n.Pool, config: Config) -> Fallback | None:

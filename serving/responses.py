@@ -1,4 +1,4 @@
-"""Response bodies of the OpenAI routes, and the selection of the choices.
+"""Response bodies of the OpenAI routes.
 
 Imports neither Ray nor a web framework. `drawn` in the API means sampled.
 """
@@ -10,17 +10,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from cluster.config import Fallback, LabelConfig
+from cluster.config import Fallback
 from generation.engines.contract import Candidate
-from generation.logprobs import mean_logprob
 from serving.api_model import ApiModel
 from serving.completions_api import SampleRequest, TextRequest
-from training.consensus import consensus
+from serving.ranking import SelectedBy, abstains, rank_candidates, select_choices
 from training.early_stopping import StopReason
-from training.selection import Pool, Selection
-
-SelectedBy = Literal["score", "fitted", "consensus", "blend"]
-"""The signals that selected the choices."""
 
 _WORDS = re.compile(r"\s*\S+|\s+$")
 """A word with the white space before it, or white space at the end; the matches of a text join to the text."""
@@ -199,74 +194,6 @@ class ModelList(ApiModel):
     data: list[Model]
 
 
-def distinct_responses(candidates: Sequence[Candidate]) -> list[str]:
-    """Return the different responses of the candidates, in order; the scorer reads each once."""
-    return list(dict.fromkeys(candidate["response"] for candidate in candidates))
-
-
-def rank_candidates(candidates: Sequence[Candidate], scores: Sequence[float]) -> list[int]:
-    """Return the positions of the candidates, best first.
-
-    Equal scores stay in the order of sampling. Empty responses and candidates without a score (NaN) are last.
-    """
-
-    def key(position: int) -> tuple[bool, float]:
-        score = scores[position]
-        return (not candidates[position]["response"] or math.isnan(score), 0.0 if math.isnan(score) else -score)
-
-    return sorted(range(len(candidates)), key=key)
-
-
-def select_choices(candidates: Sequence[Candidate], scores: Sequence[float], n: int) -> list[int]:
-    """Return the positions of the `n` choices, best first; see `rank_candidates`.
-
-    A response is chosen once. With fewer than `n` different responses, the repeated ones follow at the end.
-    """
-    first_of: dict[str, int] = {}
-    ranked = rank_candidates(candidates, scores)
-    for position in ranked:
-        first_of.setdefault(candidates[position]["response"], position)
-    firsts = set(first_of.values())
-    return [*first_of.values(), *(position for position in ranked if position not in firsts)][:n]
-
-
-def ranking_scores(instruction: str, candidates: Sequence[Candidate], scores: Sequence[float], selection: Selection | None) -> list[float]:
-    """Return the scores that rank the candidates of an instruction: `scores`, or the values of a selection.
-
-    A candidate without a score (NaN) gets NaN, and the selection ranks the others as one pool.
-    """
-    if selection is None:
-        return list(scores)
-    ranked = [position for position, score in enumerate(scores) if not math.isnan(score)]
-    pool = [candidates[position] for position in ranked]
-    values = selection.rank(
-        Pool(
-            [each["response"] for each in pool],
-            [scores[position] for position in ranked],
-            [each["logprob"] for each in pool],
-            [each["tokens"] for each in pool],
-            instruction,
-        )
-    )
-    value_of = dict(zip(ranked, values.tolist(), strict=True))
-    return [value_of.get(position, math.nan) for position in range(len(candidates))]
-
-
-def fallback_ranking_scores(candidates: Sequence[Candidate], fallback: Fallback, metric: LabelConfig) -> list[float]:
-    """Return the scores that rank the candidates without a scorer.
-
-    `self_score` ranks by the mean log-probability, if every candidate has one. `consensus` ranks by the mean agreement with the other
-    candidates by `metric`. All other cases rank in the order of sampling.
-    """
-    if fallback == "consensus":
-        return [float(value) for value in consensus([each["response"] for each in candidates], metric)]
-    means = [mean_logprob(each["logprob"], each["tokens"]) for each in candidates]
-    known = [mean for mean in means if mean is not None]
-    if fallback == "self_score" and len(known) == len(means):
-        return known
-    return [-float(position) for position in range(len(candidates))]
-
-
 def build_completion(
     request: SampleRequest,
     candidates: Sequence[Candidate],
@@ -307,8 +234,7 @@ def build_completion(
     """
     chosen = select_choices(candidates, ranking, request.n)
     min_score = request.cappy.min_score
-    # Not `<`: NaN must abstain too.
-    abstained = min_score is not None and fallback is None and not scores[chosen[0]] >= min_score
+    abstained = abstains(scores[chosen[0]], min_score, fallback)
     refusal = None
     if abstained:
         refusal = f"no candidate scored {min_score:g} (cappy.min_score); the best of {len(candidates)} scored {scores[chosen[0]]:.3f}"

@@ -121,14 +121,7 @@ def select_decodings(request: SampleRequest, config: Config, scored: bool = True
         )
         counts = [(plain, size)]
     else:
-        greedy = [decoding for decoding in own if decoding.temperature == 0][:size]
-        # If all decodings are greedy, none can fill the pool, so the first one is used at temperature 1.
-        others = [decoding for decoding in own if decoding.temperature > 0] or [
-            own[0].model_copy(update={"name": "sample", "temperature": 1.0, "beams": 1})
-        ]
-        share, extra = divmod(size - len(greedy), len(others))
-        counts = [(decoding, 1) for decoding in greedy]
-        counts += [(decoding, share + (position < extra)) for position, decoding in enumerate(others)]
+        counts = share_pool(size, own)
     decodings = [_apply_request(decoding, count, request, config) for decoding, count in counts if count]
     if prompts > 1 and prompts * size > config.serving.max_candidates:
         raise ApiError(
@@ -148,11 +141,28 @@ def select_decodings(request: SampleRequest, config: Config, scored: bool = True
     return decodings
 
 
+def share_pool(size: int, decodings: Sequence[DecodingConfig]) -> list[tuple[DecodingConfig, int]]:
+    """Return the decodings with their numbers of candidates, `size` in all: one of each greedy decoding, and the others equally."""
+    greedy = [decoding for decoding in decodings if decoding.temperature == 0][:size]
+    # If all decodings are greedy, none can fill the pool, so the first one is used at temperature 1.
+    others = [decoding for decoding in decodings if decoding.temperature > 0] or [
+        decodings[0].model_copy(update={"name": "sample", "temperature": 1.0, "beams": 1})
+    ]
+    share, extra = divmod(size - len(greedy), len(others))
+    counts = [(decoding, 1) for decoding in greedy]
+    return counts + [(decoding, share + (position < extra)) for position, decoding in enumerate(others)]
+
+
 def select_stopping_rule(request: SampleRequest, config: Config) -> AdaptiveConfig | None:
     """Return the settings that stop sampling early for a request, None to sample the whole pool."""
     options, settings = request.cappy, config.serving.adaptive
     if options.min_gain is not None or options.target_score is not None:
         settings = settings.model_copy(update={"min_gain": options.min_gain, "target_score": options.target_score})
+    return active_rule(settings)
+
+
+def active_rule(settings: AdaptiveConfig) -> AdaptiveConfig | None:
+    """Return the settings of early stopping, or None if they never stop the sampling."""
     return settings if settings.min_gain or settings.target_score is not None else None
 
 

@@ -20,8 +20,8 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 
-from cluster import artifacts, models, ports, progress, storage
-from cluster.config import DEFAULT_SCORER, Config, ServingConfig
+from cluster import models, ports, progress
+from cluster.config import Config, ServingConfig
 from cluster.errors import CappyError, UsageError
 from cluster.runtime import find_cappy_error, ray_session
 from generation import engines
@@ -29,12 +29,11 @@ from serving.app import APPLICATION, build_application, http_options
 from serving.backend import ApiError
 from serving.client import curl_command
 from serving.completions_api import ChatRequest
+from serving.main_scorer import check_scorer, with_default_scorer
 from serving.messages import ChatMessage
 from serving.model_registry import additional_scorers
 from serving.sampling_policy import select_decodings
 
-# Equal to `training.scorer.CHECKPOINTS`, whose module imports torch.
-CHECKPOINTS_FOLDER = "_checkpoints"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -88,30 +87,6 @@ def base_url(serving: ServingConfig) -> str:
     """Return the server's URL for clients on this machine."""
     host = "127.0.0.1" if serving.host == "0.0.0.0" else serving.host
     return f"http://{f'[{host}]' if ':' in host else host}:{serving.port}"
-
-
-def with_default_scorer(config: Config) -> Config:
-    """Return the config with the scorer of the package if `scorer_path` is not set and the workspace has no scorer."""
-    uri = storage.check_uri(config.scorer_uri, "scorer_path")
-    files = (artifacts.MANIFEST, CHECKPOINTS_FOLDER, "config.json")
-    if config.scorer_path or any(storage.exists(storage.join(uri, name)) for name in files):
-        return config
-    progress.log(f"serve: {uri} has no scorer, and scorer_path is not set; using {DEFAULT_SCORER}, the scorer of the package")
-    return config.model_copy(update={"scorer_path": DEFAULT_SCORER})
-
-
-def check_scorer(config: Config) -> None:
-    """Raise `CappyError` unless the scorer is a finished output of `cappy train` or a model in the format of transformers."""
-    uri = config.scorer_uri
-    if config.scorer_path and not storage.is_s3(uri) and not storage.exists(uri):
-        models.resolve(uri, "scorer_path")  # a name on the hub; otherwise the error lists the accepted values
-        return
-    storage.check_uri(uri, "scorer_path")
-    from_train = any(storage.exists(storage.join(uri, name)) for name in (artifacts.MANIFEST, CHECKPOINTS_FOLDER))
-    if from_train or not storage.exists(storage.join(uri, "config.json")):
-        artifacts.read_manifest(uri, "scorer", "train")
-    else:
-        models.resolve(uri, "scorer_path")
 
 
 def ready_message(config: Config, url: str, additional: Sequence[str] = ()) -> str:

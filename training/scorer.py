@@ -260,6 +260,29 @@ class Scorer:
         index = int(scores.argmax())
         return Choice(index, candidates[index], float(scores[index]), scores)
 
+    def best_of(self, outputs: Sequence[Any], instructions: Sequence[str] | None = None) -> list[Choice]:
+        """Return the best completion of each output of `vllm.LLM.generate` or `vllm.LLM.chat`, sampled with `n` above 1.
+
+        The fitted selection of the scorer ranks the completions if it has one, as in `cappy serve`; otherwise the score decides. Sample
+        with `logprobs=0`, so that the selection can use the log-probabilities.
+
+        Args:
+            outputs: a list of `vllm.RequestOutput`.
+            instructions: the instruction of each output, as the scorer reads it; None takes the prompts. Give them if the prompts have a
+                chat template or few-shot examples.
+
+        Raises `ValueError` for an output without completion or prompt text, and if `instructions` has another length.
+
+        Example: `[each.response for each in scorer.best_of(llm.generate(prompts, SamplingParams(n=8, logprobs=0)))]`
+        """
+        from training.vllm_outputs import rank_outputs
+
+        choices = []
+        for responses, scores, values in rank_outputs(outputs, instructions, self.score, self.selection):
+            index = int(values.argmax())
+            choices.append(Choice(index, responses[index], float(scores[index]), scores))
+        return choices
+
     def save(self, folder: str | Path) -> None:
         """Write model and tokenizer into a folder, for `from_pretrained` of `AutoModelForSequenceClassification` and `AutoTokenizer`."""
         self.tokenizer.model_max_length = self.max_length

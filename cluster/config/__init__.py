@@ -4,6 +4,7 @@ A config is made of the defaults, then a YAML file, then `--set section.key=valu
 A rule for several fields is a validator of their section. Imports no Ray and no model library, so that the command line starts fast.
 """
 
+from cluster.config.answer import AnswerConfig
 from cluster.config.base import DEFAULT_SCORER, Section
 from cluster.config.evaluation import EvaluationConfig
 from cluster.config.generation import GenerateConfig, LabelConfig, PlanConfig
@@ -54,6 +55,7 @@ __all__ = [
     "PAPER_DECODINGS",
     "AdaptConfig",
     "AdaptiveConfig",
+    "AnswerConfig",
     "ApiKeyConfig",
     "BigBenchSource",
     "Config",

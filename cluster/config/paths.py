@@ -12,7 +12,7 @@ def absolute(config: Config) -> Config:
     """Return the config with absolute local paths."""
     paths: dict[str, Any] = {
         name: value if value in models.EMBEDDED else storage.absolute(value)
-        for name in ("workspace", "dataset", "scorer_path", "adapted_path", "evaluation_path")
+        for name in ("workspace", "dataset", "scorer_path", "adapted_path", "evaluation_path", "answers_path")
         if (value := getattr(config, name))
     }
     if config.sampler.engine.kind != "endpoint":  # the model of an endpoint is a name there, never a local folder

@@ -7,6 +7,7 @@ from typing import ClassVar
 import yaml
 from pydantic import Field, model_validator
 
+from cluster.config.answer import AnswerConfig
 from cluster.config.base import DEFAULT_SCORER, ExtendedSection
 from cluster.config.evaluation import EvaluationConfig
 from cluster.config.generation import GenerateConfig, PlanConfig
@@ -21,7 +22,7 @@ from cluster.redaction import redact_tree
 class Config(ExtendedSection):
     """All settings of a run. Each verb finds the output of the other verbs below `workspace`."""
 
-    added: ClassVar = ("suite",)
+    added: ClassVar = ("suite", "answer", "answers_path")
 
     workspace: str = Field("runs/default", min_length=1)
     """Folder or s3:// prefix of the outputs. Each verb writes to its own folder below it."""
@@ -33,6 +34,8 @@ class Config(ExtendedSection):
     """Folder of the scorers that `adapt` publishes, one for each task; null is `{workspace}/adapted`."""
     evaluation_path: str | None = None
     """Folder that `evaluate` writes; null is `{workspace}/evaluation`."""
+    answers_path: str | None = None
+    """Folder that `answer` writes; null is `{workspace}/answers`."""
     seed: int = Field(20261121, ge=0, lt=2**31)
     """Seed of all random choices. Each choice is a function of the seed and of its row or step."""
     source: Source = BigBenchSource()
@@ -55,6 +58,8 @@ class Config(ExtendedSection):
     """Comparison of the scorer with the baselines."""
     serving: ServingConfig = ServingConfig()
     """The server."""
+    answer: AnswerConfig = AnswerConfig()
+    """Batch answers."""
     suite: SuiteConfig | None = None
     """An evaluation over many tasks, for `cappy evaluate`; null evaluates the rows of one set."""
 
@@ -99,6 +104,10 @@ class Config(ExtendedSection):
     @property
     def evaluation_uri(self) -> str:
         return self.evaluation_path or f"{self.workspace.rstrip('/')}/evaluation"
+
+    @property
+    def answers_uri(self) -> str:
+        return self.answers_path or f"{self.workspace.rstrip('/')}/answers"
 
     def to_yaml(self) -> str:
         """Return the resolved tree as YAML; `load` reads it back to an equal tree. Credentials in URLs are replaced."""

@@ -32,7 +32,7 @@ from cluster.errors import CappyError, UsageError
 from generation.engines.contract import PromptTooLong
 from generation.engines.endpoint import EndpointEngine
 from generation.prompts import messages
-from serving import app, client, serve
+from serving import app, client, main_scorer, serve
 from serving.backend import ApiError
 from serving.prometheus import Metrics
 from tests.conftest import CAPPY
@@ -67,7 +67,7 @@ def test_limits_that_every_request_would_break_are_refused(tmp_path):
 def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
     from training.scorer import CHECKPOINTS
 
-    assert serve.CHECKPOINTS_FOLDER == CHECKPOINTS
+    assert main_scorer.CHECKPOINTS_FOLDER == CHECKPOINTS
     with pytest.raises(CappyError, match="scorer is not there; run `cappy train`"):
         serve.check_scorer(Config(workspace=str(tmp_path)))
     (tmp_path / "scorer" / CHECKPOINTS).mkdir(parents=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +69,13 @@ def test_best_is_the_highest_score_and_the_first_of_equals(scorer: Scorer):
     assert choice.score == choice.scores.max()
     assert choice.response == candidates[choice.index]
     assert scorer.best("now", ["dog", "dog"]).index == 0
+
+
+def test_best_of_takes_the_outputs_of_vllm(scorer: Scorer):
+    completions = [SimpleNamespace(text=text, token_ids=[1], cumulative_logprob=None) for text in ("Paris", "Rome", "a fox")]
+    (choice,) = scorer.best_of([SimpleNamespace(prompt="The capital of France?", outputs=completions)])
+    best = scorer.best("The capital of France?", ["Paris", "Rome", "a fox"])
+    assert (choice.index, choice.response, choice.score) == (best.index, best.response, best.score)
 
 
 def test_invalid_arguments_raise_value_errors(scorer: Scorer):
