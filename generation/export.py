@@ -241,8 +241,8 @@ class _Run:
             if candidates:
                 self._note_largest("value", candidates[0].value)
                 self._note_largest("margin", candidates[0].value - candidates[-1].value)
-                below = (self._selection.threshold or KTO_THRESHOLD) - candidates[-1].value
-                self._note_largest("distance", below)
+                threshold = KTO_THRESHOLD if self._selection.threshold is None else self._selection.threshold
+                self._note_largest("distance", threshold - candidates[-1].value)
             rows = self._form.rows(prompt, candidates, self._selection) if candidates else []
             self._counts["instructions_left_out"] += not rows
             for row in rows:

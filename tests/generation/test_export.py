@@ -21,6 +21,7 @@ from cluster.errors import CappyError, UsageError
 from generation import export, export_pools
 from generation.export import ExportOptions, run_export
 from generation.export_formats import FORMATS
+from serving.answer_files import answer_schema
 from tests.cluster.test_copying import SHARD, endpoints, flip
 from tests.conftest import CAPPY, cappy
 from tests.generation.made_set import publish
@@ -183,7 +184,9 @@ def test_messages_and_a_system_message_are_written(tmp_path):
         (ExportOptions("dpo", prompt="question"), r"--prompt=question: SRC=\S+ has no such column; it has id, dataset"),
         (ExportOptions("dpo", prompt="references"), r"--prompt=references: this column of SRC=\S+ is list<.*>, not a text"),
         (ExportOptions("dpo", margin=1.5), r"no row is left for --as=dpo with --margin=1.5: the largest margin of label is 1; lower it"),
-        (ExportOptions("kto", margin=1.5), r"no row is left|"),
+        (ExportOptions("kto", sources=("mismatched",), threshold=0, margin=0.1), None),
+        (ExportOptions("kto", margin=1.5), None),
+        (ExportOptions("kto", sources=("mismatched",), margin=0.7), r"with --margin=0.7: the largest margin of label is 0.5; lower it"),
         (ExportOptions("sft", threshold=2), r"no row is left for --as=sft with --threshold=2: the largest label is 1; lower it"),
         (ExportOptions("dpo", sources=("mismatched",)), "no instruction has two responses with different values of label"),
         (ExportOptions("sft", sources=("choice",)), r"of source choice; it has mismatched 13, reference 13, sampled 65: choose with"),
@@ -191,7 +194,7 @@ def test_messages_and_a_system_message_are_written(tmp_path):
 )
 def test_an_export_that_cannot_be_made_is_one_line_with_the_reason_and_the_contents(options, message, tmp_path):
     publish(f"{tmp_path}/set")
-    if options == ExportOptions("kto", margin=1.5):
+    if message is None:
         run_export(f"{tmp_path}/set", f"{tmp_path}/out", options)  # the desirable responses stay
         assert all(row["label"] for row in read(f"{tmp_path}/out"))
         return
@@ -372,3 +375,16 @@ def test_a_killed_export_publishes_nothing_and_the_same_command_completes_it(tmp
     made, whole = (artifacts.read_any_manifest(f"{tmp_path}/{name}", "DST")["files"] for name in ("out", "whole"))
     assert result["rows"] == 25_000 and made["data/train/part-00000.parquet"] == whole["data/train/part-00000.parquet"]
     assert set(storage.list_files(f"{tmp_path}/out")) == {*made, "_MANIFEST.json"}
+
+
+def test_the_columns_of_published_answers_are_read(tmp_path):
+    schema = answer_schema({"score": "string"}, keep_candidates=True)
+    candidates = [{"response": "a", "score": 0.9}, {"response": "b", "score": -0.1}, {"response": "c", "score": None}]
+    counts = {"n_candidates": 3, "tokens": 3, "cost": 0.0, "abstained": False, "dataset": "d", "id": "0"}
+    rows = [{"instruction": "say a", "response": "a", "score": 0.9, "source_score": "x", "candidates": candidates, **counts}]
+    publish_table(f"{tmp_path}/answers", rows, "answers", schema, folder="data/answers")
+    run_export(f"{tmp_path}/answers", f"{tmp_path}/sft", ExportOptions("sft"))
+    assert read(f"{tmp_path}/sft") == [{"prompt": "say a", "completion": "a"}]
+    summary = run_export(f"{tmp_path}/answers", f"{tmp_path}/dpo", ExportOptions("dpo"))
+    assert read(f"{tmp_path}/dpo") == [{"prompt": "say a", "chosen": "a", "rejected": "b", "margin": 1.0}]
+    assert summary["by"] == "score" and summary["left_out"]["without_value"] == 1
