@@ -9,6 +9,7 @@ is written last. With early stopping (`serving.adaptive`) a unit of unfinished r
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow as pa
 
 from cluster import artifacts, folder_writer, models, storage
 from cluster.config import Config, DecodingConfig
-from cluster.errors import CappyError
+from cluster.errors import CappyError, UsageError
 from cluster.lease import Lease, LeaseLost
 from cluster.progress import log
 from cluster.runtime import ray_session
@@ -124,6 +125,7 @@ def _answer_units(
     scorer = load_scorer if needs_scores(config) or prepared["sampled_rows"] < total else None
     if scorer:
         log(f"the scorer {config.scorer_uri} runs in {config.answer.scorers} actor(s)")
+    _check_cpus(config)
     spent = units.dollars_spent(staging, sorted(sampled), "sampled") if engines.cost_limit(config.sampler) is not None else 0.0
     empty = candidates = 0
     with UnitRun("answering", config.sampler, total, done, spent, run_lease) as run:
@@ -138,6 +140,18 @@ def _answer_units(
                 empty_responses.check_empty_share(empty, candidates, config.sampler)
         run.raise_if_stopped()
         return run.rates()
+
+
+def _check_cpus(config: Config) -> None:
+    """Raise `UsageError` if this machine has too few CPU slots for the actors of both stages. A cluster can get more machines."""
+    import ray
+
+    slots, needed = int(ray.cluster_resources().get("CPU", 0)), config.sampler.replicas + config.answer.scorers
+    if not os.environ.get("RAY_ADDRESS") and needed > slots:
+        raise UsageError(
+            f"answer.scorers={config.answer.scorers} and sampler.replicas={config.sampler.replicas} need {needed} CPU slots, "
+            f"and this machine has {slots}; lower them, or use a cluster with --address"
+        )
 
 
 def _count_done(staging: str, finished: Mapping[str, Sequence[str]]) -> int:

@@ -28,6 +28,7 @@ from tests.generation.engine_process import ProcessLLM
 from tests.generation.fixed_llm import FixedLLM
 from tests.serving.number_scorer import load_number_scorer, score_of
 from tests.serving.test_completions_api import request
+from training.scorer import Scorer
 from training.selection import VARIANTS, Selection, Variant
 
 pytestmark = pytest.mark.usefixtures("ray_here")
@@ -121,6 +122,19 @@ def test_a_source_of_choices_starts_no_llm_and_consensus_starts_no_scorer(tmp_pa
     assert row["score"] is None and row["response"].startswith("number") and "candidates" not in row
 
 
+@pytest.mark.slow
+def test_the_scorer_of_the_package_classifies_rows_with_choices(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"Is {n} even?", "answer_choices": ["yes", "no", "maybe"]} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_for(path, tmp_path / "answers", f"workspace={tmp_path}/empty", "serving.scorer_dtype=float32")
+    answer.run_answer(config, load=refuse_to_load)
+    scorer = Scorer.load("cappy-minilm")
+    for row in read(tmp_path / "answers"):
+        best = scorer.best(row["instruction"], row["answer_choices"])
+        assert row["response"] == best.response and row["score"] == pytest.approx(best.score, abs=1e-4)
+
+
 def test_a_row_below_min_score_abstains(rows, tmp_path, unbroken):
     before = {row["id"]: row for row in read(unbroken[0])}
     limit = sorted(row["score"] for row in before.values())[6]
@@ -164,6 +178,7 @@ def test_a_started_run_is_not_resumed_with_other_settings_and_a_finished_one_is_
     [
         ("answer.candidates=0", "answer.candidates=0"),
         ("answer.scorers=0", "answer.scorers=0"),
+        ("answer.scorers=500", "answer.scorers=500 and sampler.replicas=1 need 501 CPU slots, and this machine has"),
         ("scorer_path=/none/scorer", "/none/scorer"),
         ("source.path=/none/rows.jsonl", "/none/rows.jsonl"),
     ],
