@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.demo import demo_set
 from generation.dataset import RegressionSet
 from training.selection import LOGPROB_SIGNALS, TEXT_SIGNALS, Floats, Pool, lower_empty, signals
 from training.selection_fit import fit_with_picks
@@ -28,12 +29,12 @@ BASELINES = ("consensus", "logprob_mean", "logprob_sum")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="+", metavar="SET", help="published sets with sampled candidates")
+    parser.add_argument("sets", nargs="*", metavar="SET", help="published sets; default: the demo's set, generated if it is missing")
     parser.add_argument("--rows", type=int, default=200, help="largest number of rows of a task, in the order of the set")
-    parser.add_argument("--rows-min", type=int, default=60, help="smallest number of rows of a task")
+    parser.add_argument("--rows-min", type=int, default=30, help="smallest number of rows of a task")
     parser.add_argument("--json", help="file for the result; - prints it")
     options = parser.parse_args()
-    tasks = read_tasks(options.sets, options.rows, options.rows_min)
+    tasks = read_tasks(options.sets or [demo_set()], options.rows, options.rows_min)
     result = compare(tasks)
     for name, points in result["points"].items():
         print(f"{name:<28}{np.mean(list(points.values())):6.2f}")
