@@ -317,7 +317,7 @@ def sampled_requests(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ADAPTIVE], ids=["one round", "rounds"])
+@pytest.mark.parametrize("overrides", [pytest.param((), marks=pytest.mark.full), ADAPTIVE], ids=["one round", "rounds"])
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_killed_driver_publishes_nothing_and_the_same_command_resumes_without_sampling_twice(place, overrides, rows, tmp_path):
     log = tmp_path / "sampled.log"
@@ -338,6 +338,7 @@ def test_a_killed_driver_publishes_nothing_and_the_same_command_resumes_without_
     assert read(place) == read(whole)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [(), ADAPTIVE], ids=["one round", "rounds"])
 def test_on_sigterm_the_units_in_progress_are_finished_and_the_same_command_resumes(overrides, rows, tmp_path):
@@ -354,7 +355,7 @@ def test_on_sigterm_the_units_in_progress_are_finished_and_the_same_command_resu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ADAPTIVE], ids=["one round", "rounds"])
+@pytest.mark.parametrize("overrides", [pytest.param((), marks=pytest.mark.full), ADAPTIVE], ids=["one round", "rounds"])
 def test_killed_scorers_and_engines_do_not_change_the_answers(overrides, rows, tmp_path):
     settings = ("generate.unit_rows=2", *overrides)
     run(config_for(rows, tmp_path / "whole", *settings))
