@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.demo import demo_set
 from generation.dataset import RegressionSet
 from training.selection import LOGPROB_SIGNALS, TEXT_SIGNALS, Floats, Pool, lower_empty, signals
-from training.selection_fit import fit_with_picks
+from training.selection_fit import fit_selection
 
 SIGNALS = (*LOGPROB_SIGNALS, *TEXT_SIGNALS)
 BASELINES = ("consensus", "logprob_mean", "logprob_sum")
@@ -82,19 +82,19 @@ def _mean_pick(rows: Sequence[tuple[Pool, Floats]], name: str) -> float:
 
 def _within(rows: Sequence[tuple[Pool, Floats]], names: tuple[str, ...]) -> float:
     pools, labels = [pool for pool, _ in rows], [labels_C for _, labels_C in rows]
-    fitted = fit_with_picks(pools, labels, [pool.instruction for pool in pools], variants=(names,))
+    fitted = fit_selection(pools, labels, [pool.instruction for pool in pools], variants=(names,))
     assert fitted is not None  # a task has enough rows
-    return 100 * float(fitted[1].mean())
+    return 100 * float(fitted.picked.mean())
 
 
 def _across(tasks: dict[str, list[tuple[Pool, Floats]]], names: tuple[str, ...]) -> dict[str, float]:
     rows = [(task, pool, labels_C) for task, of_task in tasks.items() for pool, labels_C in of_task]
-    fitted = fit_with_picks(
+    fitted = fit_selection(
         [pool for _, pool, _ in rows], [labels_C for *_, labels_C in rows], [task for task, *_ in rows], variants=(names,)
     )
     assert fitted is not None
     of_row = np.array([task for task, *_ in rows])
-    return {task: 100 * float(fitted[1][of_row == task].mean()) for task in tasks}
+    return {task: 100 * float(fitted.picked[of_row == task].mean()) for task in tasks}
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def fit_selection(config: Config) -> str | None:
     rows = pa.concat_tables(tables)
     scores = score_candidates(rows, Scorer.load(config.scorer_uri, dtype=config.scorer.dtype).score)
     fitted = selection_fit.fit_on_rows(rows, scores, config.generate.label, made={"rows_of": "validation rows of the pretraining set"})
-    return None if fitted is None else selection.to_text(fitted[0])
+    return None if fitted is None else selection.to_text(fitted.selection)
 
 
 def render_training(config: Config, manifest: dict[str, Any]) -> str:

@@ -137,6 +137,12 @@ def read_any_manifest(uri: str, setting: str) -> Manifest:
     return _check_names(uri, tree)
 
 
+def _with_article(kind: object) -> str:
+    """Return the kind of an artifact as a phrase: `a dataset`, `an export`, `pairs`."""
+    name = str(kind)
+    return name if name.endswith("s") else f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"
+
+
 def read_manifest(uri: str, kind: str, verb: str) -> Manifest:
     """Return the manifest of a published folder of one `kind` (`dataset`, `pairs`, `scorer` or `evaluation`).
 
@@ -153,7 +159,9 @@ def read_manifest(uri: str, kind: str, verb: str) -> Manifest:
         raise CappyError(f"{join(uri, MANIFEST)} is not JSON: it was changed after it was published; publish again") from None
     if not isinstance(tree, dict) or tree.get("kind") != kind:
         found = tree.get("kind") if isinstance(tree, dict) else type(tree).__name__
-        raise CappyError(f"{uri} holds a {found}, not a {kind}; point the setting at a folder that `cappy {verb}` wrote")
+        raise CappyError(
+            f"{uri} holds {_with_article(found)}, not {_with_article(kind)}; point the setting at a folder that `cappy {verb}` wrote"
+        )
     if not _is_valid(tree):
         raise CappyError(f"{join(uri, MANIFEST)} is not a valid manifest: it was changed after it was published; publish again")
     return _check_names(uri, tree)
@@ -443,7 +451,7 @@ def _files_in_manifest(uri: str, name: str, setting: str, owned: OwnedFiles) -> 
         )
     if manifest.get("kind") != owned.kind:
         raise UsageError(
-            f"{setting}={uri} holds a {manifest.get('kind')}, not a {owned.kind}; nothing was deleted: "
+            f"{setting}={uri} holds {_with_article(manifest.get('kind'))}, not {_with_article(owned.kind)}; nothing was deleted: "
             f"choose another {setting}, or move the folder away"
         )
     return set(_check_names(uri, manifest)["files"])

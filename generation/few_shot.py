@@ -204,17 +204,17 @@ def _prepare_block(rows: Sequence[Instruction], pools: Pools, config: Config) ->
 
     for row, mismatched in zip(rows, draw_mismatched(rows, sources_of, config), strict=True):
         shots = pools.shots(row, prompt.shots, prompt.shots_by)
-        yield (
-            row.split,
-            {
-                "id": row.id,
-                "dataset": row.dataset,
-                "template": row.template,
-                "instruction": row.instruction,
-                "references": list(row.references),
-                "answer_choices": list(row.answer_choices) if row.answer_choices is not None else None,
-                "shots": [{"instruction": shot.instruction, "response": shot.references[0]} for shot in shots],
-                "mismatched": mismatched,
-                "part": row.part,
-            },
-        )
+        yield row.split, {**prompt_columns(row, shots), "mismatched": mismatched, "part": row.part}
+
+
+def prompt_columns(row: Instruction, shots: Sequence[Instruction]) -> dict[str, Any]:
+    """Return the columns of a prepared row that its prompt is made of, with its id and its references."""
+    return {
+        "id": row.id,
+        "dataset": row.dataset,
+        "template": row.template,
+        "instruction": row.instruction,
+        "references": list(row.references),
+        "answer_choices": list(row.answer_choices) if row.answer_choices is not None else None,
+        "shots": [{"instruction": shot.instruction, "response": shot.references[0]} for shot in shots],
+    }

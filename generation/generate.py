@@ -14,7 +14,6 @@ units in progress are finished.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,8 +35,6 @@ from generation.unit_run import UnitRun
 
 # Minimum number of rows before the share of dead letters is checked during sampling; fewer rows are too few to judge a run.
 _ERROR_RATE_ROWS = 200
-# Maximum number of blocks of a plan: the state of Ray Data in the driver grows with the number of blocks.
-_BLOCKS = 1000
 _OWNED = artifacts.OwnedFiles("dataset", "generate", dataset.WORKING_FILES, r"_staging/(units|letters)/.+", dataset.RESULT_FILES)
 
 
@@ -134,17 +131,12 @@ def build_plan(
     """
     import ray.data
 
-    # The progress bars of Ray Data would overlap with `Bar`. Ray Data sets its log level when it is imported, so set it after.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    return ray.data.from_items([{"unit": name} for name in names], override_num_blocks=min(len(names), _BLOCKS)).map_batches(
+    return unit_run.unit_source(names).map_batches(
         units.UnitWorker,
         fn_constructor_args=(staging, config, load, gate, limits),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
+        compute=unit_run.sampling_pool(config.sampler.replicas),
         **engines.actor_resources(config.sampler, 0 if load is NoLLM else ray.cluster_resources().get("GPU", 0)),
     )
 

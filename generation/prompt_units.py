@@ -17,7 +17,7 @@ from cluster import storage
 from cluster.config import Config
 from cluster.lease import Lease
 from cluster.progress import Bar, log
-from generation.few_shot import Pools
+from generation.few_shot import Pools, prompt_columns
 from generation.prepared_units import UnitWriter, dead_letter_file, describe_source
 from generation.schema import PREPARED
 from generation.sources.merge import merge_rows
@@ -140,20 +140,8 @@ def _prepare_rows(config: Config, lengths: ReferenceLengths, count_merged: Calla
                 continue
             if row.references:
                 lengths.add(row)
-            yield {
-                "id": row.id,
-                "dataset": row.dataset,
-                "template": row.template,
-                "instruction": row.instruction,
-                "references": list(row.references),
-                "answer_choices": list(row.answer_choices) if row.answer_choices is not None else None,
-                "shots": [
-                    {"instruction": shot.instruction, "response": shot.references[0]}
-                    for shot in pools.shots(row, prompt.shots, prompt.shots_by)
-                ],
-                "own": row.own,
-                "position": position,
-            }
+            shots = pools.shots(row, prompt.shots, prompt.shots_by)
+            yield {**prompt_columns(row, shots), "own": row.own, "position": position}
             position += 1
 
 

@@ -6,6 +6,7 @@ Any interruption leaves finished units, and the same command resumes the run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -22,6 +23,8 @@ from generation import engines, units
 
 LEASE = "_lease"
 """Folder of the lease, below the destination."""
+_BLOCKS = 1000
+"""Largest number of blocks of a plan: the state of Ray Data in the driver grows with the number of blocks."""
 
 
 @contextmanager
@@ -137,6 +140,25 @@ class UnitRun:
     def rates(self) -> dict[str, float]:
         """Return the rates of this attempt by name, per second."""
         return {f"{name}_per_second": rate for name, rate in self._bar.rates().items()}
+
+
+def unit_source(names: Sequence[str]) -> Any:
+    """Return a Ray Data set with one row for each unit name, and turn off the progress bars of Ray Data, which overlap with `Bar`."""
+    import ray.data
+
+    # Ray Data sets its log level when it is imported, so set it after.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return ray.data.from_items([{"unit": name} for name in names], override_num_blocks=min(len(names), _BLOCKS))
+
+
+def sampling_pool(replicas: int) -> Any:
+    """Return the pool of sampling actors. An actor works on several units at a time, so that its engine has the next rows early."""
+    import ray.data
+
+    return ray.data.ActorPoolStrategy(size=replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8)
 
 
 def merge_shards(shards: Mapping[str, Sequence[Any]], write: Callable[..., Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ is written last. With early stopping (`serving.adaptive`) a unit of unfinished r
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +35,6 @@ from serving.scorer_cache import read_version
 
 _ERROR_RATE_ROWS = 200
 """Smallest number of rows before the share of dead letters is checked during the run."""
-_BLOCKS = 1000
-"""Largest number of blocks of a plan: the state of Ray Data in the driver grows with the number of blocks."""
 _FEED_S = 0.2
 """Interval between two requests for the next unit, in seconds."""
 _OWNED = artifacts.OwnedFiles(
@@ -177,14 +174,10 @@ def build_plan(
     import ray
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     feed = None
     if len(rounds) > 1:
         feed = ray.remote(num_cpus=0, scheduling_strategy=run.driver_node)(UnitFeed).remote(list(names))
-        source = ray.data.from_items([{"unit": ""}]).map_batches(
+        source = unit_run.unit_source([""]).map_batches(
             _feed_units,
             fn_kwargs={"feed": feed, "gate": run.gate},
             batch_size=None,
@@ -192,7 +185,7 @@ def build_plan(
             num_cpus=0,
         )
     else:
-        source = ray.data.from_items([{"unit": name} for name in names], override_num_blocks=min(len(names), _BLOCKS))
+        source = unit_run.unit_source(names)
     # With early stopping the number of units is not known before.
     scorers = config.answer.scorers if feed else min(config.answer.scorers, len(names))
     gpus = 0 if load is NoLLM else ray.cluster_resources().get("GPU", 0)
@@ -204,7 +197,7 @@ def build_plan(
         fn_constructor_args=(staging, config, load, run.gate, limits, rounds, answer_units.SAMPLED_UNITS),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=config.sampler.replicas, max_concurrent_calls_per_actor=4, max_tasks_in_flight_per_actor=8),
+        compute=unit_run.sampling_pool(config.sampler.replicas),
         **resources,
     )
     answered = sampled.map_batches(

@@ -110,7 +110,7 @@ def adapt_task(
     training = config.adapt.training(config.training)
     device = torch.device("cuda" if gpu else "cpu")
     scorer, wrapped = load_trainable(config, training, base, device)
-    before = _measure(scorer, tables, dataset.greedy())
+    before = _measure(scorer.score, tables, dataset.greedy())
     decision: GateDecision | None = None
     fitted: selection.Selection | None = None
     if held_out is not None:
@@ -121,12 +121,13 @@ def adapt_task(
     if decision and decision.get("weights") == "base":
         scorer, wrapped = load_trainable(config, training, base, device)
     scorer.model.eval()
-    after = _measure(scorer, tables, dataset.greedy())
+    score = cross_fit.remember(scorer.score)
+    after = _measure(score, tables, dataset.greedy())
     points: TaskPoints | None = None
     if tables:
         if decision is None:
             decision = {**gate.decide_gate(before[0], after[0], config.adapt), "rows": len(deciding), "split": "validation"}
-        picked = gate.row_values(reporting, cross_fit.score_candidates(reporting, scorer.score), "selection", fitted) if fitted else None
+        picked = gate.row_values(reporting, cross_fit.score_candidates(reporting, score), "selection", fitted) if fitted else None
         points = {
             **gate.summarise_points(before[-1], after[-1], picked),
             "rows": len(reporting),
@@ -170,20 +171,20 @@ def _decide(
     """Return the decision of the gate, and the selection that is fitted on the held-out scores of the published weights."""
     of_base = selection.read(str(models.resolve(base.name, "adapt.base", adapters=True))) if base.scorer else None
     before = gate.row_values(held_out, base_scores, config.adapt.metric, of_base)
-    found: dict[str, selection.Selection] = {}
-    values: dict[str, Floats] = {}
-    # A plain encoder has an untrained head: its scores mean nothing.
-    for weights, scores in (("base", base_scores), ("adapted", fold_scores))[0 if base.scorer else 1 :]:
-        made = {"scores": "held out", "trainings": config.adapt.folds if weights == "adapted" else 0}
+
+    def fit(scores: list[Floats], trainings: int) -> tuple[selection.Selection | None, Floats]:
+        """Return the selection fitted on held-out scores, and the values of its held-out picks or of the scores alone."""
         by_score = gate.row_values(held_out, scores, config.adapt.metric)
-        fitted = selection_fit.fit_on_rows(held_out, scores, metric, of_base, made)
-        if fitted is not None:
-            found[weights] = fitted[0]
-        decides = fitted is not None and config.adapt.metric == "selection"
-        values[weights] = np.where(np.isnan(fitted[1]), by_score, fitted[1]) if fitted and decides else by_score
-    fits = config.adapt.gate and config.adapt.metric == "selection" and "base" in found
-    decision = gate.decide_on_rows(before, values["adapted"], config.adapt, values["base"] if fits else None)
-    return decision, found.get("base" if decision.get("weights") == "base" else "adapted")
+        fitted = selection_fit.fit_on_rows(held_out, scores, metric, of_base, {"scores": "held out", "trainings": trainings})
+        if fitted is None or config.adapt.metric != "selection":
+            return fitted.selection if fitted else None, by_score
+        return fitted.selection, np.where(np.isnan(fitted.picked), by_score, fitted.picked)
+
+    adapted, values = fit(fold_scores, config.adapt.folds)
+    # A plain encoder has an untrained head: its scores mean nothing.
+    kept, kept_values = fit(base_scores, 0) if base.scorer and config.adapt.gate and config.adapt.metric == "selection" else (None, None)
+    decision = gate.decide_on_rows(before, values, config.adapt, kept_values if kept else None)
+    return decision, kept if decision.get("weights") == "base" else adapted
 
 
 def read_outcome(task: Task) -> Outcome | None:
@@ -238,8 +239,8 @@ def _cross_fit(
     return cross_fit.cross_fit(held_out, config.adapt.folds, config.seed, train)
 
 
-def _measure(scorer: Scorer, tables: Sequence[pa.Table], greedy: str | None) -> list[Metrics]:
-    return [validation.measure_scores(table, scorer.score, greedy).metrics() for table in tables]
+def _measure(score: cross_fit.Score, tables: Sequence[pa.Table], greedy: str | None) -> list[Metrics]:
+    return [validation.measure_scores(table, score, greedy).metrics() for table in tables]
 
 
 def load_trainable(config: Config, training: TrainingConfig, base: Base, device: torch.device) -> tuple[Scorer, Any]:

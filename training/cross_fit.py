@@ -60,6 +60,21 @@ def deal_folds(instructions: Sequence[str], folds: int, seed: int) -> np.ndarray
     return np.array([part_of[text] for text in instructions], np.int64)
 
 
+def remember(score: Score) -> Score:
+    """Return the function with a memory: it scores each different pair once."""
+    known: dict[tuple[str, str], float] = {}
+
+    def scored(instructions: Sequence[str], responses: Sequence[str]) -> Floats:
+        pairs = list(zip(instructions, responses, strict=True))
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+        if missing:
+            values = score([instruction for instruction, _ in missing], [response for _, response in missing])
+            known.update(zip(missing, np.asarray(values, np.float64).tolist(), strict=True))
+        return np.array([known[pair] for pair in pairs], np.float64)
+
+    return scored
+
+
 def score_candidates(rows: pa.Table, score: Score) -> list[Floats]:
     """Return the scores of the candidates of each row, float64 (C,), in the order of `candidates`. Repeats are scored once."""
     pairs = explode(rows)

@@ -47,6 +47,15 @@ class _Data(NamedTuple):
         return _Data(self.features_NCK[rows], self.targets_NC[rows], self.present_NC[rows])
 
 
+class Fitted(NamedTuple):
+    """A fitted selection, with the picks of the cross-validation."""
+
+    selection: Selection
+    picked: Floats
+    """float64: the label of the held-out pick of each pool or row, by the selection that was fitted without its group, with the first
+    variant. NaN if there is one group, or if the pool has not the signals of this variant."""
+
+
 def fit_selection(
     pools: Sequence[Pool],
     labels: Sequence[Sequence[float] | Floats],
@@ -54,29 +63,12 @@ def fit_selection(
     metric: LabelConfig = DEFAULT_METRIC,
     prior: Selection | None = None,
     made: Mapping[str, Any] | None = None,
-) -> Selection | None:
-    """Return the selection of `fit_with_picks`."""
-    fitted = fit_with_picks(pools, labels, groups, metric, prior, made)
-    return None if fitted is None else fitted[0]
-
-
-def fit_with_picks(
-    pools: Sequence[Pool],
-    labels: Sequence[Sequence[float] | Floats],
-    groups: Sequence[str],
-    metric: LabelConfig = DEFAULT_METRIC,
-    prior: Selection | None = None,
-    made: Mapping[str, Any] | None = None,
     variants: Sequence[tuple[str, ...]] = VARIANTS,
-) -> tuple[Selection, Floats] | None:
+) -> Fitted | None:
     """Return the selection fitted on labelled pools, None if fewer than `MIN_POOLS` of them have responses with different labels.
 
-    The array, float64 (pools,), has the label of the held-out pick of each pool: of the selection that cross-validation fitted without its
-    group, with the first variant. It is NaN if there is one group, or if the pool has not the signals of this variant.
-
-    Empty responses do not count, because a selection never picks them.
-
-    A variant is left out if fewer than `MIN_POOLS` of these pools have its signals.
+    Empty responses do not count, because a selection never picks them. A variant is left out if fewer than `MIN_POOLS` of these pools have
+    its signals.
 
     Args:
         pools: the pools. Their scores must be of a scorer that was not trained on their rows.
@@ -121,13 +113,13 @@ def fit_with_picks(
         "folds": min(FOLDS, len({groups[number] for number in kept})),
         "prior": prior is not None,
     }
-    return Selection(tuple(fitted), metric, {**description, **(made or {})}), values_N
+    return Fitted(Selection(tuple(fitted), metric, {**description, **(made or {})}), values_N)
 
 
 def fit_on_rows(
     rows: pa.Table, scores: Sequence[np.ndarray], metric: LabelConfig, prior: Selection | None = None, made: Mapping[str, Any] | None = None
-) -> tuple[Selection, Floats] | None:
-    """Return the selection fitted on the sampled candidates of rows, and the label of the held-out pick of each row, as `fit_with_picks`.
+) -> Fitted | None:
+    """Return the selection fitted on the sampled candidates of rows, and the label of the held-out pick of each row.
 
     Cross-validation is over datasets if the rows have `FOLDS` of them or more, else over instructions. The pick of a row without sampled
     candidates is NaN.
@@ -153,12 +145,12 @@ def fit_on_rows(
         instructions.append(instruction)
         positions.append(position)
     groups = datasets if len(set(datasets)) >= FOLDS else instructions
-    fitted = fit_with_picks(pools, labels, groups, metric, prior, made)
+    fitted = fit_selection(pools, labels, groups, metric, prior, made)
     if fitted is None:
         return None
     values_R = np.full(len(rows), np.nan)
-    values_R[positions] = fitted[1]
-    return fitted[0], values_R
+    values_R[positions] = fitted.picked
+    return fitted._replace(picked=values_R)
 
 
 def _fit_variant(

@@ -303,7 +303,7 @@ class _Worker:
         scores = loop.sum_over_workers(scores, self.world, self.device)
         metric = consensus_metric(self.dataset.manifest.get("metric"))
         fitted = selection_fit.fit_on_rows(rows, np.split(scores, offsets[1:-1]), metric, made={"scores": "held out", "share": share})
-        return None if fitted is None else fitted[0].to_json()
+        return None if fitted is None else fitted.selection.to_json()
 
     def _prepare_scoring(self) -> None:
         if self.sharded:

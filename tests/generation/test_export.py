@@ -241,7 +241,7 @@ def test_the_same_export_is_kept_another_one_is_refused_and_overwrite_replaces_i
         "data/validation/part-00000.jsonl",
     }
     pairs = ExportOptions("pairs", duplicates=True)
-    with pytest.raises(UsageError, match=r"holds a export, not a pairs; nothing was deleted"):
+    with pytest.raises(UsageError, match=r"holds an export, not pairs; nothing was deleted"):
         run_export(source, destination, pairs, overwrite=True)
 
 

@@ -34,7 +34,7 @@ def test_each_candidate_is_a_row_with_its_origin(endpoints):
     named = ["instruction", "response", "label", "source", "dataset", "id", "decoding", "tokens"]
     assert [tuple(None if value != value else value for value in row) for row in frame[named].itertuples(index=False)] == expected
     assert sorted(frame[frame.source == "sampled"].label.unique()) == sorted(LABELS) and len(frame) == 70
-    with pytest.raises(CappyError, match=r"holds a pairs, not a dataset"):
+    with pytest.raises(CappyError, match=r"holds pairs, not a dataset"):
         RegressionSet(destination)
     assert export_pairs.export_pairs(source, destination)["copied_files"] == 0
 
