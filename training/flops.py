@@ -31,21 +31,27 @@ class FlopCounter:
 
     def __init__(self, model: Any) -> None:
         blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        matrices = {id(each): each.numel() for block in blocks for each in block.parameters() if each.ndim >= 2}
-        layers = int(getattr(model.config, "num_hidden_layers", 0))
+        matrices = {id(each): _passes(each) * each.numel() for block in blocks for each in block.parameters() if each.ndim >= 2}
+        layers = [layer for block in blocks for layer in block if len(block) == getattr(model.config, "num_hidden_layers", 0)]
         if encoder_kernels.computes_first_token_only(model):
-            last = model.base_model.encoder.layer[-1]
+            last = layers.pop()
             of_all_tokens = (last.attention.self.key.weight, last.attention.self.value.weight)
             for each in last.parameters():
                 matrices.pop(id(each), None)
-            matrices |= {id(each): each.numel() for each in of_all_tokens}
-            layers -= 1
+            matrices |= {id(each): _passes(each) * each.numel() for each in of_all_tokens}
         self._matrices = sum(matrices.values())
-        self._attention = layers * int(getattr(model.config, "hidden_size", 0))
+        passes = sum(_passes(next(layer.parameters())) for layer in layers)
+        self._attention = passes * int(getattr(model.config, "hidden_size", 0))
 
     def __call__(self, tokens: float, squared_lengths: float) -> float:
         """Return the operations for pairs with `tokens` tokens in all; `squared_lengths` sums the squares of the pairs' lengths.
 
-        6 per weight of a matrix and token, and 12 per layer and unit of the hidden size for each pair of tokens in attention.
+        2 per weight of a matrix and token, and 4 per layer and unit of the hidden size for each pair of tokens in attention; three
+        times as many in layers that are trained, for the backward pass.
         """
-        return float(6.0 * self._matrices * tokens + 12.0 * self._attention * squared_lengths)
+        return float(2.0 * self._matrices * tokens + 4.0 * self._attention * squared_lengths)
+
+
+def _passes(parameter: nn.Parameter) -> int:
+    """Return how often the product with a weight is computed: once forward, and twice backward unless it is frozen."""
+    return 3 if parameter.requires_grad else 1

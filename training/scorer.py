@@ -46,6 +46,8 @@ _SCORING_TOKENS = {"cpu": 4096, "cuda": 65536}
 _SCORING_PAIRS = 8192
 # Names of the dropout on attention probabilities in the configs of encoder families.
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
+# Names of the other dropouts in the configs of encoder families.
+_HIDDEN_DROPOUT = ("hidden_dropout_prob", "embedding_dropout", "mlp_dropout", "pooler_dropout", "classifier_dropout")
 
 
 def pick_dtype(dtype: Dtype, device: torch.device) -> Literal["bfloat16", "float32"]:
@@ -95,7 +97,7 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
     """Return a one-logit regression model on the encoder of a folder, in float32. A missing head is drawn from `seed`.
 
     Raises `CappyError` when transformers cannot put a head on the encoder. Raises `UsageError` when the encoder cannot read
-    `scorer.max_length` tokens, or has no attention dropout that can be set.
+    `scorer.max_length` tokens, has no attention dropout that can be set, or has fewer layers than `training.frozen_layers`.
     """
     try:
         config = AutoConfig.from_pretrained(encoder_folder, num_labels=1, problem_type="regression")
@@ -111,6 +113,10 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
         )
     for name in names:
         setattr(config, name, training.attention_dropout)
+    if training.dropout is not None:
+        for name in _HIDDEN_DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, training.dropout)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         try:
@@ -129,9 +135,24 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
     model.config.cappy = None  # training changes the weights that a blend's weight was fitted with
     # By default sentence-transformers and vLLM apply a sigmoid to a single label.
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    _freeze_lower_layers(model, training.frozen_layers, scorer.encoder)
     if scorer.cpu_kernels:
         encoder_kernels.compute_first_token_only(model)
     return model
+
+
+def _freeze_lower_layers(model: Any, count: int, encoder: str) -> None:
+    """Freeze the embeddings and the first `count` layers; with 0 nothing. Raises `UsageError` when the encoder has fewer layers."""
+    if not count:
+        return
+    blocks = [(name, module) for name, module in model.base_model.named_modules() if isinstance(module, nn.ModuleList)]
+    name, layers = max(blocks, key=lambda block: len(block[1]), default=("", ()))
+    if count > len(layers):
+        raise UsageError(f"training.frozen_layers={count} is above the {len(layers)} layers of scorer.encoder={encoder}; lower it")
+    below = {f"{name}.{number}" for number in range(count)}
+    for parameter_name, parameter in model.base_model.named_parameters():
+        if "embeddings" in parameter_name.split(".") or any(parameter_name.startswith(f"{layer}.") for layer in below):
+            parameter.requires_grad = False
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class ObjectiveConfig(Section):
 class TrainingConfig(ExtendedSection):
     """Settings of `cappy train`."""
 
-    added: ClassVar = ("selection_share",)
+    added: ClassVar = ("selection_share", "dropout", "frozen_layers")
 
     workers: int = Field(1, ge=1)
     """Number of data-parallel training processes."""
@@ -91,6 +91,11 @@ class TrainingConfig(ExtendedSection):
     """The loss."""
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on attention probabilities. With 0, attention can use its fast kernels."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout on embeddings and hidden states. null keeps the value of the encoder, mostly 0.1. On a CPU, 0 trains 1.4 times as fast."""
+    frozen_layers: int = Field(0, ge=0)
+    """Number of lower layers of the encoder that keep their weights; above 0 the embeddings keep theirs too. Frozen layers take a third
+    of the time, and no memory for gradients and moments. 0 trains all weights. `adapt.method: lora` ignores it."""
     window: int = Field(4096, ge=1)
     """Number of pairs that are shuffled, sorted by length and cut into steps together."""
     validate_every: int | None = Field(None, ge=1)

@@ -32,9 +32,10 @@ def test_a_cpu_has_no_peak():
     assert flops.device_peak_flops(torch.device("cpu")) is None
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
 @pytest.mark.parametrize("plain", [True, False])
-def test_the_operations_equal_the_count_of_torch(plain: bool, encoder: Path):
-    model = new_model(encoder, ScorerConfig(max_length=64), TrainingConfig(), seed=1)
+def test_the_operations_equal_the_count_of_torch(plain: bool, frozen: int, encoder: Path):
+    model = new_model(encoder, ScorerConfig(max_length=64), TrainingConfig(frozen_layers=frozen), seed=1)
     if plain:
         encoder_kernels.restore_last_layer(model)
     assert encoder_kernels.computes_first_token_only(model) is not plain

@@ -92,6 +92,22 @@ def test_the_same_seed_draws_the_same_head(encoder: Path):
     assert not torch.equal(heads[0], heads[2])
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_frozen_layers_and_embeddings_get_no_gradient(kind: str, tmp_path: Path):
+    write_family(kind, tmp_path)
+    scorer = ScorerConfig(encoder=str(tmp_path), max_length=16)
+    model = new_model(tmp_path, scorer, TrainingConfig(frozen_layers=1, dropout=0.0), seed=3).train()
+    model(input_ids=torch.tensor([[5, 6, 7], [5, 7, 6]])).logits.sum().backward()
+    trained = {name for name, each in model.named_parameters() if each.grad is not None}
+    frozen = {name for name, each in model.named_parameters() if not each.requires_grad}
+    assert any("embeddings" in name for name in frozen) and any(".0." in name for name in frozen)
+    assert not any("embeddings" in name.split(".") or "layer.0." in name or "layers.0." in name for name in trained)
+    assert any(".1." in name for name in trained)
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} <= {0.0}
+    with pytest.raises(UsageError, match=r"training.frozen_layers=9 is above the 2 layers"):
+        new_model(tmp_path, scorer, TrainingConfig(frozen_layers=9), seed=3)
+
+
 @pytest.mark.parametrize(("kind", "longest"), list(zip(FAMILIES, (64, 64, 1 << 30, 64), strict=True)))
 def test_each_encoder_family_becomes_a_one_logit_regression_model(kind: str, longest: int, tmp_path: Path):
     write_family(kind, tmp_path)
