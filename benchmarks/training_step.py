@@ -11,7 +11,9 @@ dropout:
 
 - `padded to 512` and `dynamic padding`: random batches, the stock last layer, RoBERTa's dropout of 0.1;
 - `ours`: the steps, the kernels (`training.encoder_kernels`) and the dropout (0) of `cappy train`;
-- `ours, dropout 0.1`: the same with dropout 0.1, to compare at equal dropout.
+- `ours, dropout 0.1`: the same with dropout 0.1, to compare at equal dropout;
+- `ours, no dropout`: `training.dropout: 0`, also on embeddings and hidden states;
+- `ours, half frozen`: the same with embeddings and half of the layers frozen (`training.frozen_layers`).
 
 The sides alternate after a warm-up turn; figures are medians over the turns. MFU counts the operations for the pairs without padding.
 """
@@ -79,6 +81,10 @@ class Side:
 
     dropout: float
     """On attention probabilities."""
+    hidden_dropout: float
+    """On embeddings and hidden states."""
+    frozen: int
+    """Number of lower layers that are frozen; above 0 the embeddings are frozen too."""
     steps: list[batch_plan.Step]
     width: int | None
     """Tokens to which every pair is padded; None pads to the longest pair of the forward pass."""
@@ -133,10 +139,12 @@ class Bench:
         window = self.window(config)
         ours, random = self.sorted_steps(window, options.steps), self.random_steps(window, options.steps)
         self.sides = {
-            "padded to 512": Side(STOCK_DROPOUT, random, LONGEST, lean=False),
-            "dynamic padding": Side(STOCK_DROPOUT, random, None, lean=False),
-            "ours": Side(self.settings.attention_dropout, ours, None, lean=True),
-            "ours, dropout 0.1": Side(STOCK_DROPOUT, ours, None, lean=True),
+            "padded to 512": Side(STOCK_DROPOUT, STOCK_DROPOUT, 0, random, LONGEST, lean=False),
+            "dynamic padding": Side(STOCK_DROPOUT, STOCK_DROPOUT, 0, random, None, lean=False),
+            "ours": Side(self.settings.attention_dropout, STOCK_DROPOUT, 0, ours, None, lean=True),
+            "ours, dropout 0.1": Side(STOCK_DROPOUT, STOCK_DROPOUT, 0, ours, None, lean=True),
+            "ours, no dropout": Side(0.0, 0.0, 0, ours, None, lean=True),
+            "ours, half frozen": Side(0.0, 0.0, config.num_hidden_layers // 2, ours, None, lean=True),
         }
 
     def window(self, config: Any) -> batch_plan.Window:
@@ -169,8 +177,14 @@ class Bench:
 
     def turn(self, side: Side) -> Turn:
         """Train the steps of one side once; return the measurements."""
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = side.hidden_dropout
         for layer in self.model.base_model.encoder.layer:
             layer.attention.self.dropout.p = side.dropout
+        self.model.base_model.embeddings.requires_grad_(not side.frozen)
+        for number, layer in enumerate(self.model.base_model.encoder.layer):
+            layer.requires_grad_(number >= side.frozen)
         (encoder_kernels.compute_first_token_only if side.lean else encoder_kernels.restore_last_layer)(self.model)
         needed = FlopCounter(self.model)
         model = Padded(self.model, side.width) if side.width else self.model
@@ -249,6 +263,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             "memory_gib": round(memory / 2**30, 2) if memory is not None else None,
             "padding_share": round(1 - first.tokens / first.padded_tokens, 4),
             "attention_dropout": side.dropout,
+            "hidden_dropout": side.hidden_dropout,
+            "frozen_layers": side.frozen,
             "pairs": first.pairs,
             "tokens": first.tokens,
         }
@@ -258,6 +274,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         "vs_dynamic": ratio("ours", "dynamic padding"),
         "vs_pad512_equal_dropout": ratio("ours, dropout 0.1", "padded to 512"),
         "vs_dynamic_equal_dropout": ratio("ours, dropout 0.1", "dynamic padding"),
+        "no_dropout": ratio("ours, no dropout", "ours"),
+        "half_frozen": ratio("ours, half frozen", "ours, no dropout"),
         "device": torch.cuda.get_device_name(bench.device) if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "model": options.model,
         "dtype": bench.dtype,
@@ -283,7 +301,8 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:18} {speed} {mfu:>6} {memory:>10} {side['padding_share']:>8.1%} {side['attention_dropout']:>8g}")
     print(
         f"cappy train: {result['vs_pad512']}x padding to 512 ({result['vs_pad512_equal_dropout']}x at equal dropout), "
-        f"{result['vs_dynamic']}x dynamic padding ({result['vs_dynamic_equal_dropout']}x)"
+        f"{result['vs_dynamic']}x dynamic padding ({result['vs_dynamic_equal_dropout']}x); without dropout {result['no_dropout']}x, "
+        f"and with half of the layers frozen {result['half_frozen']}x of that"
     )
 
 

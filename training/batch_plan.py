@@ -103,8 +103,8 @@ def plan_steps(
     `windows` starts with the window that contains step `first`. `size` is the size of the split.
 
     The rows of a step are sorted by length and dealt to the workers in alternating order (0, 1, 1, 0, ...). All workers get the
-    same number of pairs, give or take one, and about as many tokens. For an objective that compares candidates, each worker gets
-    every `world`-th instruction.
+    same number of pairs, give or take one, and about as many tokens. For an objective that compares candidates, whole instructions
+    are dealt (`deal_instructions`).
     """
     index = first
     skip = position(first, size, config)[2]
@@ -164,10 +164,20 @@ def cut_instructions(lengths: np.ndarray, groups: np.ndarray, count: int, draw: 
     return [steps[number] for number in draw.permutation(count)]
 
 
-def deal_instructions(rows: np.ndarray, groups: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """Return the rows of worker `rank` in a step: every `world`-th instruction, whole. Empty with fewer instructions than workers."""
-    members = rows_by_group(groups[rows])
-    return np.concatenate([rows[:0], *(rows[each] for each in members[rank::world])])
+def deal_instructions(rows: np.ndarray, lengths: np.ndarray, groups: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """Return the rows of worker `rank` in a step, whole instructions. Empty with fewer instructions than workers.
+
+    The instruction with the most tokens is dealt first, each one to the worker with the fewest tokens so far.
+    """
+    members = [rows[each] for each in rows_by_group(groups[rows])]
+    tokens = np.array([lengths[each].sum() for each in members], np.int64)
+    dealt = np.zeros(world, np.int64)
+    mine: list[int] = []
+    for number in np.argsort(-tokens, kind="stable").tolist():
+        worker = int(dealt.argmin())
+        dealt[worker] += tokens[number]
+        mine += [number] if worker == rank else []
+    return np.concatenate([rows[:0], *(members[number] for number in sorted(mine))])
 
 
 def batch_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -219,7 +229,7 @@ def _micro_batches(window: Window, rows: np.ndarray, rank: int, world: int, conf
     """Return the rows of each forward pass of worker `rank` in a step."""
     lengths, groups = window.encoded.lengths, window.groups
     if config.objective.grouped:
-        return batch_instructions(deal_instructions(rows, groups, rank, world), lengths, groups, config.micro_batch_tokens)
+        return batch_instructions(deal_instructions(rows, lengths, groups, rank, world), lengths, groups, config.micro_batch_tokens)
     turn, seat = np.divmod(np.arange(len(rows)), world)
     mine = rows[np.where(turn % 2, world - 1 - seat, seat) == rank]
     return [mine[batch] for batch in batch_by_tokens(lengths[mine], config.micro_batch_tokens)] if len(mine) else []

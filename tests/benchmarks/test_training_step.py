@@ -40,9 +40,11 @@ def test_it_runs_with_only_torch_and_transformers():
     assert ran.returncode == 0, ran.stderr
     table, result = ran.stdout.splitlines()[:-1], json.loads(ran.stdout.splitlines()[-1])
     sides = result["sides"]
-    assert [line[:18].strip() for line in table[2:6]] == list(sides)
+    assert [line[:18].strip() for line in table[2:8]] == list(sides)
     assert all(side["pairs"] == 4 and side["pairs_per_second"] > 0 and side["mfu"] is side["memory_gib"] is None for side in sides.values())
     assert sides["padded to 512"]["tokens"] == sides["dynamic padding"]["tokens"]
     assert sides["padded to 512"]["padding_share"] == round(1 - sides["padded to 512"]["tokens"] / (4 * 512), 4)
     assert sides["padded to 512"]["padding_share"] > sides["dynamic padding"]["padding_share"] > sides["ours"]["padding_share"]
-    assert [side["attention_dropout"] for side in sides.values()] == [0.1, 0.1, 0.0, 0.1]
+    assert [side["attention_dropout"] for side in sides.values()] == [0.1, 0.1, 0.0, 0.1, 0.0, 0.0]
+    assert [side["hidden_dropout"] for side in sides.values()] == [0.1, 0.1, 0.1, 0.1, 0.0, 0.0]
+    assert [side["frozen_layers"] for side in sides.values()] == [0, 0, 0, 0, 0, 3]

@@ -103,7 +103,7 @@ def test_instructions_stay_whole_and_each_pair_is_used_once(world: int):
     seen: list[int] = []
     for rows in steps:
         for rank in range(world):
-            mine = batch_plan.deal_instructions(rows, groups, rank, world)
+            mine = batch_plan.deal_instructions(rows, lengths, groups, rank, world)
             for batch in batch_plan.batch_instructions(mine, lengths, groups, 2000):
                 alone = len(set(groups[batch])) == 1
                 assert alone or len(batch) * lengths[batch].max() <= 2000
@@ -114,12 +114,20 @@ def test_instructions_stay_whole_and_each_pair_is_used_once(world: int):
     assert padded < 1.25 * lengths.sum()
 
 
+def test_the_workers_of_a_step_get_about_as_many_tokens():
+    groups = np.repeat([0, 1, 2, 3, 4], [16, 2, 3, 9, 2])
+    lengths = np.full(32, 10)
+    shares = [batch_plan.deal_instructions(np.arange(32), lengths, groups, rank, 2) for rank in range(2)]
+    assert sorted(map(len, shares)) == [16, 16]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(32))
+
+
 def test_a_worker_may_get_no_instruction_and_no_step_is_empty():
     lengths, groups = np.array([5, 6]), np.array([1, 1])
     assert [
         each.tolist() for each in batch_plan.cut_instructions(lengths, groups, batch_plan.count_steps(1, 1, 2), np.random.default_rng(0))
     ] == [[0, 1]]
-    assert batch_plan.batch_instructions(batch_plan.deal_instructions(np.array([0, 1]), groups, 1, 2), lengths, groups, 100) == []
+    assert batch_plan.batch_instructions(batch_plan.deal_instructions(np.array([0, 1]), lengths, groups, 1, 2), lengths, groups, 100) == []
     skewed = np.repeat([0, 1, 2], [50, 1, 1])
     assert all(len(step) for step in batch_plan.cut_instructions(np.ones(52, int), skewed, 3, np.random.default_rng(0)))
 
