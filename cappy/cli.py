@@ -201,14 +201,15 @@ def inspect(
 @command(epilog="Example: cappy push runs/demo/dataset s3://bucket/demo/dataset")
 def push(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A published folder or s3:// prefix.")],
-    destination: Annotated[str, typer.Argument(metavar="DST", help="An empty folder or s3:// prefix.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="An empty folder, an s3:// prefix or an hf:// repository.")],
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Publish the pairs of a regression set as a plain table, one row for each pair.")
     ] = False,
 ) -> Report:
     """Copy a published folder to another place. Each file is checked against its SHA-256, and the manifest is written last.
 
-    Run the same command again to resume an interrupted copy.
+    Run the same command again to resume an interrupted copy. On the Hugging Face hub (hf://datasets/OWNER/NAME, or hf://OWNER/NAME for a
+    scorer) a push is one commit. A new repository is private. The token is read from HF_TOKEN or from hf auth login.
     """
     from cappy import display, verbs
 
@@ -218,12 +219,12 @@ def push(
 
 @command(epilog="Example: cappy pull s3://bucket/demo/scorer")
 def pull(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A published folder or s3:// prefix.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A published folder, s3:// prefix or hf:// repository[@REVISION][/PATH].")],
     destination: Annotated[
         str | None, typer.Argument(metavar="[DST]", help="A folder on this machine. The default is the last part of SRC.")
     ] = None,
 ) -> Report:
-    """Copy a published folder to this machine, checked as by push."""
+    """Copy a published folder to this machine, checked as by push. The manifest records the commit of a copy from the hub."""
     from cappy import display, verbs
 
     result = verbs.pull(source, destination)

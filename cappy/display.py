@@ -405,6 +405,8 @@ def show_copy(result: dict[str, Any], console: Console) -> None:
         else f"all {result['files']} files are already there"
     )
     console.print(Text(f"{result['kind']} {result['uri']}: {state}"))
+    if "commit" in result:
+        console.print(Text(f"commit {result['commit']}"))
 
 
 def show_export(result: dict[str, Any], console: Console) -> None:

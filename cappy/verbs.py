@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config, load
 from cluster.errors import UsageError
+from cluster.storage import is_hub, is_s3
 
 if TYPE_CHECKING:
     from cappy.notebook import Prompt
@@ -199,10 +200,11 @@ def inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str, Any
 
 
 def push(source: str, destination: str, *, pairs: bool = False) -> dict[str, Any]:
-    """Copy a published folder to an empty folder or s3:// prefix, each file checked against its SHA-256; return a summary.
+    """Copy a published folder to an empty folder, an s3:// prefix or the Hugging Face hub; return a summary.
 
-    Call it again to resume an interrupted copy. With `pairs` the pairs of a regression set are published as a plain table, one row
-    for each pair.
+    Each file is checked against its SHA-256. Call it again to resume an interrupted copy. On the hub (`hf://datasets/owner/name` or, for
+    a scorer, `hf://owner/name`) the push is one commit, which is `commit` of the summary. With `pairs` the pairs of a regression set are
+    published as a plain table, one row for each pair.
 
     Example: `cappy.push("runs/demo/scorer", "s3://bucket/demo/scorer")`
     """
@@ -210,6 +212,10 @@ def push(source: str, destination: str, *, pairs: bool = False) -> dict[str, Any
         from generation.export_pairs import export_pairs
 
         return export_pairs(source, destination)
+    if is_hub(destination):
+        from cluster.hub_push import push_folder
+
+        return push_folder(source, destination)
     from cluster.copying import copy_folder
 
     return copy_folder(source, destination)
@@ -261,15 +267,16 @@ def export(
 def pull(source: str, destination: str | None = None) -> dict[str, Any]:
     """Copy a published folder to this machine, checked as by `push`; return a summary.
 
-    Without `destination` the folder gets the last part of `source` as its name, in the working directory.
+    Without `destination` the folder gets the last part of `source` as its name, in the working directory. From the hub, the revision is
+    resolved to a commit first, which is `commit` of the summary.
 
     Example: `cappy.pull("s3://bucket/demo/scorer")["uri"]`
     """
     from cluster.copying import copy_folder
-    from cluster.storage import is_s3
+    from cluster.hub import parse
 
-    target = destination or source.rstrip("/").rsplit("/", 1)[-1]
-    if is_s3(target):
+    target = destination or (parse(source, "SRC").folder_name if is_hub(source) else source.rstrip("/").rsplit("/", 1)[-1])
+    if is_s3(target) or is_hub(target):
         raise UsageError(f"DST={target} is not on this machine; copy between stores with `cappy push {source} {target}`")
     return copy_folder(source, target)
 

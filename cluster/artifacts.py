@@ -8,6 +8,7 @@ Imports `cluster.storage`, and no code of a verb.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -127,17 +128,26 @@ def read_any_manifest(uri: str, setting: str) -> Manifest:
     Raises `CappyError` naming `setting` if nothing is published at `uri`.
     """
     try:
-        tree = read_json(join(uri, MANIFEST))
-    except (FileNotFoundError, ValueError):
+        data = read_bytes(join(uri, MANIFEST))
+    except FileNotFoundError:
+        data = b""
+    return parse_any_manifest(data, uri, setting)
+
+
+def parse_any_manifest(data: bytes, uri: str, setting: str) -> Manifest:
+    """Return the manifest in the bytes of the manifest file of `uri`; raises as `read_any_manifest` does."""
+    try:
+        tree = json.loads(data)
+    except ValueError:
         tree = None
-    if not isinstance(tree, dict) or not isinstance(tree.get("files"), dict) or not _is_valid(tree):
+    if not isinstance(tree, dict) or not {"kind", "files"} <= tree.keys() or not _is_valid(tree):
         raise CappyError(
             f"{setting}={uri} has no readable {MANIFEST}: the folder is missing or its run did not finish; run its command again"
         )
     return _check_names(uri, tree)
 
 
-def _with_article(kind: object) -> str:
+def with_article(kind: object) -> str:
     """Return the kind of an artifact as a phrase: `a dataset`, `an export`, `pairs`."""
     name = str(kind)
     return name if name.endswith("s") else f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"
@@ -160,7 +170,7 @@ def read_manifest(uri: str, kind: str, verb: str) -> Manifest:
     if not isinstance(tree, dict) or tree.get("kind") != kind:
         found = tree.get("kind") if isinstance(tree, dict) else type(tree).__name__
         raise CappyError(
-            f"{uri} holds {_with_article(found)}, not {_with_article(kind)}; point the setting at a folder that `cappy {verb}` wrote"
+            f"{uri} holds {with_article(found)}, not {with_article(kind)}; point the setting at a folder that `cappy {verb}` wrote"
         )
     if not _is_valid(tree):
         raise CappyError(f"{join(uri, MANIFEST)} is not a valid manifest: it was changed after it was published; publish again")
@@ -451,7 +461,7 @@ def _files_in_manifest(uri: str, name: str, setting: str, owned: OwnedFiles) -> 
         )
     if manifest.get("kind") != owned.kind:
         raise UsageError(
-            f"{setting}={uri} holds {_with_article(manifest.get('kind'))}, not {_with_article(owned.kind)}; nothing was deleted: "
+            f"{setting}={uri} holds {with_article(manifest.get('kind'))}, not {with_article(owned.kind)}; nothing was deleted: "
             f"choose another {setting}, or move the folder away"
         )
     return set(_check_names(uri, manifest)["files"])

@@ -1,5 +1,7 @@
 """Copy a published folder between any two places, on disk or in object storage, with checksums: `cappy push` and `cappy pull`.
 
+The source can also be a repository on the Hugging Face hub, at one commit. `cluster.hub_push` copies to the hub.
+
 Each file is first copied to a local scratch file, and its SHA-256 is computed during the copy. A file that matches the manifest
 is then moved or uploaded to its final name. The manifest is written last. The same copy resumes after an interruption: intact files
 at the destination are not copied again. The lease `_lease` excludes a second copy to the same destination.
@@ -18,10 +20,11 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster import artifacts, disk, folder_writer, lease, storage
+from cluster import artifacts, disk, folder_writer, hub, lease, storage
 from cluster.errors import CappyError, UsageError, describe_disk_error, find_disk_error
 from cluster.progress import Bar
 
@@ -32,18 +35,36 @@ SCRATCH_FOLDER = "_copying"
 """The folder of unfinished files at a local destination."""
 LEASE = "_lease"
 """The folder of the lease of a destination."""
+Download = Callable[..., Path]
+"""`cluster.hub.Commit.download`: a name, a local folder, a callback for bytes, and `again`."""
 
 
 def copy_folder(source: str, destination: str) -> dict[str, Any]:
     """Copy the published folder `source`, of any kind, to `destination`; return a summary.
 
-    The manifest is the manifest of the source, except for `writer` and `copied_from`. Raises `UsageError` if the destination holds
+    The manifest is the manifest of the source, except for `writer` and `copied_from`. From the hub, the revision is first resolved to a
+    commit. Only files of that commit are copied, and `copied_from` has the commit. Raises `UsageError` if the destination holds
     other files, and `CappyError` if a file does not match its SHA-256 in three attempts. In both cases it publishes nothing.
     """
-    source, destination = storage.check_uri(source, "SRC"), storage.check_uri(destination, "DST")
-    manifest = artifacts.read_any_manifest(source, "SRC")
+    destination = storage.check_uri(destination, "DST")
+    if storage.is_hub(source):
+        with hub.quiet():
+            commit = hub.Commit(hub.parse(source, "SRC"), "SRC")
+            found = commit.read_manifest()
+            if found is None:
+                raise CappyError(
+                    f"SRC={commit.uri} has no {artifacts.MANIFEST}, so `cappy push` did not write it; "
+                    f"give another repository, revision or path"
+                )
+            hub.refuse_pickles(found["files"], f"SRC={commit.uri}")
+            return {**_copy(commit.uri, found, destination, commit.download), "commit": commit.sha}
+    source = storage.check_uri(source, "SRC")
+    return _copy(source, artifacts.read_any_manifest(source, "SRC"), destination)
+
+
+def _copy(source: str, manifest: artifacts.Manifest, destination: str, download: Download | None = None) -> dict[str, Any]:
     files = dict(manifest["files"])
-    if is_already_copied(destination, lambda there: _without_copy_facts(there) == _without_copy_facts(manifest)):
+    if is_already_copied(destination, lambda there: without_copy_facts(there) == without_copy_facts(manifest)):
         return copy_summary(destination, manifest["kind"], source, files, ())
     refuse_other_files(destination, files)
     start = time.monotonic()
@@ -55,13 +76,13 @@ def copy_folder(source: str, destination: str) -> dict[str, Any]:
             sound = there.get(name) == files[name]["bytes"] and storage.sha256(target) == files[name]["sha256"]
             if not sound:
                 with copying.scratch() as file:
-                    copying.fetch(storage.join(source, name), files[name], file)
+                    copying.fetch(storage.join(source, name), files[name], file, download and partial(download, name))
                     copying.place(file, name)
             return not sound
 
         copied = [name for name, moved in copying.each(one, files, _THREADS) if moved]
         check()
-        artifacts.publish(destination, {**_without_copy_facts(manifest), "copied_from": source})
+        artifacts.publish(destination, {**without_copy_facts(manifest), "copied_from": source})
     return copy_summary(destination, manifest["kind"], source, files, copied, time.monotonic() - start)
 
 
@@ -140,12 +161,15 @@ class CopySession:
         finally:
             file.unlink(missing_ok=True)
 
-    def fetch(self, uri: str, expected: Mapping[str, Any], file: Path) -> None:
-        """Copy a file to a local file and check its SHA-256. Raises `CappyError` if it matches in none of the attempts."""
+    def fetch(self, uri: str, expected: Mapping[str, Any], file: Path, download: Download | None = None) -> None:
+        """Copy a file to a local file and check its SHA-256. Raises `CappyError` if it matches in none of the attempts.
+
+        `download` reads a file that is not in a store; see `cluster.hub.Commit.download`.
+        """
         reason = ""
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             try:
-                size, digest = self._read(uri, file)
+                size, digest = self._read(uri, file) if download is None else self._download(download, file, again=attempt > 0)
             except FileNotFoundError:
                 self._check()  # another run may have deleted the scratch folder
                 raise CappyError(f"{uri} is missing, its manifest names it; nothing is published: repair the source") from None
@@ -170,25 +194,29 @@ class CopySession:
         size = 0
         with fs.open_input_stream(path, compression=None) as stream, file.open("wb") as sink:
             while piece := stream.read(_CHUNK):
-                if self._stopped:
-                    raise CappyError("the copy was stopped")
                 digest.update(piece)
                 sink.write(piece)
                 size += len(piece)
                 self._moved(len(piece))
         return size, digest.hexdigest()
 
+    def _download(self, download: Download, file: Path, *, again: bool) -> tuple[int, str]:
+        download(self.folder / "downloads", self._moved, again=again).replace(file)
+        return file.stat().st_size, storage.sha256(str(file))
+
     def place(self, file: Path, name: str) -> None:
         """Move or upload a complete local file to its name at the destination."""
         self._writer.upload_file(file, name, move=True)
 
     def _moved(self, count: int) -> None:
+        if self._stopped:
+            raise CappyError("the copy was stopped")
         with self._lock:
             before, self._bytes = self._bytes, self._bytes + count
             self._bar.advance(0, MB=self._bytes // 10**6 - before // 10**6)
 
 
-def _without_copy_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def without_copy_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return a manifest without the keys that differ between copies."""
     return {key: value for key, value in manifest.items() if key not in ("writer", "copied_from")}
 

@@ -26,7 +26,7 @@ EMBEDDED = {
 }
 ADAPTER = "adapter_config.json"
 """The file that identifies a folder with adapters of peft."""
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 """Endings of weights that are not safetensors."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
@@ -59,6 +59,7 @@ def resolve(name: str, setting: str, *, adapters: bool = False) -> Path:
     if path.is_dir():
         return _check_weights(path.absolute(), name, setting, adapters)
     if not _is_hub_name(name):
+        storage.refuse_hub(name, setting)
         raise UsageError(f"{setting}={name}: no such folder; give a folder with model weights, a hub name or one of {', '.join(EMBEDDED)}")
     return _check_weights(_from_hub(name, setting), name, setting, adapters)
 
@@ -115,7 +116,7 @@ def _check_weights(folder: Path, name: str, setting: str, adapters: bool) -> Pat
 def _from_s3(uri: str, setting: str) -> Path:
     """Copy an s3:// folder to the cache, once for each version of its content. Pickled files are not copied: loading them can run code."""
     storage.check_uri(uri, setting)
-    versions = {name: version for name, version in storage.list_versions(uri).items() if not name.lower().endswith(_PICKLED)}
+    versions = {name: version for name, version in storage.list_versions(uri).items() if not name.lower().endswith(PICKLED)}
     if not versions:
         raise CappyError(f"{setting}={uri}: the folder is empty; give the s3:// folder of a model")
     for name in versions:

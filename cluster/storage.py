@@ -44,6 +44,11 @@ def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
+def is_hub(uri: str) -> bool:
+    """Return whether a URI is a repository on the Hugging Face hub; see `cluster.hub`."""
+    return uri.startswith("hf://")
+
+
 def join(uri: str, *parts: str) -> str:
     """Return the parts joined by `/`: `join("s3://b/p", "data", "x")` is `s3://b/p/data/x`."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
@@ -51,7 +56,7 @@ def join(uri: str, *parts: str) -> str:
 
 def absolute(uri: str) -> str:
     """Return `uri`; a local path becomes absolute, so that it is valid in every process of a machine."""
-    return uri.rstrip("/") if is_s3(uri) else str(Path(uri).expanduser().absolute())
+    return uri.rstrip("/") if is_s3(uri) or is_hub(uri) else str(Path(uri).expanduser().absolute())
 
 
 def check_uri(uri: str, setting: str) -> str:
@@ -60,6 +65,7 @@ def check_uri(uri: str, setting: str) -> str:
     Raises `UsageError` if the scheme is not supported or no bucket is named, and `CappyError` if the bucket does not exist or the
     store does not answer. `setting` is the name for the messages.
     """
+    refuse_hub(uri, setting)
     if "://" in uri and not is_s3(uri):
         raise UsageError(f"{setting}={uri}: unsupported scheme; use a local path or s3://")
     if is_s3(uri):
@@ -73,6 +79,15 @@ def check_uri(uri: str, setting: str) -> str:
         except CappyError as error:
             raise CappyError(f"{setting}={uri}: {str(error).removeprefix(f'{uri}: ')}") from None
     return absolute(uri)
+
+
+def refuse_hub(uri: str, setting: str) -> None:
+    """Raise `UsageError` if `uri` is a repository on the hub: only `push` and `pull` copy from and to it."""
+    if is_hub(uri):
+        raise UsageError(
+            f"{setting}={uri}: only `cappy push` and `cappy pull` read and write the hub; give a folder, and copy it with "
+            f"`cappy pull {uri} FOLDER` or `cappy push FOLDER {uri}`"
+        )
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
