@@ -46,6 +46,10 @@ class Clock(units.BudgetGate):
     def seconds(self) -> float:
         return self._end - self._start
 
+    def started_at(self) -> float:
+        """Return the time at which the first unit entered, in seconds since 1970."""
+        return self._start
+
 
 class Direct(Sampler):
     """The engine without the pipeline."""

@@ -20,7 +20,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cappy.verbs import adapt, annotate, answer, compare, evaluate, export, generate, inspect, plan, pull, push, serve, train
+    from cappy.verbs import (
+        adapt,
+        annotate,
+        answer,
+        compare,
+        evaluate,
+        export,
+        generate,
+        inspect,
+        list_published,
+        plan,
+        pull,
+        push,
+        serve,
+        train,
+    )
     from cluster.config import Config
     from cluster.config import load as load_config
     from generation.dataset import RegressionSet
@@ -38,6 +53,7 @@ __all__ = [
     "export",
     "generate",
     "inspect",
+    "list_published",
     "load_config",
     "plan",
     "pull",
@@ -46,7 +62,7 @@ __all__ = [
     "train",
 ]
 
-_VERBS = ("plan", "generate", "annotate", "train", "adapt", "evaluate", "compare", "answer", "serve", "inspect", "push", "pull", "export")
+_VERBS = [name for name in __all__ if name.islower() and name != "load_config"]
 _SOURCES = {
     "Config": ("cluster.config", "Config"),
     "load_config": ("cluster.config", "load"),

@@ -198,6 +198,18 @@ def inspect(
     return Report(result, partial(display.show_inspection, result), failure)
 
 
+@command(name="list", epilog="Example: cappy list s3://bucket/demo")
+def list_(uri: Annotated[str, typer.Argument(help="A folder or s3:// prefix.")]) -> Report:
+    """List the published folders at and below a folder or prefix, and the runs that did not finish.
+
+    Shows the kind of each folder, its rows, its size and the time it was made. `cappy inspect` shows one of them.
+    """
+    from cappy import display_listing, listing
+
+    entries = listing.list_published(uri)
+    return Report({"uri": uri, "entries": entries}, partial(display_listing.show_list, entries))
+
+
 @command(epilog="Example: cappy push runs/demo/dataset s3://bucket/demo/dataset")
 def push(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A published folder or s3:// prefix.")],

@@ -113,7 +113,8 @@ def show_inspection(result: dict[str, Any], console: Console) -> None:
     console.print(Text(f"{result['kind']} {result['uri']}", style="bold"))
     checked = "checksums match" if not result["problems"] else f"{len(result['problems'])} DAMAGED"
     state = checked if result["verified"] else "not checked"
-    console.print(Text(f"made {result['created']} by {result['code_version']}; {result['files']} files, {_size(result['bytes'])}, {state}"))
+    size = format_size(result["bytes"])
+    console.print(Text(f"made {result['created']} by {result['code_version']}; {result['files']} files, {size}, {state}"))
     for problem in result["problems"]:
         console.print(Text(f"  {problem}", style="red"))
     if result["kind"] in ("dataset", "pairs"):
@@ -261,7 +262,8 @@ def _number(value: Any) -> str:
     return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _size(count: int) -> str:
+def format_size(count: int) -> str:
+    """Return a number of bytes as text, in MB or kB."""
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
 
 

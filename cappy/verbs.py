@@ -199,6 +199,18 @@ def inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str, Any
     return run_inspect(uri, samples=samples, verify=verify)
 
 
+def list_published(uri: str) -> list[dict[str, Any]]:
+    """Return the published folders and the unfinished runs at and below a folder or s3:// prefix, as `cappy list` shows them.
+
+    Each entry has `path`, `uri`, `kind`, `created`, `rows`, `bytes`, `files` and `problem`.
+
+    Example: `[each["uri"] for each in cappy.list_published("s3://bucket/demo") if each["kind"] == "dataset"]`
+    """
+    from cappy.listing import list_published as find
+
+    return [dict(entry) for entry in find(uri)]
+
+
 def push(source: str, destination: str, *, pairs: bool = False) -> dict[str, Any]:
     """Copy a published folder to an empty folder, an s3:// prefix or the Hugging Face hub; return a summary.
 

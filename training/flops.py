@@ -46,8 +46,8 @@ class FlopCounter:
     def __call__(self, tokens: float, squared_lengths: float) -> float:
         """Return the operations for pairs with `tokens` tokens in all; `squared_lengths` sums the squares of the pairs' lengths.
 
-        2 per weight of a matrix and token, and 4 per layer and unit of the hidden size for each pair of tokens in attention; three
-        times as many in layers that are trained, for the backward pass.
+        2 per weight of a matrix and token, and 4 per layer and unit of the hidden size for each pair of tokens in attention. Layers that
+        are trained need three times as many, because of the backward pass.
         """
         return float(2.0 * self._matrices * tokens + 4.0 * self._attention * squared_lengths)
 

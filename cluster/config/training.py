@@ -94,7 +94,7 @@ class TrainingConfig(ExtendedSection):
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout on embeddings and hidden states. null keeps the value of the encoder, mostly 0.1. On a CPU, drawing it takes time."""
     frozen_layers: int = Field(0, ge=0)
-    """Number of lower layers of the encoder that keep their weights; above 0 the embeddings keep theirs too. Frozen layers take a third
+    """Number of lower layers of the encoder whose weights are not trained; above 0 the embeddings are not trained either. They take a third
     of the time, and no memory for gradients and moments. 0 trains all weights. `adapt.method: lora` ignores it."""
     window: int = Field(4096, ge=1)
     """Number of pairs that are shuffled, sorted by length and cut into steps together."""
