@@ -231,7 +231,9 @@ def push(
 
 @command(epilog="Example: cappy pull s3://bucket/demo/scorer")
 def pull(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A published folder, s3:// prefix or hf:// repository[@REVISION][/PATH].")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A published folder, s3:// prefix, or hf:// repository with @REVISION and /PATH if needed.")
+    ],
     destination: Annotated[
         str | None, typer.Argument(metavar="[DST]", help="A folder on this machine. The default is the last part of SRC.")
     ] = None,
