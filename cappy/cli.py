@@ -53,8 +53,12 @@ def generate(config: ConfigFile = None, set_: Overrides = None, address: Address
 
 @command(epilog="Example: cappy annotate s3://bucket/demo/dataset s3://bucket/demo/chrf --set generate.label.metric=chrf")
 def annotate(
-    src: Annotated[str, typer.Argument(help="A regression set: a folder or s3:// prefix that generate published.")],
+    src: Annotated[str, typer.Argument(help="A regression set: a folder or s3:// prefix that generate published; or a log of serve.")],
     dst: Annotated[str, typer.Argument(help="The destination of the set with the new labels.")],
+    feedback: Annotated[
+        str | None,
+        typer.Option("--feedback", metavar="FILE", help="SRC is a log of serve: rows with the id of an answer and a reference or rating."),
+    ] = None,
     set_: Overrides = None,
     address: Address = None,
     overwrite: Overwrite = False,
@@ -63,8 +67,11 @@ def annotate(
 
     Metrics: rouge_l (the default), token_f1, chrf, exact_match, or a function package.module:function. References, choices and
     mismatched candidates keep their labels.
+
+    With --feedback, make a set from the candidates that serve logged (serving.log_candidates). With a reference, all candidates of an
+    answer are labelled by the metric. A rating, in [0, 1], is the label of the answer's choice.
     """
-    return _run("annotate", None, set_, address, overwrite, src=src, dst=dst)
+    return _run("annotate", None, set_, address, overwrite, src=src, dst=dst, **({"feedback": feedback} if feedback else {}))
 
 
 @command(epilog="Example: cappy train demo --set training.epochs=2 --set scorer.encoder=/models/roberta-large")

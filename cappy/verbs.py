@@ -54,6 +54,7 @@ def annotate(
     source: str,
     destination: str,
     *,
+    feedback: str | None = None,
     settings: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     address: str | None = None,
@@ -63,9 +64,13 @@ def annotate(
     Samples nothing. The settings are `generate.label.metric` (`rouge_l`, `token_f1`, `chrf`, `exact_match` or a function
     `package.module:function`) and `generate.label.mode`. References, answer choices and mismatched references keep their labels.
 
+    With `feedback`, a file with the `id` of answers and a `reference` or a `rating` of each, `source` is a log of served candidates
+    (`serving.log_candidates`).
+
     Example: `cappy.annotate("runs/demo/dataset", "runs/demo/chrf", settings={"generate.label.metric": "chrf"})`
     """
-    return _run("annotate", None, settings, overwrite, address, src=source, dst=destination)
+    given = {"feedback": feedback} if feedback else {}
+    return _run("annotate", None, settings, overwrite, address, src=source, dst=destination, **given)
 
 
 def train(

@@ -1,5 +1,7 @@
 """`cappy annotate`: compute the labels of a published regression set again, without sampling.
 
+With `--feedback` it labels a log of served candidates instead; see `generation.feedback`.
+
 Each shard is a Ray task: it downloads the shard, compares its SHA-256 with the manifest, and writes it under the same name
 with the same rows and row groups. Only the labels of `sampled` candidates change. The manifest is written last. After an
 interruption, the same command writes every shard again. `_staging/run.json` records the source and the metric, so that a run
@@ -28,6 +30,7 @@ from cluster.redaction import redact_tree
 from cluster.runtime import ray_session
 from generation import dataset, dataset_card, labels
 from generation.dataset import RegressionSet
+from generation.feedback import RATING, run_feedback
 from generation.schema import DATASET
 
 _OWNED = artifacts.OwnedFiles("dataset", "annotate", dataset.WORKING_FILES, r"_staging/run\.json", dataset.RESULT_FILES)
@@ -47,14 +50,20 @@ class AnnotatedShard(TypedDict):
     """The result of `dataset.compute_statistics` for its rows."""
 
 
-def run_annotate(config: Config, *, src: str, dst: str, overwrite: bool = False) -> dict[str, Any]:
+def run_annotate(config: Config, *, src: str, dst: str, feedback: str | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Publish the set at `src` at `dst`, with labels by `config.generate.label`; return the summary of the new set.
+
+    With `feedback`, `src` is a log of served candidates; see `feedback.run_feedback`.
 
     Raises `UsageError` if `dst` equals, contains or is inside `src`, or if it has a finished run or a run with another
     source or metric. Raises `CappyError` if `src` is not published, if a file of it is damaged, or if another run holds the lease.
     """
+    if feedback is not None:
+        return run_feedback(config, src=src, dst=dst, feedback=feedback, overwrite=overwrite)
     start = time.monotonic()
     source = RegressionSet(src, "SRC")
+    if source.manifest["metric"] == RATING:
+        raise UsageError(f"SRC={src} has ratings as labels, and most of its rows have no references; label its log again with --feedback")
     uri = storage.check_uri(dst, "DST")
     artifacts.refuse_nested(source.uri, uri)
     if not overwrite:

@@ -10,24 +10,18 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster import artifacts, folder_writer, lease, storage
 from cluster.config import Config
-from generation import dataset, dataset_card, labels
+from generation import dataset, dataset_card, labels, shards
 from generation.dataset import RegressionSet
 from generation.mismatched import draw_mismatched
-from generation.schema import DATASET, SPLITS
+from generation.schema import SPLITS
 from generation.sources.row import Instruction
 
 _OWNED = artifacts.OwnedFiles("dataset", "evaluate", dataset.WORKING_FILES, r"_staging/run\.json", dataset.RESULT_FILES)
 _LEASE = "_lease"
-_SHARD_ROWS = 100_000
-_ROW_GROUP_ROWS = 1024
 
 
 def publish_resplit(source: RegressionSet, uri: str, setting: str, validation: Mapping[str, bool], note: Mapping[str, Any]) -> None:
@@ -123,20 +117,8 @@ def _publish(
     if "decontamination.json" in manifest["files"]:
         overlap = storage.read_bytes(storage.join(source.uri, "decontamination.json"))
         files["decontamination.json"] = folder.write_bytes("decontamination.json", overlap)
-    counts: dict[str, Any] = {}
-    total: dict[str, Any] = {}
-    with storage.temporary_folder("resplit") as scratch:
-        for name, rows in split.items():
-            counts[name] = {"instructions": 0, "pairs": 0}
-            for number, first in enumerate(range(0, len(rows), _SHARD_ROWS)):
-                table = pa.Table.from_pylist(rows[first : first + _SHARD_ROWS], DATASET)
-                file = Path(scratch, "shard.parquet")
-                pq.write_table(table, file, compression="zstd", write_page_checksum=True, row_group_size=_ROW_GROUP_ROWS)
-                shard = f"data/{name}/part-{number:05d}.parquet"
-                files[shard] = folder.upload_file(file, shard) | {"rows": table.num_rows}
-                statistics = dataset.compute_statistics(table)
-                total = dataset.add_statistics(total, statistics)
-                counts[name] = dataset.add_statistics(counts[name], {key: statistics[key] for key in counts[name]})
+    written, counts, total = shards.write_rows(folder, split)
+    files |= written
     summary = {
         **manifest["summary"],
         **total,

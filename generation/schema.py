@@ -1,4 +1,4 @@
-"""The Arrow columns of the regression set, of its pairs, and of prepared rows. Imports only PyArrow.
+"""The Arrow columns of the regression set, of its pairs, of prepared rows, and of logged candidates. Imports only PyArrow.
 
 `docs/explanation/architecture.md` describes each column for users of a set.
 """
@@ -69,3 +69,31 @@ PREPARED = pa.schema(
 
 PREPARED_WITH_REUSE = PREPARED.append(pa.field("reused", SAMPLED))
 """A row before sampling, with its candidates from `generate.reuse`, or null if it is sampled."""
+
+CANDIDATE_LOG = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # the id of the answer
+        pa.field("prompt", pa.int32(), nullable=False),  # number of the prompt in its request, from 0
+        pa.field("time", pa.timestamp("s", "UTC"), nullable=False),
+        pa.field("instruction", pa.string(), nullable=False),  # as the scorer reads it
+        pa.field(
+            "candidates",
+            pa.list_(
+                pa.struct(
+                    [
+                        *SAMPLED.value_type,
+                        pa.field("score", pa.float64()),  # raw logit of the scorer; null without one
+                        pa.field("picked", pa.int32()),  # 0 for the first choice of the answer; null for other candidates
+                    ]
+                )
+            ),
+            nullable=False,
+        ),
+        pa.field("model", pa.string()),  # `model` of the request
+        pa.field("llm", pa.string()),  # `sampler.model`
+        pa.field("scorer", pa.string()),
+        pa.field("scorer_version", pa.string()),
+        pa.field("selection", pa.string()),  # the selection or the fallback that ranked the candidates
+    ]
+)
+"""A row of the log of served candidates (`serving.log_candidates`): one prompt with its candidates."""

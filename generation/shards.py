@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import pyarrow as pa
@@ -17,11 +17,15 @@ import pyarrow.parquet as pq
 from cluster import storage
 from cluster.disk import final_name
 from cluster.errors import CappyError, first_line
+from cluster.folder_writer import FolderWriter
 from generation import dataset, units
 from generation.schema import DATASET, SPLITS
 
 # Shards of older versions have no run id in their names.
 _NAME = re.compile(rf"data/(?:{'|'.join((*SPLITS, 'answers'))})/part-\d{{5,}}(?:-([0-9a-f]{{8}}))?\.parquet")
+
+_SHARD_ROWS, _ROW_GROUP_ROWS = 100_000, 1024
+"""Rows of a shard and of a row group that `write_rows` makes."""
 
 
 class MergedShard(TypedDict):
@@ -139,6 +143,32 @@ def write_tables(
                 writer.write_table(table, row_group_size=row_group_rows)
         check()
         return storage.upload_file(file, target) | {"rows": rows}
+
+
+def write_rows(
+    folder: FolderWriter, split: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Write the rows of each split, which are in memory, as shards of a set.
+
+    Returns the entries of the shards for the manifest, `instructions` and `pairs` by split, and the statistics of all rows
+    (`dataset.compute_statistics`).
+    """
+    files: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    total: dict[str, Any] = {}
+    with storage.temporary_folder("shards") as scratch:
+        for name, rows in split.items():
+            counts[name] = {"instructions": 0, "pairs": 0}
+            for number, first in enumerate(range(0, len(rows), _SHARD_ROWS)):
+                table = pa.Table.from_pylist(rows[first : first + _SHARD_ROWS], DATASET)
+                file = scratch / "shard.parquet"
+                pq.write_table(table, file, compression="zstd", write_page_checksum=True, row_group_size=_ROW_GROUP_ROWS)
+                shard = f"data/{name}/part-{number:05d}.parquet"
+                files[shard] = folder.upload_file(file, shard) | {"rows": table.num_rows}
+                statistics = dataset.compute_statistics(table)
+                total = dataset.add_statistics(total, statistics)
+                counts[name] = dataset.add_statistics(counts[name], {key: statistics[key] for key in counts[name]})
+    return files, counts, total
 
 
 def write_letters(staging: str, target: str, letters: Sequence[str]) -> None:

@@ -12,9 +12,10 @@ from cluster.config import Config, DecodingConfig, Fallback
 from generation.labels import describe_metric
 from serving import best_of_n, sampling_policy
 from serving.backend import ApiError, Backend, Scored, merge_scored
+from serving.candidate_log import CandidateLog, build_row
 from serving.completions_api import SampleRequest, TextRequest, build_prompt
 from serving.prometheus import Metrics
-from serving.ranking import SelectedBy, Selector
+from serving.ranking import SelectedBy, Selector, select_choices
 from serving.responses import Completion, Latency, build_completion, merge_completions
 from serving.streaming import build_progress_chunk
 from training.consensus import consensus_metric
@@ -34,11 +35,14 @@ class BoostedDecoding:
         metrics: Counts the pools.
         fitted_scorers: Names of the scorers that are known to have a fitted selection, which decides whether the LLM computes
             log-probabilities. Answers of scorers update it.
+        log: Logs the candidates; None logs nothing.
     """
 
-    def __init__(self, config: Config, backend: Backend, metrics: Metrics, fitted_scorers: set[str]) -> None:
+    def __init__(
+        self, config: Config, backend: Backend, metrics: Metrics, fitted_scorers: set[str], log: CandidateLog | None = None
+    ) -> None:
         self._config, self._backend, self._metrics = config, backend, metrics
-        self._fitted_scorers = fitted_scorers
+        self._fitted_scorers, self._log = fitted_scorers, log
 
     async def complete(
         self, request: SampleRequest, scorer: str | None, decodings: list[DecodingConfig], on_progress: OnProgress, *, early: bool
@@ -55,7 +59,11 @@ class BoostedDecoding:
         parts = request.split() if isinstance(request, TextRequest) else [request]
         tasks = [asyncio.ensure_future(self._complete_prompt(part, scorer, decodings, on_progress, early)) for part in parts]
         try:
-            return merge_completions(await asyncio.gather(*tasks))
+            results = await asyncio.gather(*tasks)
+            answer = merge_completions([part for part, _ in results])
+            if self._log and request.store is not False:
+                self._log.add([{"id": answer.id, "prompt": number, **row} for number, (_, row) in enumerate(results)])
+            return answer
         finally:
             # If one prompt failed, or the client disconnected, the other answers are not needed.
             for task in tasks:
@@ -63,8 +71,8 @@ class BoostedDecoding:
 
     async def _complete_prompt(
         self, request: SampleRequest, scorer: str | None, decodings: list[DecodingConfig], on_progress: OnProgress, early: bool
-    ) -> Completion:
-        """Sample and score the candidates of one prompt and return the answer with the best."""
+    ) -> tuple[Completion, dict[str, Any]]:
+        """Sample and score the candidates of one prompt; return the answer with the best, and the row for the log."""
         config, backend = self._config, self._backend
         completion_id, created = uuid.uuid4().hex, int(time.time())
         prompt = build_prompt(request, config.sampler.prompt.system)
@@ -117,9 +125,19 @@ class BoostedDecoding:
             cost=pool.cost,
             stopped=pool.stop_reason,
         )
-        if answer.cappy and answer.cappy.abstained:
+        withheld = answer.cappy is not None and answer.cappy.abstained
+        if withheld:
             self._metrics.count_abstention()
-        return answer
+        row = build_row(
+            instruction,
+            pool.candidates,
+            pool.scores,
+            [] if withheld else select_choices(pool.candidates, ranking, request.n),
+            created=created,
+            models={"model": request.model, "llm": config.sampler.model, "scorer": scorer, "scorer_version": pool.version},
+            selection=fallback or selected_by,
+        )
+        return answer, row
 
 
 async def _rank(

@@ -113,6 +113,8 @@ class SampleRequest(ApiModel):
     stream: bool = False
     """Whether the answer is a stream of server-sent events: keep-alives during sampling, then the choices in chunks."""
     stream_options: StreamOptions | None = None
+    store: bool | None = None
+    """false leaves the request out of the log of candidates (`serving.log_candidates`)."""
     cappy: CappyOptions = CappyOptions()
 
     @field_validator("n", "stream", "cappy", mode="before")

@@ -27,6 +27,7 @@ from serving import boosted, openapi, readiness, request_body, sampling_policy, 
 from serving.admission import AdmissionQueue, Place
 from serving.api_keys import Keyring
 from serving.backend import ApiError, Backend, Scored
+from serving.candidate_log import CandidateLog
 from serving.completions_api import ChatRequest, SampleRequest, TextRequest, parse_chat_request, parse_text_request
 from serving.middleware import AuthMiddleware, RequestLimitsMiddleware, RequestLogMiddleware, internal_error
 from serving.model_registry import ModelRegistry
@@ -77,6 +78,8 @@ def build_api(
         finally:
             for task in tasks:
                 task.cancel()
+            if candidate_log:
+                await asyncio.to_thread(candidate_log.close)
 
     # Redirects are off: their target would contain the client's Host header.
     api = FastAPI(title="Cappy on Ray", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=run_beside_requests)
@@ -86,7 +89,8 @@ def build_api(
     admission = AdmissionQueue(serving.max_concurrency, serving.max_queue)
     metrics = metrics or Metrics()
     metrics.requests_in_progress.set_function(lambda: admission.active)
-    decoding = boosted.BoostedDecoding(config, backend, metrics, fitted_scorers)
+    candidate_log = CandidateLog(serving.log_candidates, metrics) if serving.log_candidates else None
+    decoding = boosted.BoostedDecoding(config, backend, metrics, fitted_scorers, candidate_log)
 
     async def run_admitted(place: Place, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` when the queue allows it and within the time limit, and measure both times."""

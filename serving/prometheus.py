@@ -33,6 +33,7 @@ class Metrics:
         self._cost = Counter("cappy_serving_cost_dollars", "Cost of sampling at an endpoint with prices", registry=self.registry)
         self._stopped = Counter("cappy_serving_stopped", "Requests whose sampling stopped, by reason", ["why"], registry=self.registry)
         self._abstentions = Counter("cappy_serving_abstentions", "Answers withheld below `min_score`", registry=self.registry)
+        self._logged = Counter("cappy_serving_logged", "Rows of the log of candidates, by result", ["result"], registry=self.registry)
         self.requests_in_progress = Gauge("cappy_serving_requests_here", "Requests running or queued", registry=self.registry)
 
     def count_request(self, route: str, status: int) -> None:
@@ -68,6 +69,10 @@ class Metrics:
     def count_abstention(self) -> None:
         """Count an answer that was withheld because of `min_score`."""
         self._abstentions.inc()
+
+    def count_logged(self, result: str, rows: int) -> None:
+        """Count rows of the log of candidates that were `written` or `dropped`."""
+        self._logged.labels(result).inc(rows)
 
     def text(self) -> bytes:
         """Return the metrics in the text format of Prometheus."""

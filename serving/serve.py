@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 
-from cluster import models, ports, progress
+from cluster import models, ports, progress, storage
 from cluster.config import Config, ServingConfig
 from cluster.errors import CappyError, UsageError
 from cluster.runtime import find_cappy_error, ray_session
@@ -59,6 +59,8 @@ def run_serve(config: Config, *, overwrite: bool = False) -> dict[str, Any]:
             raise
         port_error = error
     check_scorer(config)
+    if serving.log_candidates:
+        storage.check_uri(serving.log_candidates, "serving.log_candidates")
     additional = additional_scorers(config)
     engines.check_sampler_config(config.sampler)
     if config.sampler.engine.kind != "endpoint":

@@ -21,7 +21,8 @@ def absolute(config: Config) -> Config:
     if base := config.adapt_base:
         paths["adapt"] = config.adapt.model_copy(update={"base": models.absolute(base)})
     scorers = tuple(each.model_copy(update={"path": models.absolute(each.path)}) for each in config.serving.scorers)
-    paths["serving"] = config.serving.model_copy(update={"scorers": scorers})
+    logged = config.serving.log_candidates
+    paths["serving"] = config.serving.model_copy(update={"scorers": scorers, "log_candidates": logged and storage.absolute(logged)})
     paths["source"] = _absolute_source(config.source)
     reuse = tuple(map(storage.absolute, config.generate.reuse))
     paths["generate"] = config.generate.model_copy(update={"reuse": reuse})

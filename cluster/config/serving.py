@@ -181,6 +181,9 @@ class ServingConfig(Section):
     """Time limit of a test request, in seconds."""
     access_log: bool = True
     """Write one line of JSON for each request to the `logs/serve` folder of Ray, without prompts and keys."""
+    log_candidates: str | None = None
+    """Folder or s3:// prefix for a log of the candidates of chat and text completions, with their instructions and scores. `cappy annotate`
+    labels its rows once references or ratings exist. null logs nothing. A request with `store: false` is not logged."""
     adaptive: AdaptiveConfig = AdaptiveConfig()
     """Early stopping of the sampling."""
 
