@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         plan,
         pull,
         push,
+        run,
         serve,
         train,
     )
@@ -58,6 +59,7 @@ __all__ = [
     "plan",
     "pull",
     "push",
+    "run",
     "serve",
     "train",
 ]

@@ -317,6 +317,35 @@ def export(
     return Report(result, partial(display.show_copy if duplicates else display.show_export, result))
 
 
+@command(name="run", epilog="Example: cappy run pipeline.yaml --set training.epochs=2 --redo train")
+def run_(
+    pipeline: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="A YAML file with steps, or the name of a file in cappy/pipelines/ (demo).")
+    ],
+    set_: Overrides = None,
+    redo: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--redo",
+            metavar="STEP",
+            help="Allow to delete the output of this step, and outputs made from it, if its settings changed. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps and the estimated costs. Change nothing.")] = False,
+    address: Address = None,
+) -> Report:
+    """Run several verbs as one plan: generate, annotate, train, adapt, evaluate, answer, export, in the order of their data.
+
+    A step is kept while its settings and the versions of its inputs are those of its published output. Run the same command again to
+    resume. A changed step and all steps that read its output are made again, after --redo allows it. --set changes all steps.
+    """
+    from cappy import display_pipeline, verbs
+
+    result = verbs.run(pipeline, settings=set_ or (), redo=redo or (), dry_run=dry_run, address=address)
+    return Report(result, partial(display_pipeline.show_pipeline, result))
+
+
 @command()
 def doctor(
     config: ConfigFile = None,
@@ -347,14 +376,20 @@ def config_show(config: ConfigFile = None, set_: Overrides = None) -> Report:
 
 
 @config_app.command("schema", epilog="Example: cappy config schema > schema.json")
-def config_schema(context: typer.Context, debug: Debug = False) -> None:
-    """Print the JSON Schema of config files.
+def config_schema(
+    context: typer.Context,
+    pipeline: Annotated[bool, typer.Option("--pipeline", help="Print the schema of the files of cappy run.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON Schema of config files, or of pipeline files.
 
     Editors complete and check a YAML file whose first line is: # yaml-language-server: $schema=schema.json
     """
-    from cluster.config.schema import text
-
     context.find_root().ensure_object(OutputOptions).debug = debug
+    if pipeline:
+        from cappy.pipeline_file import schema_text as text
+    else:
+        from cluster.config.schema import text
     print(text(), end="")
 
 

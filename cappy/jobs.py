@@ -8,12 +8,14 @@ environment variable `CAPPY_REQUEST`.
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,9 @@ def run_verb(verb: str, config: Config, *, overwrite: bool = False, address: str
     Raises `CappyError` if the verb refuses or fails. Any other exception is a bug.
     """
     if address:
-        return _submit_job(verb, config, overwrite, address, places)
+        places = {name: storage.absolute(uri) for name, uri in places.items()}
+        request = {"config": absolute(config).model_dump(mode="json"), "overwrite": overwrite, "places": places}
+        return submit_job(f"python -m cappy.jobs {verb}", request, address)
     name = "suite" if verb == "evaluate" and config.suite is not None else verb
     try:
         return load_verb(name)(config, overwrite=overwrite, **places)
@@ -69,16 +73,18 @@ def run_verb(verb: str, config: Config, *, overwrite: bool = False, address: str
         raise clean from error
 
 
-def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places: dict[str, str]) -> dict[str, Any]:
+def submit_job(command: str, request: Mapping[str, Any], address: str) -> dict[str, Any]:
+    """Run a command with its request as a Ray job on the cluster with dashboard `address`; return the result that it prints.
+
+    The command takes the request by `read_request` and prints its result by `run_in_job`. Raises `CappyError` if the job fails.
+    """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     if not address.startswith(("http://", "https://")):
         raise UsageError(f"--address={address}: give the cluster's dashboard, e.g. http://127.0.0.1:8265")
-    places = {name: storage.absolute(uri) for name, uri in places.items()}
-    request = json.dumps({"config": absolute(config).model_dump(mode="json"), "overwrite": overwrite, "places": places})
     variables = {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
-    environment: dict[str, Any] = {"env_vars": {**variables, _REQUEST: request}}
+    environment: dict[str, Any] = {"env_vars": {**variables, _REQUEST: _encode(request)}}
     if (_ROOT / "pyproject.toml").exists():
         # From a checkout this code is sent to the cluster. An installed package must be installed on the cluster as well.
         environment |= {"working_dir": str(_ROOT), "excludes": list(_EXCLUDED)}
@@ -92,7 +98,7 @@ def _submit_job(verb: str, config: Config, overwrite: bool, address: str, places
             reraise=True,
         ):
             with attempt:
-                job = client.submit_job(entrypoint=f"python -m cappy.jobs {verb}", runtime_env=environment)
+                job = client.submit_job(entrypoint=command, runtime_env=environment)
     except (ConnectionError, RuntimeError) as error:
         raise CappyError(f"--address={address}: no Ray cluster answers there ({first_line(error)}); check `ray status`") from None
     log(f"job {job} on {address}; it continues if you leave (`ray job stop --address {address} {job}` ends it)")
@@ -125,21 +131,38 @@ async def _follow(client: Any, job: str) -> tuple[dict[str, Any] | None, dict[st
 
 def main(verb: str) -> int:
     """Run a verb inside a Ray job; return the exit code."""
-    request = json.loads(os.environ[_REQUEST])
+    request = read_request()
     config = Config.model_validate(request["config"])
+    places = {name.upper(): uri for name, uri in request["places"].items()} or {
+        "dataset": config.dataset_uri,
+        "scorer_path": config.scorer_uri,
+        "adapted_path": config.adapted_uri,
+        "evaluation_path": config.evaluation_uri,
+        "answers_path": config.answers_uri,
+    }
+    return run_in_job(places, lambda: run_verb(verb, config, overwrite=request["overwrite"], **request["places"]))
+
+
+def _encode(request: Mapping[str, Any]) -> str:
+    """Return a request as a short text: the system limits an environment variable to 128 KiB."""
+    return base64.b64encode(zlib.compress(json.dumps(request).encode())).decode()
+
+
+def read_request() -> dict[str, Any]:
+    """Return the request of this Ray job."""
+    request: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(os.environ[_REQUEST])))
+    return request
+
+
+def run_in_job(places: Mapping[str, str], work: Callable[[], dict[str, Any]]) -> int:
+    """Run `work` inside a Ray job and print its result or its error for `submit_job`; return the exit code.
+
+    `places` are the URIs that it writes, by setting. Local folders are refused on a cluster of several machines.
+    """
     try:
         with runtime.ray_session():
-            _refuse_local_folders(
-                {name.upper(): uri for name, uri in request["places"].items()}
-                or {
-                    "dataset": config.dataset_uri,
-                    "scorer_path": config.scorer_uri,
-                    "adapted_path": config.adapted_uri,
-                    "evaluation_path": config.evaluation_uri,
-                    "answers_path": config.answers_uri,
-                }
-            )
-            result = run_verb(verb, config, overwrite=request["overwrite"], **request["places"])
+            _refuse_local_folders(places)
+            result = work()
     except CappyError as error:
         print(_ERROR + json.dumps({"message": str(error), "exit_code": error.exit_code}), flush=True)
         return error.exit_code
@@ -147,7 +170,7 @@ def main(verb: str) -> int:
     return 0
 
 
-def _refuse_local_folders(places: dict[str, str]) -> None:
+def _refuse_local_folders(places: Mapping[str, str]) -> None:
     """Raise `UsageError` for a local folder on a cluster of several machines: each machine would write a different folder.
 
     `places` are URIs by setting.

@@ -281,6 +281,37 @@ def export(
     return run_export(source, destination, options, overwrite=overwrite)
 
 
+def run(
+    pipeline: str | Path,
+    *,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    redo: Sequence[str] = (),
+    dry_run: bool = False,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Run the steps of a pipeline that are not finished, in the order of their data; return the state and the minutes of each step.
+
+    Call it again to resume. A step is kept while its settings and the versions of its inputs are those of its published output.
+
+    Args:
+        pipeline: The path of a YAML file, or the name of a file in `cappy/pipelines/`.
+        settings: Changes of the settings of all steps.
+        redo: Names of steps whose output may be deleted and made again, with the outputs that are made from it.
+        dry_run: Return the plan with an estimate of the costs, and change nothing.
+        address: The dashboard of a Ray cluster. The whole pipeline then runs there as one Ray job.
+
+    Example: `cappy.run("demo", dry_run=True)["steps"]`
+    """
+    from cappy.pipeline import run_pipeline, submit_pipeline
+    from cappy.pipeline_file import read_pipeline
+
+    steps = read_pipeline(pipeline, settings)
+    command = f"cappy run {pipeline}"
+    if address:
+        return submit_pipeline(steps, address, redo=redo, dry_run=dry_run, command=command)
+    return run_pipeline(steps, redo=redo, dry_run=dry_run, command=command)
+
+
 def pull(source: str, destination: str | None = None) -> dict[str, Any]:
     """Copy a published folder to this machine, checked as by `push`; return a summary.
 

@@ -107,6 +107,8 @@ class Manifest(TypedDict, total=False):
     """Duration of each stage (dataset)."""
     cost: dict[str, Any]
     """Dollars (dataset)."""
+    inputs: dict[str, str | None]
+    """Versions of the published folders that the run read, by setting (scorer of `train`, evaluation)."""
     made_from: dict[str, Any]
     """URI and fingerprint of the set (pairs, export)."""
     relabelled_from: dict[str, Any]

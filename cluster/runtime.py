@@ -62,6 +62,15 @@ def ray_session() -> Iterator[None]:
             ray.shutdown()
 
 
+_SIGTERM = threading.Event()
+"""Set if a SIGTERM came inside a block of `on_sigterm`."""
+
+
+def sigterm_received() -> bool:
+    """Return whether a SIGTERM came inside a block of `on_sigterm` of this process. A verb that was at its end returns normally."""
+    return _SIGTERM.is_set()
+
+
 @contextmanager
 def on_sigterm(message: str, act: Callable[[], Any]) -> Iterator[threading.Event]:
     """Log `message` and call `act` once on SIGTERM inside the block. The event is set if a SIGTERM came."""
@@ -76,7 +85,12 @@ def on_sigterm(message: str, act: Callable[[], Any]) -> Iterator[threading.Event
 
     threading.Thread(target=act_on_signal, name="cappy-stop", daemon=True).start()
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set()) if main else None
+
+    def on_signal(*_: object) -> None:
+        received.set()
+        _SIGTERM.set()
+
+    before = signal.signal(signal.SIGTERM, on_signal) if main else None
     try:
         yield received
     finally:

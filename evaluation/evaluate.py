@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cluster import artifacts, storage
+from cluster import artifacts, models, storage, versions
 from cluster.config import Config
 from cluster.errors import CappyError
 from cluster.progress import Bar, log
@@ -22,7 +22,7 @@ from evaluation import publish, report
 from evaluation.comparison import Comparison, Row, compare_methods, pick_baselines
 from evaluation.statistics import Integers
 from generation.dataset import RegressionSet
-from training.adapted_index import read_published
+from training import adapted_index
 from training.consensus import consensus_metric
 from training.selection import Selection, blend_selection
 
@@ -75,12 +75,25 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
     """
     uri = storage.check_uri(config.evaluation_uri, "evaluation_path")
     RegressionSet(config.dataset_uri)  # without a set, the command must leave no folder of a lease
+    inputs = read_inputs(config)
     with publish.hold_destination(config, overwrite=overwrite) as held:
         results, table = _compare(config, uri, load)
         summary = summarise(uri, results)
         page = report.render_report(results, table, config.evaluation.examples)
-        publish.publish_evaluation(config, results, table, page, summary, overwrite, held)
+        publish.publish_evaluation(config, results, table, page, summary, overwrite, held, inputs=inputs)
     return summary
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that determine the result. The inputs are in `read_inputs`."""
+    return {"seed": config.seed, "evaluation": config.evaluation.model_dump(mode="json")}
+
+
+def read_inputs(config: Config) -> dict[str, str | None]:
+    """Return the versions of the set, the scorer and the adapted scorers. A scorer without a manifest has its name or URI."""
+    scorer = config.scorer_uri
+    inputs = {"dataset": versions.version(config.dataset_uri), "scorer": versions.version(scorer) or models.absolute(scorer)}
+    return inputs | ({"adapted": adapted_index.version(config.adapted_uri)} if config.evaluation.adapted else {})
 
 
 def _compare(config: Config, uri: str, load: Callable[[Config], PairScorer]) -> tuple[dict[str, Any], pa.Table]:
@@ -93,7 +106,7 @@ def _compare(config: Config, uri: str, load: Callable[[Config], PairScorer]) -> 
         log(f"evaluate: {name} is left out: {reason}")
     adapted: dict[str | None, str] = {}
     if config.evaluation.adapted:
-        adapted = {scorer.dataset: scorer.uri for scorer in read_published(config.adapted_uri, "evaluation.adapted")}
+        adapted = {scorer.dataset: scorer.uri for scorer in adapted_index.read_published(config.adapted_uri, "evaluation.adapted")}
     scored, selections = score_rows_by_task(base.rows, adapted, config, load)
     compared = compare_methods(scored, base.picks, config.evaluation, config.seed, selections)
     # Adapted scorers have no weight of a blend.

@@ -47,7 +47,14 @@ def _check(uri: str, overwrite: bool) -> None:
 
 
 def publish_evaluation(
-    config: Config, results: Mapping[str, Any], rows: pa.Table, page: str, summary: Mapping[str, Any], overwrite: bool, held: Lease
+    config: Config,
+    results: Mapping[str, Any],
+    rows: pa.Table,
+    page: str,
+    summary: Mapping[str, Any],
+    overwrite: bool,
+    held: Lease,
+    **facts: Any,
 ) -> None:
     """Write the files, then the manifest. With `overwrite` an earlier evaluation is deleted first.
 
@@ -59,6 +66,7 @@ def publish_evaluation(
         summary: the summary of the verb, for the manifest.
         overwrite: whether a published evaluation is replaced.
         held: the lease of the destination.
+        **facts: further keys of the manifest.
     """
     uri = storage.check_uri(config.evaluation_uri, "evaluation_path")
     made = results["made"]
@@ -79,6 +87,7 @@ def publish_evaluation(
         created=made["created"],
         dataset=made["dataset"],
         scorer=made["scorer"],
+        **facts,
         summary=summary,
         config=config,
         files=files,

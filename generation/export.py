@@ -91,7 +91,7 @@ def run_export(source: str, destination: str, options: ExportOptions, *, overwri
     opened = export_source.open_source(source)
     destination = storage.check_uri(destination, "DST")
     artifacts.refuse_nested(opened.uri, destination)
-    settings = redact_tree({name: value for name, value in asdict(options).items() if value not in (None, (), False)})
+    settings = result_settings(options)
     made_from = {"uri": redact_text(opened.uri), "fingerprint": fingerprint(opened.manifest["files"], settings)}
     if not overwrite and (published := _find_same(destination, made_from)):
         return {**published, "uri": destination, "kept": True}
@@ -125,6 +125,12 @@ def run_export(source: str, destination: str, options: ExportOptions, *, overwri
         )
         storage.delete_files(destination, [_MARK])
     return {**summary, "kept": False}
+
+
+def result_settings(options: ExportOptions) -> dict[str, Any]:
+    """Return the options that are given, as the manifest records them."""
+    given: dict[str, Any] = redact_tree({name: value for name, value in asdict(options).items() if value not in (None, (), False)})
+    return given
 
 
 def check_options(options: ExportOptions) -> None:

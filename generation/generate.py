@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster import artifacts, folder_writer, storage
+from cluster import artifacts, folder_writer, storage, versions
 from cluster.config import Config
+from cluster.config.paths import source_files
 from cluster.errors import CappyError
 from cluster.lease import Lease, LeaseLost
 from cluster.progress import log
@@ -72,14 +73,26 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
 
 
 def result_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that determine the content of the set; other settings (replicas, sizes) may change on resume."""
+    """Return the settings that determine the content of the set; other settings (replicas, sizes) may change on resume.
+
+    `inputs` has the versions of the published folders that the run reads, and is left out if there are none.
+    """
     tree = config.model_dump(mode="json")
     generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "max_per_bin", "unit_rows")}
     if config.generate.reuse:
         generate |= {name: tree["generate"][name] for name in ("reuse", "reuse_only") if name in tree["generate"]}
     generate["label"] = labels.describe_metric(config.generate.label)
     source = {key: tree[key] for key in ("source", "decontaminate")}
-    return {"seed": config.seed, **source, "sampler": config.sampler.result_settings(), "generate": generate}
+    settings = {"seed": config.seed, **source, "sampler": config.sampler.result_settings(), "generate": generate}
+    inputs = versions.of_files(read_files(config))
+    return {**settings, "inputs": inputs} if inputs else settings
+
+
+def read_files(config: Config) -> dict[str, str]:
+    """Return the files and folders that the run reads, by setting."""
+    lists = {"decontaminate.files": config.decontaminate.files, "generate.reuse": config.generate.reuse}
+    listed = {f"{setting}.{number}": path for setting, paths in lists.items() for number, path in enumerate(paths)}
+    return {**source_files(config.source), **listed}
 
 
 def _claim_destination(staging: str, config: Config) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster import artifacts, folder_writer, models, storage
+from cluster import artifacts, folder_writer, models, storage, versions
 from cluster.config import Config, DecodingConfig
+from cluster.config.paths import source_files
 from cluster.errors import CappyError, UsageError
 from cluster.lease import Lease, LeaseLost
 from cluster.progress import log
@@ -85,10 +86,14 @@ def run_answer(
 
 
 def result_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that determine the answers; other settings (replicas, scorers, shards) may change on resume."""
+    """Return the settings that determine the answers; other settings (replicas, scorers, shards) may change on resume.
+
+    `inputs` has the versions of the published folders that the source reads, and is left out if there are none.
+    """
     tree = config.model_dump(mode="json")
     answer = config.answer.model_dump(mode="json", include={"candidates", "min_score", "keep_candidates"})
     serving = {name: tree["serving"][name] for name in ("selection", "fallback", "adaptive", "scorer_dtype")}
+    inputs = versions.of_files(source_files(config.source))
     return {
         "seed": config.seed,
         "source": tree["source"],
@@ -98,6 +103,7 @@ def result_settings(config: Config) -> dict[str, Any]:
         "answer": answer,
         "serving": serving,
         "scorer": {"uri": config.scorer_uri, "version": read_version(config.scorer_uri)},
+        **({"inputs": inputs} if inputs else {}),
     }
 
 

@@ -16,11 +16,18 @@ CHECKPOINTS_FOLDER = "_checkpoints"
 def with_default_scorer(config: Config, verb: str = "serve") -> Config:
     """Return the config with the scorer of the package if `scorer_path` is not set and the workspace has no scorer."""
     uri = storage.check_uri(config.scorer_uri, "scorer_path")
-    files = (artifacts.MANIFEST, CHECKPOINTS_FOLDER, "config.json")
-    if config.scorer_path or any(storage.exists(storage.join(uri, name)) for name in files):
+    if choose_scorer(config) == config.scorer_uri:
         return config
     log(f"{verb}: {uri} has no scorer, and scorer_path is not set; using {DEFAULT_SCORER}, the scorer of the package")
     return config.model_copy(update={"scorer_path": DEFAULT_SCORER})
+
+
+def choose_scorer(config: Config) -> str:
+    """Return `scorer_path`, the scorer of the workspace if there is one, else the scorer of the package."""
+    files = (artifacts.MANIFEST, CHECKPOINTS_FOLDER, "config.json")
+    if config.scorer_path or any(storage.exists(storage.join(config.scorer_uri, name)) for name in files):
+        return config.scorer_uri
+    return DEFAULT_SCORER
 
 
 def check_scorer(config: Config) -> None:

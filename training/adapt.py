@@ -84,7 +84,8 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
         dataset.verify(*dataset.manifest["counts"])
         _log_differences((given, config), dataset)
         _refuse_foreign_results(uri)
-        tasks = _select_tasks(config, dataset, base, uri)
+        shared = {**result_settings(config), "dataset": dataset.manifest.get("writer"), "base": asdict(base)}
+        tasks = _select_tasks(config, dataset, shared, uri)
         outcomes = {} if overwrite else _finished_outcomes(tasks)
         if outcomes:
             log(f"{len(outcomes)} of {len(tasks)} tasks are finished; resuming with the others")
@@ -106,7 +107,8 @@ def run_adapt(config: Config, *, overwrite: bool = False, load: LoadLLM = engine
                     f"stopped on SIGTERM; {len(outcomes)} of {len(tasks)} tasks are finished; run the same command again to resume"
                 )
         result = _summarise(uri, config, base, [outcomes[task.name] for task in tasks], time.monotonic() - start)
-        folder_writer.FolderWriter(uri, held.check).write_json(RESULTS, result)
+        identity = {**shared, "tasks": config.adapt.tasks}
+        folder_writer.FolderWriter(uri, held.check).write_json(RESULTS, {**result, "identity": identity})
         held.finish()
     return result
 
@@ -176,8 +178,14 @@ def _log_differences(configs: Sequence[Config], dataset: RegressionSet) -> None:
         log(f"dataset={dataset.uri} exists and is used; it was generated with other values of {', '.join(changes)} than this config has")
 
 
-def _select_tasks(config: Config, dataset: RegressionSet, base: Base, uri: str) -> list[Task]:
-    """Return the tasks of the set that `adapt.tasks` selects, sorted by name."""
+def result_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that decide an adapted scorer, as a plain tree. Operational settings are left out."""
+    settings = config.adapt.model_dump(mode="json", exclude=set(_OPERATIONAL))
+    return {**train.result_settings(config.model_copy(update={"training": config.adapt.training(config.training)})), "adapt": settings}
+
+
+def _select_tasks(config: Config, dataset: RegressionSet, shared: dict[str, Any], uri: str) -> list[Task]:
+    """Return the tasks of the set that `adapt.tasks` selects, sorted by name. `shared` is the common part of their identities."""
     if config.adapt.by == "all":
         names: dict[str, str | None] = {"all": None}
         if config.adapt.tasks:
@@ -190,9 +198,6 @@ def _select_tasks(config: Config, dataset: RegressionSet, base: Base, uri: str) 
                 hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(list(names)[:10])}"
                 raise UsageError(f"adapt.tasks: dataset={dataset.uri} has no {wanted!r}; {hint}")
         names = {name: name for name in names if not config.adapt.tasks or name in config.adapt.tasks}
-    settings = config.adapt.model_dump(mode="json", exclude=set(_OPERATIONAL))
-    shared = train.identity(config.model_copy(update={"training": config.adapt.training(config.training)}), dataset.manifest)
-    shared = {key: value for key, value in shared.items() if key != "files"} | {"adapt": settings, "base": asdict(base)}
     return [Task(name, only, storage.join(uri, folder_name(name)), {**shared, "task": name}) for name, only in names.items()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from cluster import storage
@@ -36,3 +37,11 @@ def read_published(adapted_uri: str, setting: str) -> list[AdaptedScorer]:
         for task in tasks
         if task["uri"]
     ]
+
+
+def version(adapted_uri: str) -> str | None:
+    """Return 16 hex digits that differ for each finished run of `cappy adapt` at a folder; None without one."""
+    try:
+        return hashlib.sha256(storage.read_bytes(storage.join(adapted_uri, "results.json"))).hexdigest()[:16]
+    except OSError:
+        return None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cluster import artifacts, folder_writer, lease, models, storage
+from cluster import artifacts, folder_writer, lease, models, storage, versions
 from cluster.config import Config, fingerprint, paths
 from cluster.cpu import openmp_environment
 from cluster.errors import CappyError, Stopped, UsageError
@@ -70,6 +70,7 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worke
     start = time.monotonic()
     config = paths.absolute(config)
     config = config.model_copy(update={"dataset": storage.check_uri(config.dataset_uri, "dataset"), "scorer_path": config.scorer_uri})
+    inputs = read_inputs(config)
     uri = storage.check_uri(config.scorer_uri, "scorer_path")
     if not overwrite:
         artifacts.refuse_published(uri, "scorer_path", "train")
@@ -96,7 +97,7 @@ def run_train(config: Config, *, overwrite: bool = False, work: Work = run_worke
         state = checkpoint.read_newest(run_folder, log)
         if state is None or state.step < total:
             raise CappyError(f"the last checkpoint in {run_folder} is damaged; run the same command again to train the lost steps")
-        summary = _publish(config, dataset, uri, state, start, held)
+        summary = _publish(config, dataset, inputs, uri, state, start, held)
         for folder_name in {name.split("/")[0] for name in storage.list_files(checkpoints)} - {_LEASE}:
             artifacts.cleanup(storage.join(checkpoints, folder_name), held.check)
         held.finish()
@@ -113,7 +114,12 @@ def _require_validation_rows(config: Config, dataset: RegressionSet) -> None:
 
 
 def identity(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings and files that decide the weights, as a plain tree. `manifest` is that of the dataset.
+    """Return the settings and files that decide the weights, as a plain tree. `manifest` is that of the dataset."""
+    return {**result_settings(config), "dataset": manifest.get("writer"), "files": manifest["files"]}
+
+
+def result_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that decide the weights, as a plain tree.
 
     Operational settings are left out: they may change when a run resumes.
     """
@@ -122,7 +128,13 @@ def identity(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
         del training[key]
     scorer = config.scorer.model_dump(mode="json")
     scorer.pop("cpu_kernels", None)  # operational too
-    return {"seed": config.seed, "scorer": scorer, "training": training, "dataset": manifest.get("writer"), "files": manifest["files"]}
+    return {"seed": config.seed, "scorer": scorer, "training": training}
+
+
+def read_inputs(config: Config) -> dict[str, str | None]:
+    """Return the versions of the set and, if the encoder is a published scorer, of the encoder."""
+    encoder = versions.version(config.scorer.encoder)
+    return {"dataset": versions.version(config.dataset_uri)} | ({"scorer.encoder": encoder} if encoder else {})
 
 
 def _count_pairs(config: Config, dataset: RegressionSet, uri: str) -> Size:
@@ -261,7 +273,15 @@ def _sigint_handler_kept() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint.Checkpoint, start: float, held: Lease) -> TrainSummary:
+def _publish(
+    config: Config,
+    dataset: RegressionSet,
+    inputs: dict[str, str | None],
+    uri: str,
+    state: checkpoint.Checkpoint,
+    start: float,
+    held: Lease,
+) -> TrainSummary:
     """Write model, card, metrics and config, then the manifest. `start` is the monotonic time at the start of the run."""
     folder = models.resolve(config.scorer.encoder, "scorer.encoder")
     model = new_model(folder, config.scorer, config.training, config.seed)
@@ -303,6 +323,7 @@ def _publish(config: Config, dataset: RegressionSet, uri: str, state: checkpoint
             uri,
             "scorer",
             dataset={"uri": dataset.uri, "writer": dataset.manifest.get("writer")},
+            inputs=inputs,
             encoder=config.scorer.encoder,
             summary=summary,
             config=config,

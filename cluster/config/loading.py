@@ -37,8 +37,13 @@ def load(config: str | Path | Config | None = None, settings: Sequence[str] | Ma
 
     Example: `load("demo", {"training.epochs": 2})`
     """
-    source = None if isinstance(config, Config) else config
-    tree: dict[str, Any] = config.model_dump(mode="json") if isinstance(config, Config) else _read_yaml(source) if source else {}
+    if isinstance(config, Config):
+        return load_tree(config.model_dump(mode="json"), settings)
+    return load_tree(read_yaml(config) if config else {}, settings, config)
+
+
+def load_tree(tree: dict[str, Any], settings: Sequence[str] | Mapping[str, Any] = (), source: str | Path | None = None) -> Config:
+    """Return the config of a plain tree with single settings changed, as `load` does. `source` names the tree in errors."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             _assign(tree, key, value, f"{key}={value}")
@@ -49,6 +54,16 @@ def load(config: str | Path | Config | None = None, settings: Sequence[str] | Ma
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UsageError(_explain(error, source)) from None
+
+
+def merge(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a plain tree with the values of another one on top, section by section. A section with another `kind` is replaced."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        before = merged.get(key)
+        same = isinstance(before, Mapping) and isinstance(value, Mapping) and value.get("kind", before.get("kind")) == before.get("kind")
+        merged[key] = merge(before, value) if same else value  # type: ignore[arg-type]
+    return merged
 
 
 def fingerprint(*parts: Any) -> str:
@@ -67,25 +82,26 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
-def _read_yaml(source: str | Path) -> dict[str, Any]:
+def read_yaml(source: str | Path, folder: Path = CONFIG_FOLDER, what: str = "config file") -> dict[str, Any]:
+    """Return the tree of a YAML file, or of a file in `folder` by its name without `.yaml`. Raises `UsageError`."""
     path = Path(source)
-    if not path.exists() and not path.suffix and (CONFIG_FOLDER / f"{source}.yaml").exists():
-        path = CONFIG_FOLDER / f"{source}.yaml"
+    if not path.exists() and not path.suffix and (folder / f"{source}.yaml").exists():
+        path = folder / f"{source}.yaml"
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        names = ", ".join(sorted(file.stem for file in CONFIG_FOLDER.glob("*.yaml")))
-        raise UsageError(f"config file {source} does not exist; give a path or one of: {names}") from None
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise UsageError(f"{what} {source} does not exist; give a path or one of: {names}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config file {source} cannot be read: {error}") from None
+        raise UsageError(f"{what} {source} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UsageError(f"config file {source} is not YAML{where}: {getattr(error, 'problem', error)}") from None
+        raise UsageError(f"{what} {source} is not YAML{where}: {getattr(error, 'problem', error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UsageError(f"config file {source} holds a {type(tree).__name__}; it must hold `section: ...` keys")
+        raise UsageError(f"{what} {source} holds a {type(tree).__name__}; it must hold `section: ...` keys")
     return tree
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cluster import models, storage
@@ -29,6 +30,21 @@ def absolute(config: Config) -> Config:
     evaluation = tuple(map(storage.absolute, config.decontaminate.files))
     paths["decontaminate"] = config.decontaminate.model_copy(update={"files": evaluation})
     return config.model_copy(update=paths)
+
+
+def source_files(source: Source, setting: str = "source") -> dict[str, str]:
+    """Return the files and folders, local or s3://, that a source reads, by setting."""
+    if isinstance(source, MixtureSource):
+        parts = [source_files(part.source, f"{setting}.parts.{number}.source") for number, part in enumerate(source.parts)]
+        return {name: path for part in parts for name, path in part.items()}
+    if not isinstance(source, RowsSource):
+        return {}
+    found = {f"{setting}.templates": source.templates} if source.templates else {}
+    if isinstance(source, FilesSource):
+        found[f"{setting}.path"] = source.path
+    if isinstance(source, HubSource) and Path(source.name).expanduser().is_dir():
+        found[f"{setting}.name"] = source.name
+    return found
 
 
 def _absolute_source(source: Source) -> Source:
