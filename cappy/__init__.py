@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         pull,
         push,
         run,
+        score,
         serve,
         train,
     )
@@ -60,6 +61,7 @@ __all__ = [
     "pull",
     "push",
     "run",
+    "score",
     "serve",
     "train",
 ]

@@ -153,6 +153,42 @@ def answer(config: ConfigFile = None, set_: Overrides = None, address: Address =
     return _run("answer", config, set_, address, overwrite)
 
 
+@command(epilog="Example: cappy score 's3://bucket/pairs/*.parquet' s3://bucket/good --keep-above 0.5 --top-per-instruction 1")
+def score(
+    src: Annotated[str, typer.Argument(help="Files with pairs, a glob, a folder, or a published folder; local or s3://.")],
+    dst: Annotated[str, typer.Argument(help="The destination: an empty folder or s3:// prefix.")],
+    scorer: Annotated[
+        str | None,
+        typer.Option("--scorer", metavar="SCORER", help="A scorer: a folder, s3:// prefix or name. The default is that of answer."),
+    ] = None,
+    keep_above: Annotated[
+        float | None, typer.Option("--keep-above", metavar="X", help="Publish only rows with a score of at least X.")
+    ] = None,
+    top_per_instruction: Annotated[
+        int | None, typer.Option("--top-per-instruction", metavar="N", min=1, help="Publish only the N best rows of each instruction.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="COLUMN", help="The column with the prompt. The default finds it by its name.")
+    ] = None,
+    response: Annotated[str | None, typer.Option("--response", metavar="COLUMN", help="The column with the response, as --prompt.")] = None,
+    set_: Overrides = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+) -> Report:
+    """Score given pairs of an instruction and a response: to filter training data, or to rank logs.
+
+    Reads Parquet, JSON lines, CSV and Arrow files with instruction and response, prompt and completion, question and answer, or similar
+    columns. Of a chat, the last assistant turn is the response. SRC can be a published set, answers, scores or an export.
+
+    Publishes Parquet files at DST with the columns of the rows, id, score in [0, 1], and logit, the raw output of the scorer. Export
+    the folder with: cappy export DST OUT --as dpo. Run the same command again to resume an interrupted run.
+    """
+    from cappy import verbs
+
+    overrides = verbs.score_overrides(scorer, keep_above, top_per_instruction, prompt, response)
+    return _run("score", None, [*(set_ or ()), *overrides], address, overwrite, src=src, dst=dst)
+
+
 @command(epilog="Then: curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' -d '{...}'")
 def serve(
     config: ConfigFile = None,
@@ -410,6 +446,7 @@ _KINDS = {
     "adapt": "adapted",
     "evaluate": "evaluation",
     "answer": "answers",
+    "score": "scores",
 }
 
 

@@ -25,7 +25,8 @@ app = typer.Typer(
     help="""Improve an LLM with a small scorer that picks the best of its answers (Cappy), on Ray.
 
 The steps: [bold]plan[/bold] the cost, [bold]generate[/bold] a regression set, [bold]train[/bold] the scorer,
-[bold]evaluate[/bold] it, [bold]adapt[/bold] it to tasks. [bold]answer[/bold] a whole data set, or [bold]serve[/bold] the best answers.
+[bold]evaluate[/bold] it, [bold]adapt[/bold] it to tasks. [bold]answer[/bold] or [bold]score[/bold] a whole data set,
+or [bold]serve[/bold] the best answers.
 All verbs read one config. Each verb finds the output of the others below the workspace.
 """,
     epilog="Start with: cappy doctor; then cappy generate demo, cappy train demo, cappy evaluate demo, cappy serve demo.",

@@ -133,11 +133,11 @@ def show_inspection(result: dict[str, Any], console: Console) -> None:
         console.print(Text(f"  {count:,} x {_short(reason, 200)}", style="yellow"))
     if len(reasons) > _REASONS:
         console.print(Text(f"  and {len(reasons) - _REASONS:,} reasons more", style="yellow"))
-    if result["kind"] == "answers":
+    if result["kind"] in ("answers", "scores"):
         for row in result.get("samples", []):
             console.print(Text(f"\n{_short(row['instruction'], 400)}", style="bold"))
             score = "" if row["score"] is None else f"{row['score']:.3f}  "
-            console.print(Text(f"  {score}{'(abstained)' if row['abstained'] else _short(row['response'], 400)}"))
+            console.print(Text(f"  {score}{'(abstained)' if row.get('abstained') else _short(row['response'], 400)}"))
         return
     for row in result.get("samples", []):
         _show_row(row if result["kind"] == "dataset" else {**row, "candidates": [row]}, console)

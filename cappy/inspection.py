@@ -39,7 +39,7 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
     }
     if selection.FILE in manifest["files"] and not result["problems"]:
         result["selection"] = selection.summarise(selection.read(uri))
-    if manifest["kind"] in ("dataset", "pairs", "answers"):
+    if manifest["kind"] in ("dataset", "pairs", "answers", "scores"):
         result |= {key: manifest[key] for key in ("metric", "lineage", "schema") if key in manifest}
         result |= {key: manifest[key] for key in ("rates", "cost", "copied_from", "made_from") if key in manifest}
         if not result["problems"]:

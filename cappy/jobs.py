@@ -36,6 +36,7 @@ VERBS = {
     "evaluate": "evaluation.evaluate:run_evaluate",
     "suite": "evaluation.suites.run:run_suite",
     "answer": "serving.answer:run_answer",
+    "score": "serving.score:run_score",
     "serve": "serving.serve:run_serve",
 }
 
@@ -55,7 +56,7 @@ def load_verb(verb: str) -> Callable[..., dict[str, Any]]:
 def run_verb(verb: str, config: Config, *, overwrite: bool = False, address: str | None = None, **places: str) -> dict[str, Any]:
     """Run a verb in this process, or as a Ray job on the cluster with dashboard `address`; return its summary.
 
-    `address` is e.g. `http://127.0.0.1:8265`. `places` are the URIs that a verb takes beside its config (`annotate`: `src`, `dst`).
+    `address` is e.g. `http://127.0.0.1:8265`. `places` are the URIs that a verb takes beside its config: `src` and `dst`.
 
     Raises `CappyError` if the verb refuses or fails. Any other exception is a bug.
     """

@@ -181,6 +181,53 @@ def answer(
     return _run("answer", config, given, overwrite, address)
 
 
+def score(
+    source: str,
+    destination: str,
+    *,
+    scorer: str | Path | None = None,
+    keep_above: float | None = None,
+    top_per_instruction: int | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Score the pairs of an instruction and a response in files, publish them with their scores, and return the summary.
+
+    Call it again to resume an interrupted run. `overwrite` and `address` are as for `generate`.
+
+    Args:
+        source: A file, a folder, a glob or a published folder, local or s3://.
+        destination: An empty folder or s3:// prefix.
+        scorer: The scorer. Without it, `scorer_path`, the scorer of the workspace or of the package is used.
+        keep_above: Smallest score of a published row.
+        top_per_instruction: Largest number of published rows of an instruction, the best ones.
+        prompt: The column with the prompt. The default finds it by the names of public datasets.
+        response: The column with the response, as `prompt`.
+        settings: Further settings, by dotted key.
+
+    Example: `cappy.score("pairs.parquet", "runs/scores", keep_above=0.5)["rows"]`
+    """
+    overrides = score_overrides(scorer, keep_above, top_per_instruction, prompt, response)
+    return _run("score", load(load(None, settings or {}), overrides), None, overwrite, address, src=source, dst=destination)
+
+
+def score_overrides(
+    scorer: str | Path | None, keep_above: float | None, top_per_instruction: int | None, prompt: str | None, response: str | None
+) -> list[str]:
+    """Return the options of `cappy score` as overrides of the config; None is left out."""
+    options = {
+        "scorer_path": None if scorer is None else str(scorer),
+        "score.keep_above": keep_above,
+        "score.top_per_instruction": top_per_instruction,
+        "score.prompt": prompt,
+        "score.response": response,
+    }
+    return [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+
+
 def serve(config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:
     """Serve the best of several answers behind an OpenAI-compatible endpoint; return after SIGTERM or an interrupt.
 

@@ -64,7 +64,7 @@ class FileEntry(TypedDict):
 
 
 class Manifest(TypedDict, total=False):
-    """The content of `_MANIFEST.json`, for all kinds: `dataset`, `pairs`, `export`, `answers`, `scorer`, `evaluation`.
+    """The content of `_MANIFEST.json`, for all kinds: `dataset`, `pairs`, `export`, `answers`, `scores`, `scorer`, `evaluation`.
 
     Unknown keys are kept.
     """

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cluster import folder_writer
 from generation.dataset import LABEL_BINS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GIVEN = ("reference", "choice", "mismatched")
 """Sources with a fixed label, 1 or 0."""
@@ -56,17 +60,9 @@ def plot_labels(labels: Mapping[str, Sequence[int]], form: str = "svg") -> bytes
     `labels` has `LABEL_BINS` counts per source, `form` is `svg` or `png`. The left plot is a histogram of the samples, whose
     label is computed. The right plot has the totals of the sources with a fixed label.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import StrMethodFormatter
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(8)
     samples, given = figure.subplots(1, 2, width_ratios=[3, 2])
-    samples.bar([(bin_ + 0.5) / LABEL_BINS for bin_ in range(LABEL_BINS)], labels.get("sampled", [0] * LABEL_BINS), 0.092, color="#1f5fa8")
-    samples.set(xlabel="label", ylabel="responses", title="sampled", xlim=(0, 1), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
-    samples.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _draw_histogram(samples, labels.get("sampled", [0] * LABEL_BINS), xlabel="label", ylabel="responses", title="sampled")
     names = [name for name in GIVEN if name in labels]
     bars = given.barh(
         [f"{name} ({1 if name == 'reference' else 0})" for name in names],
@@ -80,8 +76,39 @@ def plot_labels(labels: Mapping[str, Sequence[int]], form: str = "svg") -> bytes
     given.xaxis.set_visible(False)
     given.spines["bottom"].set_visible(False)
     given.tick_params(axis="y", length=0)
-    for axes in (samples, given):
-        axes.spines[["top", "right"]].set_visible(False)
+    given.spines[["top", "right"]].set_visible(False)
+    return _save_figure(figure, form)
+
+
+def plot_histogram(counts: Sequence[int], **texts: str) -> bytes:
+    """Plot counts in equal bins of [0, 1] and return the SVG image. `texts` are `xlabel`, `ylabel` and `title`."""
+    figure = _new_figure(5)
+    _draw_histogram(figure.subplots(), counts, **texts)
+    return _save_figure(figure, "svg")
+
+
+def _new_figure(width: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_histogram(axes: Axes, counts: Sequence[int], **texts: str) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
+    bins = len(counts)
+    axes.bar([(bin_ + 0.5) / bins for bin_ in range(bins)], counts, 0.92 / bins, color="#1f5fa8")
+    axes.set(xlim=(0, 1), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1], **texts)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save_figure(figure: Figure, form: str) -> bytes:
+    import matplotlib
+
     sink = io.BytesIO()
     # A fixed salt and no date: equal counts give equal bytes, and so an equal SHA-256.
     with matplotlib.rc_context({"svg.hashsalt": "cappy-ray"}):

@@ -1,7 +1,7 @@
-"""Group the candidates of a source by prompt in bounded memory, and merge repeated responses.
+"""Group the rows of a source by a key in bounded memory, and merge the repeated responses of a prompt.
 
-Candidates are distributed over files by a hash of their prompt, so all candidates of a prompt are in one file. Memory holds
-`_PENDING_BYTES` of candidates while the files are written, and one file while it is read. Imports no Ray.
+Rows are distributed over files by a hash of their key, for example the prompt. So all rows of a key are in one file. Memory holds
+`_PENDING_BYTES` of rows while the files are written, and one file while it is read. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ def count_files(source_bytes: int) -> int:
 
 
 class Partitions:
-    """Files of candidates, distributed by the hash of the prompt. Use as a context manager, then `read` each file."""
+    """Files of rows with the columns of `schema`, distributed by the hash of the first column, a text.
 
-    def __init__(self, folder: Path, files: int) -> None:
+    Use it as a context manager, then `read` each file. By default the rows are candidates, and the key is the prompt.
+    """
+
+    def __init__(self, folder: Path, files: int, schema: pa.Schema = FLAT) -> None:
+        self._schema = schema
         self._paths = [folder / f"{number}.arrow" for number in range(files)]
         self._pending: list[list[pa.Table]] = [[] for _ in range(files)]
         self._bytes = 0
@@ -47,7 +51,7 @@ class Partitions:
         with disk.errors_of(self._paths[0].parent):
             self._paths[0].parent.mkdir(parents=True, exist_ok=True)
             options = pa.ipc.IpcWriteOptions(compression="zstd")
-            self._writers = [pa.ipc.new_file(str(path), FLAT, options=options) for path in self._paths]
+            self._writers = [pa.ipc.new_file(str(path), self._schema, options=options) for path in self._paths]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -58,10 +62,10 @@ class Partitions:
                 writer.close()
 
     def add(self, table: pa.Table) -> None:
-        """Distribute the rows of a table of `FLAT`; rows without a prompt are left out."""
-        prompts = table["prompt"].combine_chunks().dictionary_encode()
-        hashes = np.array([zlib.crc32(text.encode()) for text in prompts.dictionary.to_pylist()], np.int64)
-        numbers = hashes[prompts.indices.to_numpy(zero_copy_only=False)] % len(self._paths) if table.num_rows else np.empty(0, int)
+        """Distribute the rows of a table; each has a key."""
+        keys = table[self._schema.names[0]].combine_chunks().dictionary_encode()
+        hashes = np.array([zlib.crc32(text.encode()) for text in keys.dictionary.to_pylist()], np.int64)
+        numbers = hashes[keys.indices.to_numpy(zero_copy_only=False)] % len(self._paths) if table.num_rows else np.empty(0, int)
         for number in np.unique(numbers):
             part = table if len(self._paths) == 1 else table.take(pa.array(np.flatnonzero(numbers == number)))
             self._pending[number].append(part)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cluster import artifacts, folder_writer, storage, versions
@@ -201,18 +200,9 @@ def _publish(
         total = dataset.add_statistics(total, shard["statistics"])
     if not total.get("instructions"):
         raise CappyError(f"{uri}: every row failed, so nothing is published; the reasons are in {staging}; fix the source or sampler.*")
-    dead_letters = 0
     folder = folder_writer.FolderWriter(uri, run_lease.check)
-    with prepared_units.dead_letter_file() as letters:
-        for place in [
-            storage.join(staging, "prepared", "dead_letters.jsonl"),
-            *(shards.dead_letters_uri(staging, name) for name in merged),
-        ]:
-            text = storage.read_bytes(place).decode()
-            letters.write(text)
-            dead_letters += text.count("\n")
-        letters.flush()
-        files = {"dead_letters.jsonl": folder.upload_file(Path(letters.name), "dead_letters.jsonl")}
+    letters, dead_letters = prepared_units.publish_letters(folder, staging, merged)
+    files = {"dead_letters.jsonl": letters}
     files["config.yaml"] = folder.write_bytes("config.yaml", config.to_yaml().encode())
     overlap = storage.read_json(storage.join(staging, "prepared", "decontamination.json"))
     files["decontamination.json"] = folder.write_json("decontamination.json", overlap)

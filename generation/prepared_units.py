@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -12,9 +12,10 @@ import pyarrow as pa
 from cluster import storage
 from cluster.config import Config, MixtureSource
 from cluster.errors import CappyError, UsageError
+from cluster.folder_writer import FolderWriter
 from cluster.lease import Lease
 from cluster.progress import Bar, log
-from generation import few_shot, reuse, units
+from generation import few_shot, reuse, shards, units
 from generation.few_shot import PreparationCounts
 from generation.reuse import Reused
 from generation.schema import PREPARED, PREPARED_WITH_REUSE, SPLITS
@@ -92,34 +93,25 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
     if storage.exists(record):
         earlier: PreparedUnits = storage.read_json(record)
         return earlier
-    failed = 0
     found = PreparationCounts()
     without = 0
     writer = UnitWriter(staging, PREPARED_WITH_REUSE if config.generate.reuse else PREPARED, SPLITS, config.generate.unit_rows, run_lease)
     counts = writer.counts
-    with (
-        reuse.reuse_candidates(config) as reusable,
-        dead_letter_file() as letters,
-        Bar(f"reading {describe_source(config)}", None, "instructions") as bar,
-    ):
-        evaluation = few_shot.load_contamination(config)
+
+    def rows_to_sample() -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
+        nonlocal without
         for each in few_shot.prepare_rows(config, evaluation, found):
-            if isinstance(each, DeadLetter):
-                letters.write(each.to_json() + "\n")
-                failed += 1
-                continue
-            split, row = each
-            if config.generate.reuse and row["answer_choices"] is None:
-                row["reused"] = reusable.find(row["id"])
-                if row["reused"] is None and config.generate.reuse_only:
+            if config.generate.reuse and not isinstance(each, DeadLetter) and each[1]["answer_choices"] is None:
+                each[1]["reused"] = reusable.find(each[1]["id"])
+                if each[1]["reused"] is None and config.generate.reuse_only:
                     without += 1
                     continue
-            if written := writer.add(split, row):
-                bar.advance(written, note=f"{failed} dead letters" if failed else "")
-        bar.advance(writer.finish())
-        letters.flush()
-        run_lease.check()
-        storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
+            yield each
+
+    with reuse.reuse_candidates(config) as reusable:
+        evaluation = few_shot.load_contamination(config)
+        bar = Bar(f"reading {describe_source(config)}", None, "instructions")
+        failed = write_rows(staging, writer, rows_to_sample(), bar, run_lease)
     check_error_rate(failed, failed + sum(counts.values()), config)
     check_splits(counts, found, evaluation.left_out, config)
     storage.write_json(storage.join(staging, "prepared", "decontamination.json"), evaluation.report())
@@ -152,6 +144,46 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
 def dead_letter_file() -> Any:
     """Open a local file that collects dead letters before the upload, because memory may not suffice for them."""
     return tempfile.NamedTemporaryFile("w+", prefix="cappy-dead-letters-", suffix=".jsonl", encoding="utf-8")
+
+
+def publish_letters(folder: FolderWriter, staging: str, names: Iterable[str]) -> tuple[dict[str, Any], int]:
+    """Write `dead_letters.jsonl` from the letters of the source and of the shards `names`; return its entry and the number of letters."""
+    count = 0
+    places = [storage.join(staging, "prepared", "dead_letters.jsonl"), *(shards.dead_letters_uri(staging, name) for name in names)]
+    with dead_letter_file() as letters:
+        for place in places:
+            text = storage.read_bytes(place).decode()
+            letters.write(text)
+            count += text.count("\n")
+        letters.flush()
+        return folder.upload_file(Path(letters.name), "dead_letters.jsonl"), count
+
+
+def write_rows(
+    staging: str, writer: UnitWriter, rows: Iterable[tuple[str, dict[str, Any]] | DeadLetter], bar: Bar, run_lease: Lease
+) -> int:
+    """Write rows as units, and the dead letters among them as one file; return the number of dead letters.
+
+    Args:
+        staging: URI of the staging folder.
+        writer: Writes the units.
+        rows: The rows of the source, each with its split, and the dead letters, in order.
+        bar: Shows the progress.
+        run_lease: Checked before the file of dead letters is written.
+    """
+    failed = 0
+    with dead_letter_file() as letters, bar:
+        for each in rows:
+            if isinstance(each, DeadLetter):
+                letters.write(each.to_json() + "\n")
+                failed += 1
+            elif written := writer.add(*each):
+                bar.advance(written, note=f"{failed} dead letters" if failed else "")
+        bar.advance(writer.finish())
+        letters.flush()
+        run_lease.check()
+        storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
+    return failed
 
 
 def describe_source(config: Config) -> str:

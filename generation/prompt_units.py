@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
@@ -18,7 +17,7 @@ from cluster.config import Config
 from cluster.lease import Lease
 from cluster.progress import Bar, log
 from generation.few_shot import Pools, prompt_columns
-from generation.prepared_units import UnitWriter, dead_letter_file, describe_source
+from generation.prepared_units import UnitWriter, describe_source, write_rows
 from generation.schema import PREPARED
 from generation.sources.merge import merge_rows
 from generation.sources.notes import Notes
@@ -88,26 +87,24 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedPrompts:
         return earlier
     writer = UnitWriter(staging, PROMPTS, (SPLIT,), config.generate.unit_rows, run_lease)
     columns, lengths = ColumnTypes(), ReferenceLengths()
-    failed = sampled = merged = 0
+    sampled = merged = 0
 
     def count_merged(count: int) -> None:
         nonlocal merged
         merged = count
 
-    with dead_letter_file() as letters, Bar(f"reading {describe_source(config)}", None, "instructions") as bar:
+    def counted_rows() -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
+        nonlocal sampled
         for each in _prepare_rows(config, lengths, count_merged):
             if isinstance(each, DeadLetter):
-                letters.write(each.to_json() + "\n")
-                failed += 1
-                continue
-            sampled += each["answer_choices"] is None
-            columns.add(each["own"])
-            if written := writer.add(SPLIT, each):
-                bar.advance(written, note=f"{failed} dead letters" if failed else "")
-        bar.advance(writer.finish())
-        letters.flush()
-        run_lease.check()
-        storage.upload_file(Path(letters.name), storage.join(staging, "prepared", "dead_letters.jsonl"))
+                yield each
+            else:
+                sampled += each["answer_choices"] is None
+                columns.add(each["own"])
+                yield SPLIT, each
+
+    bar = Bar(f"reading {describe_source(config)}", None, "instructions")
+    failed = write_rows(staging, writer, counted_rows(), bar, run_lease)
     result: PreparedPrompts = {
         "units": writer.units,
         "counts": writer.counts,

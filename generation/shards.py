@@ -22,7 +22,7 @@ from generation import dataset, units
 from generation.schema import DATASET, SPLITS
 
 # Shards of older versions have no run id in their names.
-_NAME = re.compile(rf"data/(?:{'|'.join((*SPLITS, 'answers'))})/part-\d{{5,}}(?:-([0-9a-f]{{8}}))?\.parquet")
+_NAME = re.compile(rf"data/(?:{'|'.join((*SPLITS, 'answers', 'scores'))})/part-\d{{5,}}(?:-([0-9a-f]{{8}}))?\.parquet")
 
 _SHARD_ROWS, _ROW_GROUP_ROWS = 100_000, 1024
 """Rows of a shard and of a row group that `write_rows` makes."""

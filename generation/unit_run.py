@@ -1,7 +1,7 @@
 """Drive the units of a run: claim the destination, admit units within the budget, stop on SIGTERM, show progress, merge the results.
 
-`generate` and `answer` use it. A run has a staging folder with `run.json`, its prepared units, and one object for each finished unit.
-Any interruption leaves finished units, and the same command resumes the run.
+`generate`, `answer` and `score` use it. A run has a staging folder with `run.json`, its prepared units, and one object for each finished
+unit. Any interruption leaves finished units, and the same command resumes the run.
 """
 
 from __future__ import annotations
@@ -76,26 +76,29 @@ class UnitRun:
     Args:
         title: the work on a unit, for the progress line.
         sampler: the settings with the cost limit.
-        total: instructions of the whole run.
-        done: instructions that earlier attempts finished.
+        total: rows of the whole run.
+        done: rows that earlier attempts finished.
         spent: dollars that earlier attempts spent.
         run_lease: checked at each result.
+        noun: name of the rows in progress lines and messages.
     """
 
-    def __init__(self, title: str, sampler: SamplerConfig, total: int, done: int, spent: float, run_lease: Lease) -> None:
+    def __init__(
+        self, title: str, sampler: SamplerConfig, total: int, done: int, spent: float, run_lease: Lease, noun: str = "instructions"
+    ) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.spent, self.dead_letters = spent, 0
         self._ceiling, self._lease, self._stack = engines.cost_limit(sampler), run_lease, ExitStack()
         self.done_before = done
-        """Instructions that earlier attempts finished."""
+        """Rows that earlier attempts finished."""
         # On the node of the driver: if the gate were on a worker node, the loss of that node would end the run.
         self.driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         """Schedules an actor or a task on the node of this process."""
         self.gate = ray.remote(num_cpus=0, scheduling_strategy=self.driver_node)(units.BudgetGate).remote(self._ceiling, spent)
         """The `BudgetGate` of the run, a Ray actor."""
-        self._bar = Bar(title, total, "instructions", done=done)
+        self._bar = Bar(title, total, noun, done=done)
 
     def __enter__(self) -> UnitRun:
         closing = on_sigterm("finishing the units in progress; run the same command again to resume", self.gate.close.remote)
@@ -108,7 +111,7 @@ class UnitRun:
 
     @property
     def new_rows(self) -> int:
-        """Return the number of instructions that this attempt finished."""
+        """Return the number of rows that this attempt finished."""
         return self._bar.done - self.done_before
 
     def results(self, plan: Any, paid: frozenset[str] = frozenset()) -> Iterator[Any]:
@@ -120,7 +123,7 @@ class UnitRun:
             yield result
 
     def advance(self, rows: int, **counts: int) -> None:
-        """Show `rows` more finished instructions; `counts` are shown as rates."""
+        """Show `rows` more finished rows; `counts` are shown as rates."""
         note = "  ".join([f"{self.dead_letters} dead letters"] * bool(self.dead_letters) + [f"${self.spent:,.4f}"] * bool(self.spent))
         self._bar.advance(rows, note=note, **counts)
 
@@ -128,7 +131,7 @@ class UnitRun:
         """Raise `Stopped` after SIGTERM, and `CappyError` if the next unit could exceed the cost limit."""
         import ray
 
-        state = f"{self._bar.done:,} of {self._bar.total:,} instructions are finished and saved"
+        state = f"{self._bar.done:,} of {self._bar.total:,} {self._bar.unit} are finished and saved"
         if self._stop_requested.is_set():
             raise Stopped(f"stopped on SIGTERM; {state}; run the same command again to resume")
         if ray.get(self.gate.exhausted.remote()):

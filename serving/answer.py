@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -295,15 +294,8 @@ def _publish(
     if not total("answers"):
         raise CappyError(f"{uri}: every row failed, so nothing is published; the reasons are in {staging}; fix the source or sampler.*")
     folder = folder_writer.FolderWriter(uri, run_lease.check)
-    dead_letters = 0
-    places = [storage.join(staging, "prepared", "dead_letters.jsonl"), *(shards.dead_letters_uri(staging, name) for name in merged)]
-    with prepared_units.dead_letter_file() as letters:
-        for place in places:
-            text = storage.read_bytes(place).decode()
-            letters.write(text)
-            dead_letters += text.count("\n")
-        letters.flush()
-        files = {"dead_letters.jsonl": folder.upload_file(Path(letters.name), "dead_letters.jsonl")}
+    letters, dead_letters = prepared_units.publish_letters(folder, staging, merged)
+    files = {"dead_letters.jsonl": letters}
     files["config.yaml"] = folder.write_bytes("config.yaml", config.to_yaml().encode())
     files |= {name: shard["entry"] for name, shard in merged.items()}
     selected = sorted({name for shard in merged.values() for name in shard["counts"] if name.startswith("by:")})

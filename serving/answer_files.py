@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
@@ -11,6 +10,7 @@ import pyarrow as pa
 import yaml
 
 from generation import shards, units
+from serving import own_columns
 from serving.answer_rows import ANSWER_COLUMNS, ROW_COLUMNS, SCORED
 
 WORKING_FILES = (
@@ -28,8 +28,6 @@ WORKING_FILES = (
 RESULT_FILES = (r"config\.yaml|README\.md|dead_letters\.jsonl",)
 """Patterns of the other files of published answers, except the manifest."""
 
-_OWN_PREFIX = "source_"
-_TYPES = {"bool": pa.bool_(), "int64": pa.int64(), "double": pa.float64(), "string": pa.string(), "json": pa.string()}
 _COLUMNS = {
     "id": "32 hex digits, a hash of the row",
     "dataset": "the dataset of the row",
@@ -68,20 +66,12 @@ class AnsweredShard(TypedDict):
 def own_names(columns: Mapping[str, str]) -> dict[str, str]:
     """Return the published names of the own columns of the rows. A name that an answer has already gets the prefix `source_`."""
     taken = {field.name for field in (*ROW_COLUMNS, *ANSWER_COLUMNS)} | {"candidates"}
-    names: dict[str, str] = {}
-    for name in columns:
-        published = name
-        while published in taken:
-            published = f"{_OWN_PREFIX}{published}"
-        taken.add(published)
-        names[name] = published
-    return names
+    return own_columns.published_names(columns, taken)
 
 
 def answer_schema(columns: Mapping[str, str], keep_candidates: bool) -> pa.Schema:
     """Return the columns of published answers. `columns` are the types of the own columns; see `prompt_units.ColumnTypes`."""
-    published = own_names(columns)
-    own = [pa.field(published[name], _TYPES[kind]) for name, kind in columns.items()]
+    own = own_columns.fields(columns, own_names(columns))
     return pa.schema([*ROW_COLUMNS, *own, *ANSWER_COLUMNS, *([pa.field("candidates", SCORED)] if keep_candidates else [])])
 
 
@@ -129,24 +119,13 @@ def write_answers(
                 if row["score"] is not None:
                     score_sum += row["score"]
                     scored += 1
-            published = [_publish_row(row, columns, names) for row in sorted(rows, key=lambda row: int(row["position"]))]
+            ordered = sorted(rows, key=lambda row: int(row["position"]))
+            published = [{**row, **own_columns.values(row["own"], columns, names)} for row in ordered]
             yield pa.Table.from_pylist(published, schema)
 
     entry = shards.write_tables(read_groups(), schema, target, row_group_rows, check)
     shards.write_letters(staging, target, letters)
     return {"entry": entry, "letters": len(letters), "counts": dict(counts), "cost": cost, "score_sum": score_sum, "scored": scored}
-
-
-def _publish_row(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return a row with its own columns instead of their JSON."""
-    own = json.loads(row["own"]) if row["own"] else {}
-    return {**row, **{names[name]: _as_type(own.get(name), kind) for name, kind in columns.items()}}
-
-
-def _as_type(value: Any, kind: str) -> Any:
-    if value is None:
-        return None
-    return json.dumps(value, ensure_ascii=False) if kind == "json" else float(value) if kind == "double" else value
 
 
 def render_card(manifest: Mapping[str, Any]) -> str:

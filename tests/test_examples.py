@@ -66,6 +66,12 @@ def test_score_and_rerank_ranks_every_candidate(clone: Path, own_jsonl: str):
     assert f"best     {ranked[0][1]!r}" in output and "kept     2 of 4 pairs" in output
 
 
+def test_filter_pairs_keeps_the_best_response_of_each_instruction(clone: Path):
+    output = run(clone, "examples/filter_pairs.py")
+    assert "scored   96 pairs, kept 48" in output and "export   48 rows" in output
+    assert published(clone / "runs/examples/best") and published(clone / "runs/examples/sft")
+
+
 def test_adapt_and_serve_answers_with_a_scorer_of_the_task(clone: Path, own_jsonl: str):
     output = run(clone, "examples/adapt_and_serve.py")
     for task in TASKS:

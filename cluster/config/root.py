@@ -12,6 +12,7 @@ from cluster.config.base import DEFAULT_SCORER, ExtendedSection
 from cluster.config.evaluation import EvaluationConfig
 from cluster.config.generation import GenerateConfig, PlanConfig
 from cluster.config.sampler import SamplerConfig
+from cluster.config.score import ScoreConfig
 from cluster.config.serving import ServingConfig
 from cluster.config.sources import BigBenchSource, DecontaminationConfig, Source
 from cluster.config.suite import SuiteConfig
@@ -22,7 +23,7 @@ from cluster.redaction import redact_tree
 class Config(ExtendedSection):
     """All settings of a run. Each verb finds the output of the other verbs below `workspace`."""
 
-    added: ClassVar = ("suite", "answer", "answers_path")
+    added: ClassVar = ("suite", "answer", "answers_path", "score")
 
     workspace: str = Field("runs/default", min_length=1)
     """Folder or s3:// prefix of the outputs. Each verb writes to its own folder below it."""
@@ -60,6 +61,8 @@ class Config(ExtendedSection):
     """The server."""
     answer: AnswerConfig = AnswerConfig()
     """Batch answers."""
+    score: ScoreConfig = ScoreConfig()
+    """Scores of given pairs."""
     suite: SuiteConfig | None = None
     """An evaluation over many tasks, for `cappy evaluate`; null evaluates the rows of one set."""
 

@@ -238,10 +238,10 @@ def _raw_rows(
         for note in found.notes(_setting(source)):
             notes.log(note)
     for file in found.files:
-        yield file, map(partial(_with_columns, file.columns), files.read_rows(file.uri, columns))
+        yield file, map(partial(with_columns, file.columns), files.read_rows(file.uri, columns))
 
 
-def _with_columns(columns: Mapping[str, str | None], located: tuple[str, Any]) -> tuple[str, Any]:
+def with_columns(columns: Mapping[str, str | None], located: tuple[str, Any]) -> tuple[str, Any]:
     """Return the location and the row with the columns in the folder names of its file; those of the row itself take precedence."""
     location, row = located
     return location, type(row)({**columns, **row}) if columns and isinstance(row, dict) else row

@@ -1,4 +1,4 @@
-"""A scorer without weights for tests of `answer`: a score depends on the pair alone."""
+"""A scorer without weights for tests of `answer` and `score`: a score depends on the pair alone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ def score_of(instruction: str, response: str) -> float:
 class NumberScorer:
     """Scores pairs with `score_of`. A pair with "NO SCORE" raises an error.
 
-    `kill` is a folder: the first `kills` calls end their process there.
+    `kill` is a folder: the first `kills` calls end their process there. `log` is a file that gets a line for each scored pair.
     """
 
-    def __init__(self, kill: str | None = None, kills: int = 0, delay_s: float = 0.0) -> None:
+    def __init__(
+        self, kill: str | None = None, kills: int = 0, delay_s: float = 0.0, log: str | None = None, dtype: str = "float32"
+    ) -> None:
+        self.dtype, self.log = dtype, log
         self.kill, self.kills, self.delay_s = kill, kills, delay_s
 
     def score(self, instructions, responses):
@@ -35,6 +38,9 @@ class NumberScorer:
                 os._exit(1)
         if any("NO SCORE" in text for text in instructions):
             raise RuntimeError("out of memory")
+        if self.log:
+            with Path(self.log).open("a") as log:
+                log.writelines(f"{instruction}\t{response}\n" for instruction, response in zip(instructions, responses, strict=True))
         return np.array([score_of(*pair) for pair in zip(instructions, responses, strict=True)], np.float32)
 
 
