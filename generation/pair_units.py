@@ -101,30 +101,31 @@ def read_pairs(source: str, columns: Columns = pair_rows.FIND) -> Iterator[Pair 
         raise UsageError(f"SRC={source}: no row can be scored; each needs a prompt and a response: {pair_rows.NAMES}; {reason}")
 
 
+def find_files(source: str) -> tuple[list[folders.DataFile], Mapping[str, Any] | None]:
+    """Return the data files of a source, and the manifest if the source is a published folder.
+
+    Raises `UsageError` if there is no data file.
+    """
+    if storage.split_glob(source)[1] or not storage.exists(storage.join(source, artifacts.MANIFEST)):
+        return folders.find(source, "SRC").files, None
+    manifest = artifacts.read_any_manifest(source, "SRC")
+    names = [name for name in sorted(manifest["files"]) if name.startswith("data/") and folders.file_format(name)[0]]
+    if not names:
+        raise UsageError(f"SRC={source} holds a {manifest['kind']} without pairs; give a regression set, answers, scores or an export")
+    return [folders.DataFile(storage.join(source, name), name) for name in names], manifest
+
+
 def _raw_rows(source: str, columns: Columns) -> Iterator[tuple[str, Any, Columns]]:
     """Yield the location of each raw row, the row, and the columns with its texts."""
-    manifest = None
-    if not storage.split_glob(source)[1] and storage.exists(storage.join(source, artifacts.MANIFEST)):
-        manifest = artifacts.read_any_manifest(source, "SRC")
-    if manifest is None:
-        found = folders.find(source, "SRC").files
-    else:
-        found = _published_files(source, manifest)
-        # A published instruction has its context already.
-        if manifest["kind"] != "export" and columns == pair_rows.FIND:
-            columns = pair_rows.PUBLISHED
+    found, manifest = find_files(source)
+    # A published instruction has its context already.
+    if manifest is not None and manifest["kind"] != "export" and columns == pair_rows.FIND:
+        columns = pair_rows.PUBLISHED
     for file in found:
         if manifest is not None:
             _verify(source, file.uri.removeprefix(f"{source}/"), manifest["files"])
         for where, raw in formats.parse_lists(files.read_rows(file.uri)):
             yield (*reader.with_columns(file.columns, (where, raw)), columns)
-
-
-def _published_files(source: str, manifest: Mapping[str, Any]) -> list[folders.DataFile]:
-    names = [name for name in sorted(manifest["files"]) if name.startswith("data/") and folders.file_format(name)[0]]
-    if not names:
-        raise UsageError(f"SRC={source} holds a {manifest['kind']} without pairs; give a regression set, answers, scores or an export")
-    return [folders.DataFile(storage.join(source, name), name) for name in names]
 
 
 def _verify(source: str, name: str, entries: Mapping[str, Any]) -> None:

@@ -56,6 +56,8 @@ def run_score(
     start = time.monotonic()
     source, uri = storage.check_uri(src, "SRC"), storage.check_uri(dst, "DST")
     _refuse_inside_source(source, uri)
+    if not storage.exists(storage.join(uri, "_staging", "prepared.json")):
+        pair_units.find_files(source)  # an error here leaves no trace at the destination
     unit_run.refuse_destination(uri, "DST", _OWNED, overwrite=overwrite)
     config = with_default_scorer(config, "score")
     check_scorer(config)
@@ -158,6 +160,7 @@ class _Run:
         self.lease.check()
         options, kept = self.config.score, None
         if options.top_per_instruction is not None:
+            log(f"ranking {self.prepared['rows']:,} scores by instruction")
             kept = score_ranking.best_rows(self.staging, self.names, options.unit_rows, self.prepared["rows"], options.top_per_instruction)
         sizes = storage.list_files(storage.join(self.staging, "prepared"))
         of_unit = {name: sizes.get(f"{name}.parquet", 0) for name in self.names}

@@ -59,6 +59,8 @@ def test_help_lists_all_verbs_and_each_has_a_help_page():
         (["push", "/none/w", "/none/v"], 1, "SRC=/none/w has no readable _MANIFEST.json"),
         (["export", "/none/w", "/none/v", "--as", "dpo"], 1, "SRC=/none/w has no readable _MANIFEST.json"),
         (["export", "/none/w", "/none/v", "--as", "csv"], 2, "--as=csv: no such format; choose one of sft, dpo, reward, kto, chat, pairs"),
+        (["score", "/none/w.jsonl", "/none/v"], 2, "SRC=/none/w.jsonl: found no .jsonl, .ndjson, .json, .csv, .parquet (or .gz) file"),
+        (["score", "a", "b", "--set", "score.keep_above=high"], 2, "score.keep_above='high': Input should be a valid number"),
         (["pull", "ftp://x/y"], 2, "SRC=ftp://x/y: unsupported scheme; use a local path or s3://"),
         (["inspect", "/none/w"], 1, "URI=/none/w has no readable _MANIFEST.json"),
         (["generate", "--address", "127.0.0.1:1"], 2, "--address=127.0.0.1:1: give the cluster's dashboard, e.g. http://127.0.0.1:8265"),
