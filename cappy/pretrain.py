@@ -2,8 +2,8 @@
 
     python -m cappy.pretrain [--held-out] [--out FOLDER] [--set KEY=VALUE ...]
 
-The steps, with `cappy/configs/cappy-minilm.yaml`: generate the set, train the scorer, fit its selection on the validation rows, pack
-it into `cluster/packaged/cappy-minilm`, and write its card. Finished steps are kept, and the same command resumes an interrupted one.
+The steps, with `cappy/configs/cappy-minilm.yaml`: generate the set, train the scorer and fit its selection, pack it into
+`cluster/packaged/cappy-minilm`, and write its card. Finished steps are kept, and the same command resumes an interrupted one.
 
 `--held-out` makes a twin instead, in `{workspace}/held-out`: the same set without the datasets of `HELD_OUT` in training. It is
 evaluated on their rows, so the figures are of tasks without training. This run does not pack a scorer.
@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from cluster import artifacts, packed_scorer, storage
 from cluster.config import DEFAULT_SCORER, Config, load
@@ -37,7 +36,6 @@ HELD_OUT = (
     "paws_labeled_final",
 )
 """The datasets of the twin's evaluation, chosen before the first run: the kinds of tasks in T0's mixture, short enough for 192 tokens."""
-_COLUMNS = ["dataset", "instruction", "candidates"]
 
 
 def make_scorer(config: Config, out: Path, max_mb: float = 10.0) -> dict[str, Any]:
@@ -47,9 +45,6 @@ def make_scorer(config: Config, out: Path, max_mb: float = 10.0) -> dict[str, An
     _run("generate", config, config.dataset_uri)
     _run("train", config, config.scorer_uri)
     packed = pack.pack_scorer(config.scorer_uri, out, max_mb, config.dataset_uri, config.scorer.encoder)
-    fitted = fit_selection(config)
-    if fitted is not None:
-        (out / "selection.json").write_text(fitted, encoding="utf-8")
     card = (out / "README.md").read_text(encoding="utf-8")
     manifest = artifacts.read_manifest(config.dataset_uri, "dataset", "generate")
     (out / "README.md").write_text(card.rstrip() + "\n" + render_training(config, dict(manifest)), encoding="utf-8")
@@ -79,37 +74,27 @@ def held_out_rows(source: RegressionSet) -> dict[str, bool]:
     return {row["id"]: row["dataset"] in HELD_OUT for row in rows}
 
 
-def fit_selection(config: Config) -> str | None:
-    """Return the content of `selection.json`, fitted on the validation rows, which the scorer has not seen; None without such rows."""
-    from training import selection, selection_fit
-    from training.cross_fit import score_candidates
-    from training.scorer import Scorer
-
-    opened = RegressionSet(config.dataset_uri)
-    tables = list(opened.batches("validation", columns=_COLUMNS))
-    if not tables:
-        return None
-    rows = pa.concat_tables(tables)
-    scores = score_candidates(rows, Scorer.load(config.scorer_uri, dtype=config.scorer.dtype).score)
-    fitted = selection_fit.fit_on_rows(rows, scores, config.generate.label, made={"rows_of": "validation rows of the pretraining set"})
-    return None if fitted is None else selection.to_text(fitted.selection)
-
-
 def render_training(config: Config, manifest: dict[str, Any]) -> str:
     """Return the part of the card about data, seed, command and limits. `manifest` is that of the set."""
     summary = manifest["summary"]
-    datasets = ", ".join(sorted(summary["datasets"]))
+    datasets = textwrap.fill(", ".join(sorted(summary["datasets"])), 120)
     sources = ", ".join(f"{count:,} {name}" for name, count in summary["sources"].items())
     return f"""
 ## Data, command and limits
 
-- data: {summary["instructions"]:,} instructions and {summary["pairs"]:,} pairs ({sources}) of T0's training mixture: {datasets}
+- data: {summary["instructions"]:,} instructions and {summary["pairs"]:,} pairs ({sources}) of T0's training mixture
 - sampled candidates: `{config.sampler.model}`, raw prompts with {config.sampler.prompt.shots} examples
 - seed: {config.seed}
 - command: `python -m cappy.pretrain`, with `cappy/configs/{CONFIG}.yaml`
-- selection: `selection.json` is fitted on the validation rows of the set, so figures on these rows are not reports of it
+- selection: fitted on {config.training.selection_share:.0%} of the train instructions, which the training left out
 - limits: English; instructions of up to {config.scorer.max_length} tokens together with the response; a small encoder with little
   knowledge of facts. The score is not a probability. `--held-out` measures tasks that the training did not have.
+
+The datasets:
+
+```text
+{datasets}
+```
 """
 
 

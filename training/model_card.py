@@ -122,6 +122,7 @@ number is the raw logit, without a sigmoid. Among several responses of an LLM, t
 
 ```python
 from training.scorer import Scorer
+
 scorer = Scorer.load("{summary["uri"]}")
 scorer.best("Translate to French: cat", ["chien", "chat"]).response
 ```
@@ -215,6 +216,7 @@ adapted from `{base["name"]}` on instructions of this task.
 
 ```python
 from training.scorer import Scorer
+
 scorer = Scorer.load("{result["uri"]}")
 ```
 

@@ -185,7 +185,8 @@ def _correct_bias(original: Scorer, packed: Scorer, delta: dict[str, np.ndarray]
 def _round(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round each column to int8; return the integers and the scale of each column."""
     scales = np.abs(columns).max(axis=0, initial=0.0).clip(min=np.finfo(np.float32).tiny) / 127
-    return np.rint(columns / scales).astype(np.int8), scales
+    # safetensors writes the memory of an array as it is, so the rows must follow each other there.
+    return np.ascontiguousarray(np.rint(columns / scales), np.int8), scales
 
 
 def _decompose(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
