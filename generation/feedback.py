@@ -148,8 +148,10 @@ def _label_answers(uri: str, given: Mapping[Answer, Feedback], letters: list[Dea
                 continue
             sampled = [each for each in row["candidates"] or () if each["response"].strip()]
             candidates = _rate(sampled, feedback, row["llm"]) if feedback.ratings else _compare(row, sampled, feedback, config)
+            unknown = set(feedback.ratings) - {None} - {each["response"] for each in sampled}
+            if unknown or not candidates:
+                letters.append(dead_letter(feedback.where, "a rated response is not a candidate of the answer", {"id": row["id"]}))
             if not candidates:
-                letters.append(dead_letter(feedback.where, "the rated response is not a candidate of the answer", {"id": row["id"]}))
                 continue
             instruction = Instruction(feedback.dataset, None, "", row["instruction"], tuple(feedback.references))
             made = rows.setdefault(

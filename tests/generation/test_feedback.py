@@ -118,7 +118,7 @@ def test_answers_to_one_instruction_are_one_row(tmp_path):
         ({"id": "chatcmpl-1", "rating": "good"}, "rating='good' is not a number"),
         ({"id": "chatcmpl-1", "reference": " "}, "reference is empty or not a text"),
         ({"id": "chatcmpl-99", "rating": 1}, "the log has no answer with this id and prompt"),
-        ({"id": "chatcmpl-1", "rating": 1, "response": "a dog"}, "the rated response is not a candidate of the answer"),
+        ({"id": "chatcmpl-1", "rating": 1, "response": "a dog"}, "a rated response is not a candidate of the answer"),
         (["a list"], "no id; give the id of the answer as a text"),
     ],
 )
@@ -129,6 +129,13 @@ def test_feedback_that_cannot_be_used_is_a_dead_letter_and_alone_an_error(tmp_pa
     annotate(tmp_path, log, row, {"id": "chatcmpl-2", "rating": 1})
     (letter,) = (tmp_path / "set" / "dead_letters.jsonl").read_text().splitlines()
     assert reason in json.loads(letter)["reason"] and "feedback.jsonl:1" in json.loads(letter)["where"]
+
+
+def test_the_rating_of_an_unknown_response_is_a_dead_letter_beside_those_of_known_ones(tmp_path, log):
+    annotate(tmp_path, log, *({"id": "chatcmpl-1", "rating": rating, "response": text} for text, rating in (("a cat", 1), ("a dog", 0))))
+    assert [(each["response"], each["label"]) for row in read(tmp_path).values() for each in row["candidates"]] == [("a cat", 1.0)]
+    (letter,) = (tmp_path / "set" / "dead_letters.jsonl").read_text().splitlines()
+    assert "a rated response is not a candidate of the answer" in json.loads(letter)["reason"]
 
 
 def test_references_beside_ratings_and_a_used_destination_are_refused(tmp_path, log):
