@@ -53,7 +53,7 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
         unit_run.hold_destination(uri, "dataset", _OWNED, overwrite=overwrite) as run_lease,
     ):
         staging = storage.join(uri, "_staging")
-        _claim_destination(staging, config)
+        settings = _claim_destination(staging, config)
         prepared = prepared_units.prepare(staging, config, run_lease)
         prepared_units.warn_about_labels(prepared, config)
         stages = {"reading": time.monotonic() - start}
@@ -63,7 +63,7 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
                 stages["sampling"] = time.monotonic() - start - sum(stages.values())
                 merged = _merge(uri, staging, prepared, config, run_lease)
                 stages["merging"] = time.monotonic() - start - sum(stages.values())
-            summary = _publish(uri, staging, prepared, merged, rates, config, stages, run_lease)
+            summary = _publish(uri, staging, prepared, merged, rates, config, settings, stages, run_lease)
         except LeaseLost:
             shards.remove_own(uri, run_lease.run)
             raise
@@ -94,9 +94,9 @@ def read_files(config: Config) -> dict[str, str]:
     return {**source_files(config.source), **listed}
 
 
-def _claim_destination(staging: str, config: Config) -> None:
-    """Record the settings of the run, or check them against the record of an earlier attempt."""
-    unit_run.claim_destination(staging, result_settings(config), "dataset")
+def _claim_destination(staging: str, config: Config) -> Mapping[str, Any]:
+    """Record the settings of the run, or check them against the record of an earlier attempt; return them."""
+    return unit_run.claim_destination(staging, result_settings(config), "dataset")
 
 
 def _sample(
@@ -184,12 +184,14 @@ def _publish(
     merged: dict[str, MergedShard],
     rates: dict[str, Any],
     config: Config,
+    settings: Mapping[str, Any],
     stages: dict[str, float],
     run_lease: Lease,
 ) -> dict[str, Any]:
     """Write the files beside the shards, then the manifest; return the summary of the set.
 
-    `stages` has the seconds of each stage; they include the start of Ray and of the LLM.
+    `settings` are those of `result_settings` when the rows were prepared. `stages` has the seconds of each stage; they include the start
+    of Ray and of the LLM.
     """
     counts: dict[str, Any] = {}
     total: dict[str, Any] = {}
@@ -233,7 +235,7 @@ def _publish(
         cost={"dollars": round(sum(shard["cost"] for shard in merged.values()), 6)},
         schema={field.name: str(field.type) for field in DATASET},
         metric=labels.describe_metric(config.generate.label),
-        lineage=result_settings(config),
+        lineage=dict(settings),
         **facts,
         summary=summary,
         config=config,

@@ -48,26 +48,32 @@ def refuse_destination(uri: str, setting: str, owned: OwnedFiles, *, overwrite: 
     artifacts.refuse_foreign(uri, setting, owned, overwrite=overwrite)
 
 
-def claim_destination(staging: str, settings: Mapping[str, Any], setting: str) -> None:
-    """Record the settings that decide the result of the run, or compare them with the record of an earlier attempt.
+def claim_destination(staging: str, settings: Mapping[str, Any], setting: str) -> Mapping[str, Any]:
+    """Record the settings that decide the result of the run, or compare them with the record of an earlier attempt; return them.
+
+    `inputs` among them has the versions of the published folders that the run reads, by setting. Once the rows are prepared they are not
+    read again. So an input that is gone since then keeps its recorded version.
 
     `setting` names the destination in errors. Raises `UsageError` if the destination was started with other settings.
     """
     record = storage.join(staging, "run.json")
-    mark = fingerprint(settings)
-    if storage.create_json(record, {"fingerprint": mark, "settings": settings}):
-        return
+    if storage.create_json(record, {"fingerprint": fingerprint(settings), "settings": settings}):
+        return settings
     started = storage.read_json(record)
-    if started["fingerprint"] != mark:
-        # Without prepared.json there is no work to lose: for example, the source of the earlier attempt could not be read.
-        if not storage.exists(storage.join(staging, "prepared.json")):
-            storage.write_json(record, {"fingerprint": mark, "settings": settings})
-            return
+    # Without prepared.json there is no work to lose: for example, the source of the earlier attempt could not be read.
+    if not storage.exists(storage.join(staging, "prepared.json")):
+        storage.write_json(record, {"fingerprint": fingerprint(settings), "settings": settings})
+        return settings
+    without = {name: value for name, value in settings.items() if name != "inputs"}
+    recorded = started["settings"].get("inputs")
+    settings = without if recorded is None else {**without, "inputs": {**recorded, **settings.get("inputs", {})}}
+    if started["fingerprint"] != fingerprint(settings):
         changes = "; ".join(differences(started["settings"], settings))
         raise UsageError(
             f"{setting}={staging.removesuffix('/_staging')} was started with other settings ({changes}); "
             f"use the same settings to resume, choose another {setting}, or start again with --overwrite"
         )
+    return settings
 
 
 class UnitRun:

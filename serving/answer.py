@@ -66,7 +66,7 @@ def run_answer(
     with unit_run.hold_destination(uri, "answers_path", _OWNED, overwrite=overwrite) as run_lease:
         staging = storage.join(uri, "_staging")
         settings = result_settings(config)
-        unit_run.claim_destination(staging, settings, "answers_path")
+        settings = dict(unit_run.claim_destination(staging, settings, "answers_path"))
         prepared = prompt_units.prepare(staging, config, run_lease)
         prepared_units.check_error_rate(prepared["dead_letters"], prepared["dead_letters"] + prepared["rows"], config, uri)
         stages = {"reading": time.monotonic() - start}
