@@ -52,7 +52,7 @@ def claim_destination(staging: str, settings: Mapping[str, Any], setting: str) -
     """Record the settings that decide the result of the run, or compare them with the record of an earlier attempt; return them.
 
     `inputs` among them has the versions of the published folders that the run reads, by setting. Once the rows are prepared they are not
-    read again. So an input that is gone since then keeps its recorded version.
+    read again. So an input that no longer exists keeps its recorded version.
 
     `setting` names the destination in errors. Raises `UsageError` if the destination was started with other settings.
     """
