@@ -35,6 +35,7 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("adaptive", "adaptive sampling against fixed numbers of candidates: quality and cost", 15),
     Benchmark("answer", "`cappy answer` against vLLM driven directly: candidates/s", 12),
+    Benchmark("answer_quality", "answers of hidden references against greedy, consensus and likelihood: Rouge-L", 8),
     Benchmark("batching", "a batch for each core against one batch on all cores: latency", 4, ("--turns", "1", "--seconds", "15")),
     Benchmark("gate", "rules of the gate of `cappy adapt`, simulated: wrong decisions and their cost", 0.2, ()),
     Benchmark("consensus", "the consensus of a pool against a loop over `rouge_score`: ms a pool", 1, ("--pools", "50")),
