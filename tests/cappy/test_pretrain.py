@@ -50,7 +50,7 @@ def config(tmp_path):
         f"workspace={tmp_path}/run",
         f"source={{kind: files, path: '{tmp_path}/rows.jsonl', validation_fraction: 0.3}}",
         f"scorer={{encoder: '{tmp_path}/encoder', max_length: 32}}",
-        "training={epochs: 1, batch_size: 16, window: 64, blend_rows: 0}",
+        "training={epochs: 1, batch_size: 16, window: 64, blend_rows: 0, selection_share: 0.5}",
         "evaluation.resamples=100",
     ]
     sampled = load(pretrain.CONFIG, [*settings, f"workspace={tmp_path}/sampled", "generate.reuse=[]", "generate.reuse_only=false"])
