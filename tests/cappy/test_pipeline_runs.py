@@ -21,7 +21,7 @@ from generation.dataset import RegressionSet
 from tests.cappy.pipeline_driver import run_step
 from tests.training.conftest import encoder, one_thread  # noqa: F401
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = """
 settings:
@@ -95,7 +95,6 @@ def versions(workspace: Path) -> dict[str, str]:
     return {path.parent.name: storage.read_json(str(path))["writer"] for path in workspace.glob("*/_MANIFEST.json")}
 
 
-@pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_a_driver_that_is_killed_at_each_step_ends_with_the_same_outputs_and_a_change_redoes_only_its_dependents(
     tmp_path,
