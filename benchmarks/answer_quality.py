@@ -47,7 +47,7 @@ def hide_references(rows: Sequence[Instruction], per_task: int) -> tuple[list[di
     lines, hidden = [], {}
     for task, members in tasks.items():
         for number, row in enumerate(members[: _EXAMPLES + per_task]):
-            line = {"dataset": task, "instruction": row.instruction, "key": f"{task}-{number}"}
+            line: dict[str, Any] = {"dataset": task, "instruction": row.instruction, "key": f"{task}-{number}"}
             if number < _EXAMPLES:
                 line["references"] = list(row.references)
             else:
