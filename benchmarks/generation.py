@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from cluster.runtime import ray_session
 from generation import engines, few_shot, generate, units
 from generation.sampler import Sampler
 from generation.schema import PREPARED
+
+Measure = Callable[[Config, list[dict[str, Any]], Path], dict[str, float]]
 
 
 class Clock(units.BudgetGate):
@@ -43,12 +46,9 @@ class Clock(units.BudgetGate):
         self._end = time.time()
         super().release(unit, cost)
 
-    def seconds(self) -> float:
-        return self._end - self._start
-
-    def started_at(self) -> float:
-        """Return the time at which the first unit entered, in seconds since 1970."""
-        return self._start
+    def times(self) -> tuple[float, float]:
+        """Return the times at which the first unit entered and the last one left, in seconds since 1970."""
+        return self._start, self._end
 
 
 class Direct(Sampler):
@@ -64,20 +64,25 @@ class Direct(Sampler):
         return {"seconds": seconds, "candidates": len(drawn), "tokens": sum(each["tokens"] for each in drawn)}
 
 
+def write_units(folder: Path, split: str, rows: pa.Table, size: int) -> list[str]:
+    """Write prepared rows as units of `size` rows below a staging folder; return the names of the units."""
+    names = [f"{split}-{number:06d}" for number in range(-(-len(rows) // size))]
+    for number, name in enumerate(names):
+        units.write_unit(units.unit_uri(str(folder), "prepared", name), rows.slice(number * size, size))
+    return names
+
+
 def through_pipeline(config: Config, rows: list[dict[str, Any]], folder: Path) -> dict[str, float]:
     """Sample, label and save the rows as units; return seconds, candidates, tokens and pairs."""
     import ray
 
-    names = []
-    for number, start in enumerate(range(0, len(rows), config.generate.unit_rows)):
-        names.append(f"train-{number:06d}")
-        table = pa.Table.from_pylist(rows[start : start + config.generate.unit_rows], PREPARED)
-        units.write_unit(units.unit_uri(str(folder), "prepared", names[-1]), table)
+    names = write_units(folder, "train", pa.Table.from_pylist(rows, PREPARED), config.generate.unit_rows)
     gate = ray.remote(num_cpus=0)(Clock).remote()
     results = list(generate.build_plan(str(folder), names, config, engines.load_engine, gate).iter_rows())
     pairs = sum(len(row) for name in names for row in units.read_unit(units.unit_uri(str(folder), "units", name))["candidates"].to_pylist())
     totals = {key: sum(result[key] for result in results) for key in ("candidates", "tokens")}
-    return {"seconds": ray.get(gate.seconds.remote()), "pairs": pairs, **totals}
+    start, end = ray.get(gate.times.remote())
+    return {"seconds": end - start, "pairs": pairs, **totals}
 
 
 def directly(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -90,32 +95,46 @@ def directly(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
     return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def compare_with_engine(
+    description: str | None,
+    name: str,
+    config: Config,
+    measure: Callable[[Config, list[dict[str, Any]], Path], dict[str, float]],
+    **also: str,
+) -> int:
+    """Parse the arguments, measure a pipeline and the engine alone in turns, and print the ratio of their candidates per second.
+
+    Args:
+        description: The documentation of the benchmark; its first line is the help.
+        name: The name of the pipeline.
+        config: The settings. The rows are train rows of its source.
+        measure: Runs the pipeline on the rows, with a folder; returns `seconds`, `candidates`, `tokens` and other measurements.
+        also: Further figures by name: each is the median of this measurement per second of the pipeline.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", metavar="-", help="print the result as one JSON object on the last line")
     options = parser.parse_args()
-    config = load("demo")
     train = [each[1] for each in few_shot.prepare_rows(config) if isinstance(each, tuple) and each[0] == "train"]
     rows = train[:: max(1, len(train) // options.rows)][: options.rows]
-    turns: dict[str, list[dict[str, float]]] = {"pipeline": [], "direct": []}
+    turns: dict[str, list[dict[str, float]]] = {name: [], "direct": []}
     with ray_session(), tempfile.TemporaryDirectory(prefix="cappy-benchmark-") as folder:
         for turn in range(options.turns):
-            turns["pipeline"].append(through_pipeline(config, rows, Path(folder, str(turn))))
+            turns[name].append(measure(config, rows, Path(folder, str(turn))))
             turns["direct"].append(directly(config, rows))
-            said = ", ".join(f"{name} {each[-1]['candidates'] / each[-1]['seconds']:.1f} candidates/s" for name, each in turns.items())
+            said = ", ".join(f"{side} {each[-1]['candidates'] / each[-1]['seconds']:.1f} candidates/s" for side, each in turns.items())
             log(f"turn {turn + 1} of {options.turns}: {said}")
 
-    def median(name: str, key: str) -> float:
-        return statistics.median(each[key] / each["seconds"] for each in turns[name])
+    def median(side: str, key: str) -> float:
+        return statistics.median(each[key] / each["seconds"] for each in turns[side])
 
-    ours, theirs = median("pipeline", "candidates"), median("direct", "candidates")
+    ours, theirs = median(name, "candidates"), median("direct", "candidates")
     result = {
         "ratio": round(ours / theirs, 3),
         "candidates_per_second": round(ours, 2),
-        "tokens_per_second": round(median("pipeline", "tokens"), 1),
-        "pairs_per_second": round(median("pipeline", "pairs"), 2),
+        "tokens_per_second": round(median(name, "tokens"), 1),
+        **{figure: round(median(name, key), 3) for figure, key in also.items()},
         "direct_candidates_per_second": round(theirs, 2),
         "direct_tokens_per_second": round(median("direct", "tokens"), 1),
         "rows": len(rows),
@@ -123,12 +142,16 @@ def main() -> int:
         "unit_rows": config.generate.unit_rows,
     }
     print(
-        f"{len(rows)} instructions, {options.turns} turns each: pipeline {ours:.1f} candidates/s, engine alone {theirs:.1f}; "
-        f"ratio {result['ratio']}"
+        f"{len(rows)} instructions, {options.turns} turns each: {name} {ours:.1f} candidates/s, engine alone {theirs:.1f}; "
+        f"ratio {result['ratio']}" + "".join(f"; {figure} {result[figure]}" for figure in also)
     )
     if options.json:
         print(json.dumps(result))
     return 0
+
+
+def main() -> int:
+    return compare_with_engine(__doc__, "pipeline", load("demo"), through_pipeline, pairs_per_second="pairs")
 
 
 if __name__ == "__main__":

@@ -142,17 +142,21 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
 
 
 def _freeze_lower_layers(model: Any, count: int, encoder: str) -> None:
-    """Freeze the embeddings and the first `count` layers; with 0 nothing. Raises `UsageError` when the encoder has fewer layers."""
+    """Freeze the first `count` layers and all weights before them (the embeddings); with 0 nothing.
+
+    Raises `UsageError` when the encoder has fewer layers.
+    """
     if not count:
         return
     blocks = [(name, module) for name, module in model.base_model.named_modules() if isinstance(module, nn.ModuleList)]
     name, layers = max(blocks, key=lambda block: len(block[1]), default=("", ()))
     if count > len(layers):
         raise UsageError(f"training.frozen_layers={count} is above the {len(layers)} layers of scorer.encoder={encoder}; lower it")
-    below = {f"{name}.{number}" for number in range(count)}
-    for parameter_name, parameter in model.base_model.named_parameters():
-        if "embeddings" in parameter_name.split(".") or any(parameter_name.startswith(f"{layer}.") for layer in below):
-            parameter.requires_grad = False
+    names = [name for name, _ in model.base_model.named_parameters()]  # in the order of the forward pass
+    highest = f"{name}.{count - 1}."
+    last = max(number for number, each in enumerate(names) if each.startswith(highest))
+    for each in names[: last + 1]:
+        model.base_model.get_parameter(each).requires_grad = False
 
 
 @dataclass(frozen=True)

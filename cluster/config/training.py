@@ -92,10 +92,11 @@ class TrainingConfig(ExtendedSection):
     attention_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on attention probabilities. With 0, attention can use its fast kernels."""
     dropout: float | None = Field(None, ge=0, lt=1)
-    """Dropout on embeddings and hidden states. null keeps the value of the encoder, mostly 0.1. On a CPU, drawing it takes time."""
+    """Dropout on embeddings and hidden states. null keeps the value of the encoder, which is 0.1 for most. On a CPU, 0 saves
+    the time to draw random numbers."""
     frozen_layers: int = Field(0, ge=0)
-    """Number of lower layers of the encoder whose weights are not trained; above 0 the embeddings are not trained either. They take a third
-    of the time, and no memory for gradients and moments. 0 trains all weights. `adapt.method: lora` ignores it."""
+    """Number of lower layers of the encoder whose weights are not trained; above 0 the embeddings are not trained either. Frozen layers
+    need no backward pass, and no memory for gradients and moments. 0 trains all weights. `adapt.method: lora` ignores it."""
     window: int = Field(4096, ge=1)
     """Number of pairs that are shuffled, sorted by length and cut into steps together."""
     validate_every: int | None = Field(None, ge=1)
