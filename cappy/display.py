@@ -145,9 +145,13 @@ def show_inspection(result: dict[str, Any], console: Console) -> None:
 
 def _show_origin(result: dict[str, Any], console: Console) -> None:
     lineage, metric = result["lineage"], result["metric"]
-    decodings = ", ".join(f"{each['name']} x{each['n']}" for each in lineage["sampler"]["decodings"])
-    prompt = lineage["sampler"]["prompt"]
-    console.print(Text(f"model {lineage['sampler']['model']}; decodings {decodings}; prompt {prompt['form']}, {prompt['shots']} shots"))
+    sampler = lineage["sampler"]
+    if "log" in lineage:
+        made = f"from the log of served candidates {lineage['log']}"
+    else:
+        decodings = ", ".join(f"{each['name']} x{each['n']}" for each in sampler["decodings"])
+        made = f"decodings {decodings}; prompt {sampler['prompt']['form']}, {sampler['prompt']['shots']} shots"
+    console.print(Text(f"model {sampler['model']}; {made}"))
     mode = f"{metric['mode']} mode, " if metric["mode"] else ""
     console.print(Text(f"labels {metric['name']} ({mode}version {metric['version']})"))
     if "made_from" in result:

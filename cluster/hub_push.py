@@ -118,6 +118,12 @@ def _upload(source: str, place: hub.Repository, files: Mapping[str, Mapping[str,
         for batch in _batches(files):
             with _local_files(source, batch) as local:
                 added = {name: CommitOperationAdd(place.place(name), local[name]) for name in batch}
+                for name, addition in added.items():
+                    if addition.upload_info.sha256.hex() != files[name]["sha256"]:
+                        raise CappyError(
+                            f"{storage.join(source, name)} does not match its SHA-256; nothing is committed: repair the source "
+                            f"(`cappy inspect` checks it), then run the same command again to resume"
+                        )
                 with hub.one_line_errors(place, "DST"):
                     # An empty list of ignored files: the .gitignore of the repository must not leave files out.
                     api.preupload_lfs_files(
@@ -129,11 +135,6 @@ def _upload(source: str, place: hub.Repository, files: Mapping[str, Mapping[str,
                         gitignore_content="",
                     )
                 for name, addition in added.items():
-                    if addition.upload_info.sha256.hex() != files[name]["sha256"]:
-                        raise CappyError(
-                            f"{storage.join(source, name)} does not match its SHA-256; nothing is committed: repair the source "
-                            f"(`cappy inspect` checks it), then run the same command again to resume"
-                        )
                     if isinstance(addition.path_or_fileobj, str):  # a small text file, which is a part of the commit itself
                         addition.path_or_fileobj = local[name].read_bytes()
             additions += added.values()

@@ -121,7 +121,7 @@ def render_card(manifest: Mapping[str, Any]) -> str:
     summary, config, metric = manifest["summary"], manifest["config"], manifest["metric"]
     pairs = manifest["kind"] == "pairs"
     sampler = config["sampler"]
-    prompt = sampler["prompt"]
+    log = manifest.get("lineage", {}).get("log")
     rows = summary["pairs"] if pairs else summary["instructions"]
     license_ = config["generate"].get("license") or "unknown"
     header = {
@@ -145,17 +145,6 @@ def render_card(manifest: Mapping[str, Any]) -> str:
     by_dataset = markdown_table(("dataset", "instructions"), [(name, f"{count:,}") for name, count in datasets[:_MAX_DATASETS]])
     if len(datasets) > _MAX_DATASETS:
         by_dataset += f"\n\nand {len(datasets) - _MAX_DATASETS:,} more; `_MANIFEST.json` lists all."
-    decodings = markdown_table(
-        ("decoding", "n", "settings"),
-        [
-            (
-                each["name"],
-                str(each["n"]),
-                ", ".join(f"{key} {_format_setting(value)}" for key, value in each.items() if _is_worth_listing(key, value)),
-            )
-            for each in sampler["decodings"]
-        ],
-    )
     columns = markdown_table(
         ("column", "type", "description"), [(name, kind, _COLUMNS.get(name, "")) for name, kind in _column_types(manifest["schema"])]
     )
@@ -166,8 +155,7 @@ def render_card(manifest: Mapping[str, Any]) -> str:
 
 # {"Pairs of a" if pairs else "A"} Cappy regression set
 
-Instructions with labelled responses, to train a scorer (Cappy, arXiv 2311.06720). Correct responses have label 1 and wrong
-responses have label 0. The label of a response sampled from an LLM is its {_metric_name(metric)} against the references.
+Instructions with labelled responses, to train a scorer (Cappy, arXiv 2311.06720). {_labels_text(metric)}
 {"One row per pair" if pairs else "One row per instruction, with its candidates as a list"}: {size}.
 
 {counts}
@@ -194,12 +182,10 @@ SHA-256; `cappy inspect` verifies them.
 - by `{manifest["command"]}`, code {manifest["code_version"]}, {manifest["created"]}; `config.yaml` has every setting
 - instructions: {_describe_sources(config["source"])}
 - LLM: `{sampler["model"]}`
-- prompt: {prompt["form"]} form, {prompt["shots"]} shots{", with a system message" if prompt["system"] else ""}
-- labels: {_metric_name(metric)} ({metric["mode"]} mode, version {metric["version"]})
+{_log_line(log) if log else _prompt_line(sampler["prompt"])}- labels: {_metric_name(metric)} ({_mode(metric)}version {metric["version"]})
 - seed: {config["seed"]}
 {_merged_line(summary)}{_missing_lines(summary)}{_unseen_line(summary, metric)}{_sampling_lines(manifest)}{_made_from_line(manifest)}
-{decodings}
-
+{"" if log else _decodings_table(sampler["decodings"])}
 ## Instructions by dataset
 
 {by_dataset}
@@ -225,6 +211,29 @@ def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def _prompt_line(prompt: Mapping[str, Any]) -> str:
+    return f"- prompt: {prompt['form']} form, {prompt['shots']} shots{', with a system message' if prompt['system'] else ''}\n"
+
+
+def _log_line(log: str) -> str:
+    return (
+        f"- candidates: from the log of `cappy serve` in `{log}`. The prompt form and the settings of the decodings are unknown: requests\n"
+        f"  can change them, and the log has only the names of the decodings. The sampler in `config.yaml` is not that of the server\n"
+    )
+
+
+def _decodings_table(decodings: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            each["name"],
+            str(each["n"]),
+            ", ".join(f"{key} {_format_setting(value)}" for key, value in each.items() if _is_worth_listing(key, value)),
+        )
+        for each in decodings
+    ]
+    return markdown_table(("decoding", "n", "settings"), rows) + "\n"
+
+
 def _is_worth_listing(key: str, value: Any) -> bool:
     """Return whether the card lists a setting of a decoding: temperature always, other settings unless they are off."""
     if key == "temperature":
@@ -244,6 +253,19 @@ def _column_types(schema: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _metric_name(metric: Mapping[str, Any]) -> str:
     return {"rouge_l": "Rouge-L"}.get(metric["name"], str(metric["name"]))
+
+
+def _labels_text(metric: Mapping[str, Any]) -> str:
+    if metric["name"] == "rating":
+        return "The label of a response is\nits rating by users, in [0, 1]."
+    return (
+        "Correct responses have label 1 and wrong\n"
+        f"responses have label 0. The label of a response sampled from an LLM is its {_metric_name(metric)} against the references."
+    )
+
+
+def _mode(metric: Mapping[str, Any]) -> str:
+    return f"{metric['mode']} mode, " if metric["mode"] else ""
 
 
 def _loading_section(uri: str, split: str, pairs: bool) -> str:

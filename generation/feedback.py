@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from cluster import artifacts, folder_writer, lease, storage
-from cluster.config import Config, FilesSource
+from cluster.config import Config, FilesSource, LabelConfig
 from cluster.errors import CappyError, UsageError
 from cluster.progress import log
 from generation import dataset, dataset_card, labels, shards
@@ -66,7 +67,7 @@ def run_feedback(config: Config, *, src: str, dst: str, feedback: str, overwrite
     rated = any(each.ratings for each in given.values())
     if rated and any(each.references for each in given.values()):
         raise UsageError(f"--feedback={feedback} has references and ratings, and a set has labels of one kind; make two files and two sets")
-    rows = _label_answers(log_uri, given, letters, config)
+    rows = _label_answers(log_uri, given, letters, config.generate.label, rated=rated)
     if not rows:
         first = f" (first problem: {letters[0].where}: {letters[0].reason})" if letters else ""
         raise CappyError(f"SRC={src}: no answer there has usable feedback in --feedback={feedback}{first}; check the ids and the folder")
@@ -114,25 +115,34 @@ def _add(row: Any, where: str, given: dict[Answer, Feedback]) -> str | None:
     try:
         prompt = int(row.get("prompt") or 0)
         rating = None if row.get("rating") in (None, "") else float(row["rating"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return f"prompt={row.get('prompt')!r} or rating={row.get('rating')!r} is not a number"
-    references = [row["reference"]] if isinstance(row.get("reference"), str) else list(row.get("reference") or ())
+    given_references = row.get("reference")
+    references = given_references if isinstance(given_references, list) else [] if given_references is None else [given_references]
     if not all(isinstance(each, str) and each.strip() and is_encodable(each) for each in references):
         return "reference is empty or not a text; give a text or a list of texts"
+    for name in ("response", "dataset"):
+        if row.get(name) is not None and not (isinstance(row[name], str) and is_encodable(row[name])):
+            return f"{name} is not a text"
     if bool(references) == (rating is not None):
         return f"needs either reference or rating, and has {'both' if references else 'neither'}"
     if rating is not None and not 0 <= rating <= 1:
         return f"rating={rating:g} is outside [0, 1]"
     found = given.setdefault((row["id"], prompt), Feedback(where))
-    found.dataset = str(row.get("dataset") or found.dataset)
-    found.references += [text for each in references if (text := each.strip()) not in found.references]
+    found.dataset = row.get("dataset") or found.dataset
+    found.references = list(dict.fromkeys((*found.references, *(each.strip() for each in references))))
     if rating is not None:
         found.ratings.setdefault(row.get("response") or None, []).append(rating)
     return None
 
 
-def _label_answers(uri: str, given: Mapping[Answer, Feedback], letters: list[DeadLetter], config: Config) -> list[dict[str, Any]]:
-    """Return rows of a set for the answers with feedback; answers with the same instruction and references become one row."""
+def _label_answers(
+    uri: str, given: Mapping[Answer, Feedback], letters: list[DeadLetter], label: LabelConfig, *, rated: bool
+) -> list[dict[str, Any]]:
+    """Return rows of a set for the answers with feedback; answers with the same instruction and references become one row.
+
+    If such answers have the same response, its label is the mean of all its ratings.
+    """
     rows: dict[str, dict[str, Any]] = {}
     missing = dict(given)
     for file in files.find_data_files(uri, "SRC"):
@@ -147,10 +157,10 @@ def _label_answers(uri: str, given: Mapping[Answer, Feedback], letters: list[Dea
             if feedback is None:
                 continue
             sampled = [each for each in row["candidates"] or () if each["response"].strip()]
-            candidates = _rate(sampled, feedback, row["llm"]) if feedback.ratings else _compare(row, sampled, feedback, config)
-            unknown = set(feedback.ratings) - {None} - {each["response"] for each in sampled}
-            if unknown or not candidates:
+            known = {each["response"] for each in sampled} | {None for each in sampled if each["picked"] == 0}
+            if feedback.ratings.keys() - known:
                 letters.append(dead_letter(feedback.where, "a rated response is not a candidate of the answer", {"id": row["id"]}))
+            candidates = _rate(sampled, feedback, row["llm"]) if rated else _compare(row, sampled, feedback, label)
             if not candidates:
                 continue
             instruction = Instruction(feedback.dataset, None, "", row["instruction"], tuple(feedback.references))
@@ -163,30 +173,37 @@ def _label_answers(uri: str, given: Mapping[Answer, Feedback], letters: list[Dea
                     "instruction": row["instruction"],
                     "references": feedback.references,
                     "answer_choices": None,
-                    "candidates": [],
+                    "candidates": {},
                 },
             )
-            known = {(each["source"], each["response"]) for each in made["candidates"]}
-            made["candidates"] += [each for each in candidates if (each["source"], each["response"]) not in known]
+            for each in candidates:
+                same = made["candidates"].setdefault((each["source"], each["response"]), each)
+                if rated and same is not each:
+                    same["label"] += each["label"]
     letters += [dead_letter(each.where, "the log has no answer with this id and prompt", {"id": key[0]}) for key, each in missing.items()]
+    for made in rows.values():
+        made["candidates"] = list(made["candidates"].values())
+        for each in made["candidates"] if rated else ():
+            each["label"] = fmean(each["label"])
     return [rows[key] for key in sorted(rows)]
 
 
-def _compare(row: Mapping[str, Any], sampled: Iterable[Mapping[str, Any]], feedback: Feedback, config: Config) -> list[dict[str, Any]]:
+def _compare(row: Mapping[str, Any], sampled: Iterable[Mapping[str, Any]], feedback: Feedback, label: LabelConfig) -> list[dict[str, Any]]:
     """Return the references and the candidates with labels by the metric."""
     pool = [{name: each[name] for name in _SAMPLED} for each in sampled]
     prepared = {"instruction": row["instruction"], "references": feedback.references, "mismatched": [], "answer_choices": None}
-    return labels.assemble_candidates([{**prepared, "sampled": pool}], config.generate.label, row["llm"])[0]
+    return labels.assemble_candidates([{**prepared, "sampled": pool}], label, row["llm"])[0]
 
 
-def _rate(sampled: Iterable[Mapping[str, Any]], feedback: Feedback, llm: str) -> list[dict[str, Any]]:
-    """Return the rated candidates, each response once."""
+def _rate(sampled: Sequence[Mapping[str, Any]], feedback: Feedback, llm: str) -> list[dict[str, Any]]:
+    """Return the rated candidates, each response once, with the list of its ratings as `label`."""
+    first = next((each["response"] for each in sampled if each["picked"] == 0), None)
     found: dict[str, dict[str, Any]] = {}
     for each in sampled:
-        ratings = feedback.ratings.get(each["response"], []) + (feedback.ratings.get(None, []) if each["picked"] == 0 else [])
+        response = each["response"]
+        ratings = feedback.ratings.get(response, []) + (feedback.ratings.get(None, []) if response == first else [])
         if ratings:
-            fields = {name: each[name] for name in _SAMPLED}
-            found.setdefault(each["response"], {**fields, "label": sum(ratings) / len(ratings), "source": "sampled", "model": llm})
+            found.setdefault(response, {**{name: each[name] for name in _SAMPLED}, "label": ratings, "source": "sampled", "model": llm})
     return list(found.values())
 
 
@@ -218,8 +235,8 @@ def _publish(
         counts=counts,
         schema={each.name: str(each.type) for each in DATASET},
         metric=metric,
-        lineage={"seed": config.seed, **made, "sampler": config.sampler.result_settings(), "generate": {"label": metric}},
-        labelled_from=made,
+        # The log does not have the prompt form and the settings of the decodings, which a request can change.
+        lineage={"seed": config.seed, **made, "sampler": {"model": config.sampler.model}, "generate": {"label": metric}},
         summary=summary,
         config=json.loads(config.model_dump_json()),
         files=written | kept,

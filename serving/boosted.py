@@ -61,8 +61,9 @@ class BoostedDecoding:
         try:
             results = await asyncio.gather(*tasks)
             answer = merge_completions([part for part, _ in results])
-            if self._log and request.store is not False:
-                self._log.add([{"id": answer.id, "prompt": number, **row} for number, (_, row) in enumerate(results)])
+            rows = [{"id": answer.id, "prompt": number, **row} for number, (_, row) in enumerate(results) if row]
+            if self._log and rows:
+                self._log.add(rows)
             return answer
         finally:
             # If one prompt failed, or the client disconnected, the other answers are not needed.
@@ -71,8 +72,8 @@ class BoostedDecoding:
 
     async def _complete_prompt(
         self, request: SampleRequest, scorer: str | None, decodings: list[DecodingConfig], on_progress: OnProgress, early: bool
-    ) -> tuple[Completion, dict[str, Any]]:
-        """Sample and score the candidates of one prompt; return the answer with the best, and the row for the log."""
+    ) -> tuple[Completion, dict[str, Any] | None]:
+        """Sample and score the candidates of one prompt; return the answer with the best, and the row for the log, if it is logged."""
         config, backend = self._config, self._backend
         completion_id, created = uuid.uuid4().hex, int(time.time())
         prompt = build_prompt(request, config.sampler.prompt.system)
@@ -128,7 +129,9 @@ class BoostedDecoding:
         withheld = answer.cappy is not None and answer.cappy.abstained
         if withheld:
             self._metrics.count_abstention()
-        row = build_row(
+        if self._log is None or request.store is False:
+            return answer, None
+        return answer, build_row(
             instruction,
             pool.candidates,
             pool.scores,
@@ -137,7 +140,6 @@ class BoostedDecoding:
             models={"model": request.model, "llm": config.sampler.model, "scorer": scorer, "scorer_version": pool.version},
             selection=fallback or selected_by,
         )
-        return answer, row
 
 
 async def _rank(

@@ -185,15 +185,15 @@ def test_a_place_of_another_kind_or_with_other_files_is_not_touched(server, tmp_
 
 
 @pytest.mark.parametrize(
-    ("part", "status", "code", "token", "message"),
+    ("part", "status", "code", "message"),
     [
-        ("/api/datasets/alice/tense", 401, "RepoNotFound", TOKEN, "there is no such dataset repository, or it is private; check the name"),
-        ("/revision/", 404, "RevisionNotFound", TOKEN, "the repository has no revision v2; give a commit, tag or branch of it"),
-        ("/api/datasets/alice/tense", 403, "GatedRepo", TOKEN, "access to the repository must be requested on its page"),
-        ("/api/datasets/alice/tense", 503, "", TOKEN, "the hub answered 503; run the same command again later"),
+        ("/api/datasets/alice/tense", 401, "RepoNotFound", "there is no such dataset repository, or it is private; check the name"),
+        ("/revision/", 404, "RevisionNotFound", "the repository has no revision v2; give a commit, tag or branch of it"),
+        ("/api/datasets/alice/tense", 403, "GatedRepo", "access to the repository must be requested on its page"),
+        ("/api/datasets/alice/tense", 503, "", "the hub answered 503; run the same command again later"),
     ],
 )
-def test_an_error_of_a_pull_is_one_line_with_the_fix(server, tmp_path, part, status, code, token, message):
+def test_an_error_of_a_pull_is_one_line_with_the_fix(server, tmp_path, part, status, code, message):
     server.fail[part] = (status, code)
     with pytest.raises(CappyError) as error:
         api.pull(f"{SET}@v2", f"{tmp_path}/b")

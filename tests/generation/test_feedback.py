@@ -79,7 +79,10 @@ def test_references_label_all_candidates(tmp_path, log):
     console = Console(file=io.StringIO(), width=200)
     display.show_summary("dataset", summary, console)
     display.show_inspection(run_inspect(f"{tmp_path}/set"), console)
-    assert "model tiny" in console.file.getvalue() and "labels rouge_l" in console.file.getvalue()
+    assert "model tiny; from the log of served candidates" in console.file.getvalue() and "labels rouge_l" in console.file.getvalue()
+    card = storage.read_bytes(f"{tmp_path}/set/README.md").decode()
+    assert "The prompt form and the settings of the decodings are unknown" in card and "| decoding | n |" not in card
+    assert "is its Rouge-L against the references" in card and manifest["lineage"]["log"] == log
     # The rows are those of any set, so that `annotate` can label them again.
     table = pa.concat_tables(RegressionSet(f"{tmp_path}/set").batches("train"))
     again = replace_labels(table, load(None, {"generate.label.metric": "exact_match"}).generate.label)
@@ -92,12 +95,20 @@ def test_a_rating_is_the_label_of_the_rated_response(tmp_path, log):
         {"id": "chatcmpl-0", "rating": 0.75},
         {"id": "chatcmpl-1", "rating": 1, "response": "a cat"},
         {"id": "chatcmpl-1", "rating": 0},
+        {"id": "chatcmpl-2", "rating": 1, "response": "a cat"},
+        {"id": "chatcmpl-2", "rating": 0},  # of the first choice, which is the same response
     ]
     annotate(tmp_path, log, *given)
     rows = read(tmp_path)
     found = {name: [(each["response"], each["label"]) for each in row["candidates"]] for name, row in rows.items()}
-    assert found == {"which animal is number 0": [("a red fox", 0.5)], "which animal is number 1": [("a fox", 0.0), ("a cat", 1.0)]}
+    assert found == {
+        "which animal is number 0": [("a red fox", 0.5)],
+        "which animal is number 1": [("a fox", 0.0), ("a cat", 1.0)],
+        "which animal is number 2": [("a cat", 0.5)],
+    }
     assert storage.read_json(f"{tmp_path}/set/_MANIFEST.json")["metric"] == RATING
+    card = storage.read_bytes(f"{tmp_path}/set/README.md").decode()
+    assert "its rating by users, in [0, 1]" in card and "against the references" not in card and "None" not in card
 
 
 def test_answers_to_one_instruction_are_one_row(tmp_path):
@@ -106,6 +117,12 @@ def test_answers_to_one_instruction_are_one_row(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, CANDIDATE_LOG), f"{tmp_path}/log/candidates-0.parquet")
     annotate(tmp_path, f"{tmp_path}/log", {"id": "chatcmpl-0", "reference": "a"}, {"id": "chatcmpl-1", "reference": "a"})
     assert [each["response"] for each in read(tmp_path)["same"]["candidates"]] == ["a", "a", "b", "c"]
+    rated = [
+        *({"id": "chatcmpl-0", "rating": rating, "response": "b"} for rating in (1, 1, 0.5)),
+        {"id": "chatcmpl-1", "rating": 0, "response": "b"},
+    ]
+    annotate(tmp_path, f"{tmp_path}/log", *rated, overwrite=True)
+    assert [(each["response"], each["label"]) for each in read(tmp_path)["same"]["candidates"]] == [("b", 0.625)]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +133,12 @@ def test_answers_to_one_instruction_are_one_row(tmp_path):
         ({"id": "chatcmpl-1", "reference": "x", "rating": 1}, "needs either reference or rating, and has both"),
         ({"id": "chatcmpl-1", "rating": 3}, "rating=3 is outside [0, 1]"),
         ({"id": "chatcmpl-1", "rating": "good"}, "rating='good' is not a number"),
+        ({"id": "chatcmpl-1", "prompt": float("inf"), "rating": 1}, "prompt=inf or rating=1 is not a number"),
         ({"id": "chatcmpl-1", "reference": " "}, "reference is empty or not a text"),
+        ({"id": "chatcmpl-1", "reference": 5}, "reference is empty or not a text"),
+        ({"id": "chatcmpl-1", "reference": {"text": "x"}}, "reference is empty or not a text"),
+        ({"id": "chatcmpl-1", "rating": 1, "response": ["a cat"]}, "response is not a text"),
+        ({"id": "chatcmpl-1", "reference": "x", "dataset": "\ud800"}, "dataset is not a text"),
         ({"id": "chatcmpl-99", "rating": 1}, "the log has no answer with this id and prompt"),
         ({"id": "chatcmpl-1", "rating": 1, "response": "a dog"}, "a rated response is not a candidate of the answer"),
         (["a list"], "no id; give the id of the answer as a text"),
@@ -136,6 +158,14 @@ def test_the_rating_of_an_unknown_response_is_a_dead_letter_beside_those_of_know
     assert [(each["response"], each["label"]) for row in read(tmp_path).values() for each in row["candidates"]] == [("a cat", 1.0)]
     (letter,) = (tmp_path / "set" / "dead_letters.jsonl").read_text().splitlines()
     assert "a rated response is not a candidate of the answer" in json.loads(letter)["reason"]
+
+
+def test_the_rating_of_a_withheld_answer_is_a_dead_letter_beside_those_of_its_candidates(tmp_path):
+    storage.write_bytes(f"{tmp_path}/log/candidates-0.parquet", b"")
+    pq.write_table(pa.Table.from_pylist([answer(0, picked=None)], CANDIDATE_LOG), f"{tmp_path}/log/candidates-0.parquet")
+    annotate(tmp_path, f"{tmp_path}/log", {"id": "chatcmpl-0", "rating": 0}, {"id": "chatcmpl-0", "rating": 1, "response": "a cat"})
+    assert [(each["response"], each["label"]) for row in read(tmp_path).values() for each in row["candidates"]] == [("a cat", 1.0)]
+    assert "not a candidate of the answer" in (tmp_path / "set" / "dead_letters.jsonl").read_text()
 
 
 def test_references_beside_ratings_and_a_used_destination_are_refused(tmp_path, log):

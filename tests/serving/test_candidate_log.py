@@ -9,12 +9,14 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import storage
+from cluster import artifacts, storage
 from cluster.config import Config, ServingConfig
 from cluster.errors import CappyError
+from generation.dataset import RegressionSet
 from serving.candidate_log import CandidateLog
 from serving.gateway import build_api
 from serving.prometheus import Metrics
+from tests.conftest import cappy
 from tests.serving.standin import BODY, Echo
 
 ROW = {
@@ -67,6 +69,21 @@ async def test_a_row_has_the_candidates_and_the_choices_and_nothing_of_the_clien
     written = b"".join(file.read_bytes() for file in (tmp_path / "log").iterdir())
     assert not any(text in f"{row}" or text.encode() in written for text in ("secret", "someone", "192.0.2.7"))
     assert (counted(metrics, "written"), counted(metrics, "dropped")) == (1, 0)
+
+
+async def test_the_command_line_makes_a_set_from_a_log_in_object_storage(tmp_path, bucket):
+    (answer,), metrics = await serve(f"{bucket}/log", ("/v1/chat/completions", BODY))
+    assert counted(metrics, "written") == 1
+    (tmp_path / "ratings.csv").write_text(f"id,rating\n{answer['id']},0.25\n")
+    result = cappy("annotate", f"{bucket}/log", f"{bucket}/set", "--feedback", f"{tmp_path}/ratings.csv")
+    assert result.returncode == 0, result.stderr
+    opened = RegressionSet(f"{bucket}/set")
+    assert artifacts.verify(opened.uri, opened.manifest) == []
+    rows = [row for split in opened.manifest["counts"] for row in opened.to_pandas(split).to_dict("records")]
+    shown = answer["choices"][0]["message"]["content"]
+    assert [(each["response"], each["label"]) for row in rows for each in row["candidates"]] == [(shown, 0.25)]
+    again = cappy("annotate", f"{bucket}/set", f"{bucket}/again")
+    assert again.returncode == 2 and "has ratings as labels, and most of its rows have no references" in again.stderr
 
 
 async def test_each_prompt_is_a_row_and_requests_can_opt_out(tmp_path):
