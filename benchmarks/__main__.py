@@ -48,7 +48,7 @@ BENCHMARKS = (
     Benchmark("prompts", "prompt forms: quality of the candidate pool", 10),
     Benchmark("rouge", "labels against `rouge_score`: labels/s and equality to the bit", 5, ("--pairs", "50000")),
     Benchmark("scale", "`cappy generate` at 10,000 to 1,000,000 instructions: memory and speed", 15),
-    Benchmark("score_files", "`cappy score` against CrossEncoder, Parquet to Parquet: pairs/s", 8, ("--pairs", "200", "--files", "2")),
+    Benchmark("score_files", "`cappy score` against CrossEncoder, Parquet to Parquet: pairs/s", 15, ("--pairs", "600", "--files", "1")),
     Benchmark("scoring", "the scorer against CrossEncoder and the Hugging Face pipeline: pairs/s", 15, needs="sentence_transformers"),
     Benchmark("selection", "the fitted selection without each of its signals against single signals: quality", 8),
     Benchmark("serving", "`cappy serve` against vLLM's own server: answers/s and latency", 40),

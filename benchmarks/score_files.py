@@ -5,9 +5,11 @@
 
 The pairs are instructions with a reference, from BIG-bench or `--data`, divided into files. The two sides alternate on the files. Each side
 has one compute thread, so the ratio is per CPU core. The time of `cappy score` is the time to read, to score and to merge. The time of
-`CrossEncoder` is the time to read the file, to score its pairs and to write them. The time to start, with the load of the scorer, is
-reported separately. `CrossEncoder` runs with its defaults (float32, batches of 32) and cuts pairs to 512 tokens. `ratio` is the
-median over the files. `merging_s` is the median time to merge, a part that does not grow with small files.
+`CrossEncoder` is the time to read the file, to score its pairs and to write them. `CrossEncoder` runs with its defaults (float32, batches
+of 32) and cuts pairs to 512 tokens. `ratio` is the median over the files.
+
+The time to start, with the load of the scorer, is reported separately. So the scoring rate of `cappy score` is measured from the end of its
+first unit, and a file needs several units. `merging_s` is the median of its times to merge.
 
 sentence-transformers is taken from this environment, else from `CAPPY_TRAINERS_PYTHON`, else from `.venv-trainers` (`make trainers`).
 Without it, only `cappy score` is measured and `ratio` is null.
@@ -43,6 +45,9 @@ from cluster.progress import log
 from cluster.runtime import ray_session
 
 ROWS = (10_000, 100_000)
+UNIT_ROWS = 128
+LEAST_UNITS = 4
+"""Smallest number of units in a file."""
 SETTINGS = ("score.scorers=1", "answer.scorer_threads=1")
 _BATCH_ROWS = 10_000
 
@@ -111,26 +116,32 @@ def score_file(source: Path, target: Path, scorer: str) -> tuple[float, float, f
     from serving.score import run_score
 
     start = time.perf_counter()
-    config = load(None, [f"scorer_path={scorer}", *SETTINGS, "score.unit_rows=128"])
+    config = load(None, [f"scorer_path={scorer}", *SETTINGS, f"score.unit_rows={UNIT_ROWS}"])
     run_score(config, src=str(source), dst=str(target))
     whole = time.perf_counter() - start
     manifest = artifacts.read_manifest(str(target), "scores", "score")
+    summary = manifest["summary"]
+    if summary["dead_letters"]:
+        raise SystemExit(f"{summary['dead_letters']} pairs were not scored, so the sides are not comparable")
     rate = manifest["rates"]["pairs_per_second"]  # type: ignore[typeddict-item]
     seconds = manifest["seconds"]  # type: ignore[typeddict-item]
-    worked = seconds["reading"] + seconds["merging"] + manifest["summary"]["pairs"] / rate
+    worked = seconds["reading"] + seconds["merging"] + summary["pairs"] / rate
     return worked, seconds["merging"], whole - worked
 
 
 def compare(pairs: int, files: int, seed: int, data: Path | None, scorer: str) -> dict[str, Any]:
     """Score the files with both sides in turn; return the rates and the ratio."""
     python = find_python()
-    instructions, responses, _ = labelled_pairs(data, pairs, seed)
-    table = pa.table({"instruction": instructions, "response": responses})
+    # `cappy score` scores a repeated pair once, so the files have no repeats.
+    distinct = list(dict.fromkeys(zip(*labelled_pairs(data, pairs, seed)[:2], strict=True)))
+    size = len(distinct) // files
+    if size < LEAST_UNITS * UNIT_ROWS:
+        raise SystemExit(f"--pairs={pairs}: each file needs {LEAST_UNITS * UNIT_ROWS} different pairs or more; raise it, or lower --files")
+    table = pa.table(dict(zip(("instruction", "response"), zip(*distinct, strict=True), strict=True)))
     ours: list[float] = []
     starts: list[float] = []
     merging: list[float] = []
     theirs: list[float] = []
-    size = pairs // files
     with tempfile.TemporaryDirectory(prefix="cappy-score-files-") as name, ray_session():
         folder = Path(name)
         other = Other(python, str(models.resolve(scorer, "scorer"))) if python else None
@@ -207,7 +218,7 @@ def measure_memory(rows: int, folder: Path, scorer: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=2000)
+    parser.add_argument("--pairs", type=int, default=4000, help="pairs of all files")
     parser.add_argument("--files", type=int, default=4)
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--data", type=Path, help=DATA_HELP)
@@ -219,8 +230,8 @@ def main() -> int:
     options = parser.parse_args()
     if not options.memory:
         result = compare(options.pairs, options.files, options.seed, options.data, options.scorer)
-        rates = f"{result['pairs_per_second']} pairs/s, CrossEncoder {result['crossencoder_pairs_per_second']}"
-        print(f"{rates}: {result['ratio']}x" if result["ratio"] else f"{rates}; {result['without']}")
+        compared = f"CrossEncoder {result['crossencoder_pairs_per_second']}: {result['ratio']}x" if result["ratio"] else result["without"]
+        print(f"{result['pairs_per_second']} pairs/s; {compared}")
         if options.json:
             print(json.dumps(result))
         return 0

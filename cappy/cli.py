@@ -159,7 +159,11 @@ def score(
     dst: Annotated[str, typer.Argument(help="The destination: an empty folder or s3:// prefix.")],
     scorer: Annotated[
         str | None,
-        typer.Option("--scorer", metavar="SCORER", help="A scorer: a folder, s3:// prefix or name. The default is that of answer."),
+        typer.Option(
+            "--scorer",
+            metavar="SCORER",
+            help="A folder, s3:// prefix or name. The default is the scorer of the workspace, else cappy-minilm.",
+        ),
     ] = None,
     keep_above: Annotated[
         float | None, typer.Option("--keep-above", metavar="X", help="Publish only rows with a score of at least X.")
@@ -170,7 +174,9 @@ def score(
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="COLUMN", help="The column with the prompt. The default finds it by its name.")
     ] = None,
-    response: Annotated[str | None, typer.Option("--response", metavar="COLUMN", help="The column with the response, as --prompt.")] = None,
+    response: Annotated[
+        str | None, typer.Option("--response", metavar="COLUMN", help="The column with the response. The default finds it by its name.")
+    ] = None,
     set_: Overrides = None,
     address: Address = None,
     overwrite: Overwrite = False,
@@ -185,7 +191,8 @@ def score(
     """
     from cappy import verbs
 
-    overrides = verbs.score_overrides(scorer, keep_above, top_per_instruction, prompt, response)
+    given = verbs.score_settings(scorer, keep_above, top_per_instruction, prompt, response)
+    overrides = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items()]
     return _run("score", None, [*(set_ or ()), *overrides], address, overwrite, src=src, dst=dst)
 
 

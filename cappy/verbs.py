@@ -205,19 +205,19 @@ def score(
         keep_above: Smallest score of a published row.
         top_per_instruction: Largest number of published rows of an instruction, the best ones.
         prompt: The column with the prompt. The default finds it by the names of public datasets.
-        response: The column with the response, as `prompt`.
+        response: The column with the response. The default finds it by the names of public datasets.
         settings: Further settings, by dotted key.
 
     Example: `cappy.score("pairs.parquet", "runs/scores", keep_above=0.5)["rows"]`
     """
-    overrides = score_overrides(scorer, keep_above, top_per_instruction, prompt, response)
-    return _run("score", load(load(None, settings or {}), overrides), None, overwrite, address, src=source, dst=destination)
+    given = {**(settings or {}), **score_settings(scorer, keep_above, top_per_instruction, prompt, response)}
+    return _run("score", None, given, overwrite, address, src=source, dst=destination)
 
 
-def score_overrides(
+def score_settings(
     scorer: str | Path | None, keep_above: float | None, top_per_instruction: int | None, prompt: str | None, response: str | None
-) -> list[str]:
-    """Return the options of `cappy score` as overrides of the config; None is left out."""
+) -> dict[str, Any]:
+    """Return the options of `cappy score` as settings by dotted key; None is left out."""
     options = {
         "scorer_path": None if scorer is None else str(scorer),
         "score.keep_above": keep_above,
@@ -225,7 +225,7 @@ def score_overrides(
         "score.prompt": prompt,
         "score.response": response,
     }
-    return [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def serve(config: ConfigLike = None, *, settings: Mapping[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:

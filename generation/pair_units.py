@@ -111,7 +111,8 @@ def find_files(source: str) -> tuple[list[folders.DataFile], Mapping[str, Any] |
     manifest = artifacts.read_any_manifest(source, "SRC")
     names = [name for name in sorted(manifest["files"]) if name.startswith("data/") and folders.file_format(name)[0]]
     if not names:
-        raise UsageError(f"SRC={source} holds a {manifest['kind']} without pairs; give a regression set, answers, scores or an export")
+        kind = artifacts.with_article(manifest["kind"])
+        raise UsageError(f"SRC={source} holds {kind} without pairs; give a regression set, answers, scores or an export")
     return [folders.DataFile(storage.join(source, name), name) for name in names], manifest
 
 

@@ -187,6 +187,6 @@ def read_finished(staging: str, name: str, verb: str = "generate") -> pa.Table:
     try:
         return units.read_unit(uri)
     except FileNotFoundError:
-        raise CappyError(f"{uri} was deleted after it was written; run `cappy {verb}` again to sample it again") from None
+        raise CappyError(f"{uri} was deleted after it was written; run `cappy {verb}` again to make it again") from None
     except (OSError, pa.ArrowInvalid) as error:
-        raise CappyError(f"{uri} is damaged ({first_line(error)}); delete it and run `cappy {verb}` again to sample it again") from None
+        raise CappyError(f"{uri} is damaged ({first_line(error)}); delete it and run `cappy {verb}` again to make it again") from None

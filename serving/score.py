@@ -55,9 +55,7 @@ def run_score(
     """
     start = time.monotonic()
     source, uri = storage.check_uri(src, "SRC"), storage.check_uri(dst, "DST")
-    _refuse_inside_source(source, uri)
-    if not storage.exists(storage.join(uri, "_staging", "prepared.json")):
-        pair_units.find_files(source)  # an error here leaves no trace at the destination
+    _check_source(source, uri)  # an error here leaves no trace at the destination
     unit_run.refuse_destination(uri, "DST", _OWNED, overwrite=overwrite)
     config = with_default_scorer(config, "score")
     check_scorer(config)
@@ -95,12 +93,14 @@ def result_settings(config: Config, source: str) -> dict[str, Any]:
     }
 
 
-def _refuse_inside_source(source: str, uri: str) -> None:
-    """Raise `UsageError` if the run would write into its source, or a later run would read its own output."""
+def _check_source(source: str, uri: str) -> None:
+    """Raise `UsageError` if the source has no data file, or if the run would write into its source."""
     root, pattern = storage.split_glob(source)
     if not pattern:
         artifacts.refuse_nested(root, uri)
-    elif any(storage.absolute(each).startswith(f"{uri}/") for each in storage.glob(source)):
+    if storage.exists(storage.join(uri, "_staging", "prepared.json")):
+        return  # a resumed run does not read its source again
+    if any(file.uri.startswith(f"{uri}/") for file in pair_units.find_files(source)[0]):
         raise UsageError(f"DST={uri} holds files of SRC={source}; choose a separate folder for DST")
 
 

@@ -111,7 +111,7 @@ def write_scores(
             known = np.isfinite(logits)
             bins += count_scores(scores[known])
             score_sum += float(scores[known].sum(dtype=np.float64))
-            good = known if keep_above is None else known & (logits >= keep_above)
+            good = known if keep_above is None else known & (scores >= keep_above)
             best = good if kept is None else good & kept[first : first + len(logits)]
             first += len(logits)
             below += int(known.sum() - good.sum())

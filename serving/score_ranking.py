@@ -1,6 +1,6 @@
 """Rank the scores of each instruction, and select the best rows of each in bounded memory, for `score.top_per_instruction`.
 
-The scores are grouped by instruction on disk. Memory holds one group of instructions and one bit for each row. Imports no Ray.
+The scores are grouped by instruction on disk. Memory holds one group of instructions and one byte for each row. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster import storage
-from generation import units
+from generation import shards, units
 from generation.export_pools import Partitions
 from generation.sources.row import hash_text
 
@@ -57,7 +57,8 @@ def _keyed_units(staging: str, names: Sequence[str], unit_rows: int) -> Iterator
 
 
 def _keyed_unit(staging: str, unit_rows: int, number: int, name: str) -> pa.Table:
-    prepared, scored = (units.read_unit(units.unit_uri(staging, folder, name)) for folder in ("prepared", "units"))
+    prepared = units.read_unit(units.unit_uri(staging, "prepared", name))
+    scored = shards.read_finished(staging, name, "score")
     keys = [hash_text(text, 16).hex() for text in prepared["instruction"].to_pylist()]
     first = number * unit_rows
     table = pa.table([pa.array(keys, pa.string()), scored["logit"], pa.array(np.arange(first, first + len(keys)))], schema=KEYED)

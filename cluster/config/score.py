@@ -17,7 +17,7 @@ class ScoreConfig(Section):
     prompt: str | None = Field(None, min_length=1)
     """The column with the prompt, which is scored as it is. null finds it by the names of public datasets."""
     response: str | None = Field(None, min_length=1)
-    """The column with the response, as `prompt`."""
+    """The column with the response, which is scored as it is. null finds it by the names of public datasets."""
     keep_above: float | None = Field(None, allow_inf_nan=False)
     """Smallest score of a published row; the other rows are dropped and counted. null keeps all."""
     top_per_instruction: int | None = Field(None, ge=1)

@@ -112,13 +112,7 @@ def _pairs(raw: Mapping[str, Any], columns: Columns) -> Iterator[tuple[str, str,
 
 def _is_pool(value: Any, columns: Columns) -> bool:
     """Return whether a value is a list of candidates with responses."""
-    known = columns.response in (None, "response")
-    return (
-        known
-        and isinstance(value, list | tuple)
-        and bool(value)
-        and all(isinstance(each, Mapping) and "response" in each for each in value)
-    )
+    return columns.response in (None, "response") and _are_objects(value, "response")
 
 
 def _named_pairs(raw: Mapping[str, Any], columns: Columns) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -126,11 +120,17 @@ def _named_pairs(raw: Mapping[str, Any], columns: Columns) -> Iterator[tuple[str
     known = question_answer.find_pair(raw)
     prompt = columns.prompt or (known[0] if known else question_answer.find_question(raw))
     response = columns.response or (known[1] if known else "response")
-    for option, name in (("--prompt", prompt), ("--response", response)):
-        if name is None or name not in raw:
-            raise ValueError(f"{option}={name}: the row has no such column; it has {', '.join(map(str, raw)) or 'no key'}")
+    _check_column("prompt", columns.prompt, prompt, raw)
+    _check_column("response", columns.response, response, raw)
     assert prompt is not None
     yield _text(raw, prompt), _text(raw, response), _without(raw, prompt, response)
+
+
+def _check_column(option: str, given: str | None, name: str | None, raw: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a row has no column `name`. `given` is the value of the option, or None if the column was searched."""
+    if name is None or name not in raw:
+        reason = f"--{option}={given}: the row has no such column" if given else f"no column has the {option}; name one with --{option}"
+        raise ValueError(f"{reason}; it has {', '.join(map(str, raw)) or 'no key'}")
 
 
 def _preference_pairs(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -143,8 +143,9 @@ def _preference_pairs(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Mappin
             yield chats.render_turns(before), response, kept
             continue
         value = raw[name]
-        turns = isinstance(value, list | tuple)
-        yield question_answer.render_question(raw, question), chats.split_chat(value, name)[1] if turns else _text(raw, name), kept
+        is_chat = isinstance(value, list | tuple)
+        response = chats.split_chat(chats.turns_of(value, name), name)[1] if is_chat else _text(raw, name)
+        yield question_answer.render_question(raw, question), response, kept
 
 
 def _question_pairs(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -171,11 +172,7 @@ def _question_pairs(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[
 
 def _responses(raw: Mapping[str, Any], name: str) -> list[str]:
     value = raw.get(name)
-    if (
-        isinstance(value, list | tuple)
-        and value
-        and all(isinstance(each, Mapping) and ("role" in each or "from" in each) for each in value)
-    ):
+    if _are_objects(value, "role", "from"):
         return [chats.split_chat(value, name)[1]]
     return _all_texts(value, name)
 
@@ -198,6 +195,8 @@ def _without(raw: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if name not in names}
 
 
-def _are_objects(value: Any, key: str) -> bool:
-    """Return whether a value is a list of objects that have a key."""
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Mapping) and key in each for each in value)
+def _are_objects(value: Any, *keys: str) -> bool:
+    """Return whether a value is a list of objects that each have one of the keys, and is not empty."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(isinstance(each, Mapping) and any(key in each for key in keys) for each in value)

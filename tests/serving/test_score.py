@@ -109,6 +109,15 @@ def test_filters_can_change_on_resume_and_an_empty_result_names_the_largest_scor
     assert run(source, place, overwrite=True)["rows"] == PAIRS
 
 
+def test_a_run_resumes_if_the_glob_of_its_source_matches_its_own_files(source, tmp_path):
+    place = tmp_path / "scores"
+    with pytest.raises(UsageError, match=r"--keep-above=1\.5 drops all 40 pairs"):
+        run(tmp_path / "**/*.jsonl", place, "score.keep_above=1.5")
+    assert run(tmp_path / "**/*.jsonl", place)["rows"] == PAIRS
+    with pytest.raises(UsageError, match=r"DST=.*/scores holds files of SRC=.*; choose a separate folder for DST"):
+        run(tmp_path / "**/*.parquet", place, overwrite=True)
+
+
 def test_scores_are_a_source_of_exports_and_of_further_scores(source, tmp_path):
     run(source, tmp_path / "scores")
     for form, rows in (("dpo", INSTRUCTIONS), ("reward", INSTRUCTIONS), ("ranking", INSTRUCTIONS), ("sft", INSTRUCTIONS)):

@@ -48,6 +48,12 @@ def test_dropped_rows_are_counted_by_their_reason(tmp_path):
     assert (shard["below"], shard["ranked_out"], sum(shard["bins"])) == (1, 1, 4)
 
 
+def test_the_smallest_kept_score_is_compared_with_the_score_and_not_with_the_logit(tmp_path):
+    shard, rows = write(tmp_path, [-0.25, 0.5, float("nan"), 1.5], keep_above=0.0)
+    assert len(rows) == 3 and shard["below"] == 0
+    assert write(tmp_path, [-0.25, 0.5, float("nan"), 1.5], keep_above=1.25)[0]["below"] == 3
+
+
 def test_the_command_of_a_run_names_its_options():
     options = ["score.keep_above=0.5", "score.top_per_instruction=2", "scorer_path=cappy-minilm"]
     found = score.command_line("s3://bucket/a b.jsonl", load(None, options))

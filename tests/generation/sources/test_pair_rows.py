@@ -86,6 +86,9 @@ def test_named_and_published_columns_are_scored_as_they_are():
         ({"prompt": "q", "completion": {"a": 1}}, FIND, "`completion` is an object with a"),
         ({"a": "q"}, Columns("b"), "--prompt=b: the row has no such column; it has a"),
         ({"a": "q"}, Columns("a", "c"), "--response=c: the row has no such column; it has a"),
+        ({"a": "q"}, Columns(response="a"), "no column has the prompt; name one with --prompt; it has a"),
+        ({"a": "q"}, Columns("a"), "no column has the response; name one with --response; it has a"),
+        ({"prompt": "q", "chosen": ["a"], "rejected": "b"}, FIND, "`chosen` must be a list of turns"),
         (["q", "a"], FIND, "the row is a list; it must be an object with a prompt and a response"),
     ],
 )
