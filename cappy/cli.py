@@ -378,7 +378,7 @@ def run_(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps and the estimated costs. Change nothing.")] = False,
     address: Address = None,
 ) -> Report:
-    """Run several verbs as one plan: generate, annotate, train, adapt, evaluate, answer, export, in the order of their data.
+    """Run several verbs as one plan: generate, annotate, train, adapt, evaluate, answer, score, export, in the order of their data.
 
     A step is kept while its settings and the versions of its inputs are those of its published output. Run the same command again to
     resume. A changed step and all steps that read its output are made again, after --redo allows it. --set changes all steps.

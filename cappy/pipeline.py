@@ -55,6 +55,7 @@ def run_pipeline(
     from cappy import display_pipeline
 
     start = time.monotonic()
+    sigterm = runtime.watch_sigterm()
     planned = pipeline_plan.plan_steps(steps)
     report = [pipeline_plan.describe(each) for each in planned]
     if dry_run:
@@ -73,7 +74,7 @@ def run_pipeline(
         entry["result"] = _run_one(each, number, len(planned), run)
         entry["minutes"] = round((time.monotonic() - began) / 60, 2)
         log(f"{name}: done in {entry['minutes']:.1f} minutes")
-        if runtime.sigterm_received() and number < len(planned):
+        if sigterm.is_set() and number < len(planned):
             raise Stopped(f"stopped on SIGTERM after step {each.step.name} ({number} of {len(planned)}); run the same command to resume")
     return {"dry_run": False, "steps": report, "minutes": round((time.monotonic() - start) / 60, 2)}
 

@@ -42,9 +42,10 @@ class StepSection(Section):
     settings: Tree
     """Settings on top of the common ones, by section as in a config file."""
     src: str | None = None
-    """annotate and export: the folder or s3:// prefix to read, or the name of the step that writes it; null is the regression set."""
+    """annotate, score and export: the folder or s3:// prefix to read, or the name of the step that writes it. score also reads a file or a
+    glob. null is the regression set."""
     dst: str | None = None
-    """annotate and export: the folder or s3:// prefix to write; null is the name of the step, below the workspace."""
+    """annotate, score and export: the folder or s3:// prefix to write; null is the name of the step, below the workspace."""
     options: Tree
     """export: the options of the command, e.g. `{as: dpo, margin: 0.2}`."""
     after: tuple[str, ...] = ()
@@ -54,7 +55,7 @@ class StepSection(Section):
     @classmethod
     def _known(cls, verb: str) -> str:
         if verb not in VERBS:
-            close = difflib.get_close_matches(verb, VERBS, n=1)
+            close = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.7)
             raise ValueError(f"no such verb; did you mean {close[0]!r}?" if close else f"no such verb; use one of {', '.join(VERBS)}")
         return verb
 
@@ -63,7 +64,7 @@ class StepSection(Section):
         for setting in ("src", "dst"):
             if getattr(self, setting) is not None and self.verb not in COPYING:
                 raise ValueError(
-                    f"{setting}={getattr(self, setting)} is for {' and '.join(COPYING)}; {self.verb} takes its paths from its config"
+                    f"{setting}={getattr(self, setting)} is for {', '.join(COPYING)}; {self.verb} takes its paths from its config"
                 )
         if self.options and self.verb != "export":
             raise ValueError(f"`options` is for export; put the settings of {self.verb} in `settings`")
@@ -121,7 +122,7 @@ def _config_of(pipeline: PipelineFile, step: StepSection, settings: Sequence[str
 
 
 def _with_places(names: Sequence[str], sections: Sequence[StepSection], configs: Sequence[Config]) -> list[Step]:
-    """Return the steps with the folders that annotate and export read and write."""
+    """Return the steps with the folders that annotate, score and export read and write."""
     steps: dict[str, Step] = {}
     for name, section, config in zip(names, sections, configs, strict=True):
         dst = (section.dst or storage.join(config.workspace, name)) if section.verb in COPYING else ""

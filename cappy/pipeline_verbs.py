@@ -28,9 +28,9 @@ class Step:
     verb: str
     config: Config
     src: str = ""
-    """The folder that annotate and export read."""
+    """The folder that annotate and export read, or the files that score reads."""
     dst: str = ""
-    """The folder that annotate and export write."""
+    """The folder that annotate, score and export write."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options of an export."""
     after: tuple[str, ...] = ()
@@ -106,7 +106,8 @@ def find(step: Step, expected: Record) -> Found:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return Found(None)
     if "settings" in run and storage.exists(storage.join(staging, "prepared.json")):
-        return Found(None, (_plain(verb.recorded({"lineage": run["settings"]})),))
+        # An unfinished run of score has no filters yet: it applies those of the command that finishes it.
+        return Found(None, (_plain(verb.recorded({"lineage": run["settings"], "filters": expected.settings.get("filters")})),))
     if "relabelled_from" in run:
         return Found(None, (_plain(verb.recorded(run)),))
     return Found(None)
@@ -125,8 +126,10 @@ def _plain(record: Record) -> Record:
 
 
 def _lineage(manifest: Mapping[str, Any]) -> Record:
-    """Return the record of generate and answer, whose manifest has the settings, the scorer and the inputs as `lineage`."""
+    """Return the record of generate, answer and score, whose manifest has the settings, the scorer and the inputs as `lineage`."""
     settings = dict(manifest.get("lineage") or {})
+    if filters := manifest.get("filters"):
+        settings["filters"] = filters
     inputs = dict(settings.pop("inputs", {}))
     if scorer := settings.pop("scorer", None):
         inputs["scorer"] = scorer["version"] or scorer["uri"]
@@ -240,14 +243,29 @@ def _read_evaluate(step: Step) -> dict[str, str]:
 
 def _expect_answer(step: Step) -> Record:
     from serving.answer import result_settings
-    from serving.main_scorer import choose_scorer
 
-    config = step.config.model_copy(update={"scorer_path": models.absolute(choose_scorer(step.config))})
-    return _lineage({"lineage": result_settings(config)})
+    return _lineage({"lineage": result_settings(_with_chosen_scorer(step.config))})
 
 
 def _read_answer(step: Step) -> dict[str, str]:
     return {**source_files(step.config.source), "scorer": step.config.scorer_uri}
+
+
+def _with_chosen_scorer(config: Config) -> Config:
+    from serving.main_scorer import choose_scorer
+
+    return config.model_copy(update={"scorer_path": models.absolute(choose_scorer(config))})
+
+
+def _expect_score(step: Step) -> Record:
+    from serving.score import result_filters, result_settings
+
+    settings = result_settings(_with_chosen_scorer(step.config), storage.absolute(step.src))
+    return _lineage({"lineage": settings, "filters": result_filters(step.config)})
+
+
+def _read_score(step: Step) -> dict[str, str]:
+    return {"src": step.src, "scorer": step.config.scorer_uri}
 
 
 def export_options(step: Step) -> Any:
@@ -306,6 +324,7 @@ VERBS: dict[str, Verb] = {
     "adapt": Verb("adapted_uri", _read_adapt, _expect_adapt, _recorded_adapt, find=_find_adapt),
     "evaluate": Verb("evaluation_uri", _read_evaluate, _expect_evaluate, _recorded_evaluate, ("dataset",)),
     "answer": Verb("answers_uri", _read_answer, _expect_answer, _lineage),
+    "score": Verb("", _read_score, _expect_score, _lineage),
     "export": Verb("", _read_src, _expect_export, _recorded_export, ("src",), run=_run_export),
 }
 COPYING = tuple(verb for verb, each in VERBS.items() if not each.output)

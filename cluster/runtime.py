@@ -66,9 +66,10 @@ _SIGTERM = threading.Event()
 """Set if a SIGTERM came inside a block of `on_sigterm`."""
 
 
-def sigterm_received() -> bool:
-    """Return whether a SIGTERM came inside a block of `on_sigterm` of this process. A verb that was at its end returns normally."""
-    return _SIGTERM.is_set()
+def watch_sigterm() -> threading.Event:
+    """Return an event that a SIGTERM inside a block of `on_sigterm` sets from now on. A verb that was at its end returns normally."""
+    _SIGTERM.clear()  # a process can continue after an earlier SIGTERM, for example a notebook
+    return _SIGTERM
 
 
 @contextmanager

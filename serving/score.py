@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster import artifacts, folder_writer, models, storage
+from cluster import artifacts, folder_writer, models, storage, versions
 from cluster.config import Config, SamplerConfig
 from cluster.errors import UsageError
 from cluster.lease import Lease, LeaseLost
@@ -62,7 +62,7 @@ def run_score(
     config = config.model_copy(update={"scorer_path": models.absolute(config.scorer_uri)})
     with unit_run.hold_destination(uri, "DST", _OWNED, overwrite=overwrite) as held:
         staging, settings = storage.join(uri, "_staging"), result_settings(config, source)
-        unit_run.claim_destination(staging, settings, "DST")
+        settings = dict(unit_run.claim_destination(staging, settings, "DST"))
         columns = Columns(config.score.prompt, config.score.response)
         run = _Run(uri, config, settings, pair_units.prepare(staging, source, columns, config.score.unit_rows, held), held)
         run.check_error_rate()
@@ -82,7 +82,11 @@ def run_score(
 
 
 def result_settings(config: Config, source: str) -> dict[str, Any]:
-    """Return the settings that determine the scores; other settings (actors, filters, shards) may change on resume."""
+    """Return the settings that determine the scores; other settings (actors, filters, shards) may change on resume.
+
+    `source` is absolute. `inputs` has the version of the published folder that holds it, and is left out if there is none.
+    """
+    inputs = versions.of_files({"src": source})
     return {
         "source": redact_text(source),
         "columns": {"prompt": config.score.prompt, "response": config.score.response},
@@ -90,7 +94,13 @@ def result_settings(config: Config, source: str) -> dict[str, Any]:
         "scorer": {"uri": redact_text(config.scorer_uri), "version": read_version(config.scorer_uri)},
         "scorer_dtype": config.serving.scorer_dtype,
         "cpu_kernels": config.scorer.cpu_kernels,
+        **({"inputs": inputs} if inputs else {}),
     }
+
+
+def result_filters(config: Config) -> dict[str, Any]:
+    """Return the settings that select the published rows, as the manifest records them."""
+    return config.score.model_dump(mode="json", include={"keep_above", "top_per_instruction"})
 
 
 def _check_source(source: str, uri: str) -> None:
@@ -219,7 +229,7 @@ class _Run:
             shards.remove_superseded(uri, merged, self.lease.check)
             return manifest | {"files": files}
 
-        columns, options = self.prepared["columns"], self.config.score
+        columns = self.prepared["columns"]
         arithmetic = {
             name: value for name, value in storage.read_json(storage.join(self.staging, score_units.ARITHMETIC)).items() if name != "writer"
         }
@@ -233,7 +243,7 @@ class _Run:
             schema={field.name: str(field.type) for field in score_files.score_schema(columns)},
             own_columns=score_files.own_names(columns),
             scorer={**self.settings["scorer"], **arithmetic},
-            filters={"keep_above": options.keep_above, "top_per_instruction": options.top_per_instruction},
+            filters=result_filters(self.config),
             lineage=self.settings,
             summary=summary,
             config=self.config,

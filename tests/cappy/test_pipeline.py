@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +231,7 @@ def test_an_output_that_another_run_replaced_meanwhile_is_not_deleted(made):
         made.run("training.epochs=7", redo=["train"], recorder=Meanwhile())
 
 
-def test_a_failure_and_a_stop_name_the_step_and_keep_their_exit_code(folder, monkeypatch):
+def test_a_failure_and_a_stop_name_the_step_and_keep_their_exit_code(folder):
     def fail(step, overwrite):
         raise Stopped("stopped on SIGTERM; 3 of 9 are saved") if step.name == "train" else UsageError("no rows")
 
@@ -240,12 +242,19 @@ def test_a_failure_and_a_stop_name_the_step_and_keep_their_exit_code(folder, mon
         folder.run(recorder=Recorder(after="generate"))
     with pytest.raises(Stopped, match=r"step train \(2 of 5\): stopped on SIGTERM; 3 of 9 are saved"):
         run_pipeline(sorted(steps, key=lambda step: step.name == "dpo"), run=fail)
-    # A SIGTERM at the end of a step, which then was published, ends the pipeline too.
-    monkeypatch.setattr(runtime, "sigterm_received", lambda: True)
-    recorder = Recorder()
-    with pytest.raises(Stopped, match="stopped on SIGTERM after step"):
-        folder.run(recorder=recorder)
-    assert len(recorder.ran) == 1
+
+
+def test_a_sigterm_at_the_end_of_a_step_ends_the_pipeline_and_not_the_next_one_in_this_process(folder):
+    class Terminated(Recorder):
+        def __call__(self, step, overwrite):
+            with runtime.on_sigterm("finishing", lambda: None):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return super().__call__(step, overwrite)
+
+    first = Terminated()
+    with pytest.raises(Stopped, match=r"stopped on SIGTERM after step generate \(1 of 5\)"):
+        folder.run(recorder=first)
+    assert sorted([*first.ran, *folder.run()]) == sorted(STEPS)
 
 
 def test_the_command_prints_the_steps_and_its_error_has_the_flag(made):

@@ -81,7 +81,7 @@ steps:
         ("steps: [{verb: train, settings: {training: {epoch: 1}}}]", "pipeline.yaml, step train: unknown key training.epoch; did you mean"),
         ("settings: {seed: x}\nsteps: [train]", "pipeline.yaml, step train: seed='x'"),
         ("config: nothere\nsteps: [train]", "config file nothere does not exist"),
-        ("steps: [{verb: train, src: a}]", "src=a is for annotate and export; train takes its paths from its config"),
+        ("steps: [{verb: train, src: a}]", "src=a is for annotate, score, export; train takes its paths from its config"),
         ("steps: [{verb: train, options: {as: sft}}]", "`options` is for export; put the settings of train in `settings`"),
         (
             "steps: [{verb: export, options: {as: sft, margn: 1}}]",

@@ -1,4 +1,4 @@
-"""The records of `cappy adapt` in a pipeline: its results, its published tasks, and interrupted runs."""
+"""The records of `cappy adapt` and `cappy score` in a pipeline: their published results and interrupted runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from cappy import pipeline_plan
+from cappy.pipeline import run_pipeline
+from cappy.pipeline_file import read_pipeline
 from cappy.pipeline_verbs import Step
 from cluster import artifacts, storage, versions
 from cluster.config import load
 from cluster.config.paths import absolute
+from cluster.errors import UsageError
+from serving import score
+from tests.serving.number_scorer import load_number_scorer
 from training import adapt
 from training.adapt_one import Base
 
@@ -75,3 +80,38 @@ def test_another_version_of_the_set_is_a_changed_input(settings):
     storage.delete(f"{settings['workspace']}/dataset")
     artifacts.publish_folder(f"{settings['workspace']}/dataset", "dataset", files={}, summary={}, config={}, lineage={})
     assert (plan(settings).state, plan(settings).reasons) == ("changed", ("another version of dataset",))
+
+
+def publish_pairs(uri: str) -> None:
+    rows = "".join(f'{{"instruction": "say {n}", "response": "it {n}"}}\n' for n in range(4))
+    entry = storage.write_bytes(f"{uri}/data/pairs.jsonl", rows.encode())
+    artifacts.publish_folder(uri, "pairs", files={"data/pairs.jsonl": entry}, summary={}, config={})
+
+
+def test_scores_are_kept_until_a_filter_or_the_source_changes_and_an_unfinished_run_takes_other_filters(tmp_path, ray_here):
+    pairs = f"{tmp_path}/pairs"
+    publish_pairs(pairs)
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(
+        f"settings: {{workspace: {tmp_path}/work}}\nsteps: [{{verb: score, src: {pairs}, settings: {{score: {{scorers: 1}}}}}}]"
+    )
+
+    def run(*settings: str) -> dict[str, object]:
+        result = run_pipeline(
+            read_pipeline(file, settings),
+            run=lambda step, overwrite: score.run_score(
+                step.config, src=step.src, dst=step.dst, overwrite=overwrite, load_scorer=load_number_scorer
+            ),
+        )
+        return result["steps"][0]  # type: ignore[no-any-return]
+
+    with pytest.raises(UsageError, match=r"step score \(1 of 1\): --keep-above=1000 drops all 4 pairs"):
+        run("score.keep_above=1000")
+    assert run()["state"] == "resumed"
+    assert run()["state"] == run("score.scorers=2")["state"] == "kept"
+    with pytest.raises(UsageError, match=r"score \(filters\.top_per_instruction: null -> 1\)"):
+        run("score.top_per_instruction=1")
+    storage.delete(pairs)
+    publish_pairs(pairs)
+    with pytest.raises(UsageError, match=r"score \(another version of src\)"):
+        run()
