@@ -42,8 +42,8 @@ class StepSection(Section):
     settings: Tree
     """Settings on top of the common ones, by section as in a config file."""
     src: str | None = None
-    """annotate, score and export: the folder or s3:// prefix to read, or the name of the step that writes it. score also reads a file or a
-    glob. null is the regression set."""
+    """annotate, score and export: the folder or s3:// prefix to read. It can be the name of the step that writes it. score also reads a
+    file or a glob. null is the regression set."""
     dst: str | None = None
     """annotate, score and export: the folder or s3:// prefix to write; null is the name of the step, below the workspace."""
     options: Tree
