@@ -66,6 +66,14 @@ def test_score_and_rerank_ranks_every_candidate(clone: Path, own_jsonl: str):
     assert f"best     {ranked[0][1]!r}" in output and "kept     2 of 4 pairs" in output
 
 
+def test_answer_prompts_answers_each_prompt_with_the_scorer_of_the_package(clone: Path):
+    output = run(clone, "examples/answer_prompts.py")
+    assert "answered 8 prompts from 40 candidates" in output
+    assert len(re.findall(r"^ +-?\d\.\d{3} \d ", output, re.MULTILINE)) == 8
+    manifest = json.loads((clone / "runs/examples/answering/answers/_MANIFEST.json").read_text())
+    assert manifest["scorer"]["uri"] == "cappy-minilm"
+
+
 def test_filter_pairs_keeps_the_best_response_of_each_instruction(clone: Path):
     output = run(clone, "examples/filter_pairs.py")
     assert "scored   96 pairs, kept 48" in output and "export   48 rows" in output

@@ -13,9 +13,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from generation.sources import chats, formats, prompt_rows, question_answer
 from generation.sources.row import DeadLetter, dead_letter, hash_text, is_encodable
@@ -195,7 +195,7 @@ def _without(raw: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if name not in names}
 
 
-def _are_objects(value: Any, *keys: str) -> bool:
+def _are_objects(value: Any, *keys: str) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     """Return whether a value is a list of objects that each have one of the keys, and is not empty."""
     if not isinstance(value, list | tuple) or not value:
         return False
