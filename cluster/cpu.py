@@ -1,4 +1,4 @@
-"""CPU sharing between processes: scheduling priority, and how OpenMP threads wait for each other."""
+"""The CPU: scheduling priority, how OpenMP threads wait for each other, and whether it multiplies bfloat16."""
 
 from __future__ import annotations
 
@@ -39,3 +39,10 @@ def openmp_environment() -> dict[str, str]:
     if not any(name in os.environ for name in _OPENMP_VARIABLES):
         os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
     return {name: os.environ[name] for name in _OPENMP_VARIABLES if name in os.environ}
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16 natively. Else bfloat16 is slower than float32."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

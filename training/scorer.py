@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from cluster.cpu import multiplies_bfloat16
 from cluster.errors import CappyError, UsageError, first_line
 from training import encoder_kernels
 from training.batch_plan import batch_by_tokens
@@ -54,10 +55,7 @@ def pick_dtype(dtype: Dtype, device: torch.device) -> Literal["bfloat16", "float
     """Return `dtype`, and for `auto` bfloat16 where the hardware multiplies it natively, else float32."""
     if dtype != "auto":
         return dtype
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else multiplies_bfloat16()
     return "bfloat16" if native else "float32"
 
 

@@ -112,7 +112,8 @@ class VLLMConfig(ExtendedSection):
     kind: Literal["vllm"] = "vllm"
     """Selects the vLLM engine."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Data type of weights and activations; `auto` takes the type in the config of the model."""
+    """Data type of weights and activations; `auto` takes the type in the config of the model. On a CPU that does not multiply bfloat16
+    natively, `auto` is float32, which is faster there."""
     max_model_len: int = Field(2048, ge=64)
     """Largest length of prompt plus candidate, in tokens."""
     max_num_seqs: int = Field(64, ge=1)

@@ -26,6 +26,7 @@ import torch
 
 from cluster import models
 from cluster.config import DecodingConfig, Seq2SeqConfig
+from cluster.cpu import multiplies_bfloat16
 from cluster.errors import CappyError
 from generation import prompts
 from generation.engines import prompt_encoding
@@ -98,8 +99,7 @@ class Seq2SeqEngine:
         if not gpu:
             # Ray sets OMP_NUM_THREADS=1 in each worker for its share of the machine; the engine may use all cores.
             torch.set_num_threads(len(os.sched_getaffinity(0)))
-        # `auto` uses bfloat16 only if the hardware multiplies it natively; otherwise it is slower than float32.
-        bfloat16 = gpu or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        bfloat16 = gpu or multiplies_bfloat16()
         dtype = torch.bfloat16 if config.dtype == "bfloat16" or (config.dtype == "auto" and bfloat16) else torch.float32
         self.device = torch.device("cuda" if gpu else "cpu")
         with models.one_line_errors(model, setting):

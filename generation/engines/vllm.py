@@ -17,7 +17,7 @@ import psutil
 
 from cluster import models
 from cluster.config import DecodingConfig, VLLMConfig
-from cluster.cpu import lower_priority, openmp_environment
+from cluster.cpu import lower_priority, multiplies_bfloat16, openmp_environment
 from cluster.errors import CappyError, first_line
 from cluster.progress import log
 from generation import prompts
@@ -27,8 +27,8 @@ from generation.engines.finish_reasons import read_end
 from generation.engines.reasoning import strip_reasoning
 from generation.logprobs import finite_or_none
 
-PREFILL_SHARING_VERSIONS = ("0.32.0",)
-"""vLLM versions that `vllm_prefill_sharing.py` is tested with: it depends on details of vLLM's scheduler."""
+TESTED_VERSIONS = ("0.32.0",)
+"""vLLM versions that `vllm_prefill_sharing.py` and `vllm_top_p.py` are tested with: they depend on details of its scheduler and sampler."""
 
 
 class VLLMEngine:
@@ -68,6 +68,8 @@ class VLLMEngine:
             arguments = engine_arguments(folder, config, gpu)
             if use_prefill_sharing(config, gpu, vllm_version):
                 arguments |= prefill_sharing_arguments()
+            if not gpu and is_tested(vllm_version):
+                arguments["worker_extension_cls"] = "generation.engines.vllm_top_p.TopPByRow"
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except ValueError as error:
             raise CappyError(f"{setting}={model}: vLLM rejected the model or an engine setting: {first_line(error)}") from None
@@ -220,7 +222,7 @@ def engine_arguments(folder: Path, config: VLLMConfig, gpu: bool) -> dict[str, A
         options["max_num_batched_tokens"] = max(2048, config.max_model_len)
     return {
         "model": str(folder),
-        "dtype": config.dtype,
+        "dtype": "float32" if config.dtype == "auto" and not gpu and not multiplies_bfloat16() else config.dtype,
         "max_model_len": config.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "tensor_parallel_size": config.tensor_parallel,
@@ -251,13 +253,18 @@ def set_environment(config: VLLMConfig, gpu: bool) -> None:
         os.environ["OMP_NUM_THREADS"] = str(min(config.cpu_threads or cores, cores))
 
 
+def is_tested(version: str) -> bool:
+    """Return whether a vLLM version is in `TESTED_VERSIONS`. A CPU build may have a local version: 0.32.0+cpu is 0.32.0."""
+    return version.split("+")[0] in TESTED_VERSIONS
+
+
 def use_prefill_sharing(config: VLLMConfig, gpu: bool, version: str) -> bool:
     """Return whether the engine shares the prefill of a prompt between its candidates (`vllm_prefill_sharing.py`).
 
     Args:
         config: the settings of the engine.
         gpu: whether the engine runs on a GPU, where sharing is never used.
-        version: the installed vLLM version. If it is not in `PREFILL_SHARING_VERSIONS`, sharing needs `share_prefill=true`; one log
+        version: the installed vLLM version. If it is not in `TESTED_VERSIONS`, sharing needs `share_prefill=true`; one log
             line reports the versions.
 
     Raises `CappyError` for `share_prefill=true` on a GPU.
@@ -266,9 +273,8 @@ def use_prefill_sharing(config: VLLMConfig, gpu: bool, version: str) -> bool:
         return False
     if gpu:
         raise CappyError("sampler.engine.share_prefill=true: the engine runs on a GPU, and sharing is CPU only; set share_prefill to null")
-    # A CPU build may have a local version: 0.32.0+cpu is 0.32.0.
-    if version.split("+")[0] not in PREFILL_SHARING_VERSIONS:
-        tested = f"vLLM {version} is installed, sharing is tested with {', '.join(PREFILL_SHARING_VERSIONS)}"
+    if not is_tested(version):
+        tested = f"vLLM {version} is installed, sharing is tested with {', '.join(TESTED_VERSIONS)}"
         if config.share_prefill is None:
             log(f"sampler.engine.share_prefill is off: {tested}; set it to true to use it without a test")
             return False

@@ -10,7 +10,7 @@ It is a KV connector, vLLM's interface for external KV caches. The scheduler of 
 same process or in another one. Only models with full attention in all layers are supported; other models run without sharing. It is
 not used on GPUs: a block there has 16 tokens and prefill is cheap.
 
-`sampler.engine.share_prefill` controls it; `vllm.PREFILL_SHARING_VERSIONS` lists the tested vLLM versions.
+`sampler.engine.share_prefill` controls it; `vllm.TESTED_VERSIONS` lists the tested vLLM versions.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ import pytest
 from cluster.config import DecodingConfig, SamplerConfig, VLLMConfig, fingerprint
 from cluster.errors import CappyError
 from generation.engines import vllm
-from generation.engines.vllm import PREFILL_SHARING_VERSIONS, VLLMEngine, to_candidate, use_prefill_sharing
+from generation.engines.vllm import TESTED_VERSIONS, VLLMEngine, to_candidate, use_prefill_sharing
 from generation.prompts import messages
 
 WARM = DecodingConfig(name="warm", n=4, max_tokens=24, stop=["."])
 
 
-@pytest.mark.parametrize("version", [*PREFILL_SHARING_VERSIONS, f"{PREFILL_SHARING_VERSIONS[0]}+cpu"])
+@pytest.mark.parametrize("version", [*TESTED_VERSIONS, f"{TESTED_VERSIONS[0]}+cpu"])
 @pytest.mark.parametrize(("share_prefill", "used"), [(None, True), (True, True), (False, False)])
 def test_prefill_sharing_follows_its_setting_with_a_tested_vllm_version(share_prefill, used, version, capsys):
     assert use_prefill_sharing(VLLMConfig(share_prefill=share_prefill), gpu=False, version=version) is used
@@ -89,9 +89,23 @@ def test_vllm_loads_safetensors_only(tmp_path):
     assert vllm.engine_arguments(tmp_path, VLLMConfig(), gpu=False)["load_format"] == "safetensors"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "native", "gpu", "expected"),
+    [
+        ("auto", False, False, "float32"),
+        ("auto", True, False, "auto"),
+        ("auto", False, True, "auto"),
+        ("bfloat16", False, False, "bfloat16"),
+    ],
+)
+def test_auto_is_float32_on_a_cpu_without_native_bfloat16(dtype, native, gpu, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm, "multiplies_bfloat16", lambda: native)
+    assert vllm.engine_arguments(tmp_path, VLLMConfig(dtype=dtype), gpu=gpu)["dtype"] == expected
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("tested", "loaded"), [(PREFILL_SHARING_VERSIONS, True), (("0.31.0",), False)])
-def test_the_engine_loads_the_connector_only_with_a_tested_version(tested, loaded, monkeypatch):
+@pytest.mark.parametrize(("tested", "loaded"), [(TESTED_VERSIONS, True), (("0.31.0",), False)])
+def test_the_engine_loads_its_extensions_only_with_a_tested_version(tested, loaded, monkeypatch):
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     class Loaded(Exception):
@@ -100,12 +114,12 @@ def test_the_engine_loads_the_connector_only_with_a_tested_version(tested, loade
     def stop(**arguments):
         raise Loaded(arguments)
 
-    monkeypatch.setattr(vllm, "PREFILL_SHARING_VERSIONS", tested)
+    monkeypatch.setattr(vllm, "TESTED_VERSIONS", tested)
     monkeypatch.setattr(AsyncEngineArgs, "__init__", lambda self, **arguments: stop(**arguments))
     with mock.patch.dict(os.environ), pytest.raises(Loaded) as caught:
         VLLMEngine("smollm2-135m-instruct", VLLMConfig(max_model_len=256))
     transfer = caught.value.args[0].get("kv_transfer_config")
-    assert (transfer is not None) is loaded
+    assert (transfer is not None) is ("worker_extension_cls" in caught.value.args[0]) is loaded
     assert not loaded or transfer.kv_connector == "PrefillSharingConnector"
 
 
