@@ -140,7 +140,7 @@ def test_the_installed_package_serves_with_nothing_configured(installed, tmp_pat
             server.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_verb_of_the_installed_package_runs_as_a_ray_job(run, installed, tmp_path):
     rows = [{"instruction": f"Is {n} even?", "references": ["yes"], "answer_choices": ["yes", "no"], "dataset": "even"} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

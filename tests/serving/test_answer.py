@@ -354,8 +354,8 @@ def test_on_sigterm_the_units_in_progress_are_finished_and_the_same_command_resu
     assert read(place) == read(tmp_path / "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", [pytest.param((), marks=pytest.mark.full), ADAPTIVE], ids=["one round", "rounds"])
+@pytest.mark.full
+@pytest.mark.parametrize("overrides", [(), ADAPTIVE], ids=["one round", "rounds"])
 def test_killed_scorers_and_engines_do_not_change_the_answers(overrides, rows, tmp_path):
     settings = ("generate.unit_rows=2", *overrides)
     run(config_for(rows, tmp_path / "whole", *settings))

@@ -217,7 +217,7 @@ def tiny_scorer(folder):
     Scorer(AutoModelForSequenceClassification.from_config(config), tokenizer, 128).save(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_killed_run_publishes_nothing_and_resumes_to_the_same_scores_bit_for_bit(tmp_path):
     tiny_scorer(tmp_path / "tiny")
     rows = [{"question": f"what is {'very ' * (n % 40)}{n}?", "answer": f"{n % 7} " * (1 + n % 5), "n": n} for n in range(400)]
