@@ -42,7 +42,7 @@ BENCHMARKS = (
     Benchmark("generation", "the generate pipeline against vLLM driven directly: candidates/s", 12),
     Benchmark("hostile", "the answers to malformed and malicious requests against the documented ones", 4),
     Benchmark("interchange", "scores of one scorer here, in transformers, CrossEncoder and vLLM", 15, needs="sentence_transformers"),
-    Benchmark("kills", "`cappy generate` with killed processes against an undisturbed run", 20),
+    Benchmark("kills", "`cappy generate` or `cappy answer` with killed processes against an undisturbed run", 20),
     Benchmark("objectives", "training objectives at equal compute: quality", 60),
     Benchmark("odd", "the rows of odd inputs against the rows published, set aside and merged", 1, ()),
     Benchmark("prompts", "prompt forms: quality of the candidate pool", 10),
