@@ -47,6 +47,7 @@ BENCHMARKS = (
     Benchmark("odd", "the rows of odd inputs against the rows published, set aside and merged", 1, ()),
     Benchmark("prompts", "prompt forms: quality of the candidate pool", 10),
     Benchmark("rouge", "labels against `rouge_score`: labels/s and equality to the bit", 5, ("--pairs", "50000")),
+    Benchmark("round_trip", "greedy decoding before and after LoRA on responses that the scorer selected: Rouge-L", 25),
     Benchmark("scale", "`cappy generate` at 10,000 to 1,000,000 instructions: memory and speed", 15),
     Benchmark("score_files", "`cappy score` against CrossEncoder, Parquet to Parquet: pairs/s", 15, ("--pairs", "600", "--files", "1")),
     Benchmark("scoring", "the scorer against CrossEncoder and the Hugging Face pipeline: pairs/s", 15, needs="sentence_transformers"),

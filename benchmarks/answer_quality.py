@@ -72,24 +72,45 @@ def compare(answers: Sequence[Mapping[str, Any]], hidden: Mapping[str, list[str]
     }
     values["selected"] = [row["selected"] for row in baselines.rows]
     values["oracle"] = [max(each["label"] for each in row["candidates"]) for row in baselines.rows]
-    names = list(values)
-    values_RM = 100 * np.array([values[name] for name in names]).T
-    tasks, tasks_R = np.unique([row["dataset"] for row in baselines.rows], return_inverse=True)
-    means_BM = statistics.bootstrap(values_RM, tasks_R, _RESAMPLES, config.seed).mean(axis=1)
-    points = dict(zip(names, statistics.macro_average(values_RM, tasks_R).tolist(), strict=True))
-    ours = names.index("selected")
-    gains = {}
-    for number, name in enumerate(names):
-        if name not in ("selected", "oracle"):
-            low, high = statistics.interval(means_BM[:, ours] - means_BM[:, number], _CONFIDENCE)
-            gains[name] = {"mean": round(points["selected"] - points[name], 2), "low": round(float(low), 2), "high": round(float(high), 2)}
+    tasks = [row["dataset"] for row in baselines.rows]
+    points, gains = points_and_gains(
+        values, tasks, {"selected": [name for name in values if name not in ("selected", "oracle")]}, config.seed
+    )
     return {
         "rows": len(baselines.rows),
-        "tasks": len(tasks),
-        "points": {name: round(value, 2) for name, value in points.items()},
-        "gains": gains,
+        "tasks": len(set(tasks)),
+        "points": points,
+        "gains": gains["selected"],
         "left_out": baselines.left_out,
     }
+
+
+def points_and_gains(
+    values: Mapping[str, Sequence[float]], tasks: Sequence[str], compared: Mapping[str, Sequence[str]], seed: int
+) -> tuple[dict[str, float], dict[str, dict[str, dict[str, float]]]]:
+    """Return the average of each method over tasks, and its gains over the methods in `compared`, with paired bootstrap intervals.
+
+    Args:
+        values: The labels of each method, in [0, 1], in the order of the rows. The results are in points, 0 to 100.
+        tasks: The task of each row.
+        compared: The baselines of each method.
+        seed: Seed of the resamples.
+    """
+    names = list(values)
+    values_RM = 100 * np.array([values[name] for name in names]).T
+    _, tasks_R = np.unique(tasks, return_inverse=True)
+    means_BM = statistics.bootstrap(values_RM, tasks_R, _RESAMPLES, seed).mean(axis=1)
+    points = dict(zip(names, statistics.macro_average(values_RM, tasks_R).tolist(), strict=True))
+    gains: dict[str, dict[str, dict[str, float]]] = {name: {} for name in compared}
+    for name, baselines in compared.items():
+        for other in baselines:
+            low, high = statistics.interval(means_BM[:, names.index(name)] - means_BM[:, names.index(other)], _CONFIDENCE)
+            gains[name][other] = {
+                "mean": round(points[name] - points[other], 2),
+                "low": round(float(low), 2),
+                "high": round(float(high), 2),
+            }
+    return {name: round(value, 2) for name, value in points.items()}, gains
 
 
 def read_answers(uri: str) -> list[dict[str, Any]]:
