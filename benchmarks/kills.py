@@ -54,7 +54,7 @@ _REAL_SETTINGS = [
 ]
 _ENGINE_ENDS_S = 15.0
 _ACTORS_END_S = 3.0
-"""Time after which the cluster has ended the actors of a killed driver."""
+"""Time after which the cluster has ended the actors of a killed driver or node, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,11 @@ def one_run(trial: Trial, nodes: Nodes, victim: str, place: str, folder: Path, m
     for moment in moments:
         if _wait_for_work(watched, before, driver, trial.limit_s):
             time.sleep(moment)
-        if driver.poll() is not None:
+        # The processes of a killed node can work for some seconds more.
+        calls = [call for call in read_calls(watched) if victim == "pause" or nodes.is_alive(call.node)]
+        if driver.poll() is not None or not calls:
             break
-        newest, before = read_calls(watched)[-1], time.time()
+        newest, before = calls[-1], time.time()
         if victim in ("sampler", "node"):
             engines += _children(newest)
         if victim == "pause":
@@ -130,13 +132,13 @@ def one_run(trial: Trial, nodes: Nodes, victim: str, place: str, folder: Path, m
         elif victim == "driver":
             os.killpg(driver.pid, signal.SIGKILL)
             driver.wait()
-            before += _ACTORS_END_S
             driver = trial.launch(place, log, address)
         elif victim == "node":
             nodes.kill(newest.node)
         else:
             with suppress(ProcessLookupError):  # the work of the actor is over
                 os.kill(newest.pid, signal.SIGKILL)
+        before += _ACTORS_END_S if victim in ("driver", "node") else 0.0
         midway += 1
         nodes.restore()
     if code is None:
@@ -226,6 +228,10 @@ class Nodes:
 
     def _add(self) -> Any:
         return self._cluster.add_node(num_cpus=3)
+
+    def is_alive(self, node: str) -> bool:
+        """Return whether the worker node with this id was not killed."""
+        return any(worker.node_id == node for worker in self._workers)
 
     def kill(self, node: str) -> None:
         """Kill the worker node with this id."""
