@@ -13,7 +13,7 @@ import os
 import sys
 from functools import partial
 from io import TextIOWrapper
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.console import Console
 from cappy.command import Address, ConfigFile, Debug, OutputOptions, Overrides, Overwrite, Report, app, command, out, print_json
 from cluster.errors import CappyError, describe_disk_error, find_disk_error, typed_first_line
 from cluster.progress import log
+
+if TYPE_CHECKING:
+    from cluster.config import Config
 
 __all__ = ["app", "main"]
 
@@ -49,6 +52,26 @@ def generate(config: ConfigFile = None, set_: Overrides = None, address: Address
     Run the same command again to resume an interrupted run.
     """
     return _run("generate", config, set_, address, overwrite)
+
+
+@command(epilog="Example: cappy extend s3://bucket/demo/dataset s3://bucket/demo/more --set sampler.model=other/llm")
+def extend(
+    src: Annotated[str, typer.Argument(help="A regression set: a folder or s3:// prefix that generate or extend published.")],
+    dst: Annotated[str, typer.Argument(help="The destination of the extended set.")],
+    set_: Overrides = None,
+    address: Address = None,
+    overwrite: Overwrite = False,
+) -> Report:
+    """Add rows, decodings or another LLM to a published set, as a new set. Only the missing candidates are sampled.
+
+    The config is that of SRC; change it with --set source.path=..., sampler.decodings=[...] or sampler.model=... All rows of SRC, their
+    splits and their candidates are kept, also of decodings that the config does not have. SRC is not changed.
+
+    Run the same command again to resume an interrupted run.
+    """
+    from generation.extend import read_config
+
+    return _run("extend", read_config(src, dst, set_ or ()), None, address, overwrite, src=src, dst=dst)
 
 
 @command(epilog="Example: cappy annotate s3://bucket/demo/dataset s3://bucket/demo/chrf --set generate.label.metric=chrf")
@@ -448,6 +471,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
 # The kind of artifact that each verb publishes; it selects the table of its summary.
 _KINDS = {
     "generate": "dataset",
+    "extend": "dataset",
     "annotate": "dataset",
     "train": "scorer",
     "adapt": "adapted",
@@ -457,7 +481,9 @@ _KINDS = {
 }
 
 
-def _run(verb: str, config: str | None, overrides: list[str] | None, address: str | None, overwrite: bool, **places: str) -> Report:
+def _run(
+    verb: str, config: str | Config | None, overrides: list[str] | None, address: str | None, overwrite: bool, **places: str
+) -> Report:
     from cappy import display, jobs
     from cluster.config import load
 

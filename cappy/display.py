@@ -199,10 +199,14 @@ def _show_dataset(summary: dict[str, Any], console: Console) -> None:
         console.print(Text(f"{summary['empty_responses']:,} sampled responses are empty", style="yellow"))
     if summary.get("missing_responses"):
         console.print(Text(f"{summary['missing_responses']:,} responses are missing: a content filter stopped them", style="yellow"))
-    if summary["dead_letters"]:
-        console.print(
-            Text(f"{summary['dead_letters']:,} rows left out, with their reasons: {summary['uri']}/{_DEAD_LETTERS}", style="yellow")
-        )
+    if "kept_rows" in summary:
+        console.print(Text(f"{summary['kept_rows']:,} instructions and {summary['kept_candidates']:,} samples are from the extended set"))
+    incomplete = summary.get("incomplete", 0)
+    if incomplete:
+        console.print(Text(f"{incomplete:,} instructions failed and have only the samples of the extended set", style="yellow"))
+    if summary["dead_letters"] > incomplete:
+        left_out = summary["dead_letters"] - incomplete
+        console.print(Text(f"{left_out:,} rows left out, with their reasons: {summary['uri']}/{_DEAD_LETTERS}", style="yellow"))
     console.print(Text(f"{summary['uri']} in {summary['seconds']:,.0f} s"))
 
 

@@ -30,6 +30,7 @@ from cluster.runtime import FORWARDED_VARIABLES
 
 VERBS = {
     "generate": "generation.generate:run_generate",
+    "extend": "generation.extend:run_extend",
     "annotate": "generation.annotate:run_annotate",
     "train": "training.train:run_train",
     "adapt": "training.adapt:run_adapt",

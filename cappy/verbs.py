@@ -50,6 +50,28 @@ def generate(
     return _run("generate", config, settings, overwrite, address)
 
 
+def extend(
+    source: str,
+    destination: str,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Publish the rows and candidates of the published set `source` with new ones at `destination`, and return its summary.
+
+    The config is that of `source` with `settings` on top: more rows of `source`, other `sampler.decodings`, or another `sampler.model`.
+    Only the missing candidates are sampled. `source` is not changed. Call it again to resume an interrupted run. `overwrite` and
+    `address` are as for `generate`.
+
+    Example: `cappy.extend("runs/demo/dataset", "runs/more", settings={"sampler.decodings": [{"name": "hot", "temperature": 1.3}]})`
+    """
+    from generation.extend import read_config
+
+    config = read_config(source, destination, settings or {})
+    return _run("extend", config, None, overwrite, address, src=source, dst=destination)
+
+
 def annotate(
     source: str,
     destination: str,

@@ -101,6 +101,10 @@ class Manifest(TypedDict, total=False):
     """Largest length of a candidate by dataset, in tokens, from the lengths of the references (dataset)."""
     reused: dict[str, Any]
     """Rows, candidates and tokens from `generate.reuse`, and the rows of each of its sets (dataset)."""
+    extends: dict[str, Any]
+    """URI and version of the set that this set extends, and the rows, candidates and tokens that it has from it (dataset)."""
+    sampling: list[dict[str, Any]]
+    """The settings with which each LLM sampled its decodings, in an extended set: see `generation.sampling_records` (dataset)."""
     rates: dict[str, Any]
     """Tokens and rows per second of the sampling (dataset)."""
     seconds: dict[str, float]

@@ -61,8 +61,9 @@ def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]], 
     """Pick a candidate of every row by each baseline.
 
     The greedy baseline takes the decoding with temperature 0. The sample baseline takes the first candidate of the first decoding
-    above 0. A baseline is left out if no row allows it (no such decoding, no log-probabilities). A row is left out if one of the
-    remaining baselines has no candidate there, so that all methods are compared on the same rows.
+    above 0. A baseline is left out if no row allows it (no such decoding, no log-probabilities). So are the self-scores if a row has
+    candidates of several LLMs. A row is left out if one of the remaining baselines has no candidate there, so that all methods are
+    compared on the same rows.
 
     Args:
         rows: the rows.
@@ -75,7 +76,8 @@ def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]], 
     sampling = next((each["name"] for each in decodings if each["temperature"] > 0), None)
     logprobs_RC, present_RC = pad_field(rows, "logprob")
     tokens_RC, _ = pad_field(rows, "tokens")
-    known_R = ~(np.isnan(logprobs_RC) & present_RC).any(axis=1)
+    several_llms = any(len({each.get("model") for each in row["candidates"]}) > 1 for row in rows)
+    known_R = ~(np.isnan(logprobs_RC) & present_RC).any(axis=1) & (not several_llms)
     sized_R = known_R & ~(np.isnan(tokens_RC) & present_RC).any(axis=1)
     picks = {
         "greedy": _first_of(rows, greedy),
@@ -90,6 +92,10 @@ def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]], 
         "self_sum": "the candidates have no log-probabilities",
         "self_mean": "the candidates have no log-probabilities or token counts",
     }
+    if several_llms:
+        missing |= dict.fromkeys(
+            ("self_sum", "self_mean"), "the candidates are of several LLMs, whose log-probabilities are not comparable"
+        )
     left_out = {name: reason for name, reason in missing.items() if (picks[name] < 0).all()}
     possible = {name: picks[name] for name in BASELINES if name not in left_out}
     keep = np.stack(list(possible.values())).min(axis=0) >= 0

@@ -122,11 +122,17 @@ def rank_by(name: str) -> Rank:
     return rank
 
 
-_sum_logprob = rank_by("logprob")
+def _of_several_llms(candidates: Sequence[Candidate]) -> bool:
+    """Return whether the candidates are of several LLMs, whose log-probabilities are not comparable."""
+    return len({each.get("model") for each in candidates}) > 1
+
+
+def _sum_logprob(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
+    return None if _of_several_llms(candidates) else rank_by("logprob")(instruction, candidates)
 
 
 def _mean_logprob(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
-    if any(each.get("logprob") is None or each.get("tokens") is None for each in candidates):
+    if _of_several_llms(candidates) or any(each.get("logprob") is None or each.get("tokens") is None for each in candidates):
         return None
     return np.asarray(mean_logprobs([each["logprob"] for each in candidates], [each["tokens"] for each in candidates]), np.float64)
 

@@ -45,8 +45,8 @@ class SampledRows:
     """The id and the candidates (fields of `schema.SAMPLED`) of each row with sampled candidates."""
 
 
-def open_sampled(uri: str, setting: str) -> SampledRows:
-    """Open a published set or a candidate file (`*.parquet`).
+def open_sampled(uri: str, setting: str, model: str | None = None) -> SampledRows:
+    """Open a published set or a candidate file (`*.parquet`). Of a set with several LLMs the candidates of `model` are read, if it has any.
 
     Raises `CappyError` naming `setting` if it is neither. Reading the rows raises `CappyError` if a file is damaged.
     """
@@ -56,9 +56,13 @@ def open_sampled(uri: str, setting: str) -> SampledRows:
         raise CappyError(f"{setting}={uri} is not a published set; give its folder, or a candidate file (*.parquet)")
     opened = RegressionSet(uri, setting)
     sampler = opened.manifest["config"]["sampler"]
+    records = opened.manifest.get("sampling") or [{**sampler, "seed": opened.manifest["config"]["seed"]}]
+    llm: str = sampler["model"]
+    if model is not None and any(each["model"] == model for each in records):
+        llm = model
     tables = (table for split in opened.manifest["counts"] for table in opened.batches(split, _BATCH_ROWS, ["id", "candidates"]))
-    settings = _describe(sampler, opened.manifest["config"]["seed"])
-    return SampledRows(opened.uri, sampler["model"], [settings], _sampled_rows(tables, sampler["model"]))
+    settings = [_describe(each, each["seed"]) for each in records if each["model"] == llm]
+    return SampledRows(opened.uri, llm, settings, _sampled_rows(tables, llm))
 
 
 def write_candidate_file(out: str, sets: Sequence[str]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ WORKING_FILES = (
     r"_staging/attempts/load/[0-9a-f]{32}\.json",
 )
 """Patterns of the files of an unfinished set, for `artifacts.OwnedFiles`; the names of its shards contain a run id."""
-SAMPLING_FACTS = ("max_tokens", "reused")
+SAMPLING_FACTS = ("max_tokens", "reused", "extends", "sampling")
 """Optional keys of a manifest that describe the sampling. A set with other labels keeps them."""
 RESULT_FILES = (
     r"data/(train|validation)/part-\d{5,}\.parquet",

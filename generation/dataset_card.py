@@ -223,15 +223,12 @@ def _log_line(log: str) -> str:
 
 
 def _decodings_table(decodings: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        (
-            each["name"],
-            str(each["n"]),
-            ", ".join(f"{key} {_format_setting(value)}" for key, value in each.items() if _is_worth_listing(key, value)),
-        )
-        for each in decodings
-    ]
+    rows = [(each["name"], str(each["n"]), _decoding_settings(each)) for each in decodings]
     return markdown_table(("decoding", "n", "settings"), rows) + "\n"
+
+
+def _decoding_settings(decoding: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_format_setting(value)}" for key, value in decoding.items() if _is_worth_listing(key, value))
 
 
 def _is_worth_listing(key: str, value: Any) -> bool:
@@ -340,7 +337,7 @@ def _unseen_line(summary: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
 
 
 def _sampling_lines(manifest: Mapping[str, Any]) -> str:
-    limits, reused = manifest.get("max_tokens"), manifest.get("reused")
+    limits, reused, extends = (manifest.get(name) for name in ("max_tokens", "reused", "extends"))
     lines = ""
     if limits:
         lines += (
@@ -350,6 +347,15 @@ def _sampling_lines(manifest: Mapping[str, Any]) -> str:
     if reused:
         sources = ", ".join(f"`{uri}` ({rows:,})" for uri, rows in reused["sources"].items())
         lines += f"- the sampled responses of {reused['rows']:,} instructions are from earlier sets, with new labels: {sources}\n"
+    if extends:
+        lines += (
+            f"- it extends the set `{extends['uri']}` (version {extends['version']}): {extends['rows']:,} instructions and\n"
+            f"  {extends['candidates']:,} sampled responses are from it\n"
+        )
+    for record in manifest.get("sampling", [])[1:]:
+        decodings = "; ".join(f"{each['name']} ({_decoding_settings(each)})" for each in record["decodings"])
+        prompt = record["prompt"]
+        lines += f"- earlier responses of `{record['model']}` ({prompt['form']} form, {prompt['shots']} shots): {decodings}\n"
     return lines
 
 

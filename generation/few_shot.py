@@ -12,11 +12,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from cluster.config import Config, FilesSource
 from cluster.progress import log
 from generation import labels
+from generation.earlier_set import PART, EarlierSet
 from generation.mismatched import draw_mismatched
 from generation.sources import files, split
 from generation.sources.decontaminate import NgramIndex
@@ -140,9 +142,14 @@ class PreparationCounts:
 
 
 def prepare_rows(
-    config: Config, evaluation: NgramIndex | None = None, counts: PreparationCounts | None = None
+    config: Config,
+    evaluation: NgramIndex | None = None,
+    counts: PreparationCounts | None = None,
+    earlier: EarlierSet | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
     """Yield `(split, row)` for every usable instruction and a `DeadLetter` for every other; the rows are in the order of the source.
+
+    The rows of `earlier` follow. Rows of the source with an instruction of `earlier` have its split.
 
     A row has the columns of `schema.PREPARED`, and `part`. Repeated rows are merged. Train rows that overlap `evaluation` are
     left out and counted in it; None means the files of `config.decontaminate`. A train row whose instruction is also in the
@@ -163,11 +170,16 @@ def prepare_rows(
         return row.instruction in held_out or evaluation.find_overlap(row.instruction) is not None
 
     notes = Notes()
-    with merge_rows(row_reader(config.source, config.seed, notes)()) as rows:
+    source = row_reader(config.source, config.seed, notes)()
+    if earlier is not None:
+        source = chain(map(earlier.keep_split, source), earlier.rows())
+    only_earlier = 0
+    with merge_rows(source) as rows:
         counts.merged, counts.blank, counts.too_long = rows.merged + notes.merged, notes.blank, notes.too_long
         pools = Pools(with_held_out_recorded(), config.seed, is_excluded)
         block: list[Instruction] = []
         for each in rows:
+            only_earlier += isinstance(each, Instruction) and each.part == PART
             if isinstance(each, DeadLetter):
                 yield each
             elif each.split == "train" and each.instruction in held_out:
@@ -181,6 +193,8 @@ def prepare_rows(
                     yield from _prepare_block(block, pools, config)
                     block = []
         yield from _prepare_block(block, pools, config)
+    if earlier is not None:  # the other rows of the earlier set were merged into rows of the source
+        counts.merged -= earlier.total - only_earlier
 
 
 def load_contamination(config: Config) -> NgramIndex:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster import artifacts, folder_writer, storage, versions
@@ -46,15 +47,18 @@ def run_generate(config: Config, *, overwrite: bool = False, load: LoadLLM = eng
     """
     start = time.monotonic()
     uri = storage.check_uri(config.dataset_uri, "dataset")
-    unit_run.refuse_destination(uri, "dataset", _OWNED, overwrite=overwrite)
+    owned = replace(_OWNED, verb="extend") if config.generate.extend else _OWNED
+    if config.generate.extend:
+        artifacts.refuse_nested(storage.check_uri(config.generate.extend, "generate.extend"), uri)
+    unit_run.refuse_destination(uri, "dataset", owned, overwrite=overwrite)
     engines.check_sampler_config(config.sampler)
     with (
         prometheus.serve_metrics(config.generate) as progress,
-        unit_run.hold_destination(uri, "dataset", _OWNED, overwrite=overwrite) as run_lease,
+        unit_run.hold_destination(uri, "dataset", owned, overwrite=overwrite) as run_lease,
     ):
         staging = storage.join(uri, "_staging")
         settings = _claim_destination(staging, config)
-        prepared = prepared_units.prepare(staging, config, run_lease)
+        prepared = prepared_units.prepare(staging, config, run_lease, settings.get("inputs"))
         prepared_units.warn_about_labels(prepared, config)
         stages = {"reading": time.monotonic() - start}
         try:
@@ -80,6 +84,8 @@ def result_settings(config: Config) -> dict[str, Any]:
     generate = {key: tree["generate"][key] for key in ("mismatched", "hard_mismatched", "max_per_bin", "unit_rows")}
     if config.generate.reuse:
         generate |= {name: tree["generate"][name] for name in ("reuse", "reuse_only") if name in tree["generate"]}
+    if config.generate.extend:
+        generate["extend"] = tree["generate"]["extend"]
     generate["label"] = labels.describe_metric(config.generate.label)
     source = {key: tree[key] for key in ("source", "decontaminate")}
     settings = {"seed": config.seed, **source, "sampler": config.sampler.result_settings(), "generate": generate}
@@ -91,7 +97,8 @@ def read_files(config: Config) -> dict[str, str]:
     """Return the files and folders that the run reads, by setting."""
     lists = {"decontaminate.files": config.decontaminate.files, "generate.reuse": config.generate.reuse}
     listed = {f"{setting}.{number}": path for setting, paths in lists.items() for number, path in enumerate(paths)}
-    return {**source_files(config.source), **listed}
+    extended = {"generate.extend": config.generate.extend} if config.generate.extend else {}
+    return {**source_files(config.source), **listed, **extended}
 
 
 def _claim_destination(staging: str, config: Config) -> Mapping[str, Any]:
@@ -113,10 +120,11 @@ def _sample(
         log(f"{len(finished)} of {len(names)} units are finished already; resuming")
     if not pending:
         return {}
-    reused = prepared["reused"]["rows"] if "reused" in prepared else 0
-    if prepared.get("sampled_rows") == reused:
+    # Older versions took complete rows from `generate.reuse` and no other rows.
+    complete = prepared.get("complete", prepared["reused"]["rows"] if "reused" in prepared else 0)
+    if prepared.get("sampled_rows") == complete:
         load = NoLLM
-        log("no LLM is started: the candidates of every row are its answer_choices" + (" or in generate.reuse" if reused else ""))
+        log("no LLM is started: the candidates of every row are its answer_choices" + (" or in an earlier set" if complete else ""))
     else:
         log(f"starting {config.sampler.model} on {config.sampler.engine.kind}, {config.sampler.replicas} replica(s)")
     spent = units.dollars_spent(staging, sorted(finished)) if engines.cost_limit(config.sampler) is not None else 0.0
@@ -165,7 +173,7 @@ def _merge(uri: str, staging: str, prepared: PreparedUnits, config: Config, run_
             name = shards.shard_path(split, number, run_lease.run)
             tasks[name] = (names, staging, storage.join(uri, name), config.generate.row_group_rows, run_lease.claim.check)
     merged: dict[str, MergedShard] = unit_run.merge_shards(tasks, shards.write_shard)
-    rows = sum(shard["entry"]["rows"] + shard["letters"] for shard in merged.values())
+    rows = sum(shard["entry"]["rows"] + shard["letters"] - shard["incomplete"] for shard in merged.values())
     if rows != prepared["rows"]:
         raise CappyError(f"{uri}: {prepared['rows']} instructions were prepared, but the units have {rows}; run again with --overwrite")
     not_sampled = sum(shard["letters"] for shard in merged.values())
@@ -216,6 +224,10 @@ def _publish(
         found["too_long"] = prepared["too_long"]
     if "reused" in prepared:
         found["reused"] = prepared["reused"]["rows"]
+    if "extends" in prepared:
+        found |= {"kept_rows": prepared["extends"]["rows"], "kept_candidates": prepared["extends"]["candidates"]}
+    if incomplete := sum(shard["incomplete"] for shard in merged.values()):
+        found["incomplete"] = incomplete
     summary = {"uri": uri, **total, "splits": counts, **left_out, **found, "seconds": round(sum(stages.values()), 1)}
 
     facts: dict[str, Any] = {name: value for name, value in prepared.items() if name in dataset.SAMPLING_FACTS}

@@ -164,19 +164,29 @@ def assemble_candidates(rows: Sequence[Mapping[str, Any]], config: LabelConfig, 
     - `reference`: each reference, label 1;
     - `choice`: each answer choice of a classification row that is not a reference, label 0;
     - `mismatched`: each text of `row["mismatched"]` (references of other instructions) that is not a reference here, label 0;
-    - `sampled`: each candidate of `row["sampled"]` with its fields (`sampler.SAMPLED`), labelled by the metric of `config`.
+    - `sampled`: each candidate of `row["sampled"]` with its fields (`schema.SAMPLED`), labelled by the metric of `config`. A candidate of
+      an earlier set can have its `model` and its `label`.
 
     A row has `instruction`, `references`, `mismatched` and `answer_choices` (lists of strings; `answer_choices` may be None). This
     function strips outer white space, and so does the engine for samples. A scorer then cannot recognize a reference by its white space.
     Raises `CappyError` if the function of a user fails.
     """
-    sampled = pa.array([[candidate["response"] for candidate in row["sampled"]] for row in rows], TEXTS)
+    unlabelled = [[each["response"] for each in row["sampled"] if each.get("label") is None] for row in rows]
+    sampled = pa.array(unlabelled, TEXTS)
     references = pa.array([row["references"] for row in rows], TEXTS)
     values = iter(compute_labels(sampled, references, config, [row["instruction"] for row in rows]).tolist())
     return [
         [
             *unsampled_candidates(row),
-            *({**candidate, "label": next(values), "source": "sampled", "model": model} for candidate in row["sampled"]),
+            *(
+                {
+                    **each,
+                    "label": next(values) if each.get("label") is None else each["label"],
+                    "source": "sampled",
+                    "model": each.get("model") or model,
+                }
+                for each in row["sampled"]
+            ),
         ]
         for row in rows
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -15,9 +15,11 @@ from cluster.errors import CappyError, UsageError
 from cluster.folder_writer import FolderWriter
 from cluster.lease import Lease
 from cluster.progress import Bar, log
-from generation import few_shot, reuse, shards, units
+from generation import earlier_set, few_shot, reuse, sampling_records, shards, units
+from generation.earlier_set import Extended
 from generation.few_shot import PreparationCounts
 from generation.reuse import Reused
+from generation.row_plan import RowPlanner
 from generation.schema import PREPARED, PREPARED_WITH_REUSE, SPLITS
 from generation.sources import reader
 from generation.sources.row import DeadLetter
@@ -85,30 +87,39 @@ class PreparedUnits(TypedDict):
     """Largest length of a candidate by dataset, in tokens; only with `sampler.max_tokens_from: references`."""
     reused: NotRequired[Reused]
     """The candidates from `generate.reuse`; only with this setting."""
+    complete: NotRequired[int]
+    """Number of instructions among `sampled_rows` whose candidates are all in earlier sets; only with `generate.reuse` or `extend`."""
+    extends: NotRequired[Extended]
+    """The rows and candidates from `generate.extend`; only with this setting, as the two below."""
+    sampling: NotRequired[list[dict[str, Any]]]
+    """How the candidates of the set were sampled; see `sampling_records`."""
+    extended_config: NotRequired[dict[str, Any]]
+    """The config of the extended set, so that the run can be resumed without it."""
 
 
-def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
-    """Write the prepared units, unless an earlier attempt wrote them; return their counts."""
+def prepare(staging: str, config: Config, run_lease: Lease, inputs: Mapping[str, str] | None = None) -> PreparedUnits:
+    """Write the prepared units, unless an earlier attempt wrote them; return their counts.
+
+    `inputs` has the recorded versions of the folders that the run reads. Raises `CappyError` if the extended set has another one.
+    """
     record = storage.join(staging, "prepared.json")
     if storage.exists(record):
-        earlier: PreparedUnits = storage.read_json(record)
-        return earlier
+        recorded: PreparedUnits = storage.read_json(record)
+        return recorded
     found = PreparationCounts()
-    without = 0
-    writer = UnitWriter(staging, PREPARED_WITH_REUSE if config.generate.reuse else PREPARED, SPLITS, config.generate.unit_rows, run_lease)
+    planned = bool(config.generate.reuse or config.generate.extend)
+    writer = UnitWriter(staging, PREPARED_WITH_REUSE if planned else PREPARED, SPLITS, config.generate.unit_rows, run_lease)
     counts = writer.counts
 
     def rows_to_sample() -> Iterator[tuple[str, dict[str, Any]] | DeadLetter]:
-        nonlocal without
-        for each in few_shot.prepare_rows(config, evaluation, found):
-            if config.generate.reuse and not isinstance(each, DeadLetter) and each[1]["answer_choices"] is None:
-                each[1]["reused"] = reusable.find(each[1]["id"])
-                if each[1]["reused"] is None and config.generate.reuse_only:
-                    without += 1
-                    continue
-            yield each
+        for each in few_shot.prepare_rows(config, evaluation, found, earlier):
+            if not planned or isinstance(each, DeadLetter) or planner.plan(each[1]):
+                yield each
 
-    with reuse.reuse_candidates(config) as reusable:
+    with earlier_set.open_earlier(config) as earlier, reuse.reuse_candidates(config) as reusable:
+        if earlier:
+            earlier_set.refuse_other_version(earlier.counts, (inputs or {}).get(earlier_set.SETTING))
+        planner = RowPlanner(config, reusable, earlier)
         evaluation = few_shot.load_contamination(config)
         bar = Bar(f"reading {describe_source(config)}", None, "instructions")
         failed = write_rows(staging, writer, rows_to_sample(), bar, run_lease)
@@ -128,17 +139,41 @@ def prepare(staging: str, config: Config, run_lease: Lease) -> PreparedUnits:
         result["too_long"] = found.too_long
     if config.sampler.max_tokens_from == "references":
         result["max_tokens"] = found.lengths.limits()
+    if planned:
+        result["sampled_rows"] = found.sampled - planner.left_out
+        result["complete"] = planner.complete
     if config.generate.reuse:
         result["reused"] = reusable.counts
-        result["sampled_rows"] = found.sampled - without
-        if without:
-            log(f"generate.reuse_only: {without:,} rows are left out, because no set of generate.reuse has their candidates")
-        log(f"generate.reuse has the candidates of {reusable.counts['rows']:,} of {found.sampled - without:,} rows to sample")
+        _log_reused(reusable.counts, found.sampled, planner.left_out)
+    if earlier:
+        result["extends"], result["extended_config"] = earlier.counts, earlier.config
+        result["sampling"] = sampling_records.merge_records(earlier.records, config)
+        _log_extended(earlier.counts, earlier.total, result["rows"], planner.draws)
     if found.merged:
         log(f"{found.merged:,} repeated rows of the source were merged")
     run_lease.check()
     storage.write_json(record, dict(result))
     return result
+
+
+def _log_reused(reused: Reused, sampled: int, left_out: int) -> None:
+    if left_out:
+        log(f"generate.reuse_only: {left_out:,} rows are left out, because no set of generate.reuse has all their candidates")
+    complete = reused.get("complete", 0)
+    part = f", and some of the candidates of {reused['rows'] - complete:,} rows" if reused["rows"] > complete else ""
+    log(f"generate.reuse has the candidates of {complete:,} of {sampled - left_out:,} rows to sample{part}")
+
+
+def _log_extended(kept: Extended, total: int, rows: int, draws: int) -> None:
+    log(
+        f"generate.extend={kept['uri']}: {kept['rows']:,} rows and {kept['candidates']:,} sampled candidates are kept; "
+        f"{rows - kept['rows']:,} rows are new; {draws:,} candidates are missing" + (" and are sampled" if draws else "")
+    )
+    if kept["rows"] < total:
+        log(
+            f"warning: {total - kept['rows']:,} rows of it are left out: they overlap with decontaminate.files, or their instruction is a "
+            f"validation row too"
+        )
 
 
 def dead_letter_file() -> Any:

@@ -195,7 +195,7 @@ def _rates_from_set(manifest: Mapping[str, Any]) -> dict[str, Any]:
     summary, rates = manifest["summary"], manifest.get("rates") or {}
     replicas = manifest["config"]["sampler"]["replicas"]
     sampled = summary["sources"].get("sampled", 0)
-    reused = manifest.get("reused", {}).get("tokens", 0)
+    reused = sum(manifest.get(name, {}).get("tokens", 0) for name in ("reused", "extends"))
     whole = (summary["tokens"] - reused) / max(1.0, summary["seconds"])
     data = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.startswith("data/"))
     prompt = rates.get("prompt_tokens")

@@ -137,6 +137,7 @@ def _publish(
         schema=manifest["schema"],
         metric=manifest["metric"],
         lineage=manifest["lineage"],
+        **{name: manifest[name] for name in dataset.SAMPLING_FACTS if name in manifest},
         resplit_from=made,
         summary=summary,
         config=manifest["config"],

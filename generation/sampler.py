@@ -53,7 +53,7 @@ class NoLLM:
 class Sampler:
     """Add the sampled candidates of each row. The input has the columns of `schema.PREPARED`; the output has three more:
 
-    - `sampled`: a list of structs (`SAMPLED`);
+    - `sampled`: a list of structs (`SAMPLED`), without the candidates from earlier sets (`reused`);
     - `error`: the reason why the row has no candidates, or null;
     - `cost`: float64, in dollars; 0 for an engine that runs in this process.
 
@@ -103,7 +103,20 @@ class Sampler:
         return sum(self.llm.max_cost(prompt, decoding) for decoding in decodings)
 
     def _decodings(self, row: dict[str, Any]) -> tuple[DecodingConfig, ...]:
-        return token_limits.limit_decodings(self.rounds[row.get("round") or 0], self.limits.get(row.get("dataset", "")))
+        decodings: Sequence[DecodingConfig] = self.rounds[row.get("round") or 0]
+        if row.get("draw") is not None:
+            drawn = zip(decodings, row["draw"], strict=True)
+            decodings = [each.model_copy(update={"n": count}) for each, count in drawn if count]
+        return token_limits.limit_decodings(decodings, self.limits.get(row.get("dataset", "")))
+
+    def _identity(self, row: Mapping[str, Any], decoding: DecodingConfig) -> str:
+        """Return the text that decides the seeds of a decoding of a row, beside the seed of the run and the name of the decoding.
+
+        It is the id of the row, with its round after the first, or with the number of the candidates that an earlier set has.
+        """
+        number = row.get("round") or 0
+        earlier = next(each.n for each in self.rounds[number] if each.name == decoding.name) - decoding.n
+        return str(row["id"]) + (f".{number}" if number else "") + (f".after{earlier}" if earlier else "")
 
     def _encode(self, turns: Sequence[prompts.Message], decodings: Sequence[DecodingConfig]) -> Any:
         return self.llm.encode(turns, self.config.prompt.form, max(decoding.max_tokens for decoding in decodings))
@@ -119,7 +132,7 @@ class Sampler:
         for _ in range(self.config.max_attempts):
             try:
                 prompt = self._encode(turns, decodings)
-                draws = await asyncio.gather(*(self._sample_decoding(_draw_identity(row), turns, prompt, each) for each in decodings))
+                draws = await asyncio.gather(*(self._sample_decoding(self._identity(row, each), turns, prompt, each) for each in decodings))
             except TemplateError as error:
                 # All rows have the same turns, so the template refuses each of them.
                 raise template_refusal(self.config.prompt, self.config.model, error) from None
@@ -160,18 +173,12 @@ class Sampler:
 def known_result(row: Mapping[str, Any]) -> Sampled | None:
     """Return the result of a row that is not sampled, else None.
 
-    The choices of a classification row (with `answer_choices`) are its candidates. A row with candidates from `generate.reuse` has
-    them in `reused`.
+    The choices of a classification row (with `answer_choices`) are its candidates. A row with all its candidates in earlier sets has
+    them in `reused`, and `draw` is 0 for each decoding. Rows that older versions prepared have no `draw`.
     """
-    if row["answer_choices"] is not None:
-        return [], None, 0.0
-    reused = row.get("reused")
-    return None if reused is None else (reused, None, 0.0)
-
-
-def _draw_identity(row: Mapping[str, Any]) -> str:
-    """Return the text that decides the seeds of a row, beside the seed of the run: its id, and its round after the first."""
-    return f"{row['id']}.{row['round']}" if row.get("round") else str(row["id"])
+    draw = row.get("draw")
+    complete = row.get("reused") is not None if draw is None else not any(draw)
+    return ([], None, 0.0) if complete or row["answer_choices"] is not None else None
 
 
 def append_results(batch: pa.Table, results: Sequence[Sampled]) -> pa.Table:

@@ -67,8 +67,14 @@ PREPARED = pa.schema(
 )
 """A row before sampling: with the config, it determines the row's candidates."""
 
-PREPARED_WITH_REUSE = PREPARED.append(pa.field("reused", SAMPLED))
-"""A row before sampling, with its candidates from `generate.reuse`, or null if it is sampled."""
+REUSED = pa.list_(pa.struct([*SAMPLED.value_type, ("model", pa.string()), ("label", pa.float64())]))
+"""The candidates of a row from earlier sets. `label` is null if it is computed again."""
+
+PREPARED_WITH_REUSE = PREPARED.append(pa.field("reused", REUSED)).append(pa.field("draw", pa.list_(pa.int32())))
+"""A row before sampling, with its candidates from earlier sets (null without any).
+
+`draw` has the number of candidates to sample for each decoding of the config, in order; null samples all of them.
+"""
 
 CANDIDATE_LOG = pa.schema(
     [

@@ -37,6 +37,8 @@ class MergedShard(TypedDict):
     """The result of `dataset.compute_statistics` for its rows."""
     letters: int
     """Number of dead letters of its units."""
+    incomplete: int
+    """The part of `letters` whose rows are in the shard, with the candidates of an earlier set."""
     cost: float
     """Dollars spent on its units."""
     sampled: int
@@ -114,6 +116,7 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
             cost += metadata["counts"]["cost"]
             counts = metadata["counts"]
             counted.update(sampled=counts["candidates"], empty=counts.get("empty", 0), missing=counts.get("missing", 0))
+            counted.update(incomplete=counts.get("incomplete", 0))
             statistics = dataset.add_statistics(statistics, dataset.compute_statistics(table))
             yield table.replace_schema_metadata(None).cast(DATASET)
 
@@ -123,6 +126,7 @@ def write_shard(names: Sequence[str], staging: str, target: str, row_group_rows:
         "entry": entry,
         "statistics": statistics,
         "letters": len(letters),
+        "incomplete": counted["incomplete"],
         "cost": cost,
         "sampled": counted["sampled"],
         "empty": counted["empty"],

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import storage
-from cluster.config import Config, DecodingConfig
+from cluster.config import Config, DecodingConfig, SamplerConfig
 from cluster.errors import CappyError
 from generation import engines, labels
 from generation.attempts import EngineAccess, UnitAttempts, record_load
@@ -47,6 +47,7 @@ COUNTS = pa.schema(
         ("missing", pa.int64()),
         ("reused", pa.int64()),
         ("reused_tokens", pa.int64()),
+        ("incomplete", pa.int64()),
     ]
 )
 """The counts of a finished unit, one row; see `UnitCounts`."""
@@ -74,9 +75,11 @@ class UnitCounts(TypedDict):
     missing: NotRequired[int]
     """Candidates that the decodings of sampled instructions did not give, because a content filter stopped them."""
     reused: NotRequired[int]
-    """Candidates from `generate.reuse`."""
+    """Candidates from earlier sets (`generate.reuse`, `generate.extend`)."""
     reused_tokens: NotRequired[int]
     """Tokens of these candidates."""
+    incomplete: NotRequired[int]
+    """Dead letters whose rows are in the set, with the candidates from earlier sets alone."""
 
 
 class UnitMetadata(TypedDict):
@@ -262,19 +265,21 @@ def count_unit(unit: str, sampled: pa.Table, letters: int, pool_size: int) -> Un
         unit: name of the unit.
         sampled: the output of `Sampler`.
         letters: number of its dead letters.
-        pool_size: candidates that the decodings give for a row.
+        pool_size: candidates that the decodings give for a row; `draw` of a row takes precedence.
     """
-    drawn = [candidate for pool in sampled["sampled"].to_pylist() for candidate in pool]
-    reused = [candidate for pool in (sampled["reused"].to_pylist() if "reused" in sampled.column_names else ()) for candidate in pool or ()]
+    rows = sampled.to_pylist()
+    reused = [candidate for row in rows for candidate in row.get("reused") or ()]
+    pool = [*reused, *(candidate for row in rows for candidate in row["sampled"])]
+    sizes = [pool_size if row.get("draw") is None else sum(row["draw"]) for row in rows]
     return {
         "unit": unit,
         "rows": len(sampled),
-        "candidates": len(drawn),
-        "tokens": sum(candidate["tokens"] for candidate in drawn),
+        "candidates": len(pool),
+        "tokens": sum(candidate["tokens"] for candidate in pool),
         "cost": sum(sampled["cost"].to_pylist()),
         "dead_letters": letters,
-        "empty": sum(not candidate["response"] for candidate in drawn),
-        "missing": sum(max(0, pool_size - len(row["sampled"])) for row in sampled.to_pylist() if row["sampled"]),
+        "empty": sum(not candidate["response"] for candidate in pool),
+        "missing": sum(max(0, size - len(row["sampled"])) for row, size in zip(rows, sizes, strict=True) if row["sampled"]),
         "reused": len(reused),
         "reused_tokens": sum(candidate["tokens"] for candidate in reused),
     }
@@ -290,6 +295,7 @@ def save_unit(staging: str, unit: str, sampled: pa.Table, config: Config) -> Uni
         limit = config.generate.max_per_bin
         rows = [{**row, "candidates": labels.limit_per_bin(row["candidates"], limit, config.seed, row["id"])} for row in rows]
     counts = count_unit(unit, sampled, len(letters), sum(decoding.n for decoding in config.sampler.decodings))
+    counts["incomplete"] = len(rows) + len(letters) - len(sampled)
     metadata: UnitMetadata = {"counts": counts, "letters": letters}
     write_unit(unit_uri(staging, "units", unit), with_metadata(pa.Table.from_pylist(rows, DATASET), metadata))
     return counts
@@ -299,10 +305,11 @@ def label_rows(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dic
     """Label the candidates of sampled rows.
 
     Returns the rows without an error, with the columns of `schema.DATASET`, and the dead letters of the others as JSON. These are rows
-    that were not sampled, and rows for which the label function of a user fails.
+    that were not sampled, and rows for which the label function of a user fails. A dead letter with candidates of an earlier set is
+    among the rows too, with these candidates.
     """
     letters = [_dead_letter(row, "sample", row["error"]) for row in rows if row["error"] is not None]
-    good = [row for row in rows if row["error"] is None]
+    good = [_with_pool(row, config.sampler) for row in rows if row["error"] is None or row.get("reused")]
     label, model = config.generate.label, config.sampler.model
     try:
         candidates = labels.assemble_candidates(good, label, model)
@@ -313,9 +320,30 @@ def label_rows(rows: Sequence[dict[str, Any]], config: Config) -> tuple[list[dic
                 candidates += labels.assemble_candidates([row], label, model)
                 labelled.append(row)
             except CappyError as error:
-                letters.append(_dead_letter(row, "label", str(error)))
+                if row["error"] is None:
+                    letters.append(_dead_letter(row, "label", str(error)))
+                kept = {**row, "sampled": [each for each in row["sampled"] if each.get("label") is not None]}
+                if kept["sampled"]:
+                    candidates += labels.assemble_candidates([kept], label, model)
+                    labelled.append(kept)
         good = labelled
     return [{**_plain(row), "candidates": each} for row, each in zip(good, candidates, strict=True)], letters
+
+
+def _with_pool(row: dict[str, Any], sampler: SamplerConfig) -> dict[str, Any]:
+    """Return a row with the candidates of earlier sets among `sampled`.
+
+    The decodings of the config are in their order, and the candidates of other decodings and LLMs are last.
+    """
+    if not row.get("reused"):
+        return row
+    order = {decoding.name: number for number, decoding in enumerate(sampler.decodings)}
+
+    def position(candidate: Mapping[str, Any]) -> int:
+        own = (candidate.get("model") or sampler.model) == sampler.model
+        return order.get(candidate["decoding"], len(order)) if own else len(order)
+
+    return {**row, "sampled": sorted([*row["reused"], *row["sampled"]], key=position)}
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

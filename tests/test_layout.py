@@ -95,6 +95,6 @@ def test_an_upward_import_and_a_circle_are_found():
     assert upward({"serving.a": frozenset({"evaluation.b"})}) == ["serving.a imports evaluation.b"]
 
 
-@pytest.mark.parametrize("verb", ["generate", "annotate", "export", "train", "adapt", "evaluate", "serve", "plan", "doctor"])
+@pytest.mark.parametrize("verb", ["generate", "extend", "annotate", "export", "train", "adapt", "evaluate", "serve", "plan", "doctor"])
 def test_each_verb_has_a_file_of_its_name(verb: str):
     assert [name for name in modules() if name.split(".")[-1] == verb]

@@ -140,8 +140,11 @@ def _labels_of_picks(sampled: Sequence[Row], scores_C: Floats, greedy: str | Non
 
 
 def log_probabilities(sampled: Sequence[Row]) -> tuple[Floats | None, Floats | None]:
-    """Return the log-probabilities of candidates in nats, (C,): the sum and the mean per token. None when one of them is unknown."""
-    if any(each["logprob"] is None for each in sampled):
+    """Return the log-probabilities of candidates in nats, (C,): the sum and the mean per token.
+
+    None if one of them is unknown, or if the candidates are of several LLMs: these are not comparable.
+    """
+    if len({each.get("model") for each in sampled}) > 1 or any(each["logprob"] is None for each in sampled):
         return None, None
     sums_C = np.array([each["logprob"] for each in sampled], np.float64)
     if any(each["tokens"] is None for each in sampled):

@@ -48,7 +48,7 @@ class LabelConfig(Section):
 class GenerateConfig(ExtendedSection):
     """How `cappy generate` assembles and writes the regression set."""
 
-    added: ClassVar = ("reuse", "reuse_only")
+    added: ClassVar = ("reuse", "reuse_only", "extend")
 
     label: LabelConfig = LabelConfig()
     """The metric that labels sampled responses."""
@@ -60,11 +60,14 @@ class GenerateConfig(ExtendedSection):
     """Balances the labels of train instructions. At most this many different samples of an instruction are kept in each tenth of
     the label range, drawn by seed. null keeps all. Validation instructions keep all samples, because methods are compared on them."""
     reuse: tuple[str, ...] = ()
-    """Published sets, or candidate files of `python -m generation.candidate_file`, local or s3://. A row that has all its candidates there
-    is not sampled: same row id, `sampler.model` and names of the decodings. Its labels are computed again. The first set with a row
-    decides."""
+    """Published sets, or candidate files of `python -m generation.candidate_file`, local or s3://. If one has all candidates of a row and
+    a decoding, they are not sampled. The row id, `sampler.model` and the name of the decoding must be the same. Their labels are computed
+    again. The first set with them decides."""
     reuse_only: bool = False
-    """Leave out the rows that would be sampled because `reuse` does not have their candidates; no LLM is loaded."""
+    """Leave out the rows that would be sampled because `reuse` does not have all their candidates; no LLM is loaded."""
+    extend: str | None = Field(None, min_length=1)
+    """A published set, local or s3://, that this set extends: `cappy extend` sets it. Its rows, their splits and their sampled candidates
+    of all LLMs and decodings are kept, beside the rows of `source`. Only the candidates that a row does not have are sampled."""
     unit_rows: int = Field(32, ge=1)
     """Instructions in a unit of work. A unit is sampled by one call, saved in one write, and never sampled again."""
     shard_mib: int = Field(128, ge=1)

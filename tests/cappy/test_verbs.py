@@ -66,6 +66,18 @@ def test_annotate_names_its_source_and_checks_the_settings(tmp_path):
         cappy.annotate(f"{tmp_path}/set", f"{tmp_path}/new", settings={"generate.label.metric": "bleu"})
 
 
+def test_extend_names_its_source_and_checks_the_settings(tmp_path):
+    with pytest.raises(CappyError, match=f"{tmp_path}/set is not there"):
+        cappy.extend(f"{tmp_path}/set", f"{tmp_path}/new", settings={"sampler.model": "other/llm"})
+    publish(f"{tmp_path}/set")
+    with pytest.raises(UsageError, match=r"unknown key sampler\.modle; did you mean 'model'"):
+        cappy.extend(f"{tmp_path}/set", f"{tmp_path}/new", settings={"sampler.modle": "other/llm"})
+    done = CliRunner().invoke(app, ["extend", f"{tmp_path}/set", f"{tmp_path}/set/new", "--set", "sampler.model=other/llm"])
+    assert isinstance(done.exception, UsageError) and "choose a separate folder for DST" in str(done.exception)
+    with pytest.raises(UsageError, match="--address=here: give the cluster's dashboard"):
+        cappy.extend(f"{tmp_path}/set", f"{tmp_path}/new", address="here")
+
+
 @pytest.mark.parametrize(("verb", "missing"), [("train", "dataset"), ("evaluate", "dataset"), ("serve", "none")])
 def test_a_verb_without_its_input_is_an_error_that_names_it(verb, missing, tmp_path):
     with pytest.raises(CappyError, match=f"{tmp_path}/{missing}"):

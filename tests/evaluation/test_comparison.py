@@ -161,3 +161,12 @@ def test_large_pools_have_curves_of_a_few_dozen_points():
     assert results["curves"]["k"][0] == 1
     assert results["curves"]["k"][-1] == 200
     assert len(results["curves"]["k"]) <= 32
+
+
+def test_the_log_probabilities_of_several_llms_are_not_compared():
+    mixed = row({**candidate("a", 0, "greedy", -1), "model": "one"}, {**candidate("b", 1, "hot", -2), "model": "two"})
+    single = row({**candidate("a", 0, "greedy", -1), "model": "one"}, {**candidate("b", 1, "hot", -2), "model": "one"})
+    found = pick_baselines([mixed, single], DECODINGS)
+    assert list(found.picks) == ["greedy", "sample", "consensus"] and len(found.rows) == 2
+    assert found.left_out["self_mean"] == "the candidates are of several LLMs, whose log-probabilities are not comparable"
+    assert "self_sum" in pick_baselines([single], DECODINGS).picks

@@ -73,7 +73,8 @@ def test_rows_of_an_earlier_set_are_not_sampled_and_new_rows_are(kind, first, co
     assert {each["response"] for row_id in new for each in now[row_id]} == {"other"}
     assert summary["reused"] == ROWS and summary["sources"]["sampled"] == 4 * (ROWS + 10)
     manifest = RegressionSet(str(tmp_path / "set")).manifest
-    assert manifest["reused"] == {"rows": ROWS, "candidates": 4 * ROWS, "tokens": 3 * 4 * ROWS, "sources": {str(given): ROWS}}
+    counts = {"rows": ROWS, "complete": ROWS, "candidates": 4 * ROWS, "tokens": 3 * 4 * ROWS, "sources": {str(given): ROWS}}
+    assert manifest["reused"] == counts
     assert "responses of 30 instructions are from earlier sets" in (tmp_path / "set" / "README.md").read_text()
     error = capsys.readouterr().err
     assert "generate.reuse has the candidates of 30 of 40 rows to sample" in error and "warning: generate.reuse" not in error
@@ -124,19 +125,48 @@ def test_with_reuse_only_the_rows_without_candidates_are_left_out(compact, tmp_p
     assert "generate.reuse_only: 10 rows are left out" in capsys.readouterr().err
 
 
-def test_only_rows_with_all_decodings_are_usable():
+def test_only_decodings_with_all_candidates_are_usable():
     config = load(None, [DECODINGS]).sampler
     greedy, warm = {"decoding": "greedy", "response": "g"}, [{"decoding": "warm", "response": str(n)} for n in range(5)]
-    assert reuse.select_decodings([*warm, greedy], config) == [greedy, *warm[:3]]
-    assert reuse.select_decodings([greedy, *warm[:2]], config) is None
-    assert reuse.select_decodings(warm, config) is None
+    assert reuse.select_decodings([*warm, greedy], config) == {"greedy": [greedy], "warm": warm[:3]}
+    assert reuse.select_decodings([greedy, *warm[:2]], config) == {"greedy": [greedy]}
+    assert reuse.select_decodings(warm, config) == {"warm": warm[:3]}
+
+
+def test_of_a_row_only_the_decodings_that_the_set_does_not_have_are_sampled(first, tmp_path, capsys):
+    log = tmp_path / "sampled.log"
+    more = "sampler.decodings=[{name: hot, n: 2, temperature: 1.5}, {name: greedy, temperature: 0}, {name: warm, n: 4}]"
+    config = config_for(write_rows(tmp_path / "rows.jsonl"), tmp_path / "set", f"generate.reuse=[{first}]", more)
+    summary = generate.run_generate(config, load=functools.partial(OtherLLM, log=str(log)))
+    drawn = {tuple(line.split()[:2]) for line in log.read_text().splitlines()}
+    now = sampled(tmp_path / "set")
+    assert drawn == {(row_id, name) for row_id in now for name in ("hot", "warm")}  # of warm the set has three of four
+    for row_id, pool in sampled(first).items():
+        assert [each["decoding"] for each in now[row_id]] == ["hot"] * 2 + ["greedy"] + ["warm"] * 4
+        assert now[row_id][2] == pool[0] and {each["response"] for each in now[row_id][3:]} == {"other"}
+    assert summary["reused"] == ROWS and summary["sources"]["sampled"] == 7 * ROWS
+    manifest = RegressionSet(str(tmp_path / "set")).manifest
+    assert manifest["reused"] == {"rows": ROWS, "complete": 0, "candidates": ROWS, "tokens": 3 * ROWS, "sources": {str(first): ROWS}}
+    assert "has the candidates of 0 of 30 rows to sample, and some of the candidates of 30 rows" in capsys.readouterr().err
+
+
+def test_two_sets_with_different_decodings_complete_a_row(first, tmp_path):
+    config = config_for(write_rows(tmp_path / "rows.jsonl"), tmp_path / "hot", "sampler.decodings=[{name: hot, n: 2, temperature: 1.5}]")
+    generate.run_generate(config, load=OtherLLM)
+    both = "sampler.decodings=[{name: warm, n: 3}, {name: hot, n: 2, temperature: 1.5}]"
+    again = config_for(tmp_path / "rows.jsonl", tmp_path / "both", f"generate.reuse=[{first}, {tmp_path}/hot]", both)
+    summary = generate.run_generate(again, load=refuse_to_load)
+    assert summary["reused"] == ROWS and summary["decodings"] == {"hot": 2 * ROWS, "warm": 3 * ROWS}
 
 
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["sampler.model=other/model"], "has no row with all candidates of this run (sampler.model=other/model; 1 of greedy, 3 of warm)"),
-        (["sampler.decodings=[{name: cold, n: 2}]"], "has no row with all candidates of this run"),
+        (
+            ["sampler.model=other/model"],
+            "of a decoding of this run (sampler.model=other/model; 1 of greedy, 3 of warm)",
+        ),
+        (["sampler.decodings=[{name: cold, n: 2}]"], "has no row with all candidates of a decoding of this run"),
         (["sampler.decodings=[{name: warm, n: 4}]"], "4 of warm); its candidates are of smollm2-135m-instruct; leave it out"),
     ],
 )
