@@ -49,6 +49,12 @@ def test_a_method_without_its_fields_gives_nan_and_the_others_a_value():
     assert {name for name, value in found.items() if math.isnan(value)} == {"greedy", "self_sum", "self_mean", "fitted"}
 
 
+def test_log_probabilities_of_several_llms_are_not_compared():
+    pool = [{**each, "model": "one" if number else "two"} for number, each in enumerate(POOL)]
+    found = values(pool, sampled_methods(DECODINGS, LabelConfig(), {}))
+    assert {name for name, value in found.items() if math.isnan(value)} == {"self_sum", "self_mean"}
+
+
 def test_a_fitted_selection_ranks_with_scores_or_without_them():
     pool = [{"response": text, "score": score, "logprob": None, "tokens": 1} for text, score in (("a", 0.2), ("b", 0.9), ("b b", 0.1))]
     overlap = Selection((Variant(("score",), (1.0,), (1.0,)), Variant(("overlap",), (1.0,), (1.0,))))

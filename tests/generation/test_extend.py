@@ -332,3 +332,20 @@ def test_a_set_of_a_log_is_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lineage": {"log": "s3://bucket/log"}}))
     with pytest.raises(UsageError, match=r"generate\.extend=.*set was made from a log of serve"):
         prepare(f"{tmp_path}/set", f"{tmp_path}/new")
+
+
+def test_a_row_whose_new_labels_fail_keeps_its_labelled_candidates():
+    config = load(None, ["generate.label.metric=tests.generation.user_labels:fails_on_three", DECODINGS])
+    drawn = {"response": "new", "decoding": "greedy", "tokens": 1, "finish_reason": "stop", "logprob": -1.0}
+    kept = [
+        {**drawn, "response": name, "decoding": "warm", "model": model, "label": 0.25} for name, model in (("a", "old/llm"), ("b", None))
+    ]
+    row = {"dataset": "d", "template": None, "references": ["x"], "answer_choices": None, "mismatched": [], "error": None, "reused": kept}
+    rows = [{**row, "id": f"{n}", "instruction": f"say {n}", "sampled": [drawn]} for n in (3, 4)]
+    rows.append({**rows[0], "id": "5", "instruction": "say 5", "sampled": [], "error": "too long"})
+    found, letters = units.label_rows(rows, config)
+    assert [json.loads(letter)["where"] for letter in letters] == ["5", "3"]
+    own = config.sampler.model
+    expected = {"3": [("b", own, 0.25), ("a", "old/llm", 0.25)], "4": [("new", own, 0.5), ("b", own, 0.25), ("a", "old/llm", 0.25)]}
+    expected["5"] = expected["3"]
+    assert {each["id"]: [(one["response"], one["model"], one["label"]) for one in sampled(each)] for each in found} == expected

@@ -22,3 +22,8 @@ def test_the_weight_is_0_without_a_gain_and_none_without_log_probabilities():
     silent = [candidate("a0.9", 0.8), candidate("b0.2", 0.4)]
     assert blend.fit_weight(blend.tally_picks(table(silent), by_text)) is None
     assert blend.mean_label(blend.EMPTY_TALLY, None) is None
+
+
+def test_log_probabilities_of_several_llms_give_no_weight():
+    mixed = [candidate("a0.9", 0.8, logprob=-4.0, tokens=4), candidate("b0.2", 0.4, logprob=-2.0, tokens=2) | {"model": "other"}]
+    assert blend.fit_weight(blend.tally_picks(table(mixed), by_text)) is None
