@@ -17,7 +17,7 @@ from cluster.config import EvaluationConfig, LabelConfig
 from cluster.errors import CappyError
 from evaluation import statistics
 from evaluation.statistics import Booleans, Floats, Integers
-from generation.logprobs import mean_logprobs
+from generation.logprobs import comparable_logprobs, mean_logprobs
 from training.consensus import DEFAULT_METRIC, consensus
 from training.selection import Pool, Selection, signals
 from training.validation import rank_agreement
@@ -112,8 +112,8 @@ def responses(row: Row) -> list[str]:
 
 def pool_of(row: Row) -> Pool:
     """Return the candidates of a scored row as a pool."""
-    fields = {name: [each[name] for each in row["candidates"]] for name in ("score", "logprob", "tokens")}
-    return Pool(responses(row), fields["score"], fields["logprob"], fields["tokens"], row["instruction"])
+    fields = {name: [each[name] for each in row["candidates"]] for name in ("score", "tokens")}
+    return Pool(responses(row), fields["score"], comparable_logprobs(row["candidates"]), fields["tokens"], row["instruction"])
 
 
 def pick_selected(rows: Sequence[Row], selections: Sequence[Selection | None]) -> Integers | None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cluster.config import LabelConfig
 from generation.labels import describe_metric
-from generation.logprobs import mean_logprobs
+from generation.logprobs import comparable_logprobs, mean_logprobs
 from training.consensus import consensus, consensus_metric
 from training.selection import Pool, Selection
 
@@ -122,19 +122,16 @@ def rank_by(name: str) -> Rank:
     return rank
 
 
-def _of_several_llms(candidates: Sequence[Candidate]) -> bool:
-    """Return whether the candidates are of several LLMs, whose log-probabilities are not comparable."""
-    return len({each.get("model") for each in candidates}) > 1
-
-
 def _sum_logprob(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
-    return None if _of_several_llms(candidates) else rank_by("logprob")(instruction, candidates)
+    values = comparable_logprobs(candidates)
+    return None if None in values else np.asarray(values, np.float64)
 
 
 def _mean_logprob(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
-    if _of_several_llms(candidates) or any(each.get("logprob") is None or each.get("tokens") is None for each in candidates):
+    sums_C = _sum_logprob(instruction, candidates)
+    if sums_C is None or any(each.get("tokens") is None for each in candidates):
         return None
-    return np.asarray(mean_logprobs([each["logprob"] for each in candidates], [each["tokens"] for each in candidates]), np.float64)
+    return np.asarray(mean_logprobs(sums_C, [each["tokens"] for each in candidates]), np.float64)
 
 
 def _mean_likelihood(instruction: str, candidates: Sequence[Candidate]) -> Floats | None:
@@ -171,7 +168,7 @@ def fitted_rank(selection: Selection | None, scores: str | None) -> Rank:
         pool = Pool(
             [each["response"] for each in candidates],
             values,
-            [each.get("logprob") for each in candidates],
+            comparable_logprobs(candidates),
             [each.get("tokens") for each in candidates],
             instruction,
         )

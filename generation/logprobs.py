@@ -7,7 +7,7 @@ baselines, the blend and the report use.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,15 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 _LOWEST = -9999.0
 # Rounding can put a log-probability slightly above 0.
 _HIGHEST = 0.01
+
+
+def comparable_logprobs(candidates: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Return the `logprob` of each candidate of an instruction.
+
+    All are None if the candidates are of several LLMs: log-probabilities of different LLMs are not comparable.
+    """
+    several = len({each.get("model") for each in candidates}) > 1
+    return [None if several else each.get("logprob") for each in candidates]
 
 
 def sum_logprobs(values: Iterable[Any]) -> float | None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cluster.config import AdaptConfig
+from generation.logprobs import comparable_logprobs
 from training.records import GateDecision, Metrics, TaskPoints
 from training.selection import Pool, Selection
 from training.validation import Floats, Row, rank_agreement
@@ -135,8 +136,9 @@ def _selection(instruction: str, candidates: Sequence[Row], scores_C: Floats, fi
     if sampled:
         values_C: NDArray[np.float64] = scores_C[sampled].astype(np.float64)
         if fitted is not None:
-            fields = {name: [candidates[index][name] for index in sampled] for name in ("response", "logprob", "tokens")}
-            values_C = fitted.rank(Pool(fields["response"], values_C, fields["logprob"], fields["tokens"], instruction))
+            kept = [candidates[index] for index in sampled]
+            fields = {name: [each[name] for each in kept] for name in ("response", "tokens")}
+            values_C = fitted.rank(Pool(fields["response"], values_C, comparable_logprobs(kept), fields["tokens"], instruction))
         return float(candidates[sampled[int(values_C.argmax())]]["label"])
     if any(each["source"] == "choice" for each in candidates):
         return float(candidates[int(scores_C.argmax())]["label"] == 1)

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.config import LabelConfig, fingerprint
+from generation.logprobs import comparable_logprobs
 from training.consensus import DEFAULT_METRIC
 from training.selection import VARIANTS, Floats, Pool, Selection, Variant, lower_empty, signals
 
@@ -138,8 +139,8 @@ def fit_on_rows(
         if not sampled:
             continue
         kept = [candidates[at] for at in sampled]
-        fields = {name: [each[name] for each in kept] for name in ("response", "logprob", "tokens", "label")}
-        pools.append(Pool(fields["response"], scores_C[sampled].tolist(), fields["logprob"], fields["tokens"], instruction))
+        fields = {name: [each[name] for each in kept] for name in ("response", "tokens", "label")}
+        pools.append(Pool(fields["response"], scores_C[sampled].tolist(), comparable_logprobs(kept), fields["tokens"], instruction))
         labels.append(fields["label"])
         datasets.append(dataset)
         instructions.append(instruction)

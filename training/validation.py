@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from generation.dataset import Pairs, explode
-from generation.logprobs import mean_logprobs
+from generation.logprobs import comparable_logprobs, mean_logprobs
 from training.records import CalibrationGroup, Metrics
 
 Floats = NDArray[np.floating]
@@ -144,9 +144,10 @@ def log_probabilities(sampled: Sequence[Row]) -> tuple[Floats | None, Floats | N
 
     None if one of them is unknown, or if the candidates are of several LLMs: these are not comparable.
     """
-    if len({each.get("model") for each in sampled}) > 1 or any(each["logprob"] is None for each in sampled):
+    values = comparable_logprobs(sampled)
+    if None in values:
         return None, None
-    sums_C = np.array([each["logprob"] for each in sampled], np.float64)
+    sums_C = np.array(values, np.float64)
     if any(each["tokens"] is None for each in sampled):
         return sums_C, None
     return sums_C, mean_logprobs(sums_C, [each["tokens"] for each in sampled])
