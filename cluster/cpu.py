@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 _STEPS = 10
 _LEAST = 19
@@ -18,6 +20,8 @@ def lower_priority(processes: Iterable[psutil.Process]) -> None:
     Use it for processes that compute continuously beside processes that answer requests. The other processes then get about nine
     times the CPU share (docs/results.md). Idle cores are still used. Threads and processes started later inherit it.
     """
+    import psutil
+
     for process in processes:
         with suppress(psutil.Error):
             for thread in process.threads():
