@@ -99,7 +99,7 @@ def compare_with_engine(
     description: str | None,
     name: str,
     config: Config,
-    measure: Callable[[Config, list[dict[str, Any]], Path], dict[str, float]],
+    measure: Measure,
     **also: str,
 ) -> int:
     """Parse the arguments, measure a pipeline and the engine alone in turns, and print the ratio of their candidates per second.

@@ -8,8 +8,7 @@ has one compute thread, so the ratio is per CPU core. The time of `cappy score` 
 `CrossEncoder` is the time to read the file, to score its pairs and to write them. `CrossEncoder` runs with its defaults (float32, batches
 of 32) and cuts pairs to 512 tokens. `ratio` is the median over the files.
 
-The time to start, with the load of the scorer, is reported separately. So the scoring rate of `cappy score` is measured from the end of its
-first unit, and a file needs several units. `merging_s` is the median of its times to merge.
+The time to start, with the load of the scorer, is reported separately. `merging_s` is the median time of `cappy score` to merge.
 
 sentence-transformers is taken from this environment, else from `CAPPY_TRAINERS_PYTHON`, else from `.venv-trainers` (`make trainers`).
 Without it, only `cappy score` is measured and `ratio` is null.
@@ -45,9 +44,6 @@ from cluster.progress import log
 from cluster.runtime import ray_session
 
 ROWS = (10_000, 100_000)
-UNIT_ROWS = 128
-LEAST_UNITS = 4
-"""Smallest number of units in a file."""
 SETTINGS = ("score.scorers=1", "answer.scorer_threads=1")
 _BATCH_ROWS = 10_000
 
@@ -116,7 +112,7 @@ def score_file(source: Path, target: Path, scorer: str) -> tuple[float, float, f
     from serving.score import run_score
 
     start = time.perf_counter()
-    config = load(None, [f"scorer_path={scorer}", *SETTINGS, f"score.unit_rows={UNIT_ROWS}"])
+    config = load(None, [f"scorer_path={scorer}", *SETTINGS, "score.unit_rows=128"])
     run_score(config, src=str(source), dst=str(target))
     whole = time.perf_counter() - start
     manifest = artifacts.read_manifest(str(target), "scores", "score")
@@ -135,8 +131,8 @@ def compare(pairs: int, files: int, seed: int, data: Path | None, scorer: str) -
     # `cappy score` scores a repeated pair once, so the files have no repeats.
     distinct = list(dict.fromkeys(zip(*labelled_pairs(data, pairs, seed)[:2], strict=True)))
     size = len(distinct) // files
-    if size < LEAST_UNITS * UNIT_ROWS:
-        raise SystemExit(f"--pairs={pairs}: each file needs {LEAST_UNITS * UNIT_ROWS} different pairs or more; raise it, or lower --files")
+    if not size:
+        raise SystemExit(f"--pairs={pairs}: there are {len(distinct)} different pairs for {files} files; raise it, or lower --files")
     table = pa.table(dict(zip(("instruction", "response"), zip(*distinct, strict=True), strict=True)))
     ours: list[float] = []
     starts: list[float] = []

@@ -51,7 +51,7 @@ class Bar:
         self.done = self._done_before = done
         self._counts: dict[str, int] = {}
         self._note = ""
-        # Rates start at the first result: the time before it is start-up, e.g. loading of an LLM.
+        # Rates start at the first result, or at `start_rates`: the time before it is start-up, e.g. loading of an LLM.
         self._start = self._last_line = time.monotonic()
         self._first: tuple[float, int, dict[str, int]] | None = None
         self._live: Progress | None = None
@@ -83,6 +83,13 @@ class Bar:
         elif self.done > self._done_before:
             log(self._line())
 
+    def start_rates(self, seconds_ago: float) -> None:
+        """Measure the rates from the start of the work, `seconds_ago` seconds before now, and not from the first result.
+
+        Call it before the first `advance`. With few results that end at almost the same time, rates from the first result are too high.
+        """
+        self._first = (time.monotonic() - seconds_ago, self._done_before, {})
+
     def advance(self, steps: int = 1, note: str = "", **counts: int) -> None:
         self.done += steps
         first = self._first is None
@@ -98,7 +105,10 @@ class Bar:
             log(self._line())
 
     def _since_first(self) -> tuple[float, int, dict[str, int]]:
-        """Return seconds, steps and counts since the first result, or since the start before the second result."""
+        """Return seconds, steps and counts since `start_rates` or the first result.
+
+        Without both, or with one result only, it is since the start of the bar.
+        """
         now = time.monotonic()
         if self._first and self.done > self._first[1]:
             start, done, counts = self._first
@@ -106,7 +116,7 @@ class Bar:
         return now - self._start, self.done - self._done_before, self._counts
 
     def rates(self) -> dict[str, float]:
-        """Return the rates per second since the first result: the steps by `unit`, and each count by its name."""
+        """Return the rates per second since `start_rates` or the first result: the steps by `unit`, and each count by its name."""
         elapsed, steps, counts = self._since_first()
         return {name: round(count / max(elapsed, 1e-6), 3) for name, count in {self.unit: steps, **counts}.items()}
 

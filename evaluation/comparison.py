@@ -17,7 +17,7 @@ from cluster.config import EvaluationConfig, LabelConfig
 from cluster.errors import CappyError
 from evaluation import statistics
 from evaluation.statistics import Booleans, Floats, Integers
-from generation.logprobs import comparable_logprobs, mean_logprobs
+from generation.logprobs import are_of_several_llms, comparable_logprobs, mean_logprobs
 from training.consensus import DEFAULT_METRIC, consensus
 from training.selection import Pool, Selection, signals
 from training.validation import rank_agreement
@@ -76,7 +76,7 @@ def pick_baselines(rows: Sequence[Row], decodings: Sequence[Mapping[str, Any]], 
     sampling = next((each["name"] for each in decodings if each["temperature"] > 0), None)
     logprobs_RC, present_RC = pad_field(rows, "logprob")
     tokens_RC, _ = pad_field(rows, "tokens")
-    several_llms = any(len({each.get("model") for each in row["candidates"]}) > 1 for row in rows)
+    several_llms = any(are_of_several_llms(row["candidates"]) for row in rows)
     known_R = ~(np.isnan(logprobs_RC) & present_RC).any(axis=1) & (not several_llms)
     sized_R = known_R & ~(np.isnan(tokens_RC) & present_RC).any(axis=1)
     picks = {

@@ -22,12 +22,14 @@ _LOWEST = -9999.0
 _HIGHEST = 0.01
 
 
-def comparable_logprobs(candidates: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """Return the `logprob` of each candidate of an instruction.
+def are_of_several_llms(candidates: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the candidates of an instruction are of several LLMs, whose log-probabilities are not comparable."""
+    return len({each.get("model") for each in candidates}) > 1
 
-    All are None if the candidates are of several LLMs: log-probabilities of different LLMs are not comparable.
-    """
-    several = len({each.get("model") for each in candidates}) > 1
+
+def comparable_logprobs(candidates: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """Return the `logprob` of each candidate of an instruction; all are None if the candidates are of several LLMs."""
+    several = are_of_several_llms(candidates)
     return [None if several else each.get("logprob") for each in candidates]
 
 

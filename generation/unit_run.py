@@ -130,6 +130,10 @@ class UnitRun:
 
     def advance(self, rows: int, **counts: int) -> None:
         """Show `rows` more finished rows; `counts` are shown as rates."""
+        if not self.new_rows:
+            import ray
+
+            self._bar.start_rates(ray.get(self.gate.seconds_of_work.remote()))
         note = "  ".join([f"{self.dead_letters} dead letters"] * bool(self.dead_letters) + [f"${self.spent:,.4f}"] * bool(self.spent))
         self._bar.advance(rows, note=note, **counts)
 
@@ -147,7 +151,7 @@ class UnitRun:
             )
 
     def rates(self) -> dict[str, float]:
-        """Return the rates of this attempt by name, per second."""
+        """Return the rates of this attempt by name, per second, since its first unit was started."""
         return {f"{name}_per_second": rate for name, rate in self._bar.rates().items()}
 
 

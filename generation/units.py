@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +109,7 @@ class BudgetGate:
     def __init__(self, ceiling: float | None = None, spent: float = 0.0) -> None:
         self._budget = Budget(ceiling, spent)
         self._closed = self._exhausted = False
+        self._first_admitted: float | None = None
 
     def close(self) -> None:
         """Admit no further units, because the run is stopping."""
@@ -121,6 +123,7 @@ class BudgetGate:
         if self._closed or self._exhausted:
             return False
         if self._budget.reserve(unit, max_cost):
+            self._first_admitted = self._first_admitted or time.monotonic()
             return True
         if self._budget.reserved:
             return None
@@ -131,6 +134,10 @@ class BudgetGate:
         """Settle the actual cost of a finished unit, in dollars. A second call for the same unit has no effect."""
         if self._budget.is_reserved(unit):
             self._budget.settle(unit, cost)
+
+    def seconds_of_work(self) -> float:
+        """Return the seconds since the first unit was admitted, which is after its actor loaded the model; 0 without a unit."""
+        return time.monotonic() - self._first_admitted if self._first_admitted else 0.0
 
     def is_open(self) -> bool:
         """Return whether units can still be admitted."""

@@ -2,7 +2,8 @@
 
 If one candidate of a batch has top-p, vLLM sorts the logits of all of them over the whole vocabulary. The candidates of an instruction
 have different decodings and are decoded in one batch, so on CPU this took a quarter of the time of the engine (SmolLM2, 49,152 tokens).
-The masks are the same as those of vLLM.
+The masks are those of vLLM, apart from tokens whose probability is 0 in float32: vLLM masks them in the rows without top-p too, and they
+are never drawn.
 
 The engine loads this module as `worker_extension_cls`, vLLM's interface to extend its worker. It is used on CPU only: on GPUs vLLM has
 kernels that do not sort. `vllm.TESTED_VERSIONS` lists the vLLM versions it is tested with.

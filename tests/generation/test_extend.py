@@ -217,15 +217,14 @@ def test_candidates_of_other_sets_are_reused_for_the_new_decodings_and_rows(firs
             assert [each["response"] for each in row["reused"]] == [*kept, "other", "other"]
 
 
-@pytest.mark.parametrize("limit", [1])
-def test_a_balanced_set_is_extended_to_the_balanced_set_of_one_run(first, tmp_path, limit):
+def test_a_balanced_set_is_extended_to_the_balanced_set_of_one_run(first, tmp_path):
     rows = first.parent / "rows.jsonl"
-    balanced = f"generate.max_per_bin={limit}"
+    balanced = "generate.max_per_bin=1"
     generate.run_generate(config_for(rows, tmp_path / "set", balanced), load=FixedLLM)
     run_extend(tmp_path / "set", tmp_path / "more", HOT)
     generate.run_generate(config_for(rows, tmp_path / "at_once", HOT, balanced), load=FixedLLM)
     assert repr(rows_by_split(str(tmp_path / "more"))) == repr(rows_by_split(str(tmp_path / "at_once")))
-    with pytest.raises(UsageError, match=rf"generate\.max_per_bin: {limit} -> None: .* use max_per_bin={limit} or less"):
+    with pytest.raises(UsageError, match=r"generate\.max_per_bin: 1 -> None: .* use max_per_bin=1 or less"):
         run_extend(tmp_path / "set", tmp_path / "other", "generate.max_per_bin=null")
     with pytest.raises(UsageError, match=r"generate\.label: rouge_l -> chrf: .*keep the metric"):
         run_extend(tmp_path / "set", tmp_path / "another", "generate.label.metric=chrf")
