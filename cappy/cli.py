@@ -74,6 +74,23 @@ def extend(
     return _run("extend", read_config(src, dst, set_ or ()), None, address, overwrite, src=src, dst=dst)
 
 
+@command(epilog="Example: cappy combine s3://bucket/first/dataset s3://bucket/second/dataset s3://bucket/both")
+def combine(
+    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Two or more regression sets with different rows.")],
+    destination: Annotated[str, typer.Argument(metavar="DST", help="The destination of the combined set.")],
+    overwrite: Overwrite = False,
+) -> Report:
+    """Make one set of several published sets, by reference: the new set names their files and copies none.
+
+    The sets need different rows and the same label metric. All verbs read the combined set as any other; push copies its files into one
+    folder. If a set that it refers to changes, readers refuse it, and the same command with --overwrite combines the sets again.
+    """
+    from cappy import display, verbs
+
+    result = verbs.combine(sources, destination, overwrite=overwrite)
+    return Report(result, partial(display.show_summary, "dataset", result))
+
+
 @command(epilog="Example: cappy annotate s3://bucket/demo/dataset s3://bucket/demo/chrf --set generate.label.metric=chrf")
 def annotate(
     src: Annotated[str, typer.Argument(help="A regression set: a folder or s3:// prefix that generate published; or a log of serve.")],

@@ -72,6 +72,19 @@ def extend(
     return _run("extend", config, None, overwrite, address, src=source, dst=destination)
 
 
+def combine(sources: Sequence[str], destination: str, *, overwrite: bool = False) -> dict[str, Any]:
+    """Publish several sets with different rows as one set at `destination`, by reference, and return its summary.
+
+    No file is copied: the new set names the files of its sets, and `push` copies them into one folder. The same combination that is
+    already published is kept. `overwrite` replaces another set at the destination.
+
+    Example: `cappy.combine(["runs/first/dataset", "runs/second/dataset"], "runs/both")`
+    """
+    from generation.combine import run_combine
+
+    return run_combine(sources, destination, overwrite=overwrite)
+
+
 def annotate(
     source: str,
     destination: str,

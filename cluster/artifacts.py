@@ -61,6 +61,8 @@ class FileEntry(TypedDict):
     """In hexadecimal."""
     rows: NotRequired[int]
     """Rows of a Parquet shard."""
+    uri: NotRequired[str]
+    """Location of a shard that is a file of another set, in a set of `cappy combine`. Other files are below the folder."""
 
 
 class Manifest(TypedDict, total=False):
@@ -103,8 +105,11 @@ class Manifest(TypedDict, total=False):
     """Rows, candidates and tokens from `generate.reuse`, and the rows of each of its sets (dataset)."""
     extends: dict[str, Any]
     """URI and version of the set that this set extends, and the rows, candidates and tokens that it has from it (dataset)."""
+    combines: list[dict[str, Any]]
+    """URI, version, rows and settings of each set that a set of `cappy combine` refers to (dataset)."""
     sampling: list[dict[str, Any]]
-    """The settings with which each LLM sampled its decodings, in an extended set: see `generation.sampling_records` (dataset)."""
+    """The settings with which each LLM sampled its decodings, in an extended or combined set: see `generation.sampling_records`
+    (dataset)."""
     rates: dict[str, Any]
     """Tokens and rows per second of the sampling (dataset)."""
     seconds: dict[str, float]
@@ -192,11 +197,23 @@ def _is_valid(tree: Any) -> bool:
 
 
 def _check_names(uri: str, manifest: Mapping[str, Any]) -> Manifest:
-    """Return a manifest if all its files are below `uri`. A manifest can come from an untrusted source."""
-    for name in manifest.get("files", ()):
+    """Return a manifest if all its files are below `uri`, or are shards of other sets. A manifest can come from an untrusted source."""
+    for name, entry in manifest.get("files", {}).items():
         if check_relative_path(name, join(uri, MANIFEST)) == MANIFEST:
             raise CappyError(f"{join(uri, MANIFEST)} names itself as a file, which is not within the folder; do not use it")
+        if "uri" in entry and not (name.startswith("data/") and entry["uri"].endswith(".parquet")):
+            raise CappyError(f"{join(uri, MANIFEST)}: {name} is at {entry['uri']}; only a Parquet shard may be elsewhere; do not use it")
     return cast(Manifest, manifest)
+
+
+def file_uri(uri: str, name: str, entry: Mapping[str, Any]) -> str:
+    """Return the location of a file of the published folder `uri`, from its entry in the manifest."""
+    return str(entry["uri"]) if "uri" in entry else join(uri, name)
+
+
+def own_entries(files: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the entries of files as those of a copy, which has all files below its folder."""
+    return {name: {key: value for key, value in entry.items() if key != "uri"} for name, entry in files.items()}
 
 
 def publish_folder(
@@ -336,14 +353,16 @@ def verify(uri: str, manifest: Mapping[str, Any]) -> list[str]:
     sizes = list_files(uri)
 
     def problem(name: str, expected: Mapping[str, Any]) -> str | None:
-        if name not in sizes:
-            return f"{name} is missing"
-        if sizes[name] != expected["bytes"]:
-            return f"{name} has {sizes[name]} bytes, the manifest has {expected['bytes']}"
+        shown = name if "uri" not in expected else f"{name} ({expected['uri']})"
+        if "uri" not in expected:
+            if name not in sizes:
+                return f"{name} is missing"
+            if sizes[name] != expected["bytes"]:
+                return f"{name} has {sizes[name]} bytes, the manifest has {expected['bytes']}"
         try:
-            return None if sha256(join(uri, name)) == expected["sha256"] else f"{name} does not match its SHA-256"
+            return None if sha256(file_uri(uri, name, expected)) == expected["sha256"] else f"{shown} does not match its SHA-256"
         except FileNotFoundError:
-            return f"{name} is missing"
+            return f"{shown} is missing"
 
     # Threads are enough: the work waits for the store, and SHA-256 releases the interpreter lock.
     with ThreadPoolExecutor(8) as pool:

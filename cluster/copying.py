@@ -42,9 +42,10 @@ Download = Callable[..., Path]
 def copy_folder(source: str, destination: str) -> dict[str, Any]:
     """Copy the published folder `source`, of any kind, to `destination`; return a summary.
 
-    The manifest is the manifest of the source, except for `writer` and `copied_from`. From the hub, the revision is first resolved to a
-    commit. Only files of that commit are copied, and `copied_from` has the commit. Raises `UsageError` if the destination holds
-    other files, and `CappyError` if a file does not match its SHA-256 in three attempts. In both cases it publishes nothing.
+    The manifest is the manifest of the source, except for `writer` and `copied_from`. The copy of a combined set has all its shards.
+    From the hub, the revision is first resolved to a commit. Only files of that commit are copied, and `copied_from` has the commit.
+    Raises `UsageError` if the destination holds other files, and `CappyError` if a file does not match its SHA-256 in three attempts. In
+    both cases it publishes nothing.
     """
     destination = storage.check_uri(destination, "DST")
     if storage.is_hub(source):
@@ -57,6 +58,8 @@ def copy_folder(source: str, destination: str) -> dict[str, Any]:
                     f"give another repository, revision or path"
                 )
             hub.refuse_pickles(found["files"], f"SRC={commit.uri}")
+            if artifacts.own_entries(found["files"]) != found["files"]:
+                raise CappyError(f"SRC={commit.uri} refers to files of other folders, so `cappy push` did not write it; do not use it")
             return {**_copy(commit.uri, found, destination, commit.download), "commit": commit.sha}
     source = storage.check_uri(source, "SRC")
     return _copy(source, artifacts.read_any_manifest(source, "SRC"), destination)
@@ -76,7 +79,7 @@ def _copy(source: str, manifest: artifacts.Manifest, destination: str, download:
             sound = there.get(name) == files[name]["bytes"] and storage.sha256(target) == files[name]["sha256"]
             if not sound:
                 with copying.scratch() as file:
-                    copying.fetch(storage.join(source, name), files[name], file, download and partial(download, name))
+                    copying.fetch(artifacts.file_uri(source, name, files[name]), files[name], file, download and partial(download, name))
                     copying.place(file, name)
             return not sound
 
@@ -217,8 +220,9 @@ class CopySession:
 
 
 def without_copy_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest without the keys that differ between copies."""
-    return {key: value for key, value in manifest.items() if key not in ("writer", "copied_from")}
+    """Return a manifest without the parts that differ between copies."""
+    kept = {key: value for key, value in manifest.items() if key not in ("writer", "copied_from")}
+    return {**kept, "files": artifacts.own_entries(manifest["files"])}
 
 
 def is_already_copied(destination: str, same: Callable[[Mapping[str, Any]], bool]) -> bool:

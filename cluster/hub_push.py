@@ -116,13 +116,13 @@ def _upload(source: str, place: hub.Repository, files: Mapping[str, Mapping[str,
     additions: list[Any] = []
     with Bar("pushing", len(files), "files") as bar:
         for batch in _batches(files):
-            with _local_files(source, batch) as local:
+            with _local_files({name: artifacts.file_uri(source, name, files[name]) for name in batch}) as local:
                 added = {name: CommitOperationAdd(place.place(name), local[name]) for name in batch}
                 for name, addition in added.items():
                     if addition.upload_info.sha256.hex() != files[name]["sha256"]:
                         raise CappyError(
-                            f"{storage.join(source, name)} does not match its SHA-256; nothing is committed: repair the source "
-                            f"(`cappy inspect` checks it), then run the same command again to resume"
+                            f"{artifacts.file_uri(source, name, files[name])} does not match its SHA-256; nothing is committed: repair "
+                            f"the source (`cappy inspect` checks it), then run the same command again to resume"
                         )
                 with hub.one_line_errors(place, "DST"):
                     # An empty list of ignored files: the .gitignore of the repository must not leave files out.
@@ -156,21 +156,19 @@ def _batches(files: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _local_files(source: str, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Yield local paths of files: those of the source itself, or checked temporary copies of objects."""
+def _local_files(places: Mapping[str, str]) -> Iterator[dict[str, Path]]:
+    """Yield local paths of the files at `places`, by name: the files themselves, or temporary copies of objects."""
     try:
-        if not storage.is_s3(source):
-            local = {name: Path(source, name) for name in names}
-            for file in local.values():
-                file.stat()
-            yield local
-            return
         with storage.temporary_folder("push") as folder, ThreadPoolExecutor(_THREADS) as pool:
-            local = {name: folder / name for name in names}
-            list(pool.map(lambda name: storage.download_file(storage.join(source, name), local[name]), names))
+            local = {name: folder / name if storage.is_s3(uri) else Path(uri) for name, uri in places.items()}
+            remote = [name for name, uri in places.items() if storage.is_s3(uri)]
+            for name in places.keys() - set(remote):
+                local[name].stat()
+            list(pool.map(lambda name: storage.download_file(places[name], local[name]), remote))
             yield local
     except FileNotFoundError as error:
-        raise CappyError(f"{error.filename or source} is missing, its manifest names it; nothing is committed: repair the source") from None
+        missing = error.filename or "a file of the source"
+        raise CappyError(f"{missing} is missing, its manifest names it; nothing is committed: repair the source") from None
 
 
 def _commit(place: hub.Repository, parent: str, manifest: artifacts.Manifest, additions: Sequence[Any], stale: Sequence[str]) -> str:

@@ -136,7 +136,10 @@ def _write_shards(source: RegressionSet, uri: str, config: LabelConfig, held: Le
     entries = {name: entry for name, entry in source.manifest["files"].items() if name.startswith("data/")}
     task = ray.remote(num_cpus=1)(_write_shard)
     check = held.claim.check
-    pending = [task.remote(source.uri, uri, name, entry["sha256"], config, check) for name, entry in entries.items()]
+    pending = [
+        task.remote(artifacts.file_uri(source.uri, name, entry), uri, name, entry["sha256"], config, check)
+        for name, entry in entries.items()
+    ]
     shards = []
     with Bar("labelling", sum(entry["rows"] for entry in entries.values()), "instructions") as bar:
         while pending:
@@ -148,17 +151,17 @@ def _write_shards(source: RegressionSet, uri: str, config: LabelConfig, held: Le
     return sorted(shards, key=lambda shard: shard["name"])
 
 
-def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelConfig, check: Callable[[], None]) -> AnnotatedShard:
+def _write_shard(shard: str, uri: str, name: str, sha256: str, config: LabelConfig, check: Callable[[], None]) -> AnnotatedShard:
     """Download a shard, verify it, write it with new labels. `check` raises if another run has the destination."""
     statistics: dict[str, Any] = {}
     with storage.temporary_folder("relabel") as folder:
         old, new = folder / "old.parquet", folder / "new.parquet"
         try:
-            found = storage.download_file(storage.join(source, name), old)
+            found = storage.download_file(shard, old)
         except FileNotFoundError:
-            raise _damaged(source, name, "is missing") from None
+            raise _damaged(shard, "is missing") from None
         if found != sha256:
-            raise _damaged(source, name, "does not match the SHA-256 in its manifest")
+            raise _damaged(shard, "does not match the SHA-256 in its manifest")
         parquet = pq.ParquetFile(old, page_checksum_verification=True)
         with pq.ParquetWriter(new, DATASET, compression="zstd", write_page_checksum=True) as writer:
             for group in range(parquet.num_row_groups):
@@ -171,8 +174,8 @@ def _write_shard(source: str, uri: str, name: str, sha256: str, config: LabelCon
     return {"name": name, "entry": entry, "statistics": statistics}
 
 
-def _damaged(source: str, name: str, problem: str) -> CappyError:
-    return CappyError(f"SRC={source}: {name} {problem}; copy or generate the set again")
+def _damaged(file: str, problem: str) -> CappyError:
+    return CappyError(f"SRC: {file} {problem}; copy or generate the set again")
 
 
 def _publish(
@@ -193,7 +196,7 @@ def _publish(
     for name in ("dead_letters.jsonl", "decontamination.json"):
         data = storage.read_bytes(storage.join(source.uri, name))
         if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
-            raise _damaged(source.uri, name, "does not match the SHA-256 in its manifest")
+            raise _damaged(storage.join(source.uri, name), "does not match the SHA-256 in its manifest")
         kept[name] = folder.write_bytes(name, data)
     total: dict[str, Any] = {}
     for shard in shards:

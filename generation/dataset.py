@@ -7,6 +7,7 @@ folder without a manifest is not opened. Imports Ray, `datasets` and pandas only
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ WORKING_FILES = (
     r"_staging/attempts/load/[0-9a-f]{32}\.json",
 )
 """Patterns of the files of an unfinished set, for `artifacts.OwnedFiles`; the names of its shards contain a run id."""
-SAMPLING_FACTS = ("max_tokens", "reused", "extends", "sampling")
+SAMPLING_FACTS = ("max_tokens", "reused", "extends", "combines", "sampling")
 """Optional keys of a manifest that describe the sampling. A set with other labels keeps them."""
 RESULT_FILES = (
     r"data/(train|validation)/part-\d{5,}\.parquet",
@@ -78,12 +79,13 @@ class RegressionSet:
     def __init__(self, uri: str, setting: str = "dataset", *, verified: bool = False) -> None:
         self.uri = storage.check_uri(uri, setting)
         self.manifest: dict[str, Any] = dict(artifacts.read_manifest(self.uri, "dataset", "generate"))
-        self._verified = {storage.join(self.uri, name) for name in self.manifest["files"] if verified}
+        self._entries = {artifacts.file_uri(self.uri, name, entry): entry for name, entry in self.manifest["files"].items()}
+        self._verified = set(self._entries) if verified else set()
 
     def shards(self, split: str) -> list[str]:
-        """Return the URIs of the Parquet files of a split, in order."""
-        prefix = f"data/{split}/"
-        return [storage.join(self.uri, name) for name in sorted(self.manifest["files"]) if name.startswith(prefix)]
+        """Return the URIs of the Parquet files of a split, in order. Those of a combined set are in the folders of other sets."""
+        files = self.manifest["files"]
+        return [artifacts.file_uri(self.uri, name, files[name]) for name in sorted(files) if name.startswith(f"data/{split}/")]
 
     def verify(self, *splits: str) -> None:
         """Compare every shard of the splits with its SHA-256 in the manifest, once for this object.
@@ -100,12 +102,15 @@ class RegressionSet:
         """Compare one shard with its SHA-256 in the manifest, as `verify` does."""
         if uri in self._verified:
             return
+        entry = self._entries[uri]
         try:
-            found = storage.sha256(uri)
+            reason = None if storage.sha256(uri) == entry["sha256"] else "its SHA-256 differs from the manifest"
         except OSError as error:
-            raise _damaged(uri, first_line(error)) from None
-        if found != self.manifest["files"][uri.removeprefix(f"{self.uri}/")]["sha256"]:
-            raise _damaged(uri, "its SHA-256 differs from the manifest")
+            reason = first_line(error)
+        if reason and "uri" in entry:
+            raise CappyError(f"{uri} was changed or deleted ({reason}), and {self.uri} refers to it; run `cappy combine` again")
+        if reason:
+            raise _damaged(uri, reason)
         self._verified.add(uri)
 
     def rows(self, split: str) -> int:
@@ -172,10 +177,13 @@ class RegressionSet:
         import ray.data
 
         self.verify(split)
-        located = [storage.filesystem(uri) for uri in self.shards(split)]
-        if not located:
+        shards = self.shards(split)
+        if not shards:
             raise CappyError(f"{self.uri} has no split {split!r}; it has {', '.join(self.manifest['counts'])}")
-        return ray.data.read_parquet([path for _, path in located], filesystem=located[0][0])
+        # The shards of a combined set can be on the disk and in object storage.
+        stores = [[storage.filesystem(uri) for uri in part] for _, part in itertools.groupby(shards, storage.is_s3)]
+        first, *others = [ray.data.read_parquet([path for _, path in part], filesystem=part[0][0]) for part in stores]
+        return first.union(*others) if others else first
 
 
 @contextmanager

@@ -22,6 +22,7 @@ GIVEN = ("reference", "choice", "mismatched")
 """Sources with a fixed label, 1 or 0."""
 
 _MAX_DATASETS = 100
+_COPY_NOTE = "Use the path of your copy. For s3:// paths, `datasets` and pandas need `s3fs`; or download the set with `cappy pull`.\n"
 _COLUMNS = {
     "id": "32 hex digits, a hash of dataset, template, instruction and references",
     "dataset": "the task or dataset of the row",
@@ -120,7 +121,8 @@ def render_card(manifest: Mapping[str, Any]) -> str:
     """Return the dataset card of a set, or of a table of pairs: Markdown with the YAML header of the Hugging Face hub."""
     summary, config, metric = manifest["summary"], manifest["config"], manifest["metric"]
     pairs = manifest["kind"] == "pairs"
-    sampler = config["sampler"]
+    combines = manifest.get("combines")
+    refers = any("uri" in entry for entry in manifest["files"].values())
     log = manifest.get("lineage", {}).get("log")
     rows = summary["pairs"] if pairs else summary["instructions"]
     license_ = config["generate"].get("license") or "unknown"
@@ -148,6 +150,8 @@ def render_card(manifest: Mapping[str, Any]) -> str:
     columns = markdown_table(
         ("column", "type", "description"), [(name, kind, _COLUMNS.get(name, "")) for name, kind in _column_types(manifest["schema"])]
     )
+    notes = _labels_line(metric) + _merged_line(summary) + _missing_lines(summary) + _unseen_line(summary, metric)
+    notes += _sampling_lines(manifest) + _made_from_line(manifest)
     size = f"{summary['instructions']:,} instructions, {summary['pairs']:,} pairs, {summary['tokens']:,} sampled tokens"
     return f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
@@ -166,9 +170,8 @@ Instructions with labelled responses, to train a scorer (Cappy, arXiv 2311.06720
 
 ## Load it
 
-Use the path of your copy. For s3:// paths, `datasets` and pandas need `s3fs`; or download the set with `cappy pull`.
-
-{_loading_section(summary["uri"], next(iter(manifest["counts"])), pairs)}
+{"" if refers else _COPY_NOTE}
+{_loading_section(summary["uri"], next(iter(manifest["counts"])), pairs, refers)}
 
 ## Columns
 
@@ -179,13 +182,9 @@ SHA-256; `cappy inspect` verifies them.
 
 ## How it was made
 
-- by `{manifest["command"]}`, code {manifest["code_version"]}, {manifest["created"]}; `config.yaml` has every setting
-- instructions: {_describe_sources(config["source"])}
-- LLM: `{sampler["model"]}`
-{_log_line(log) if log else _prompt_line(sampler["prompt"])}- labels: {_metric_name(metric)} ({_mode(metric)}version {metric["version"]})
-- seed: {config["seed"]}
-{_merged_line(summary)}{_missing_lines(summary)}{_unseen_line(summary, metric)}{_sampling_lines(manifest)}{_made_from_line(manifest)}
-{"" if log else _decodings_table(sampler["decodings"])}
+- by `{manifest["command"]}`, code {manifest["code_version"]}, {manifest["created"]}
+{_describe_sets(combines) if combines else _describe_run(config, log)}{notes}
+{"" if log or combines else _decodings_table(config["sampler"]["decodings"])}
 ## Instructions by dataset
 
 {by_dataset}
@@ -209,6 +208,26 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _describe_run(config: Mapping[str, Any], log: str | None) -> str:
+    return (
+        f"- `config.yaml` has every setting\n- instructions: {_describe_sources(config['source'])}\n- LLM: `{config['sampler']['model']}`\n"
+        f"{_log_line(log) if log else _prompt_line(config['sampler']['prompt'])}- seed: {config['seed']}\n"
+    )
+
+
+def _describe_sets(combines: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each set of a combined set."""
+    lines = []
+    for each in combines:
+        config = each["config"]
+        decodings = ", ".join(decoding["name"] for decoding in config["sampler"]["decodings"])
+        lines.append(
+            f"- {each['instructions']:,} instructions of `{each['uri']}`: {_describe_sources(config['source'])}; LLM "
+            f"`{config['sampler']['model']}`; decodings {decodings}; seed {config['seed']}\n"
+        )
+    return "".join(lines)
 
 
 def _prompt_line(prompt: Mapping[str, Any]) -> str:
@@ -261,11 +280,23 @@ def _labels_text(metric: Mapping[str, Any]) -> str:
     )
 
 
+def _labels_line(metric: Mapping[str, Any]) -> str:
+    return f"- labels: {_metric_name(metric)} ({_mode(metric)}version {metric['version']})\n"
+
+
 def _mode(metric: Mapping[str, Any]) -> str:
     return f"{metric['mode']} mode, " if metric["mode"] else ""
 
 
-def _loading_section(uri: str, split: str, pairs: bool) -> str:
+def _loading_section(uri: str, split: str, pairs: bool, refers: bool) -> str:
+    if refers:
+        return f"""The shards of a combined set are in the folders of its sets, and `_MANIFEST.json` has the location of each.
+`cappy push` copies them into one folder. Cappy on Ray reads the set as it is:
+
+```python
+from generation.dataset import RegressionSet
+rows = RegressionSet("{uri}").to_huggingface("{split}")
+```"""
     files = f"{uri}/data/{split}/part-*.parquet"
     regression_set = (
         ""

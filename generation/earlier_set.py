@@ -177,6 +177,8 @@ def refuse_unfit(opened: RegressionSet, config: Config) -> None:
         raise UsageError(
             f"{name} was made from a log of serve, so the settings of its candidates are unknown; use a set of `cappy generate`"
         )
+    if "combines" in manifest:
+        raise UsageError(f"{name} is a combined set, whose sets have different settings; extend one of them, and run `cappy combine` again")
     sampling_records.refuse_other_settings(sampling_records.of_manifest(manifest, opened.uri), config, name)
     limit = manifest["config"]["generate"].get("max_per_bin")
     if limit is not None and (generate.max_per_bin is None or generate.max_per_bin > limit):

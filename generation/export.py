@@ -202,7 +202,7 @@ class _Run:
         """Distribute the candidates of one file of the source."""
         options = self._options
         with self._copying.scratch() as file:
-            self._copying.fetch(storage.join(self._opened.uri, name), self._opened.files[name], file)
+            self._copying.fetch(artifacts.file_uri(self._opened.uri, name, self._opened.files[name]), self._opened.files[name], file)
             try:
                 with pq.ParquetFile(file) as parquet:
                     columns = self._columns = export_source.find_columns(

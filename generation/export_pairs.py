@@ -64,7 +64,7 @@ def export_pairs(source: str, destination: str, *, overwrite: bool = False) -> d
 
         def export_shard(name: str) -> dict[str, Any]:
             with copying.scratch() as shard, copying.scratch() as pairs:
-                copying.fetch(storage.join(source, name), shards[name], shard)
+                copying.fetch(artifacts.file_uri(source, name, shards[name]), shards[name], shard)
                 with disk.errors_of(pairs.parent):
                     rows = _write_pairs(shard, pairs)
                 entry = {"bytes": pairs.stat().st_size, "sha256": storage.sha256(str(pairs)), "rows": rows}
@@ -92,6 +92,7 @@ def export_pairs(source: str, destination: str, *, overwrite: bool = False) -> d
             counts=manifest["counts"],
             metric=manifest["metric"],
             lineage=manifest["lineage"],
+            **{name: manifest[name] for name in ("combines",) if name in manifest},
             schema={field.name: str(field.type) for field in PAIRS},
             summary=summary,
             config=manifest["config"],

@@ -113,7 +113,7 @@ def find_files(source: str) -> tuple[list[folders.DataFile], Mapping[str, Any] |
     if not names:
         kind = artifacts.with_article(manifest["kind"])
         raise UsageError(f"SRC={source} holds {kind} without pairs; give a regression set, answers, scores or an export")
-    return [folders.DataFile(storage.join(source, name), name) for name in names], manifest
+    return [folders.DataFile(artifacts.file_uri(source, name, manifest["files"][name]), name) for name in names], manifest
 
 
 def _raw_rows(source: str, columns: Columns) -> Iterator[tuple[str, Any, Columns]]:
@@ -124,7 +124,8 @@ def _raw_rows(source: str, columns: Columns) -> Iterator[tuple[str, Any, Columns
         columns = pair_rows.PUBLISHED
     for file in found:
         if manifest is not None:
-            _verify(source, file.uri.removeprefix(f"{source}/"), manifest["files"])
+            name = file.dataset  # `find_files` names the rows of a published file after it
+            _verify(source, name, manifest["files"])
         for where, raw in formats.parse_lists(files.read_rows(file.uri)):
             yield (*reader.with_columns(file.columns, (where, raw)), columns)
 

@@ -1,11 +1,12 @@
 """The settings with which the candidates of a set were sampled, one record for each LLM and group of decodings. Reads no files.
 
 A record has `seed`, and the keys of `SamplerConfig.result_settings`: `model`, `prompt`, `engine`, `decodings`, .... The manifest of an
-extended set has its records as `sampling`. The config of any other set is its only record.
+extended or combined set has its records as `sampling`. The config of any other set is its only record.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,33 @@ def of_manifest(manifest: Mapping[str, Any], uri: str) -> list[dict[str, Any]]:
         raise CappyError(
             f"{uri}: the settings of its sampler cannot be read ({error.errors()[0]['msg']}); use the code that wrote it"
         ) from None
+
+
+def unite_records(sets: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the different records of several sets, in order."""
+    united: list[dict[str, Any]] = []
+    for record in itertools.chain.from_iterable(sets):
+        if record not in united:
+            united.append(dict(record))
+    return united
+
+
+def unite_decodings(sets: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the decodings of several sets, each name once with its largest `n`; `sets` has the decodings of each set by its URI.
+
+    Raises `UsageError` if two sets have a decoding with the same name and other settings.
+    """
+    united: dict[str, tuple[str, dict[str, Any]]] = {}
+    for uri, decodings in sets.items():
+        for each in decodings:
+            first, known = united.setdefault(each["name"], (uri, dict(each)))
+            if changes := differences({**known, "n": 0}, {**each, "n": 0}):
+                raise UsageError(
+                    f"the decoding {each['name']!r} has other settings in {uri} than in {first} ({'; '.join(changes)}), and an evaluation "
+                    f"finds the settings by the name; generate one of the sets with another name"
+                )
+            known["n"] = max(known["n"], each["n"])
+    return [known for _, known in united.values()]
 
 
 def drawn_candidates(records: Sequence[Mapping[str, Any]], model: str) -> dict[str, int]:

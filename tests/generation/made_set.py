@@ -45,10 +45,13 @@ def damage_page(file):
     file.write_bytes(content)
 
 
-def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", **facts):
-    """Publish a set; `train` and `validation` have the numbers of rows of its shards. Return its manifest."""
+def publish(uri, train=(6, 4), validation=(3,), config=None, letters="", first=0, **facts):
+    """Publish a set; `train` and `validation` have the numbers of rows of its shards. Return its manifest.
+
+    `first` is the number of the first row, from which all its texts are made.
+    """
     config = config or Config()
-    files, counts, total, number = {}, {}, {}, 0
+    files, counts, total, number = {}, {}, {}, first
     for split, shards in (("train", train), ("validation", validation)):
         for part, rows in enumerate(shards):
             table = pa.Table.from_pylist([row(number + each, f"task {each % 2}") for each in range(rows)], DATASET)

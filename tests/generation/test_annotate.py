@@ -104,7 +104,7 @@ def test_a_damaged_or_incomplete_source_is_refused_and_nothing_published(made, t
     shard = copy / name
     whole = shard.read_bytes()
     shard.write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
-    with pytest.raises(CappyError, match=rf"SRC=.*copy: {name} does not match the SHA-256"):
+    with pytest.raises(CappyError, match=rf"SRC: .*copy/{name} does not match the SHA-256"):
         jobs.run_verb("annotate", CHRF, src=str(copy), dst=str(tmp_path / "new"))
     shard.unlink()
     with pytest.raises(CappyError, match=rf"{name} is missing; copy or generate the set again"):
