@@ -203,7 +203,7 @@ def test_ray_reads_shards_on_disk_and_in_object_storage(bucket, tmp_path, ray_he
     publish(two, first=SECOND)
     run_combine([one, two], both)
     found = RegressionSet(both).to_ray("train")
-    ids = pa.concat_tables(pa.Table.from_batches([batch]) for batch in found.iter_batches(batch_format="pyarrow"))["id"]
+    ids = pa.concat_tables(found.iter_batches(batch_format="pyarrow"))["id"]
     assert sorted(ids.to_pylist()) == sorted(row["id"] for row in rows_of(one, two))
 
 
