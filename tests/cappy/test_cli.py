@@ -27,7 +27,7 @@ def error_line(result, code):
 def test_help_lists_all_verbs_and_each_has_a_help_page():
     text = re.sub(r"\x1b\[[0-9;]*m", "", cappy("--help", COLUMNS="120").stdout)
     verbs = set(re.findall(r"^│ (\w+) ", text, re.M)) - {"─"}
-    made = {"plan", "generate", "extend", "annotate", "train", "adapt", "evaluate", "compare", "answer", "score", "serve"}
+    made = {"plan", "generate", "extend", "combine", "annotate", "train", "adapt", "evaluate", "compare", "answer", "score", "serve"}
     assert made | {"inspect", "list", "push", "pull", "export", "run", "doctor", "config"} == verbs
     for verb in verbs:
         help_ = CliRunner(env={"COLUMNS": "120"}).invoke(app, [verb, "--help"])
