@@ -145,13 +145,16 @@ def show_inspection(result: dict[str, Any], console: Console) -> None:
 
 def _show_origin(result: dict[str, Any], console: Console) -> None:
     lineage, metric = result["lineage"], result["metric"]
-    sampler = lineage["sampler"]
-    if "log" in lineage:
-        made = f"from the log of served candidates {lineage['log']}"
+    if "combines" in lineage:
+        console.print(Text("combined from " + ", ".join(each["uri"] for each in lineage["combines"])))
     else:
-        decodings = ", ".join(f"{each['name']} x{each['n']}" for each in sampler["decodings"])
-        made = f"decodings {decodings}; prompt {sampler['prompt']['form']}, {sampler['prompt']['shots']} shots"
-    console.print(Text(f"model {sampler['model']}; {made}"))
+        sampler = lineage["sampler"]
+        if "log" in lineage:
+            made = f"from the log of served candidates {lineage['log']}"
+        else:
+            decodings = ", ".join(f"{each['name']} x{each['n']}" for each in sampler["decodings"])
+            made = f"decodings {decodings}; prompt {sampler['prompt']['form']}, {sampler['prompt']['shots']} shots"
+        console.print(Text(f"model {sampler['model']}; {made}"))
     mode = f"{metric['mode']} mode, " if metric["mode"] else ""
     console.print(Text(f"labels {metric['name']} ({mode}version {metric['version']})"))
     if "made_from" in result:

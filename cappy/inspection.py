@@ -41,16 +41,16 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
         result["selection"] = selection.summarise(selection.read(uri))
     if manifest["kind"] in ("dataset", "pairs", "answers", "scores"):
         result |= {key: manifest[key] for key in ("metric", "lineage", "schema") if key in manifest}
-        result |= {key: manifest[key] for key in ("rates", "cost", "copied_from", "made_from", "combines") if key in manifest}
+        result |= {key: manifest[key] for key in ("rates", "cost", "copied_from", "made_from") if key in manifest}
         if not result["problems"]:
             first = min((name for name in manifest["files"] if name.startswith("data/")), default=None)
             if first and samples and not verify:  # a damaged footer can end the process that reads it
                 _verify_file(uri, first, manifest)
             try:
                 result["dead_letters"] = _reasons(storage.join(uri, _DEAD_LETTERS)) if _DEAD_LETTERS in manifest["files"] else {}
-                result["samples"] = (
-                    _first_rows(artifacts.file_uri(uri, first, manifest["files"][first]), samples) if first and samples else []
-                )
+                result["samples"] = []
+                if first and samples:
+                    result["samples"] = _first_rows(artifacts.file_uri(uri, first, manifest["files"][first]), samples)
             except (OSError, ValueError) as error:
                 raise CappyError(f"{uri} is damaged ({first_line(error)}); copy or make it again") from None
     return result

@@ -201,8 +201,9 @@ def _check_names(uri: str, manifest: Mapping[str, Any]) -> Manifest:
     for name, entry in manifest.get("files", {}).items():
         if check_relative_path(name, join(uri, MANIFEST)) == MANIFEST:
             raise CappyError(f"{join(uri, MANIFEST)} names itself as a file, which is not within the folder; do not use it")
-        if "uri" in entry and not (name.startswith("data/") and entry["uri"].endswith(".parquet")):
-            raise CappyError(f"{join(uri, MANIFEST)}: {name} is at {entry['uri']}; only a Parquet shard may be elsewhere; do not use it")
+        place = entry.get("uri") if isinstance(entry, Mapping) else None
+        if place is not None and not (name.startswith("data/") and str(place).endswith(".parquet")):
+            raise CappyError(f"{join(uri, MANIFEST)}: {name} is at {place}; only a Parquet shard may be elsewhere; do not use it")
     return cast(Manifest, manifest)
 
 

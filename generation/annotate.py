@@ -213,7 +213,7 @@ def _publish(
         schema=manifest["schema"],
         metric=labels.describe_metric(label),
         lineage=manifest["lineage"],
-        **{name: manifest[name] for name in dataset.SAMPLING_FACTS if name in manifest},
+        **{name: manifest[name] for name in (*dataset.SAMPLING_FACTS, "rates") if name in manifest},
         relabelled_from=origin,
         summary=summary,
         config=config,

@@ -61,9 +61,9 @@ def run_combine(sources: Sequence[str], destination: str, *, overwrite: bool = F
         artifacts.refuse_published(uri, "DST", "combine")
     artifacts.refuse_foreign(uri, "DST", _OWNED, overwrite=overwrite)
     with lease.hold(storage.join(uri, _LEASE), f"DST={uri}", keep=False) as held:
+        refuse_equal_rows(opened)  # before an earlier set at the destination is deleted
         artifacts.clear_destination(uri, "DST", _OWNED, _LEASE, held.check, overwrite=overwrite)
         artifacts.refuse_foreign(uri, "DST", _OWNED, overwrite=False)
-        refuse_equal_rows(opened)
         return _publish(uri, opened, config, sets, start, held.check)
 
 
@@ -88,10 +88,9 @@ def refuse_unfit(opened: Sequence[RegressionSet], uri: str) -> None:
 
 
 def refuse_equal_rows(opened: Sequence[RegressionSet]) -> None:
-    """Raise `UsageError` if a row is in two sets, or an instruction in different splits. Checks the SHA-256 of all shards.
+    """Raise `UsageError` if a row is in two sets, or an instruction is in different splits of two sets.
 
-    Args:
-        opened: the sets. No set has such rows itself.
+    Reads all rows, so `CappyError` is raised for a damaged shard.
     """
     ids: dict[str, pa.Array] = {}
     earlier: list[dict[str, HeldOutTexts]] = []
@@ -141,7 +140,7 @@ def _describe(opened: RegressionSet) -> dict[str, Any]:
 
 
 def _unite_configs(opened: Sequence[RegressionSet]) -> dict[str, Any]:
-    """Return the settings of the first set, with the decodings of all sets. Raises `UsageError` if two decodings have the same name."""
+    """Return the settings of the first set, with the decodings of all sets. Raises as `sampling_records.unite_decodings` does."""
     decodings = sampling_records.unite_decodings({each.uri: each.manifest["config"]["sampler"]["decodings"] for each in opened})
     config = opened[0].manifest["config"]
     return {**config, "sampler": {**config["sampler"], "decodings": decodings}}

@@ -92,7 +92,7 @@ def export_pairs(source: str, destination: str, *, overwrite: bool = False) -> d
             counts=manifest["counts"],
             metric=manifest["metric"],
             lineage=manifest["lineage"],
-            **{name: manifest[name] for name in ("combines",) if name in manifest},
+            **({"combines": manifest["combines"]} if "combines" in manifest else {}),
             schema={field.name: str(field.type) for field in PAIRS},
             summary=summary,
             config=manifest["config"],

@@ -196,7 +196,8 @@ def _rates_from_set(manifest: Mapping[str, Any]) -> dict[str, Any]:
     replicas = manifest["config"]["sampler"]["replicas"]
     sampled = summary["sources"].get("sampled", 0)
     reused = sum(manifest.get(name, {}).get("tokens", 0) for name in ("reused", "extends"))
-    whole = (summary["tokens"] - reused) / max(1.0, summary["seconds"])
+    # The seconds of a combined or relabelled set are not those of its sampling.
+    whole = 0.0 if {"combines", "relabelled_from"} & manifest.keys() else (summary["tokens"] - reused) / max(1.0, summary["seconds"])
     data = sum(entry["bytes"] for name, entry in manifest["files"].items() if name.startswith("data/"))
     prompt = rates.get("prompt_tokens")
     return {

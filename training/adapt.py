@@ -167,7 +167,7 @@ def _log_differences(configs: Sequence[Config], dataset: RegressionSet) -> None:
     `configs` has this config with the paths as given and with absolute paths; a set may have been generated with either.
     """
     made = dataset.manifest.get("lineage")
-    if not made or "combines" in dataset.manifest:
+    if not made or "combines" in made:  # the sets of a combined set have their own settings
         return
     try:
         found = min((differences(made, generate.result_settings(config)) for config in configs), key=len)

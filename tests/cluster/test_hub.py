@@ -13,6 +13,7 @@ import pytest
 import cappy as api
 from cluster import artifacts, hub, storage
 from cluster.errors import CappyError, UsageError
+from generation.combine import run_combine
 from generation.dataset import RegressionSet
 from tests.conftest import CAPPY, cappy
 from tests.generation.made_set import publish
@@ -141,6 +142,24 @@ def test_a_damaged_download_is_read_again_and_a_damaged_repository_is_refused(se
     assert not storage.exists(f"{tmp_path}/c/_MANIFEST.json")
     server.damage.clear()
     assert 0 < api.pull(SET, f"{tmp_path}/c")["copied_files"] < 7
+
+
+def test_a_combined_set_is_pushed_with_its_shards_and_a_repository_that_names_other_files_is_refused(server, tmp_path):
+    one, two, both = (f"{tmp_path}/{name}" for name in ("one", "two", "both"))
+    publish(one)
+    publish(two, first=1000)
+    run_combine([one, two], both)
+    api.push(both, SET)
+    assert len([name for name in server.files("datasets/alice/tense") if name.startswith("data/")]) == 6
+    api.pull(SET, f"{tmp_path}/pulled")
+    assert RegressionSet(f"{tmp_path}/pulled").to_pandas().equals(RegressionSet(both).to_pandas())
+    tree = server.files("datasets/alice/tense")
+    harmful = json.loads(tree["_MANIFEST.json"])
+    harmful["files"][SHARD]["uri"] = f"{one}/{SHARD}"
+    server.repositories["datasets/alice/tense"].add_commit("main", {**tree, "_MANIFEST.json": json.dumps(harmful).encode()})
+    with pytest.raises(CappyError, match="refers to files of other folders, so `cappy push` did not write it; do not use it"):
+        api.pull(SET, f"{tmp_path}/harmful")
+    assert not storage.exists(f"{tmp_path}/harmful")
 
 
 def test_a_damaged_source_commits_nothing(server, tmp_path):

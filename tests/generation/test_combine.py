@@ -8,12 +8,13 @@ import cappy
 from cluster import artifacts, copying, storage
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
-from generation import earlier_set, export_pairs
+from generation import annotate, earlier_set, export_pairs, plan
 from generation.combine import run_combine
 from generation.dataset import RegressionSet
 from generation.export import ExportOptions, run_export
 from generation.pair_units import read_pairs
 from tests.conftest import cappy as command
+from tests.generation import made_set
 from tests.generation.made_set import publish
 
 FIRST, SECOND = 0, 1000
@@ -60,6 +61,9 @@ def test_a_combined_set_has_the_rows_and_counts_of_its_sets_and_no_copy_of_their
     assert RegressionSet(both).manifest == combined.manifest
     run_combine([two, one], both, overwrite=True)
     assert rows_of(both) == rows_of(two, one)
+    with pytest.raises(UsageError, match="rows are in more than one set"):
+        run_combine([one, publish_at(f"{both}-same", FIRST)], both, overwrite=True)
+    assert rows_of(both) == rows_of(two, one)
 
 
 def test_verbs_that_copy_or_convert_a_combined_set_read_its_shards(sets, tmp_path):
@@ -103,8 +107,6 @@ def test_sets_with_equal_rows_are_refused(sets):
 def test_an_instruction_in_two_splits_is_refused(tmp_path, monkeypatch):
     one, two, both = (str(tmp_path / name) for name in ("one", "two", "both"))
     publish(one, train=(3,), validation=(1,))
-    from tests.generation import made_set
-
     made = made_set.row
     # Rows with other ids, and the instructions of `one`: its train rows 0, 1 and 2 are validation rows here.
     monkeypatch.setattr(
@@ -197,6 +199,26 @@ def test_a_manifest_that_names_another_place_for_a_card_is_refused(tmp_path):
             copying.copy_folder(place, str(tmp_path / "copied"))
 
 
+def test_a_combined_set_is_labelled_again_as_its_sets_are(tmp_path, ray_here):
+    places = [str(tmp_path / name) for name in ("one", "two", "both", "relabelled")]
+    one, two, both, relabelled = places
+    publish_at(one, FIRST)
+    publish_at(two, SECOND)
+    run_combine([one, two], both)
+    annotate.run_annotate(load(None, ["generate.label.metric=token_f1"]), src=both, dst=relabelled)
+    files = RegressionSet(relabelled).manifest["files"]
+    assert all("uri" not in entry for entry in files.values()) and artifacts.verify(relabelled, {"files": files}) == []
+    before, after = rows_of(one, two), rows_of(relabelled)
+    assert [row["id"] for row in before] == [row["id"] for row in after] and before != after
+    for row in after:
+        sampled = [each["label"] for each in row["candidates"] if each["source"] == "sampled"]
+        assert sampled[-1] == 1 and max(sampled[:-1]) < 1
+    assert "combines" in RegressionSet(relabelled).manifest
+    for uri in (both, relabelled):  # the time of the sampling is not in them
+        with pytest.raises(UsageError, match=rf"plan.rates_from={uri} has no tokens_per_second"):
+            plan.find_rates(load(None, [f"plan.rates_from={uri}"]))
+
+
 def test_ray_reads_shards_on_disk_and_in_object_storage(bucket, tmp_path, ray_here):
     one, two, both = f"{bucket}/one", str(tmp_path / "two"), str(tmp_path / "both")
     publish(one)
@@ -213,5 +235,7 @@ def test_the_command_prints_a_summary(tmp_path):
     places = [str(tmp_path / name) for name in ("one", "two", "both", "more")]
     done = command("combine", *places[:3], "--json")
     assert json.loads(done.stdout.splitlines()[-1])["instructions"] == 26
+    shown = command("inspect", places[2])
+    assert shown.returncode == 0 and f"combined from {places[0]}, {places[1]}" in shown.stdout.replace("\n", "")
     refused = command("combine", places[0], *places[2:])
     assert refused.returncode == 2 and "13 rows are in more than one set" in refused.stderr
