@@ -286,6 +286,7 @@ _METHOD_NAMES = {
     "scorer": "scorer",
     "consensus": "con-\nsensus",
     "blend": "blend",
+    "fitted_no_scorer": "fitted without scorer",
     "fitted": "fitted",
     "oracle": "oracle",
 }
@@ -299,7 +300,8 @@ def show_evaluation(summary: dict[str, Any], console: Console) -> None:
     if "suite" in summary:
         show_suite(summary, console)
         return
-    averages = summary["averages"]
+    # The gains below the table have the method without scorer; its column would need more than 80 columns.
+    averages = {method: each for method, each in summary["averages"].items() if method != "fitted_no_scorer"}
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -313,7 +315,7 @@ def show_evaluation(summary: dict[str, Any], console: Console) -> None:
     for method in averages:
         table.add_column(_METHOD_NAMES[method], justify="right", no_wrap=True)
     for task, entry in summary["per_task"].items():
-        table.add_row(Text(task), f"{entry['instructions']:,}", *_method_cells(entry["methods"]))
+        table.add_row(Text(task), f"{entry['instructions']:,}", *_method_cells({method: entry["methods"][method] for method in averages}))
     table.add_section()
     table.add_row("average over tasks", f"{summary['instructions']:,}", *_method_cells(averages), style="bold")
     for end in ("low", "high"):
@@ -365,24 +367,32 @@ def _point_cells(figures: dict[str, Any]) -> list[str]:
 
 
 def _gain_lines(summary: dict[str, Any]) -> list[Text]:
-    """Return lines for the gain of the scorer, its share of the oracle gap, omitted methods and skipped rows."""
-    gain, best = summary["gain"], _METHOD_NAMES[summary["best_baseline"]]
-    verdict = "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "no clear difference"
-    lines = [
-        Text.assemble(
-            ("scorer - ", "bold"),
-            (f"{best}: ", "bold"),
-            (f"{gain['mean']:+.1f}", "bold green" if gain["low"] > 0 else "bold red" if gain["high"] < 0 else "bold"),
-            f" [{gain['low']:+.1f}, {gain['high']:+.1f}] points ({verdict})",
-        )
-    ]
+    """Return lines for the gains of the scorer and of its fitted selection, the scorer's share of the oracle gap, omitted methods and
+    skipped rows."""
+    best = summary["best_baseline"]
+    lines = [_gain_line("scorer", best, summary["gain"])]
     if share := summary["gap_closed"]:
         lines[0].append(f"; {share['mean']:.0%} of the oracle gap closed [{share['low']:.0%}, {share['high']:.0%}]")
-    lines += [Text(f"left out: {_METHOD_NAMES[method]} ({reason})") for method, reason in summary["left_out"].items()]
+    fitted = summary["gains"].get("fitted", {})
+    lines += [_gain_line("fitted", other, fitted[other]) for other in (best, "fitted_no_scorer") if other in fitted]
+    lines += [Text(f"left out: {_one_line_name(method)} ({reason})") for method, reason in summary["left_out"].items()]
     skipped = {reason: count for reason, count in summary["skipped"].items() if count}
     if skipped:
         lines.append(Text("skipped rows: " + ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in skipped.items())))
     return lines
+
+
+def _gain_line(method: str, other: str, gain: dict[str, float]) -> Text:
+    verdict = "ahead" if gain["low"] > 0 else "behind" if gain["high"] < 0 else "no clear difference"
+    return Text.assemble(
+        (f"{_one_line_name(method)} - {_one_line_name(other)}: ", "bold"),
+        (f"{gain['mean']:+.1f}", "bold green" if gain["low"] > 0 else "bold red" if gain["high"] < 0 else "bold"),
+        f" [{gain['low']:+.1f}, {gain['high']:+.1f}] points ({verdict})",
+    )
+
+
+def _one_line_name(method: str) -> str:
+    return _METHOD_NAMES[method].replace("-\n", "").replace("\n", " ")
 
 
 def _method_cells(estimates: dict[str, dict[str, float]]) -> list[Text]:

@@ -1,20 +1,22 @@
 """Make `cappy-minilm`, the pretrained scorer of the package: `make cappy-minilm`, or `python -m cappy.pretrain`.
 
-    python -m cappy.pretrain [--held-out] [--out FOLDER] [--set KEY=VALUE ...]
+    python -m cappy.pretrain [--held-out [--train-share SHARE]] [--out FOLDER] [--set KEY=VALUE ...]
 
 The steps, with `cappy/configs/cappy-minilm.yaml`: generate the set, train the scorer and fit its selection, pack it into
 `cluster/packaged/cappy-minilm`, and write its card. Finished steps are kept, and the same command resumes an interrupted one.
 
 `--held-out` makes a twin instead, in `{workspace}/held-out`: the same set without the datasets of `HELD_OUT` in training. It is
-evaluated on their rows, so the figures are of tasks without training. This run does not pack a scorer.
+evaluated on their rows, so the figures are of tasks without training. This run does not pack a scorer. With `--train-share 0.25` the
+twin trains on a quarter of the rows, in `{workspace}/held-out-0.25`: several shares give a scaling curve.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,18 @@ def make_scorer(config: Config, out: Path, max_mb: float = 10.0) -> dict[str, An
     return packed
 
 
-def make_twin(config: Config) -> dict[str, Any]:
-    """Train the scorer without the datasets of `HELD_OUT`, evaluate it on them, and return the summary of the evaluation."""
+def make_twin(config: Config, train_share: float = 1.0) -> dict[str, Any]:
+    """Train the scorer without the datasets of `HELD_OUT`, evaluate it on them, and return the summary of the evaluation.
+
+    `train_share` is the share of the other rows that it trains on, in (0, 1].
+    """
     _run("generate", config, config.dataset_uri)
     source = RegressionSet(config.dataset_uri)
-    twin = config.model_copy(update={"workspace": f"{config.workspace.rstrip('/')}/held-out", "dataset": None, "scorer_path": None})
-    resplit.publish_resplit(source, twin.dataset_uri, "dataset", held_out_rows(source), {"held_out": list(HELD_OUT)})
+    part = "" if train_share == 1 else f"-{train_share:g}"
+    twin = config.model_copy(update={"workspace": f"{config.workspace.rstrip('/')}/held-out{part}", "dataset": None, "scorer_path": None})
+    note = {"held_out": list(HELD_OUT)} | ({} if train_share == 1 else {"train_share": train_share})
+    chosen = choose_share(held_out_rows(source), train_share, config.seed)
+    resplit.publish_resplit(source, twin.dataset_uri, "dataset", chosen, note)
     _run("train", twin, twin.scorer_uri)
     _run("evaluate", twin, twin.evaluation_uri)
     return dict(artifacts.read_any_manifest(twin.evaluation_uri, "evaluation_path")["summary"])
@@ -72,6 +80,16 @@ def held_out_rows(source: RegressionSet) -> dict[str, bool]:
             f"dataset={source.uri} has no rows of {', '.join(missing)}; use the set of {CONFIG}.yaml with all of T0's datasets"
         )
     return {row["id"]: row["dataset"] in HELD_OUT for row in rows}
+
+
+def choose_share(held_out: Mapping[str, bool], share: float, seed: int) -> dict[str, bool]:
+    """Return all held-out rows and a share of the others, chosen by a hash, so that a larger share has the rows of a smaller one."""
+
+    def position(row_id: str) -> float:
+        digest = hashlib.blake2b(f"{seed}\0{row_id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) / 2**64
+
+    return {row_id: held for row_id, held in held_out.items() if held or position(row_id) < share}
 
 
 def render_training(config: Config, manifest: dict[str, Any]) -> str:
@@ -107,16 +125,26 @@ def _run(verb: str, config: Config, uri: str) -> None:
         jobs.run_verb(verb, config)
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1; give for example 0.25")
+    return value
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the arguments, run the steps, and print the result as JSON; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m cappy.pretrain", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--held-out", action="store_true", help="train the twin without the held-out datasets, and evaluate it on them")
+    parser.add_argument("--train-share", type=_share, default=1.0, help="with --held-out: share of the rows to train on, above 0 up to 1")
     parser.add_argument("--out", type=Path, default=packed_scorer.FOLDER / DEFAULT_SCORER, help="folder of the packed scorer")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="change a setting of the config")
     given = parser.parse_args(arguments)
+    if given.train_share < 1 and not given.held_out:
+        parser.error("--train-share is for --held-out; the scorer of the package trains on all rows")
     try:
         config = load(CONFIG, given.settings)
-        print(json.dumps(make_twin(config) if given.held_out else make_scorer(config, given.out)))
+        print(json.dumps(make_twin(config, given.train_share) if given.held_out else make_scorer(config, given.out)))
     except CappyError as error:
         print(f"error: {error}")
         return error.exit_code

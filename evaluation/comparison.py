@@ -8,7 +8,7 @@ sizes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,11 @@ from training.validation import rank_agreement
 BASELINES = ("greedy", "sample", "self_sum", "self_mean", "consensus")
 """Methods without a scorer: the greedy candidate, one sample, the highest sum or mean of log-probabilities, the highest mean agreement
 with the other candidates (`training.consensus`)."""
-METHODS = (*BASELINES, "scorer", "blend", "fitted", "oracle")
+NO_SCORER = "fitted_no_scorer"
+METHODS = (*BASELINES, "scorer", "blend", NO_SCORER, "fitted", "oracle")
 """All methods in display order. `blend` adds the LLM's log-probability to the scorer's score (`training.blend`). `fitted` ranks by the
-fitted selection of the scorer (`training.selection`)."""
+fitted selection of the scorer (`training.selection`), and `fitted_no_scorer` by its variants without the score, so the difference of the
+two is the part of the scorer."""
 _CURVE_POINTS = 32
 _CALIBRATION_BINS = 10
 
@@ -116,15 +118,17 @@ def pool_of(row: Row) -> Pool:
     return Pool(responses(row), fields["score"], comparable_logprobs(row["candidates"]), fields["tokens"], row["instruction"])
 
 
-def pick_selected(rows: Sequence[Row], selections: Sequence[Selection | None]) -> Integers | None:
+def pick_selected(rows: Sequence[Row], selections: Sequence[Selection | None], scored: bool = True) -> Integers | None:
     """Return the index of the candidate that the selection of each scored row picks, [R]; where it is None the highest score is picked.
+
+    With `scored=False` the selections do not see the scores, and where one is None the highest consensus is picked.
 
     Returns None if no selection has a variant for the signals of its row.
     """
-    pools = [pool_of(row) for row in rows]
+    pools = [pool_of(row) if scored else replace(pool_of(row), scores=None) for row in rows]
     usable = any(each and each.variant(signals(pool, each.metric)) for pool, each in zip(pools, selections, strict=True))
-    by_score = Selection(())
-    picks = [int((each or by_score).rank(pool).argmax()) for pool, each in zip(pools, selections, strict=True)] if usable else []
+    unfitted = Selection(())  # picks by score or consensus
+    picks = [int((each or unfitted).rank(pool).argmax()) for pool, each in zip(pools, selections, strict=True)] if usable else []
     return np.array(picks, np.int64) if usable else None
 
 
@@ -153,7 +157,7 @@ def compare_methods(
 ) -> Comparison:
     """Compare the picks by `score` with those of the baselines and the oracle on scored rows.
 
-    `selections` are further methods, `blend` and `fitted`: the selection of each row, [R]. See `pick_selected`.
+    `selections` are further methods, `blend`, `fitted_no_scorer` and `fitted`: the selection of each row, [R]. See `pick_selected`.
 
     Keys of `results`, all Rouge-L in points (0 to 100) with bootstrap intervals:
 
@@ -161,7 +165,7 @@ def compare_methods(
     - `per_task`: the same for each task; `gains` of the scorer and each further method over the best baseline.
     - `best_baseline`: the baseline with the highest average.
     - `gain`: scorer minus that baseline, paired by row.
-    - `gains`: the same for the scorer and each further method against each baseline.
+    - `gains`: the same for the scorer and each further method against each baseline, and for `fitted` against `fitted_no_scorer`.
     - `gap_closed`: the share of the oracle's lead over that baseline that the scorer gains; null without a lead.
     - `outcomes`: rows that the scorer wins, ties and loses against that baseline.
     - `curves`: average against the number of candidates.
@@ -174,7 +178,7 @@ def compare_methods(
         "scorer": statistics.pick_best(scores_RC, present_RC),
     }
     for method, each in (selections or {}).items():
-        selected = pick_selected(rows, each)
+        selected = pick_selected(rows, each, scored=method != NO_SCORER)
         if selected is not None:
             picks[method] = selected
     trained = [method for method in picks if method not in baseline_picks]
@@ -234,7 +238,7 @@ def compare_methods(
                     points_BM[:, column_of[method]] - points_BM[:, column_of[baseline]],
                     settings.confidence,
                 )
-                for baseline in baseline_picks
+                for baseline in [*baseline_picks, *({NO_SCORER} & picks.keys() if method == "fitted" else ())]
             }
             for method in trained
         },

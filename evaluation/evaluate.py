@@ -19,7 +19,7 @@ from cluster.errors import CappyError
 from cluster.progress import Bar, log
 from cluster.runtime import code_version
 from evaluation import publish, report
-from evaluation.comparison import Comparison, Row, compare_methods, pick_baselines
+from evaluation.comparison import NO_SCORER, Comparison, Row, compare_methods, pick_baselines
 from evaluation.statistics import Integers
 from generation.dataset import RegressionSet
 from training import adapted_index
@@ -194,8 +194,8 @@ def score_rows_by_task(
 ) -> tuple[list[Row], dict[str, list[Selection | None]]]:
     """Score every candidate, each task by its adapted scorer, the other tasks by the main scorer.
 
-    Returns the rows with a `score` on every candidate, and for `blend` and `fitted` the selection of each row's scorer, [R]; None if it
-    has none. `adapted` maps tasks to the URIs of their scorers.
+    Returns the rows with a `score` on every candidate, and for `blend`, `fitted_no_scorer` and `fitted` the selection of each row's
+    scorer, [R]; None if it has none. `adapted` maps tasks to the URIs of their scorers.
     """
     uris = [adapted.get(row["dataset"], adapted.get(None, config.scorer_uri)) for row in rows]
     scored: dict[int, Row] = {}
@@ -208,7 +208,8 @@ def score_rows_by_task(
         weight = getattr(scorer, "logprob_weight", None)
         blend_of[uri] = None if weight is None else blend_selection(weight)
         fitted_of[uri] = getattr(scorer, "selection", None)
-    selections = {"blend": [blend_of[uri] for uri in uris], "fitted": [fitted_of[uri] for uri in uris]}
+    fitted = [fitted_of[uri] for uri in uris]
+    selections = {"blend": [blend_of[uri] for uri in uris], NO_SCORER: fitted, "fitted": fitted}
     return [scored[index] for index in range(len(rows))], selections
 
 

@@ -27,6 +27,7 @@ NAMES = {
     "scorer": "Scorer",
     "consensus": "Consensus",
     "blend": "Scorer + log-probability",
+    "fitted_no_scorer": "Fitted selection, no scorer",
     "fitted": "Fitted selection",
     "oracle": "Oracle",
     "random": "Random pick",

@@ -9,7 +9,7 @@ STYLE = """\
   --page: #f6f6f3; --card: #ffffff; --ink: #1d2126; --soft: #626a74; --line: #e2e2dc; --accent: #c8451b;
   --good: #1b7f4d; --bad: #b3261e; --good-wash: #e3f3ea; --bad-wash: #fbe7e5; --wash: #eeeee9;
   --plot-greedy: #6d7a8c; --plot-sample: #b4bcc7; --plot-self_sum: #3f7fb5; --plot-self_mean: #8fbfe3;
-  --plot-consensus: #7a6fb8; --plot-fitted: #a8321f;
+  --plot-consensus: #7a6fb8; --plot-fitted: #a8321f; --plot-fitted_no_scorer: #c98a7f;
   --plot-scorer: #d9501f; --plot-blend: #e39a3b; --plot-oracle: #1d8a63; --plot-random: #a3a9b2;
 }
 @media (prefers-color-scheme: dark) {
@@ -17,7 +17,7 @@ STYLE = """\
     --page: #14171a; --card: #1c2024; --ink: #e6e7e4; --soft: #9aa2ab; --line: #2d3238; --accent: #ff8a5c;
     --good: #5fd39a; --bad: #ff8f86; --good-wash: #17352a; --bad-wash: #3d201e; --wash: #262b30;
     --plot-greedy: #8d9bb0; --plot-sample: #566070; --plot-self_sum: #4f9ad6; --plot-self_mean: #a5d2f3;
-    --plot-consensus: #a89ee0; --plot-fitted: #ff9a7a;
+    --plot-consensus: #a89ee0; --plot-fitted: #ff9a7a; --plot-fitted_no_scorer: #a5685a;
     --plot-scorer: #ff7a45; --plot-blend: #f0b35e; --plot-oracle: #4fcf9c; --plot-random: #727a85;
   }
 }

@@ -31,7 +31,7 @@ def publish_resplit(source: RegressionSet, uri: str, setting: str, validation: M
         source: the set with the rows and their candidates.
         uri: the destination. Its folder must be empty, or hold an interrupted run.
         setting: the setting that names the destination, for errors.
-        validation: for each row id, whether the row is a validation row; the other rows are train rows.
+        validation: for each row id, whether the row is a validation row or a train row. Rows without an entry are left out.
         note: how the split was made, as JSON values. The manifest has it, with the URI of the source, as `resplit_from`.
 
     Raises:
@@ -49,7 +49,7 @@ def publish_resplit(source: RegressionSet, uri: str, setting: str, validation: M
         # A set of another source or split is a former result of this command, which this run replaces.
         artifacts.clear_destination(uri, setting, _OWNED, _LEASE, held.check, overwrite=True)
         rows = [row for split in source.manifest["counts"] for table in source.batches(split) for row in table.to_pylist()]
-        split = {name: [row for row in rows if validation[row["id"]] == (name == "validation")] for name in SPLITS}
+        split = {name: [row for row in rows if validation.get(row["id"]) is (name == "validation")] for name in SPLITS}
         config = _source_config(source)
         for rows_of_split in split.values():
             _redraw_mismatched(rows_of_split, split["train"], config)

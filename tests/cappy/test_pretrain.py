@@ -85,3 +85,26 @@ def test_the_twin_trains_without_the_held_out_datasets_and_is_evaluated_on_them_
     datasets = {split: {row["dataset"] for table in twin.batches(split) for row in table.to_pylist()} for split in ("train", "validation")}
     assert datasets == {"train": {"kept_a", "kept_b"}, "validation": set(pretrain.HELD_OUT)}
     assert twin.manifest["resplit_from"]["held_out"] == list(pretrain.HELD_OUT) and result["instructions"] > 0
+
+    part = pretrain.make_twin(config, 0.5)
+    smaller = RegressionSet(f"{config.workspace}/held-out-0.5/dataset")
+    ids = [{row["id"] for table in each.batches("train") for row in table.to_pylist()} for each in (smaller, twin)]
+    assert ids[0] < ids[1] and smaller.rows("validation") == twin.rows("validation") and part["instructions"] == result["instructions"]
+    assert smaller.manifest["resplit_from"]["train_share"] == 0.5
+
+
+def test_a_larger_share_has_the_rows_of_a_smaller_one_and_all_held_out_rows():
+    held_out = {f"row {n}": n % 5 == 0 for n in range(1000)}
+    quarter, half, whole = (pretrain.choose_share(held_out, share, 7) for share in (0.25, 0.5, 1.0))
+    assert set(quarter) < set(half) < set(whole) == set(held_out)
+    assert all(sum(part.values()) == 200 for part in (quarter, half, whole))
+    assert 150 < len(quarter) - 200 < 250 and 350 < len(half) - 200 < 450
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--held-out", "--train-share", "0"], ["--held-out", "--train-share", "2"], ["--train-share", "0.5"]]
+)
+def test_a_share_outside_its_range_or_without_a_twin_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(arguments)
+    assert "--train-share" in capsys.readouterr().err

@@ -136,6 +136,22 @@ def test_each_row_is_ranked_by_the_selection_of_its_scorer_or_by_the_score():
     assert "fitted" not in selected(rows, base, fitted=[None, None]).picks
 
 
+def test_the_fitted_selection_is_compared_with_its_variants_without_the_score():
+    rows = [scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)), scored((0.4, 0.5), (0.0, 0.9), (0.8, 0.2))]
+    base = pick_baselines(rows, DECODINGS).picks
+    by_score = Variant(("score",), (1.0,), (1.0,))
+    selection = Selection((by_score, Variant(("logprob_mean",), (-1.0,), (1.0,))))
+    compared = selected(rows, base, fitted_no_scorer=[selection, None], fitted=[selection, None])
+    assert compared.picks["fitted"].tolist() == [1, 1]
+    # The third candidate has the lowest log-probability; without a selection the consensus decides.
+    assert compared.picks["fitted_no_scorer"].tolist() == [2, base["consensus"][1]]
+    gains = compared.results["gains"]
+    assert set(gains["fitted"]) - set(gains["fitted_no_scorer"]) == {"fitted_no_scorer"}
+    assert gains["fitted"]["fitted_no_scorer"]["mean"] == pytest.approx(100 * ((0.6 - 1.0) + (0.0 - rows[1]["candidates"][0]["label"])) / 2)
+    only_scored = Selection((by_score,))
+    assert "fitted_no_scorer" not in selected(rows, base, fitted_no_scorer=[only_scored] * 2, fitted=[only_scored] * 2).picks
+
+
 def test_curves_end_at_the_averages_and_start_at_the_random_pick():
     results = compared([scored((0.2, 0.1), (0.6, 0.9), (1.0, 0.5)), scored((0.4, 0.9), (0.0, 0.2), (0.8, 0.3), dataset="other")]).results
     curves = results["curves"]
