@@ -43,6 +43,7 @@ def show_plan(result: dict[str, Any], console: Console) -> None:
         ("merged", f"{result['merged']:,} repeated rows"),
         ("instructions", f"{totals['instructions']:,}, {totals['sampled_instructions']:,} of them sampled"),
         ("pairs", f"{totals['pairs']:,}: " + ", ".join(f"{name} {count:,}" for name, count in totals["pairs_by_source"].items())),
+        *([("reused", f"{totals['reused_candidates']:,} candidates of earlier sets")] if totals["reused_candidates"] else []),
         ("prompt tokens", f"{totals['prompt_tokens']:,}"),
         ("sampled tokens", f"{tokens['expected']:,} expected, {tokens['most']:,} at most"),
         ("storage", size(totals["bytes"])),

@@ -42,6 +42,10 @@ class Count:
     """Tokens of the references of sampled rows."""
     limits: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Sampled rows and largest length of a candidate in tokens, by dataset; only for datasets with such a length."""
+    reused: int = 0
+    """Candidates of sampled rows that are in the sets of `generate.reuse` and `generate.extend`, so they are not sampled."""
+    complete_rows: int = 0
+    """Sampled rows with all their candidates in these sets."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tok
         ("tokens of a prompt", "see the table", tokens_from),
         (
             "tokens of a candidate",
-            _round(total["sampled_tokens"] / max(1, total["candidates"])),
+            _round(total["candidate_tokens"] / max(1, total["candidates"])),
             rates.origin["tokens_per_candidate"],
         ),
         ("bytes of a published pair", _round(rates.bytes_per_pair), rates.origin["bytes_per_pair"]),
@@ -126,6 +130,8 @@ def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tok
         assumptions.append(
             ("sampled pairs", "all", f"generate.max_per_bin={config.generate.max_per_bin} leaves fewer; the number depends on the labels")
         )
+    if total["reused"]:
+        assumptions.append(("candidates that are not sampled", f"{total['reused']:,}", "they are in the sets of generate.reuse and extend"))
     shots = sampler.prompt.shots
     if shots:
         assumptions.append(("tokens of a shot", "an instruction and a reference", f"{shots} of mean length before each instruction"))
@@ -135,6 +141,7 @@ def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tok
             "instructions": total["train"] + total["validation"],
             "sampled_instructions": total["sampled_rows"],
             "candidates": total["candidates"],
+            "reused_candidates": total["reused"],
             "pairs": sum(pairs.values()),
             "pairs_by_source": pairs,
             "prompt_tokens": round(total["prompt_tokens"]),
@@ -150,7 +157,10 @@ def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tok
     return result | _gpu_costs(total, config, rates, assumptions)
 
 
-_SUMMED = ("train", "validation", "sampled_rows", "candidates", "fresh_tokens", "prompt_tokens", "sampled_tokens", "most_tokens")
+_SUMMED = (
+    *("train", "validation", "sampled_rows", "candidates", "reused"),
+    *("instruction_tokens", "candidate_tokens", "fresh_tokens", "prompt_tokens", "sampled_tokens", "most_tokens"),
+)
 
 
 def _dataset_row(count: Count, config: Config, rates: Rates, candidates: int) -> dict[str, Any]:
@@ -167,24 +177,30 @@ def _dataset_row(count: Count, config: Config, rates: Rates, candidates: int) ->
     # The vLLM engine drops shots that do not fit into its context; the context length of an endpoint is not known here.
     max_prompt_tokens = config.sampler.engine.max_model_len if config.sampler.engine.kind == "vllm" else math.inf
     prompt = min(instruction + config.sampler.prompt.shots * (instruction + reference), max_prompt_tokens)
+    all_candidates = candidates * count.sampled_rows
+    drawn = 1 - count.reused / max(1, all_candidates)
+    drawn_rows = count.sampled_rows - count.complete_rows
     by_source = {
         "reference": count.references,
         "choice": count.choices,
         "mismatched": config.generate.mismatched * count.sampled_references,
-        "sampled": candidates * count.sampled_rows,
+        "sampled": all_candidates,
     }
     return {
         "train": count.train,
         "validation": count.validation,
         "sampled_rows": count.sampled_rows,
         "mean_prompt_tokens": round(prompt, 1),
-        "candidates": by_source["sampled"],
+        "candidates": all_candidates,
+        "reused": count.reused,
         "by_source": by_source,
         "pairs": sum(by_source.values()),
-        "fresh_tokens": count.prompt_tokens,
-        "prompt_tokens": prompt * count.sampled_rows,
-        "sampled_tokens": expected,
-        "most_tokens": round(most),
+        "instruction_tokens": count.prompt_tokens,
+        "candidate_tokens": expected,
+        "fresh_tokens": instruction * drawn_rows,
+        "prompt_tokens": prompt * drawn_rows,
+        "sampled_tokens": expected * drawn,
+        "most_tokens": round(most * drawn),
     }
 
 
@@ -240,8 +256,8 @@ def _training_costs(
     """
     if rates.encoder is None or not total["sampled_rows"]:
         return None, []
-    instruction = total["fresh_tokens"] / total["sampled_rows"]
-    candidate = total["sampled_tokens"] / max(1, total["candidates"])
+    instruction = total["instruction_tokens"] / total["sampled_rows"]
+    candidate = total["candidate_tokens"] / max(1, total["candidates"])
     tokens = min(instruction + candidate + _SPECIAL_TOKENS, config.scorer.max_length)
     pairs = sum(row["pairs"] * row["train"] / max(1, row["train"] + row["validation"]) for row in rows.values())
     trained = round(pairs * config.training.epochs)

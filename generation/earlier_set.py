@@ -29,7 +29,8 @@ SETTING = "generate.extend"
 PART = SETTING
 """`Instruction.part` of the rows of the set that the source does not have."""
 _FIELDS = (*SAMPLED.value_type.names, "model", "label")
-_ROW = ("dataset", "template", "instruction", "answer_choices")
+ROW = ("dataset", "template", "instruction", "answer_choices")
+"""The columns that identify a row."""
 _BATCH_ROWS = 1024
 
 
@@ -82,7 +83,7 @@ class EarlierSet:
 
     def rows(self) -> Iterator[Instruction]:
         """Yield its rows, each with its split."""
-        columns = [*_ROW, "references"]
+        columns = [*ROW, "references"]
         for split in self._opened.manifest["counts"]:
             for table in self._opened.batches(split, _BATCH_ROWS, columns):
                 for row in table.to_pylist():
@@ -139,7 +140,7 @@ class EarlierSet:
         keep_labels = self._opened.manifest["metric"] == labels.describe_metric(self._config.generate.label)
         self._database.execute("create table pools (key blob primary key, id text, candidates text) without rowid")
         for split in self._opened.manifest["counts"]:
-            for table in self._opened.batches(split, _BATCH_ROWS, ["id", *_ROW, "candidates"]):
+            for table in self._opened.batches(split, _BATCH_ROWS, ["id", *ROW, "candidates"]):
                 for row in table.to_pylist():
                     self._texts[split].add(row["instruction"])
                     sampled = [{name: each[name] for name in _FIELDS} for each in row["candidates"] if each["source"] == "sampled"]
@@ -201,4 +202,4 @@ def refuse_other_version(counts: Extended, recorded: str | None) -> None:
 
 
 def _key(row: Mapping[str, Any]) -> bytes:
-    return hash_text(json.dumps([row[name] for name in _ROW], ensure_ascii=False), 16)
+    return hash_text(json.dumps([row[name] for name in ROW], ensure_ascii=False), 16)

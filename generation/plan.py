@@ -10,16 +10,19 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import chain
 from typing import Any, NamedTuple
 
 from cluster.config import Config
 from cluster.errors import UsageError
 from cluster.progress import log
-from generation import cost_model, prepared_units, prompts
+from generation import cost_model, earlier_set, prepared_units, prompts, reuse
 from generation.cost_model import Count
 from generation.engines.chat_template import check_template
 from generation.few_shot import PreparationCounts
 from generation.rates import find_rates, local_model_folder, read_measured_rates
+from generation.row_plan import RowPlanner
 from generation.schema import SPLITS
 from generation.sources import reader
 from generation.sources.merge import merge_rows
@@ -65,8 +68,9 @@ class SourceCounts(NamedTuple):
 
 
 def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountTokens) -> SourceCounts:
-    """Count the rows of the source of a config, without repeated rows.
+    """Count the rows of the source of a config, without repeated rows, with the rows of the extended set.
 
+    Rows that `generate.reuse_only` leaves out are not counted.
     Tokens are counted for the first `plan.sample_rows` sampled rows of each; the tokens of the others are estimated from
     their bytes.
 
@@ -77,23 +81,36 @@ def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountT
     """
     counters: dict[str, _DatasetCounter] = {}
     found = PreparationCounts()
-    letters = rows = 0
+    candidates = sum(each.n for each in config.sampler.decodings)
+    letters = rows = only_earlier = 0
     start = last_log = time.monotonic()
-    with merge_rows(reader.read_rows(config.source, config.seed)) as unique:
+    with ExitStack() as stack:
+        earlier = stack.enter_context(earlier_set.open_earlier(config))
+        planner = RowPlanner(config, stack.enter_context(reuse.reuse_candidates(config)), earlier)
+        source = reader.read_rows(config.source, config.seed)
+        if earlier is not None:
+            source = chain(map(earlier.keep_split, source), earlier.rows())
+        unique = stack.enter_context(merge_rows(source))
         found.merged = unique.merged
         for row in unique:
             if isinstance(row, DeadLetter):
                 letters += 1
                 continue
+            planned = {"id": row.id, **{name: getattr(row, name) for name in earlier_set.ROW}}
+            if not planner.plan(planned):
+                continue
+            only_earlier += row.part == earlier_set.PART
             name = row.part if config.source.kind == "mixture" else row.dataset
             if name not in counters:
-                counters[name] = _DatasetCounter(config.plan.sample_rows, prompt_tokens, text_tokens)
-            counters[name].add(row)
+                counters[name] = _DatasetCounter(config.plan.sample_rows, candidates, prompt_tokens, text_tokens)
+            counters[name].add(row, planned.get("draw"))
             found.add(row, config)
             rows += 1
             if rows % 1000 == 0 and time.monotonic() - last_log >= _LOG_INTERVAL_S:
                 last_log = time.monotonic()
                 log(f"counting: {rows:,} rows  {rows / (last_log - start):,.0f} rows/s")
+    if earlier is not None:  # the other rows of the extended set were merged into rows of the source
+        found.merged -= earlier.total - only_earlier
     limits = found.lengths.limits()
     return SourceCounts({name: each.result(limits) for name, each in sorted(counters.items())}, letters, found)
 
@@ -101,8 +118,9 @@ def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountT
 class _DatasetCounter:
     """The running counts of one dataset."""
 
-    def __init__(self, limit: int, prompt_tokens: CountTokens, text_tokens: CountTokens) -> None:
+    def __init__(self, limit: int, candidates: int, prompt_tokens: CountTokens, text_tokens: CountTokens) -> None:
         self._counts = Count()
+        self._candidates = candidates
         self._counters = (prompt_tokens, text_tokens)
         self._uncounted = limit
         self._bytes = [0, 0]  # index 0: instructions, index 1: references; the same below
@@ -111,7 +129,8 @@ class _DatasetCounter:
         self._batch: list[Instruction] = []
         self._sampled: Counter[str] = Counter()
 
-    def add(self, row: Instruction) -> None:
+    def add(self, row: Instruction, draw: Sequence[int] | None) -> None:
+        """Count a row; `draw` has the number of candidates to sample for each decoding, None for a row with answer choices."""
         counts = self._counts
         setattr(counts, row.split, getattr(counts, row.split) + 1)
         counts.references += len(row.references)
@@ -119,6 +138,9 @@ class _DatasetCounter:
             counts.choices += len(set(row.answer_choices) - set(row.references))
             return
         counts.sampled_rows += 1
+        if draw is not None:
+            counts.reused += self._candidates - sum(draw)
+            counts.complete_rows += not any(draw)
         self._sampled[row.dataset] += 1
         counts.sampled_references += len(row.references)
         self._bytes[0] += len(row.instruction.encode())

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
-from generation import candidate_file, generate, reuse
+from generation import candidate_file, generate, plan, reuse
 from generation.dataset import RegressionSet
 from generation.labels import rouge_l
 from tests.generation.fixed_llm import FixedLLM
@@ -237,3 +237,25 @@ def test_a_set_of_reused_rows_alone_has_labels_and_reference_limits(first, tmp_p
     rows = RegressionSet(str(tmp_path / "set")).to_pandas("train")
     for references, pool in zip(rows.references, rows.candidates, strict=True):
         assert all(each["label"] == rouge_l(each["response"], list(references)) for each in pool if each["source"] == "sampled")
+
+
+def test_the_plan_has_no_tokens_for_candidates_of_earlier_sets(first, compact, tmp_path):
+    def totals(rows, *settings):
+        return plan.run_plan(config_for(rows, tmp_path / "set", *settings))["totals"]
+
+    same, more = first.parent / "rows.jsonl", write_rows(tmp_path / "more.jsonl", ROWS + 10)
+    plain = totals(same)
+    assert plain["candidates"] == 4 * ROWS and plain["reused_candidates"] == 0 and plain["sampled_tokens"]["expected"] > 0
+    whole = totals(same, f"generate.reuse=[{compact}]")
+    assert whole["reused_candidates"] == 4 * ROWS and whole["pairs"] == plain["pairs"]
+    assert whole["prompt_tokens"] == whole["sampled_tokens"]["expected"] == whole["sampled_tokens"]["most"] == 0
+    ten_new = totals(more, f"generate.reuse=[{first}]")
+    assert ten_new["candidates"] == 4 * (ROWS + 10) and ten_new["reused_candidates"] == 4 * ROWS
+    assert ten_new["sampled_tokens"]["most"] == pytest.approx(totals(more)["sampled_tokens"]["most"] / 4, abs=1)
+    known = totals(more, f"generate.reuse=[{first}]", "generate.reuse_only=true")
+    assert known["sampled_instructions"] == ROWS and known["sampled_tokens"]["most"] == 0
+    warmer = totals(same, f"generate.reuse=[{first}]", "sampler.decodings=[{name: greedy, temperature: 0}, {name: warm, n: 7}]")
+    assert warmer["candidates"] == 8 * ROWS and warmer["reused_candidates"] == ROWS
+    extended = totals(more, f"generate.extend={first}")
+    # The row with choices has the name of its file as the dataset, so it is a row of both.
+    assert extended["instructions"] == ROWS + 12 and extended["reused_candidates"] == 4 * ROWS
