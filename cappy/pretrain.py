@@ -13,7 +13,6 @@ twin trains on a quarter of the rows, in `{workspace}/held-out-0.25`: several sh
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from cluster.errors import CappyError
 from cluster.progress import log
 from generation import resplit
 from generation.dataset import RegressionSet
+from generation.sources.row import hash_to_unit_interval
 
 CONFIG = "cappy-minilm"
 HELD_OUT = (
@@ -60,7 +60,7 @@ def make_twin(config: Config, train_share: float = 1.0) -> dict[str, Any]:
     """
     _run("generate", config, config.dataset_uri)
     source = RegressionSet(config.dataset_uri)
-    part = "" if train_share == 1 else f"-{train_share:g}"
+    part = "" if train_share == 1 else f"-{train_share}"
     twin = config.model_copy(update={"workspace": f"{config.workspace.rstrip('/')}/held-out{part}", "dataset": None, "scorer_path": None})
     note = {"held_out": list(HELD_OUT)} | ({} if train_share == 1 else {"train_share": train_share})
     chosen = choose_share(held_out_rows(source), train_share, config.seed)
@@ -83,13 +83,11 @@ def held_out_rows(source: RegressionSet) -> dict[str, bool]:
 
 
 def choose_share(held_out: Mapping[str, bool], share: float, seed: int) -> dict[str, bool]:
-    """Return all held-out rows and a share of the others, chosen by a hash, so that a larger share has the rows of a smaller one."""
+    """Return all held-out rows and a share of the others, chosen by a hash, so that a larger share has the rows of a smaller one.
 
-    def position(row_id: str) -> float:
-        digest = hashlib.blake2b(f"{seed}\0{row_id}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest) / 2**64
-
-    return {row_id: held for row_id, held in held_out.items() if held or position(row_id) < share}
+    `held_out` has for each row id whether its dataset is held out; `share` is in (0, 1].
+    """
+    return {row_id: held for row_id, held in held_out.items() if held or hash_to_unit_interval(f"{seed}\0{row_id}") < share}
 
 
 def render_training(config: Config, manifest: dict[str, Any]) -> str:
@@ -126,9 +124,12 @@ def _run(verb: str, config: Config, uri: str) -> None:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1; give for example 0.25")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to 1; give for example 0.25")
     return value
 
 

@@ -29,7 +29,7 @@ NO_SCORER = "fitted_no_scorer"
 METHODS = (*BASELINES, "scorer", "blend", NO_SCORER, "fitted", "oracle")
 """All methods in display order. `blend` adds the LLM's log-probability to the scorer's score (`training.blend`). `fitted` ranks by the
 fitted selection of the scorer (`training.selection`), and `fitted_no_scorer` by its variants without the score, so the difference of the
-two is the part of the scorer."""
+two is the contribution of the scorer."""
 _CURVE_POINTS = 32
 _CALIBRATION_BINS = 10
 

@@ -131,7 +131,7 @@ def estimate_plan(counts: Mapping[str, Count], config: Config, rates: Rates, tok
             ("sampled pairs", "all", f"generate.max_per_bin={config.generate.max_per_bin} leaves fewer; the number depends on the labels")
         )
     if total["reused"]:
-        assumptions.append(("candidates that are not sampled", f"{total['reused']:,}", "they are in the sets of generate.reuse and extend"))
+        assumptions.append(("candidates that are not sampled", f"{total['reused']:,}", "earlier sets have them"))
     shots = sampler.prompt.shots
     if shots:
         assumptions.append(("tokens of a shot", "an instruction and a reference", f"{shots} of mean length before each instruction"))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple, TypedDict
 
 from cluster.config import Config
@@ -22,7 +23,7 @@ from generation.dataset import RegressionSet
 from generation.feedback import RATING
 from generation.reuse import Candidates
 from generation.schema import SAMPLED
-from generation.sources.row import Instruction, hash_text
+from generation.sources.row import DeadLetter, Instruction, hash_text
 from generation.sources.split import HeldOutTexts
 
 SETTING = "generate.extend"
@@ -81,7 +82,11 @@ class EarlierSet:
         """Return the config in its manifest."""
         return dict(self._opened.manifest["config"])
 
-    def rows(self) -> Iterator[Instruction]:
+    def follow(self, source: Iterable[Instruction | DeadLetter]) -> Iterator[Instruction | DeadLetter]:
+        """Yield the rows of the source, then those of this set. Rows of the source with an instruction of this set have its split."""
+        return chain(map(self._keep_split, source), self._rows())
+
+    def _rows(self) -> Iterator[Instruction]:
         """Yield its rows, each with its split."""
         columns = [*ROW, "references"]
         for split in self._opened.manifest["counts"]:
@@ -98,7 +103,7 @@ class EarlierSet:
                         part=PART,
                     )
 
-    def keep_split(self, row: Any) -> Any:
+    def _keep_split(self, row: Instruction | DeadLetter) -> Instruction | DeadLetter:
         """Return a row of the source with the split of its instruction in this set, if the set has it. Dead letters are unchanged."""
         if isinstance(row, Instruction):
             for split, texts in self._texts.items():

@@ -12,7 +12,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from cluster.config import Config, FilesSource
@@ -172,7 +171,7 @@ def prepare_rows(
     notes = Notes()
     source = row_reader(config.source, config.seed, notes)()
     if earlier is not None:
-        source = chain(map(earlier.keep_split, source), earlier.rows())
+        source = earlier.follow(source)
     only_earlier = 0
     with merge_rows(source) as rows:
         counts.merged, counts.blank, counts.too_long = rows.merged + notes.merged, notes.blank, notes.too_long

@@ -1,7 +1,8 @@
 """`cappy plan`: count the source of a config, find the rates, and estimate the run with `generation.cost_model`.
 
 Reads the source once and merges its repeated rows; memory holds counts per dataset. Tokens are counted for a sample of the rows. Reads a
-tokenizer, a published set or a benchmark result where the config has them. Writes no files, imports no Ray, loads no LLM.
+tokenizer, a published set or a benchmark result where the config has them. Imports no Ray, loads no LLM. Writes no files, except a
+temporary database of the candidates of `generate.reuse` and `generate.extend`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any, NamedTuple
 
 from cluster.config import Config
@@ -89,7 +89,7 @@ def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountT
         planner = RowPlanner(config, stack.enter_context(reuse.reuse_candidates(config)), earlier)
         source = reader.read_rows(config.source, config.seed)
         if earlier is not None:
-            source = chain(map(earlier.keep_split, source), earlier.rows())
+            source = earlier.follow(source)
         unique = stack.enter_context(merge_rows(source))
         found.merged = unique.merged
         for row in unique:
@@ -103,7 +103,7 @@ def count_source(config: Config, prompt_tokens: CountTokens, text_tokens: CountT
             name = row.part if config.source.kind == "mixture" else row.dataset
             if name not in counters:
                 counters[name] = _DatasetCounter(config.plan.sample_rows, candidates, prompt_tokens, text_tokens)
-            counters[name].add(row, planned.get("draw"))
+            counters[name].add(row, sum(planned.get("draw", ())))
             found.add(row, config)
             rows += 1
             if rows % 1000 == 0 and time.monotonic() - last_log >= _LOG_INTERVAL_S:
@@ -129,8 +129,8 @@ class _DatasetCounter:
         self._batch: list[Instruction] = []
         self._sampled: Counter[str] = Counter()
 
-    def add(self, row: Instruction, draw: Sequence[int] | None) -> None:
-        """Count a row; `draw` has the number of candidates to sample for each decoding, None for a row with answer choices."""
+    def add(self, row: Instruction, draws: int) -> None:
+        """Count a row; `draws` is the number of its candidates that earlier sets do not have."""
         counts = self._counts
         setattr(counts, row.split, getattr(counts, row.split) + 1)
         counts.references += len(row.references)
@@ -138,9 +138,8 @@ class _DatasetCounter:
             counts.choices += len(set(row.answer_choices) - set(row.references))
             return
         counts.sampled_rows += 1
-        if draw is not None:
-            counts.reused += self._candidates - sum(draw)
-            counts.complete_rows += not any(draw)
+        counts.reused += self._candidates - draws
+        counts.complete_rows += not draws
         self._sampled[row.dataset] += 1
         counts.sampled_references += len(row.references)
         self._bytes[0] += len(row.instruction.encode())

@@ -31,7 +31,7 @@ def publish_resplit(source: RegressionSet, uri: str, setting: str, validation: M
         source: the set with the rows and their candidates.
         uri: the destination. Its folder must be empty, or hold an interrupted run.
         setting: the setting that names the destination, for errors.
-        validation: for each row id, whether the row is a validation row or a train row. Rows without an entry are left out.
+        validation: True for a validation row and False for a train row, by row id. Rows without an entry are left out.
         note: how the split was made, as JSON values. The manifest has it, with the URI of the source, as `resplit_from`.
 
     Raises:

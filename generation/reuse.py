@@ -48,6 +48,8 @@ class ReusableCandidates:
 
         Only these decodings are returned, and of them only decodings with all their candidates in one set.
         """
+        if not self._uris:
+            return {}
         found = self._database.execute("select decoding, source, candidates from pools where id = ?", (row_id,)).fetchall()
         return {name: (source, json.loads(text)) for name, source, text in found if name in decodings}
 

@@ -102,9 +102,10 @@ def test_a_larger_share_has_the_rows_of_a_smaller_one_and_all_held_out_rows():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--held-out", "--train-share", "0"], ["--held-out", "--train-share", "2"], ["--train-share", "0.5"]]
+    "arguments", [["--train-share", "0.5"], *(["--held-out", "--train-share", share] for share in ("0", "2", "nan", "half"))]
 )
 def test_a_share_outside_its_range_or_without_a_twin_is_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         pretrain.main(arguments)
-    assert "--train-share" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--train-share" in error and ("give for example 0.25" in error or "trains on all rows" in error)

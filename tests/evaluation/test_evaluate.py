@@ -16,8 +16,10 @@ from cappy.display import show_evaluation
 from cluster import artifacts, lease, storage
 from cluster import config as configs
 from cluster.errors import CappyError, UsageError
+from evaluation.comparison import NO_SCORER
 from evaluation.evaluate import run_evaluate, score_rows
 from tests.evaluation.conftest import TASKS, NoisyScorer, candidate, make_rows, publish_set
+from training.selection import Selection, Variant
 
 
 @pytest.fixture
@@ -182,6 +184,21 @@ def test_the_table_fits_80_columns_and_marks_the_best_method_without_colour(publ
         assert line.count("*") >= 1
     assert f"{summary['averages']['scorer']['mean']:.1f}*" in text
     assert "of the oracle gap closed" in " ".join(text.split())
+
+
+def test_the_gains_of_the_fitted_selection_are_below_a_table_of_80_columns(published, rows):
+    scorer = NoisyScorer(rows)
+    scorer.selection = Selection((Variant(("score",), (1.0,), (1.0,)), Variant(("consensus",), (1.0,), (1.0,))))
+    summary = run_evaluate(published, load=lambda _: scorer)
+    text = printed(summary)
+    assert max(map(len, text.splitlines())) <= 80 and "no_scorer" not in text
+    for other, name in ((summary["best_baseline"], summary["best_baseline"].replace("_", " ")), (NO_SCORER, "fitted without scorer")):
+        gain = summary["gains"]["fitted"][other]
+        assert f"fitted - {name}: {gain['mean']:+.1f} [{gain['low']:+.1f}, {gain['high']:+.1f}] points" in text
+    # Without the score it ranks by the consensus alone.
+    assert summary["averages"][NO_SCORER] == summary["averages"]["consensus"] != summary["averages"]["fitted"]
+    page = Path(summary["report"]).read_text()
+    assert "Fitted selection, no scorer" in page and "--plot-fitted_no_scorer: #" in page
 
 
 @pytest.mark.parametrize("kind", ["disk", "s3"])

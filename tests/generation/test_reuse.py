@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import load
 from cluster.errors import CappyError, UsageError
-from generation import candidate_file, generate, plan, reuse
+from generation import candidate_file, combine, generate, plan, reuse
 from generation.dataset import RegressionSet
 from generation.labels import rouge_l
 from tests.generation.fixed_llm import FixedLLM
@@ -237,6 +237,17 @@ def test_a_set_of_reused_rows_alone_has_labels_and_reference_limits(first, tmp_p
     rows = RegressionSet(str(tmp_path / "set")).to_pandas("train")
     for references, pool in zip(rows.references, rows.candidates, strict=True):
         assert all(each["label"] == rouge_l(each["response"], list(references)) for each in pool if each["source"] == "sampled")
+
+
+def test_the_candidates_of_a_combined_set_are_reused(first, tmp_path):
+    rows = [{"instruction": f"tell {n}", "references": [f"number {n}"], "dataset": "c"} for n in range(10)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate.run_generate(config_for(tmp_path / "other.jsonl", tmp_path / "other"), load=FixedLLM)
+    combine.run_combine([str(first), f"{tmp_path}/other"], f"{tmp_path}/both")
+    (tmp_path / "rows.jsonl").write_text((first.parent / "rows.jsonl").read_text() + (tmp_path / "other.jsonl").read_text())
+    config = config_for(tmp_path / "rows.jsonl", tmp_path / "set", f"generate.reuse=[{tmp_path}/both]")
+    assert generate.run_generate(config, load=refuse_to_load)["reused"] == ROWS + 10
+    assert sampled(tmp_path / "set") == sampled(first) | sampled(tmp_path / "other")
 
 
 def test_the_plan_has_no_tokens_for_candidates_of_earlier_sets(first, compact, tmp_path):

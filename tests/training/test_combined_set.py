@@ -1,4 +1,4 @@
-"""A set that `cappy combine` published is trained, adapted, evaluated and reused like any other set."""
+"""A set that `cappy combine` published is trained, adapted and evaluated like any other set."""
 
 from __future__ import annotations
 
