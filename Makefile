@@ -48,7 +48,7 @@ endif
 doctor: setup  ## check versions, imports, engine, storage and models again
 	@$(BIN)/cappy doctor
 
-demo: setup  ## generate, train, evaluate and serve on eight BIG-bench tasks (15 minutes on 2 cores)
+demo: setup  ## generate, adapt, evaluate and serve on eight BIG-bench tasks (15 minutes on 2 cores)
 	@$(BIN)/python -m cappy.demo
 
 cappy-minilm: setup  ## make the pretrained scorer of the package again, from a local copy of T0's rows (hours on 2 cores)

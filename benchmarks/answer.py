@@ -25,7 +25,7 @@ from generation import engines, units
 from generation.prompt_units import PROMPTS
 from serving import answer, answer_units
 from serving.answer_rows import plan_decodings
-from serving.main_scorer import with_default_scorer
+from training.main_scorer import with_default_scorer
 
 
 def through_answer(config: Config, rows: list[dict[str, Any]], folder: Path) -> dict[str, float]:

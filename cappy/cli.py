@@ -124,9 +124,9 @@ def train(config: ConfigFile = None, set_: Overrides = None, address: Address = 
     return _run("train", config, set_, address, overwrite)
 
 
-@command(epilog="Example: cappy adapt adapt --set adapt.base=runs/demo/scorer --set adapt.method=lora")
+@command(epilog="Example: cappy adapt demo --set adapt.pairs=4096")
 def adapt(config: ConfigFile = None, set_: Overrides = None, address: Address = None, overwrite: Overwrite = False) -> Report:
-    """Fine-tune a published scorer for each task of the source. Publish each result that is better on the validation rows.
+    """Fine-tune a published scorer for each task of the source. Publish each result that is better by cross-validation on train rows.
 
     Samples with the frozen LLM first if no set is published. Run the same command again to resume with the unfinished tasks.
     """
@@ -152,6 +152,7 @@ def evaluate(
 ) -> Report:
     """Compare the scorer's choice with greedy decoding, sampling, self-scores and the oracle on the validation rows.
 
+    Without a scorer in the workspace, cappy-minilm is compared. With evaluation.adapted=true the scorers of adapt are.
     Writes results.json, rows.parquet and report.html. A suite does the same over many tasks; run the command again to resume it.
     """
     from cappy import verbs

@@ -29,7 +29,7 @@ The steps: [bold]plan[/bold] the cost, [bold]generate[/bold] a regression set, [
 or [bold]serve[/bold] the best answers.
 All verbs read one config. Each verb finds the output of the others below the workspace.
 """,
-    epilog="Start with: cappy doctor; then cappy generate demo, cappy train demo, cappy evaluate demo, cappy serve demo.",
+    epilog="Start with: cappy doctor; then cappy generate demo, cappy adapt demo, cappy evaluate demo, cappy serve demo.",
 )
 # Texts of users can hold brackets, e.g. `data [v2]`, which are not markup.
 out = Console(highlight=False, markup=False)

@@ -1,11 +1,12 @@
-"""`make demo`: all verbs on eight BIG-bench tasks, each run as a command.
+"""`make demo`: the pipeline `demo` on eight BIG-bench tasks, then one answer of a server; each step is a command.
 
-Runs generate, train and evaluate, then starts a server, sends it one question of the validation rows, and stops it. Finished
-outputs are kept, so an interrupted demo resumes.
+Runs generate, adapt and evaluate as `cappy run demo`, shows their results, starts a server, sends it one question of the validation
+rows, and stops it. Finished outputs are kept, so an interrupted demo resumes.
 """
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -16,12 +17,13 @@ import httpx
 from rich.console import Console
 from rich.rule import Rule
 
-from cluster import artifacts, ports, storage
+from cluster import ports, storage
 from cluster.config import Config, load
 from cluster.errors import CappyError
 from generation.dataset import RegressionSet
 from generation.prompts import messages
 from serving import client
+from training import adapted_index
 
 CONFIG = "demo"
 QUESTION_TASK = "linguistic_mappings"
@@ -36,15 +38,10 @@ def main() -> int:
     """Run the demo; return the exit code of the first step that failed, else 0."""
     config = load(CONFIG)
     start = time.monotonic()
-    steps = (("generate", config.dataset_uri), ("train", config.scorer_uri), ("evaluate", config.evaluation_uri))
-    for number, (verb, uri) in enumerate(steps, 1):
-        out.print(Rule(f"{number}/4  cappy {verb} {CONFIG}", align="left"))
-        if storage.exists(storage.join(uri, artifacts.MANIFEST)):
-            out.print(f"{uri} exists and is kept; delete it to run this step again")
-            code = _cappy("inspect", uri, "--samples", "0")
-        else:
-            code = _cappy(verb, CONFIG)
-        if code:
+    commands = [["run", CONFIG], *(["inspect", uri, "--samples", "0"] for uri in (config.adapted_uri, config.evaluation_uri))]
+    for number, command in enumerate(commands, 1):
+        out.print(Rule(f"{number}/4  cappy {shlex.join(command)}", align="left"))
+        if code := _cappy(*command):
             return code
         out.print(f"{(time.monotonic() - start) / 60:.1f} minutes so far", style="dim")
     out.print(Rule(f"4/4  cappy serve {CONFIG}", align="left"))
@@ -54,9 +51,9 @@ def main() -> int:
         out.print(f"error: {error}")
         return error.exit_code
     out.print(Rule(align="left"))
-    out.print(f"report  {storage.absolute(config.evaluation_uri)}/report.html")
-    out.print(f"scorer  {storage.absolute(config.scorer_uri)}")
-    out.print(f"set     {storage.absolute(config.dataset_uri)}")
+    out.print(f"report   {storage.absolute(config.evaluation_uri)}/report.html")
+    out.print(f"scorers  {storage.absolute(config.adapted_uri)}")
+    out.print(f"set      {storage.absolute(config.dataset_uri)}")
     out.print(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
     return 0
 
@@ -75,19 +72,28 @@ def question(dataset: RegressionSet) -> tuple[list[Any], dict[str, Any]]:
     return messages(row["instruction"], shots), dict(row)  # type: ignore[arg-type]
 
 
+def _model(config: Config) -> str:
+    """Return the name of the served model with the scorer of the question's task; without an adapted scorer, the main model."""
+    published = {each.task for each in adapted_index.read_published(config.adapted_uri, "serving.adapted")}
+    name = config.serving.model_name
+    return f"{name}+{QUESTION_TASK}" if QUESTION_TASK in published else name
+
+
 def _serve(config: Config) -> None:
     turns, row = question(RegressionSet(config.dataset_uri))
+    model = _model(config)
     port = ports.free_port(config.serving.host)
     url = f"http://{config.serving.host}:{port}"
     log = Path(config.workspace, "serve.log")
     with log.open("w") as sink:
-        command = [sys.executable, "-m", "cappy.cli", "serve", CONFIG, "--set", f"serving.port={port}"]
+        settings = (f"serving.port={port}", "serving.adapted=true")
+        command = [sys.executable, "-m", "cappy.cli", "serve", CONFIG, *(word for each in settings for word in ("--set", each))]
         server = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             with out.status(f"starting {config.sampler.model} and the scorer behind {url}"):
                 _wait_until_ready(url, server, log)
-            out.print(client.curl_command(url, client.request_body(turns, CANDIDATES, config.serving.model_name)))
-            answer = client.ask(url, turns, CANDIDATES, config.serving.model_name)
+            out.print(client.curl_command(url, client.request_body(turns, CANDIDATES, model)))
+            answer = client.ask(url, turns, CANDIDATES, model)
         finally:
             server.terminate()
             try:

@@ -115,7 +115,8 @@ def show_inspection(result: dict[str, Any], console: Console) -> None:
     checked = "checksums match" if not result["problems"] else f"{len(result['problems'])} DAMAGED"
     state = checked if result["verified"] else "not checked"
     size = format_size(result["bytes"])
-    console.print(Text(f"made {result['created']} by {result['code_version']}; {result['files']} files, {size}, {state}"))
+    made = f"made {result['created']} by {result['code_version']}; " if result["created"] else ""
+    console.print(Text(f"{made}{result['files']} files, {size}, {state}"))
     for problem in result["problems"]:
         console.print(Text(f"  {problem}", style="red"))
     if result["kind"] in ("dataset", "pairs"):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from cluster import artifacts, storage
 from cluster.errors import CappyError, first_line
-from training import selection
+from training import adapted_index, selection
 
 _DEAD_LETTERS = "dead_letters.jsonl"
 _NUMBER = r"\b\d[\d.,]*\b"
@@ -22,9 +22,13 @@ _NUMBER = r"\b\d[\d.,]*\b"
 def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str, Any]:
     """Return kind, summary and further facts of a published folder, its `problems` (with `verify`) and its first rows.
 
+    The folder of `cappy adapt` has no manifest: the facts are those of the scorers of its tasks together.
+
     Raises `CappyError` if nothing is published at `uri`.
     """
     uri = storage.check_uri(uri, "URI")
+    if not storage.exists(storage.join(uri, artifacts.MANIFEST)) and storage.exists(storage.join(uri, "results.json")):
+        return _inspect_adapted(uri, verify)
     manifest: Mapping[str, Any] = artifacts.read_any_manifest(uri, "URI")
     result = {
         "uri": uri,
@@ -54,6 +58,24 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
             except (OSError, ValueError) as error:
                 raise CappyError(f"{uri} is damaged ({first_line(error)}); copy or make it again") from None
     return result
+
+
+def _inspect_adapted(uri: str, verify: bool) -> dict[str, Any]:
+    published = adapted_index.read_published(uri, "URI")
+    manifests = {each.uri: artifacts.read_manifest(each.uri, "scorer", "adapt") for each in published}
+    latest = max(manifests.values(), key=lambda manifest: manifest["created"], default=None)
+    found = {scorer: artifacts.verify(scorer, manifest) if verify else [] for scorer, manifest in manifests.items()}
+    return {
+        "uri": uri,
+        "kind": "adapted",
+        "created": latest["created"] if latest else None,
+        "code_version": latest["code_version"] if latest else None,
+        "summary": {key: value for key, value in storage.read_json(storage.join(uri, "results.json")).items() if key != "identity"},
+        "files": sum(len(manifest["files"]) for manifest in manifests.values()),
+        "bytes": sum(entry["bytes"] for manifest in manifests.values() for entry in manifest["files"].values()),
+        "problems": [f"{scorer.rsplit('/', 1)[-1]}: {problem}" for scorer, problems in found.items() for problem in problems],
+        "verified": verify,
+    }
 
 
 def _verify_file(uri: str, name: str, manifest: Mapping[str, Any]) -> None:

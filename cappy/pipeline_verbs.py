@@ -252,7 +252,7 @@ def _read_answer(step: Step) -> dict[str, str]:
 
 
 def _with_chosen_scorer(config: Config) -> Config:
-    from serving.main_scorer import choose_scorer
+    from training.main_scorer import choose_scorer
 
     return config.model_copy(update={"scorer_path": models.absolute(choose_scorer(config))})
 

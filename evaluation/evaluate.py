@@ -24,6 +24,7 @@ from evaluation.statistics import Integers
 from generation.dataset import RegressionSet
 from training import adapted_index
 from training.consensus import consensus_metric
+from training.main_scorer import choose_scorer, with_default_scorer
 from training.selection import Selection, blend_selection
 
 _COLUMNS = ("id", "dataset", "instruction", "references", "candidates")
@@ -63,7 +64,8 @@ def load_scorer(config: Config) -> PairScorer:
 def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Config], PairScorer] = load_scorer) -> dict[str, Any]:
     """Evaluate the scorer on `config.evaluation.split` and publish to `config.evaluation_uri`; return the summary.
 
-    Writes `results.json`, `rows.parquet`, `report.html` and `config.yaml`, then the manifest. A lease (`_lease`) excludes a second run.
+    Without `scorer_path` and without a scorer in the workspace, the scorer of the package is evaluated. Writes `results.json`,
+    `rows.parquet`, `report.html` and `config.yaml`, then the manifest. A lease (`_lease`) excludes a second run.
 
     Args:
         config: the whole config.
@@ -75,6 +77,7 @@ def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Con
     """
     uri = storage.check_uri(config.evaluation_uri, "evaluation_path")
     RegressionSet(config.dataset_uri)  # without a set, the command must leave no folder of a lease
+    config = with_default_scorer(config, "evaluate")
     inputs = read_inputs(config)
     with publish.hold_destination(config, overwrite=overwrite) as held:
         results, table = _compare(config, uri, load)
@@ -91,7 +94,7 @@ def result_settings(config: Config) -> dict[str, Any]:
 
 def read_inputs(config: Config) -> dict[str, str | None]:
     """Return the versions of the set, the scorer and the adapted scorers. A scorer without a manifest has its name or URI."""
-    scorer = config.scorer_uri
+    scorer = choose_scorer(config)
     inputs = {"dataset": versions.version(config.dataset_uri), "scorer": versions.version(scorer) or models.absolute(scorer)}
     return inputs | ({"adapted": adapted_index.version(config.adapted_uri)} if config.evaluation.adapted else {})
 

@@ -30,8 +30,8 @@ from serving import answer_files, answer_units
 from serving.answer_files import AnsweredShard
 from serving.answer_rows import needs_scores, plan_decodings
 from serving.answer_units import AnswerWorker, LoadScorer, UnitFeed
-from serving.main_scorer import check_scorer, with_default_scorer
 from serving.scorer_cache import read_version
+from training.main_scorer import check_scorer, with_default_scorer
 
 _ERROR_RATE_ROWS = 200
 """Smallest number of rows before the share of dead letters is checked during the run."""

@@ -31,10 +31,10 @@ from generation.sources.pair_rows import Columns
 from generation.unit_run import UnitRun
 from serving import answer_units, score_files, score_ranking, score_units
 from serving.answer_units import LoadScorer
-from serving.main_scorer import check_scorer, with_default_scorer
 from serving.score_files import ScoredShard
 from serving.score_units import ScoreWorker
 from serving.scorer_cache import read_version
+from training.main_scorer import check_scorer, with_default_scorer
 
 _ERROR_RATE_ROWS = 10_000
 """Smallest number of pairs before the share of dead letters is checked during the run."""

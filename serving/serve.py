@@ -29,10 +29,10 @@ from serving.app import APPLICATION, build_application, http_options
 from serving.backend import ApiError
 from serving.client import curl_command
 from serving.completions_api import ChatRequest
-from serving.main_scorer import check_scorer, with_default_scorer
 from serving.messages import ChatMessage
 from serving.model_registry import additional_scorers
 from serving.sampling_policy import select_decodings
+from training.main_scorer import check_scorer, with_default_scorer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from cappy import demo
+from cluster import storage
 from cluster.errors import CappyError
 
 
@@ -49,8 +50,14 @@ def test_a_server_that_stops_during_its_start_is_an_error_with_its_last_line(tmp
             demo._wait_until_ready("http://127.0.0.1:1", server, log)
 
 
-def test_the_demo_stops_with_the_exit_code_of_the_step_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("published", [True, False])
+def test_the_question_goes_to_the_adapted_scorer_of_its_task_if_it_was_published(published: bool, tmp_path: Path):
+    tasks = [{"task": demo.QUESTION_TASK, "dataset": demo.QUESTION_TASK, "uri": str(tmp_path / demo.QUESTION_TASK) if published else None}]
+    storage.write_json(str(tmp_path / "adapted" / "results.json"), {"tasks": tasks})
+    assert demo._model(demo.Config(workspace=str(tmp_path))) == (f"cappy+{demo.QUESTION_TASK}" if published else "cappy")
+
+
+def test_the_demo_stops_with_the_exit_code_of_the_step_that_failed(monkeypatch: pytest.MonkeyPatch):
     ran: list[tuple[str, ...]] = []
     monkeypatch.setattr(demo, "_cappy", lambda *words: ran.append(words) or 3)
-    monkeypatch.setattr(demo, "load", lambda name: demo.Config(workspace=str(tmp_path)))
-    assert demo.main() == 3 and ran == [("generate", demo.CONFIG)]
+    assert demo.main() == 3 and ran == [("run", demo.CONFIG)]

@@ -90,3 +90,22 @@ def test_a_training_summary_shows_the_measured_values_and_no_plot_data():
     summary = {"steps": 3, "validation": {"mse": 0.25, "accuracy": None}, "calibration": [{"count": 9, "score": 0.1, "label": 0.2}]}
     display.show_summary("scorer", summary, console)
     assert [line.split() for line in console.export_text().splitlines()] == [["steps", "3"], ["validation.mse", "0.25"]]
+
+
+def test_the_folder_of_adapt_shows_its_tasks_and_names_the_damaged_file_of_a_task(tmp_path):
+    outcome = {"figures": None, "gate": None, "use": "cappy-minilm"}
+    tasks = [
+        outcome | {"task": "tense", "dataset": "tense", "state": "published", "uri": f"/elsewhere/{tmp_path.name}/tense"},
+        outcome | {"task": "rephrase", "dataset": "rephrase", "state": "rejected", "uri": None},
+    ]
+    summary = {"uri": str(tmp_path), "tasks": tasks, "published": 1, "averages": {}, "seconds": 3.0, "identity": {"seed": 1}}
+    storage.write_json(f"{tmp_path}/results.json", summary)
+    entry = storage.write_bytes(f"{tmp_path}/tense/model.safetensors", b"weights")
+    artifacts.publish_folder(f"{tmp_path}/tense", "scorer", files={"model.safetensors": entry}, summary={}, config={})
+    result = inspection.run_inspect(str(tmp_path))
+    assert (result["files"], result["bytes"], result["problems"]) == (1, 7, []) and "identity" not in result["summary"]
+    text = shown(result)
+    assert "checksums match" in text and "use cappy-minilm: rephrase" in text and "1 of 2 tasks published" in text
+    storage.write_bytes(f"{tmp_path}/tense/model.safetensors", b"Weights")
+    (problem,) = inspection.run_inspect(str(tmp_path))["problems"]
+    assert problem.startswith("tense: model.safetensors")

@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from cappy.display import show_evaluation
+from cappy.pipeline_plan import plan_steps
+from cappy.pipeline_verbs import Step
 from cluster import artifacts, lease, storage
 from cluster import config as configs
 from cluster.errors import CappyError, UsageError
@@ -39,9 +41,23 @@ def test_evaluate_publishes_numbers_rows_report_and_config(published, rows):
     assert set(manifest["files"]) == {"results.json", "rows.parquet", "report.html", "config.yaml"}
     assert artifacts.verify(published.evaluation_uri, manifest) == []
     assert manifest["summary"] == json.loads(json.dumps(summary))
-    assert configs.load(Path(published.evaluation_uri) / "config.yaml") == published
+    assert configs.load(Path(published.evaluation_uri) / "config.yaml") == published.model_copy(update={"scorer_path": "cappy-minilm"})
     assert Path(summary["report"]).is_absolute()
     assert Path(summary["report"]).is_file()
+
+
+def test_without_a_scorer_the_scorer_of_the_package_is_evaluated_and_a_pipeline_keeps_the_result(published, rows):
+    loaded = []
+    run_evaluate(published, load=lambda config: loaded.append(config.scorer_uri) or NoisyScorer(rows))
+    manifest = artifacts.read_manifest(published.evaluation_uri, "evaluation", "evaluate")
+    assert loaded == [manifest["inputs"]["scorer"]] == ["cappy-minilm"]
+    (planned,) = plan_steps([Step("evaluate", "evaluate", published)])
+    assert planned.state == "kept"
+    artifacts.publish_folder(published.scorer_uri, "scorer", files={}, summary={}, config=published)
+    (planned,) = plan_steps([Step("evaluate", "evaluate", published)])
+    assert (planned.state, planned.reasons) == ("changed", ("another version of scorer",))
+    run_evaluate(published, overwrite=True, load=lambda config: loaded.append(config.scorer_uri) or NoisyScorer(rows))
+    assert loaded[1] == published.scorer_uri
 
 
 def test_summary_has_every_method_and_task_with_ordered_intervals(published, rows):

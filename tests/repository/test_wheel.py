@@ -27,7 +27,8 @@ SETTINGS = (
     "source={kind: bigbench, tasks: [tense], train_rows: 6, validation_rows: 4}",
     "sampler.decodings=[{name: greedy, temperature: 0, max_tokens: 4}, {name: sample, n: 2, max_tokens: 4}]",
     "generate.unit_rows=8",
-    "training.epochs=1",
+    "adapt.pairs=32",
+    "adapt.gate=false",
     "evaluation.resamples=100",
 )
 
@@ -92,19 +93,18 @@ def test_the_installed_package_is_the_wheel_and_not_the_checkout(run, installed)
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_the_installed_commands_generate_train_and_evaluate_from_another_folder(run, tmp_path):
+def test_the_installed_commands_generate_adapt_and_evaluate_from_another_folder(run, tmp_path):
     assert "cappy-ray" in run("cappy", "--version")
     assert "workspace" in run("cappy", "config", "show", "demo")
     settings = [each for setting in (*SETTINGS, f"workspace={tmp_path / 'run'}") for each in ("--set", setting)]
     results = {
-        verb: json.loads(run("cappy", verb, "demo", *settings, "--json").splitlines()[-1]) for verb in ("generate", "train", "evaluate")
+        verb: json.loads(run("cappy", verb, "demo", *settings, "--json").splitlines()[-1]) for verb in ("generate", "adapt", "evaluate")
     }
     assert results["generate"]["instructions"] == 10
-    assert (tmp_path / "run" / "scorer" / "model.safetensors").exists()
+    scorer = tmp_path / "run" / "adapted" / "tense"
+    assert (scorer / "model.safetensors").exists()
     assert (tmp_path / "run" / "evaluation" / "report.html").exists()
-    source = (
-        f"import cappy; scorer = cappy.Scorer.load({str(tmp_path / 'run' / 'scorer')!r}); print(len(scorer.score(['a', 'b'], ['c', 'd'])))"
-    )
+    source = f"import cappy; scorer = cappy.Scorer.load({str(scorer)!r}); print(len(scorer.score(['a', 'b'], ['c', 'd'])))"
     assert run("python", "-c", source).split() == ["2"]
 
 

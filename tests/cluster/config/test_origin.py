@@ -64,7 +64,7 @@ def test_without_a_file_all_is_default():
     assert set(config_origin.show(None)[1].values()) == {"default"}
 
 
-@pytest.mark.parametrize("name", [None, "demo", "adapt", "t0"])
+@pytest.mark.parametrize("name", [None, "demo", "cappy-minilm", "t0"])
 def test_the_yaml_loads_to_the_same_config_and_every_value_has_an_origin(name, tmp_path):
     tree, origin = config_origin.show(name, ["training.epochs=2"])
     text = config_origin.to_yaml(tree, origin)

@@ -1,4 +1,4 @@
-"""The main scorer of `serve` and `answer`: `scorer_path`, else the scorer of the workspace, else the scorer of the package.
+"""The main scorer of the verbs that score: `scorer_path`, else the scorer of the workspace, else the scorer of the package.
 
 Imports neither Ray nor torch.
 """
