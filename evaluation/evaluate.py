@@ -58,7 +58,9 @@ def load_scorer(config: Config) -> PairScorer:
     """Load the published scorer in float32, so that the result does not depend on the hardware's lower precisions."""
     from training.scorer import Scorer
 
-    return Scorer.load(config.scorer_uri, dtype="float32", setting="scorer_path", cpu_kernels=config.scorer.cpu_kernels)
+    return Scorer.load(
+        config.scorer_uri, dtype="float32", setting="scorer_path", cpu_kernels=config.scorer.cpu_kernels, format=config.scorer.format
+    )
 
 
 def run_evaluate(config: Config, *, overwrite: bool = False, load: Callable[[Config], PairScorer] = load_scorer) -> dict[str, Any]:

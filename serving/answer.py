@@ -102,6 +102,7 @@ def result_settings(config: Config) -> dict[str, Any]:
         "answer": answer,
         "serving": serving,
         "scorer": {"uri": config.scorer_uri, "version": read_version(config.scorer_uri)},
+        **({} if config.scorer.format == "auto" else {"scorer_format": config.scorer.format}),
         **({"inputs": inputs} if inputs else {}),
     }
 

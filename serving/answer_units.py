@@ -50,7 +50,7 @@ def load_main_scorer(config: Config) -> LoadedScorer:
 
     if not torch.cuda.is_available():
         torch.set_num_threads(config.answer.scorer_threads)  # applies to the calling thread only
-    return load_if_changed(config.scorer_uri, "scorer_path", None, config.serving.scorer_dtype, config.scorer.cpu_kernels)
+    return load_if_changed(config.scorer_uri, "scorer_path", None, config.serving.scorer_dtype, config.scorer)
 
 
 def save_sampled(staging: str, unit: str, sampled: pa.Table, config: Config) -> UnitCounts:

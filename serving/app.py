@@ -190,7 +190,7 @@ def build_application(config: Config) -> serve.Application:
     max_wait_s = _ENDPOINT_WAIT_SHARE * serving.timeout_s
     additional = additional_scorers(config)
     main = models.absolute(config.scorer_uri)
-    scorers = scorer.bind(serving, main, additional, config.scorer.cpu_kernels)
+    scorers = scorer.bind(serving, main, additional, config.scorer)
     return gateway.bind(config, tuple(additional), llm.bind(config.sampler, max_wait_s, ledger_uri), scorers)
 
 

@@ -19,7 +19,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from cluster.config import DecodingConfig, SamplerConfig, ServingConfig
+from cluster.config import DecodingConfig, SamplerConfig, ScorerConfig, ServingConfig
 from cluster.errors import CappyError
 from generation import engines
 from generation.engines.contract import Candidate, ConstraintRefused, ContentFiltered, EngineUnavailable, PromptTooLong, RowError
@@ -213,14 +213,14 @@ class Scorer:
     Raises `CappyError` if the main scorer cannot be loaded.
     """
 
-    def __init__(self, serving: ServingConfig, main_uri: str, additional: Mapping[str, str], cpu_kernels: bool = True) -> None:
+    def __init__(self, serving: ServingConfig, main_uri: str, additional: Mapping[str, str], scorer: ScorerConfig | None = None) -> None:
         import torch
 
         capacity, dtype = serving.scorers_loaded, serving.scorer_dtype
         threads = 1 if torch.cuda.is_available() else min(serving.scorer_threads, len(os.sched_getaffinity(0)))
         self._batcher = ScoreBatcher(score_pairs, threads)
         self.cache = ScorerCache(
-            serving.scorer_name, main_uri, additional, capacity=capacity, reload_s=serving.reload_s, dtype=dtype, cpu_kernels=cpu_kernels
+            serving.scorer_name, main_uri, additional, capacity=capacity, reload_s=serving.reload_s, dtype=dtype, scorer=scorer
         )
 
         async def return_name(name: str) -> str:

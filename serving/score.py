@@ -94,6 +94,7 @@ def result_settings(config: Config, source: str) -> dict[str, Any]:
         "scorer": {"uri": redact_text(config.scorer_uri), "version": read_version(config.scorer_uri)},
         "scorer_dtype": config.serving.scorer_dtype,
         "cpu_kernels": config.scorer.cpu_kernels,
+        **({} if config.scorer.format == "auto" else {"format": config.scorer.format}),
         **({"inputs": inputs} if inputs else {}),
     }
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster import artifacts, models, storage
+from cluster.config import ScorerConfig
 from cluster.errors import CappyError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class ScorerCache:
         capacity: maximum number of additional scorers in memory; the least recently used one is evicted.
         reload_s: interval between checks for a new version of a scorer in use, in seconds; also the interval between load attempts.
         dtype: see `Scorer.load`.
-        cpu_kernels: see `Scorer.load`.
+        scorer: kernels and format of the scorers; None is the default.
         clock: returns the time in seconds.
 
     Raises `CappyError` if the main scorer cannot be loaded.
@@ -89,13 +90,13 @@ class ScorerCache:
         capacity: int,
         reload_s: float,
         dtype: Dtype,
-        cpu_kernels: bool = True,
+        scorer: ScorerConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.main, self._capacity, self._reload_s, self._clock = main, capacity, reload_s, clock
-        self._dtype, self._cpu_kernels = dtype, cpu_kernels
+        self._dtype, self._scorer = dtype, scorer
         self._entries = {name: _Entry(uri, f"scorer {name!r}: path") for name, uri in additional.items()}
-        self._entries[main] = _Entry(main_uri, "scorer_path", load_if_changed(main_uri, "scorer_path", None, dtype, cpu_kernels), clock())
+        self._entries[main] = _Entry(main_uri, "scorer_path", load_if_changed(main_uri, "scorer_path", None, dtype, scorer), clock())
         self._recently_used: OrderedDict[str, None] = OrderedDict()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="scorers")
 
@@ -132,7 +133,7 @@ class ScorerCache:
         before = entry.loaded
         try:
             loaded = await asyncio.get_running_loop().run_in_executor(
-                self._threads, load_if_changed, entry.uri, entry.setting, before, self._dtype, self._cpu_kernels
+                self._threads, load_if_changed, entry.uri, entry.setting, before, self._dtype, self._scorer
             )
         except Exception as error:  # a fault of one scorer, of any kind, must not stop the server
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, CappyError) else str(error)
@@ -159,8 +160,8 @@ class ScorerCache:
             evicted.loaded, evicted.checked_at = None, float("-inf")
 
 
-def load_if_changed(uri: str, setting: str, loaded: LoadedScorer | None, dtype: Dtype, cpu_kernels: bool = True) -> LoadedScorer:
-    """Return `loaded` if it is the version published at `uri`, else load the published version.
+def load_if_changed(uri: str, setting: str, loaded: LoadedScorer | None, dtype: Dtype, scorer: ScorerConfig | None = None) -> LoadedScorer:
+    """Return `loaded` if it is the version published at `uri`, else load the published version with the kernels and format of `scorer`.
 
     Raises `CappyError`, with `setting` in the message, if `uri` holds no scorer, is no longer published, or changes during the load.
     """
@@ -174,7 +175,8 @@ def load_if_changed(uri: str, setting: str, loaded: LoadedScorer | None, dtype: 
     if version is not None:
         _verify_weights(uri, setting)
     with _load_lock:
-        model = Scorer.load(uri, dtype, setting=setting, cpu_kernels=cpu_kernels)
+        settings = scorer or ScorerConfig()
+        model = Scorer.load(uri, dtype, setting=setting, cpu_kernels=settings.cpu_kernels, format=settings.format)
     if read_version(uri) != version:
         raise CappyError(f"{setting}={uri} changed while it was loaded: a new version was published, or it was withdrawn")
     return LoadedScorer(model, version, model.logprob_weight, model.selection)

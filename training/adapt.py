@@ -153,7 +153,7 @@ def _load_base(config: Config) -> Base:
         new_model(folder, config.scorer, config.adapt.training(config.training), config.seed)
         return Base(config.scorer.encoder, False, lora.weights_sha256(folder), None, config.scorer.max_length)
     folder = models.resolve(name, "adapt.base")
-    scorer = Scorer.load(name, device="cpu", setting="adapt.base", cpu_kernels=config.scorer.cpu_kernels)
+    scorer = Scorer.load(name, device="cpu", setting="adapt.base", cpu_kernels=config.scorer.cpu_kernels, format=config.scorer.format)
     manifest = folder / artifacts.MANIFEST
     writer = storage.read_json(str(manifest)).get("writer") if manifest.exists() else None
     base = Base(name, True, lora.weights_sha256(folder), writer, scorer.max_length)

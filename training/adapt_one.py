@@ -26,9 +26,8 @@ from generation.dataset import Pairs, RegressionSet
 from training import batch_plan, cross_fit, gate, loop, lora, model_card, selection, selection_fit, validation
 from training.batch_plan import Size
 from training.consensus import consensus_metric
-from training.encoding import encode_pairs
 from training.records import GateDecision, Metrics, MetricsLine, Outcome, TaskPoints
-from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model
+from training.scorer import CHECKPOINTS, Scorer, load_tokenizer, new_model, read_format
 from training.task_rows import LeftOut, candidate_rows, collect_pairs, epoch_order, only_references
 from training.validation import Floats
 
@@ -250,7 +249,8 @@ def load_trainable(config: Config, training: TrainingConfig, base: Base, device:
     settings = config.scorer.model_copy(update={"encoder": base.name, "max_length": base.max_length})
     model = new_model(folder, settings, training, config.seed)
     wrapped = lora.add_adapters(model, config.adapt.lora, config.seed) if config.adapt.method == "lora" else None
-    return Scorer(model, load_tokenizer(folder, base.name, setting), base.max_length, config.scorer.dtype, device), wrapped
+    known = read_format(model.config) or config.scorer.format
+    return Scorer(model, load_tokenizer(folder, base.name, setting), base.max_length, config.scorer.dtype, device, known), wrapped
 
 
 def _fit(scorer: Scorer, pairs: Pairs, training: TrainingConfig, config: Config, count: int) -> tuple[FitResult, list[MetricsLine]]:
@@ -321,9 +321,7 @@ def _windows(scorer: Scorer, pairs: Pairs, size: Size, training: TrainingConfig,
         for number, start in enumerate(range(0, count, held)):
             chosen = [members[item] for item in order[start : start + held]]
             rows = np.concatenate(chosen)
-            encoded = encode_pairs(
-                scorer.tokenizer, [pairs.instructions[row] for row in rows], [pairs.responses[row] for row in rows], scorer.max_length
-            )
+            encoded = scorer.encode([pairs.instructions[row] for row in rows], [pairs.responses[row] for row in rows])
             # A repeated instruction is a separate group.
             groups = np.repeat(np.arange(len(chosen)), [len(each) for each in chosen])
             yield batch_plan.Window(epoch, number, encoded, pairs.labels[rows], groups)

@@ -5,10 +5,10 @@ Shapes: B pairs of a batch, T tokens of the longest pair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,12 +42,15 @@ class Encoded:
         return np.diff(self.starts)
 
 
-def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequence[str], max_length: int) -> Encoded:
+def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequence[str], max_length: int, *, chat: bool = False) -> Encoded:
     """Tokenise pairs and cut each to `max_length` tokens.
 
     A longer pair loses the middle of its instruction. Its response is cut at the end, and only when no instruction is left. The
     start and the end of the instruction stay, because they hold the task (such as a question after its context). A pair within
     the limit has the ids of `tokenizer(instruction, response)`.
+
+    With `chat` it has those of the tokenizer's chat template: the instruction is the turn of the user, the response that of the
+    assistant. The tokens of the template are not cut.
 
     Raises `ValueError` when the lists differ in length.
     """
@@ -57,7 +60,9 @@ def encode_pairs(tokenizer: Any, instructions: Sequence[str], responses: Sequenc
     pieces = [_concatenate([], [] if typed else None, 0, 0)]
     for start in range(0, len(instructions), _TOKENISED_PAIRS):
         piece = slice(start, start + _TOKENISED_PAIRS)
-        pieces.append(_encode_piece(tokenizer, list(instructions[piece]), list(responses[piece]), max_length, typed))
+        tokenise = _tokenise_chats if chat else _tokenise_pairs
+        tokenised = tokenise(tokenizer, list(instructions[piece]), list(responses[piece]), typed)
+        pieces.append(_cut(tokenizer, tokenised, max_length))
     return Encoded(
         np.concatenate([piece.tokens for piece in pieces]),
         np.concatenate([piece.types for piece in pieces]) if typed else None,
@@ -83,11 +88,53 @@ def pad(encoded: Encoded, rows: Sequence[int] | np.ndarray, pad_id: int, device:
     return {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in inputs.items()}
 
 
-def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str], max_length: int, typed: bool) -> Encoded:
-    """Tokenise pairs in one call of the tokenizer; `typed` is True if the model reads token types."""
+class _Tokenised(NamedTuple):
+    """The tokens of some pairs, before cutting."""
+
+    ids: list[list[int]]
+    types: list[list[int]] | None
+    sides: Callable[[int], np.ndarray]
+    """Returns for each token of a pair 0 (instruction), 1 (response) or -1 (special tokens and the chat template), (tokens,)."""
+
+
+def _tokenise_pairs(tokenizer: Any, instructions: list[str], responses: list[str], typed: bool) -> _Tokenised:
     batch = tokenizer(instructions, responses, return_token_type_ids=typed, return_attention_mask=False, truncation=False, verbose=False)
+    return _Tokenised(
+        batch["input_ids"],
+        batch["token_type_ids"] if typed else None,
+        lambda row: np.array([-1 if side is None else side for side in batch.sequence_ids(row)]),
+    )
+
+
+def _tokenise_chats(tokenizer: Any, instructions: list[str], responses: list[str], typed: bool) -> _Tokenised:
+    turns = [
+        [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}]
+        for instruction, response in zip(instructions, responses, strict=True)
+    ]
+    texts: list[str] = tokenizer.apply_chat_template(turns, tokenize=False)
+    batch = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, truncation=False, verbose=False
+    )
     ids: list[list[int]] = batch["input_ids"]
-    types: list[list[int]] | None = batch["token_type_ids"] if typed else None
+
+    def sides(row: int) -> np.ndarray:
+        """Find both texts in the rendered chat, without the white space around them: many templates remove it."""
+        instruction, response = instructions[row].strip(), responses[row].strip()
+        starts = np.array([start for start, _ in batch["offset_mapping"][row]])
+        found = np.full(len(starts), -1)
+        first, last = texts[row].find(instruction), texts[row].rfind(response)
+        if first >= 0:
+            found[(first <= starts) & (starts < first + len(instruction))] = 0
+        if last >= first + len(instruction):
+            found[(last <= starts) & (starts < last + len(response))] = 1
+        return found
+
+    return _Tokenised(ids, [[0] * len(each) for each in ids] if typed else None, sides)
+
+
+def _cut(tokenizer: Any, tokenised: _Tokenised, max_length: int) -> Encoded:
+    """Cut pairs to `max_length` tokens, as `encode_pairs` describes."""
+    ids, types = tokenised.ids, tokenised.types
     for row, tokens in enumerate(ids):
         if not tokens:  # two empty texts, and a tokenizer that adds no special tokens: a model needs at least one token
             ids[row] = [_filler_id(tokenizer)]
@@ -98,7 +145,7 @@ def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str],
         excess = len(tokens) - max_length
         if excess <= 0:
             continue
-        sides = np.array([-1 if side is None else side for side in batch.sequence_ids(row)])
+        sides = tokenised.sides(row)
         instruction, response = np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)
         cut_pairs += 1
         cut_responses += excess > len(instruction)
@@ -107,6 +154,8 @@ def _encode_piece(tokenizer: Any, instructions: list[str], responses: list[str],
         response_end = max(len(response) - max(excess - len(instruction), 0), 0)
         dropped = np.concatenate([instruction[start : start + removed], response[response_end:]])
         kept = np.delete(np.arange(len(tokens)), dropped)
+        if len(kept) > max_length:  # a chat template that changes the texts, so that they are not found in it
+            kept = np.concatenate([kept[: max_length // 2], kept[len(kept) - (max_length + 1) // 2 :]])
         ids[row] = [tokens[position] for position in kept]
         if types:
             types[row] = [types[row][position] for position in kept]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from cluster.config import Config, ObjectiveConfig
 from training.records import CalibrationGroup, MetricsLine, Outcome, SelectionSummary, TrainSummary
@@ -77,9 +77,14 @@ _METRICS = (
     ("oracle", "Mean label of the best candidate (oracle)"),
     ("accuracy", "Accuracy of the best-scored choice"),
 )
+_INPUTS = {
+    "pair": "Its tokenizer takes the pair (instruction, response).",
+    "chat": """Its input is the chat template of its tokenizer, with the instruction as the turn of the user and the response
+as that of the assistant.""",
+}
 
 
-def render_card(config: Config, summary: TrainSummary, dataset: dict[str, Any]) -> str:
+def render_card(config: Config, summary: TrainSummary, dataset: dict[str, Any], format: Literal["pair", "chat"] = "pair") -> str:
     """Return the model card as Markdown. `dataset` is the manifest of the training set."""
     validation = summary["validation"]
     rows = [
@@ -127,7 +132,7 @@ scorer = Scorer.load("{summary["uri"]}")
 scorer.best("Translate to French: cat", ["chien", "chat"]).response
 ```
 
-It is also a plain `AutoModelForSequenceClassification` with one label. Its tokenizer takes the pair (instruction, response).
+It is also a plain `AutoModelForSequenceClassification` with one label. {_INPUTS[format]}
 In a pair of more than {config.scorer.max_length} tokens the instruction is cut, not the response.
 
 | Measure | Value |

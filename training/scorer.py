@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from training.selection import Selection
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+Format = Literal["auto", "pair", "chat"]
+"""See `scorer.format`."""
 
 CHECKPOINTS = "_checkpoints"
 """Folder beside the model files during training. A folder that has it and no manifest is an unfinished scorer."""
@@ -130,7 +133,7 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
         raise UsageError(
             f"scorer.max_length={scorer.max_length} is above the {longest_input(model)} tokens of scorer.encoder={scorer.encoder}; lower it"
         )
-    model.config.cappy = None  # training changes the weights that a blend's weight was fitted with
+    _remove_blend(model.config)  # training changes the weights that its weight was fitted with
     # By default sentence-transformers and vLLM apply a sigmoid to a single label.
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
     _freeze_lower_layers(model, training.frozen_layers, scorer.encoder)
@@ -172,13 +175,22 @@ class Choice:
 class Scorer:
     """A trained scorer. Create one with `Scorer.load`."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_length: int, dtype: Dtype = "float32", device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_length: int,
+        dtype: Dtype = "float32",
+        device: torch.device | None = None,
+        format: Format = "auto",
+    ) -> None:
         self.device = device or next(model.parameters()).device
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
-        set_pad_token(model, tokenizer)
+        self.format = choose_format(format, model, tokenizer)
+        set_pad_token(model, tokenizer, chat=self.format == "chat")
         self.max_length = max_length
-        """Limit of instruction plus response, in tokens."""
+        """Limit of instruction plus response, in tokens; of the whole chat with the format `chat`."""
         self.dtype = pick_dtype(dtype, self.device)
         self.selection: Selection | None = None
         """The fitted selection of its folder (`training.selection`); None without one."""
@@ -191,8 +203,11 @@ class Scorer:
         device: str | torch.device | None = None,
         setting: str = "scorer_path",
         cpu_kernels: bool = True,
+        format: Format = "auto",
     ) -> Scorer:
         """Load a scorer of `cappy train` or `cappy adapt`, or any one-label Hugging Face model. Adapters are merged into their base.
+
+        Public reward models are such models: decoders that read a chat.
 
         Args:
             name: a folder, a hub name or an s3:// folder.
@@ -200,6 +215,7 @@ class Scorer:
             device: None uses the GPU if there is one.
             setting: the setting that error messages name.
             cpu_kernels: False uses the plain modules of transformers, as `scorer.cpu_kernels`.
+            format: the form of the input of a model that `cappy` did not train, as `scorer.format`.
 
         Raises `CappyError` when `name` is not a finished one-label model, cannot score pairs, or has a damaged `selection.json`.
         """
@@ -213,7 +229,8 @@ class Scorer:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if cpu_kernels:
             encoder_kernels.compute_first_token_only(model)
-        scorer = cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device)
+        known = read_format(model.config) or format
+        scorer = cls(model, tokenizer, min(tokenizer.model_max_length, longest_input(model)), dtype, device, known)
         if scorer.dtype == "bfloat16":
             # Without training, float32 weights are not needed; casting them at each product takes time.
             scorer.model.to(torch.bfloat16)
@@ -247,10 +264,14 @@ class Scorer:
         scores, lengths = [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
         for start in range(0, len(instructions), _SCORING_PAIRS):
             chunk = slice(start, start + _SCORING_PAIRS)
-            encoded = encode_pairs(self.tokenizer, instructions[chunk], responses[chunk], self.max_length)
+            encoded = self.encode(instructions[chunk], responses[chunk])
             scores.append(self.score_encoded(encoded))
             lengths.append(encoded.lengths)
         return np.concatenate(scores), np.concatenate(lengths)
+
+    def encode(self, instructions: Sequence[str], responses: Sequence[str]) -> Encoded:
+        """Return the tokenised pairs, cut to `max_length`, in the format of the scorer."""
+        return encode_pairs(self.tokenizer, instructions, responses, self.max_length, chat=self.format == "chat")
 
     def score_encoded(self, encoded: Encoded) -> np.ndarray:
         """Return the raw logit of each tokenised pair in the given order, float32 (pairs,)."""
@@ -268,7 +289,7 @@ class Scorer:
         """Raise `CappyError` when the model cannot score two pairs in one batch, one of them empty."""
         try:
             scores = self.score(["Is a fox red?", ""], ["yes", ""])
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, TemplateError) as error:
             raise CappyError(f"{described}: the model cannot score a pair ({_first_line(error)}); give a scorer of `cappy train`") from None
         if not np.isfinite(scores).all():
             raise CappyError(f"{described}: the score of a test pair is not a finite number; the weights are damaged, publish them again")
@@ -314,7 +335,41 @@ class Scorer:
             self.tokenizer.save_pretrained(folder)
 
 
-def set_pad_token(model: Any, tokenizer: Any) -> None:
+def read_format(config: Any) -> Literal["pair", "chat"] | None:
+    """Return the format that a scorer of `cappy` was trained with, from the config of its model; None for other models."""
+    if not hasattr(config, "cappy"):
+        return None
+    return "chat" if (config.cappy or {}).get("format") == "chat" else "pair"
+
+
+def choose_format(wanted: Format, model: Any, tokenizer: Any) -> Literal["pair", "chat"]:
+    """Return the format of a model's input, and keep it in the model's config if the tokenizer has a chat template.
+
+    Raises `UsageError` for `chat` without a chat template.
+    """
+    chosen = wanted
+    if chosen == "auto":
+        chosen = read_format(model.config) or ("chat" if tokenizer.chat_template and not _is_encoder(model.config) else "pair")
+    if chosen == "chat" and not tokenizer.chat_template:
+        raise UsageError("scorer.format=chat: the tokenizer has no chat template; use pair, or save a chat_template.jinja in its folder")
+    if tokenizer.chat_template:
+        model.config.cappy = {**(getattr(model.config, "cappy", None) or {}), "format": chosen}
+    return chosen
+
+
+def _remove_blend(config: Any) -> None:
+    """Remove the weight of a blend from the config of a model, and keep its format."""
+    if hasattr(config, "cappy"):
+        config.cappy = {"format": config.cappy["format"]} if (config.cappy or {}).get("format") else None
+
+
+def _is_encoder(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def set_pad_token(model: Any, tokenizer: Any, *, chat: bool = False) -> None:
     """Make the model and its tokenizer use the same pad token; decoders often lack one.
 
     A decoder reads its score at the last token that is not the pad token. So a new pad token must not occur in pairs. The config must
@@ -322,15 +377,13 @@ def set_pad_token(model: Any, tokenizer: Any) -> None:
 
     Raises `CappyError` when the tokenizer has no special token that can serve.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     if tokenizer.pad_token_id is None:
-        used = tokenizer("a", "b")["input_ids"]
+        used = encode_pairs(tokenizer, ["a"], ["b"], tokenizer.model_max_length, chat=chat).tokens.tolist()
         free = [token for token in ("eos_token", "unk_token") if getattr(tokenizer, f"{token}_id") not in (None, *used)]
         if not free:
             raise CappyError("the tokenizer of the scorer has no pad token; set `pad_token` in its tokenizer_config.json")
         tokenizer.pad_token = getattr(tokenizer, free[0])
-    is_encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    is_encoder = _is_encoder(model.config)
     for config in (model.config, model.config.get_text_config()):
         if config.pad_token_id is None or not is_encoder:
             config.pad_token_id = tokenizer.pad_token_id
@@ -371,7 +424,7 @@ def _load_adapted(folder: Path, name: str, setting: str) -> tuple[Any, Any]:
         raise CappyError(f"{setting}={name}: the weights of its base {recorded['uri']} have changed since; run `cappy adapt` again")
     refuse_unfinished(recorded["uri"])
     model, tokenizer = _load_whole(base, recorded["uri"], f"base of {setting}={name}")
-    model.config.cappy = None  # the blend's weight was fitted with the base, without the adapters
+    _remove_blend(model.config)  # its weight was fitted with the base, without the adapters
     return lora.merge_adapters(model, folder, f"{setting}={name}"), tokenizer
 
 

@@ -309,14 +309,15 @@ def _publish(
             "selection": selection.summarise(fitted),
             "cut_pairs": progress["cut_pairs"],
         }
-        model.config.cappy = {"blend": progress["blend"]}
-        Scorer(model, tokenizer, config.scorer.max_length).save(target)
+        scorer = Scorer(model, tokenizer, config.scorer.max_length, format=config.scorer.format)
+        model.config.cappy = {**(getattr(model.config, "cappy", None) or {}), "blend": progress["blend"]}
+        scorer.save(target)
         if fitted is not None:
             (target / selection.FILE).write_text(selection.to_text(fitted), encoding="utf-8")
         (target / "loss.svg").write_bytes(model_card.plot_loss([json.loads(line) for line in state.lines]))
         if progress["calibration"]:
             (target / "calibration.svg").write_bytes(model_card.plot_calibration(progress["calibration"]))
-        (target / "README.md").write_text(model_card.render_card(config, summary, dataset.manifest), encoding="utf-8")
+        (target / "README.md").write_text(model_card.render_card(config, summary, dataset.manifest, scorer.format), encoding="utf-8")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         files = folder_writer.FolderWriter(uri, held.check).upload_folder(target)
         artifacts.publish_folder(

@@ -59,7 +59,7 @@ class _Worker:
         self.sharded = config.training.parallel == "fsdp" and self.world > 1
         # A forward pass through sharded weights needs all workers, so scoring uses a whole copy of the model.
         whole = copy.deepcopy(self.model) if self.sharded else self.model
-        self.scorer = Scorer(whole, self.tokenizer, config.scorer.max_length, self.dtype, self.device)
+        self.scorer = Scorer(whole, self.tokenizer, config.scorer.max_length, self.dtype, self.device, config.scorer.format)
         self.flops, self.peak_flops = flops.FlopCounter(self.model), flops.device_peak_flops(self.device)
         if self.sharded:
             loop.shard_model(self.model)
@@ -182,6 +182,7 @@ class _Worker:
     def _windows(self) -> Iterator[batch_plan.Window]:
         """Yield tokenised windows of all epochs, from the window of the next step."""
         training, scorer = self.config.training, self.config.scorer
+        chat = self.scorer.format == "chat"
         tokenizer = copy.deepcopy(self.tokenizer)  # this runs in another thread, and a tokenizer is not thread-safe
         size = batch_plan.window_size(self.size, training)
         first, skip, _ = batch_plan.position(self.progress["step"], self.size, training)
@@ -190,7 +191,7 @@ class _Worker:
                 self.dataset, "train", size, self.config.seed, epoch, skip, training.objective.grouped, training.selection_share
             )
             for number, pairs in enumerate(windows, skip):
-                encoded = encode_pairs(tokenizer, pairs.instructions, pairs.responses, scorer.max_length)
+                encoded = encode_pairs(tokenizer, pairs.instructions, pairs.responses, scorer.max_length, chat=chat)
                 yield batch_plan.Window(epoch, number, encoded, pairs.labels, pairs.groups)
             skip = 0
 

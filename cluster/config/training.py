@@ -12,10 +12,14 @@ from cluster.config.base import ExtendedSection, Section
 class ScorerConfig(ExtendedSection):
     """The scorer model."""
 
-    added: ClassVar = ("cpu_kernels",)
+    added: ClassVar = ("cpu_kernels", "format")
 
     encoder: str = "minilm-l6"
-    """The pretrained encoder of the scorer: an embedded name, a hub name, a local folder or an s3:// folder."""
+    """The pretrained model of the scorer, an encoder or a decoder: an embedded name, a hub name, a local folder or an s3:// folder."""
+    format: Literal["auto", "pair", "chat"] = "auto"
+    """Form of the input. `pair`: the tokenizer joins instruction and response. `chat`: the tokenizer's chat template, with the instruction
+    as the turn of the user and the response as that of the assistant, as public reward models read it. `auto` is the form that a scorer
+    was trained with, else `chat` for decoders with a chat template, else `pair`."""
     max_length: int = Field(512, ge=16)
     """Largest length of instruction plus response, in tokens. The middle of the instruction is cut first, the response last."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

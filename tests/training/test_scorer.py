@@ -181,7 +181,7 @@ def test_the_setting_reaches_evaluation_and_serving(scorer: Scorer, tmp_path: Pa
     scorer.save(tmp_path)
     config = Config.model_validate({"scorer_path": str(tmp_path), "scorer": {"cpu_kernels": False}})
     assert kernels(load_scorer(config).model) == (False, False)
-    assert kernels(load_if_changed(str(tmp_path), "scorer_path", None, "float32", cpu_kernels=False).model.model) == (False, False)
+    assert kernels(load_if_changed(str(tmp_path), "scorer_path", None, "float32", config.scorer).model.model) == (False, False)
     assert kernels(load_if_changed(str(tmp_path), "scorer_path", None, "float32").model.model) == (True, True)
 
 
