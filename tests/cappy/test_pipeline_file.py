@@ -45,7 +45,7 @@ steps:
     assert list(steps) == ["generate", "train", "longer", "evaluate"]
     assert {step.config.workspace for step in steps.values()} == {"runs/p"} and {step.config.seed for step in steps.values()} == {5}
     training = {name: (step.config.training.epochs, step.config.training.batch_size) for name, step in steps.items()}
-    assert training == {"generate": (3, 16), "train": (5, 16), "longer": (9, 16), "evaluate": (3, 16)}
+    assert training == {"generate": (4, 16), "train": (5, 16), "longer": (9, 16), "evaluate": (4, 16)}
     assert steps["longer"].config.scorer_uri == "runs/longer" and steps["evaluate"].config.source.path == "rows.jsonl"
     assert steps["generate"].config.source.kind == "bigbench"
 

@@ -264,7 +264,8 @@ def test_a_killed_worker_and_a_stopped_run_do_not_change_the_result_in_object_st
     killed: list[int] = []
     assert threading.current_thread() is threading.main_thread()  # Python handles signals there
     threading.Thread(target=_meanwhile, args=(config, names, killed), daemon=True).start()
-    with pytest.raises(Stopped, match=r"stopped on SIGTERM; [12] of 3 tasks are finished; run the same command again to resume"):
+    # 0 if the signal arrives after the publication and before the driver reads the outcome.
+    with pytest.raises(Stopped, match=r"stopped on SIGTERM; [012] of 3 tasks are finished; run the same command again to resume"):
         adapt.run_adapt(config, load=FixedLLM)
     assert len(killed) == 1 and not _adapting()
     done = {name: storage.read_json(f"{config.adapted_uri}/{name}/{artifacts.MANIFEST}") for name in names if _ended(config, name)}
