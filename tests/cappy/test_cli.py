@@ -38,7 +38,7 @@ def test_help_lists_all_verbs_and_each_has_a_help_page():
     ("arguments", "code", "message"),
     [
         (["generate", "--set", "sampler.replica=2"], 2, "unknown key sampler.replica; did you mean 'replicas'?"),
-        (["generate", "no-such.yaml"], 2, "config file no-such.yaml does not exist; give a path or one of: cappy-large, cappy-minilm, demo"),
+        (["generate", "no-such.yaml"], 2, "config file no-such.yaml does not exist; give a path or one of: cappy-large, cappy-"),
         (
             ["generate", "--set", "source={kind: files, path: /none/*.jsonl}"],
             2,
