@@ -54,6 +54,8 @@ class ChoiceLikelihood:
         self._prompt, self._neutral = config.prompt, neutral_prompt
         self._limit = config.engine.max_model_len
         self._unconditional: dict[str, float] = {}
+        self.tokens = 0
+        """Tokens read so far, prompts and choices."""
         self._packed = True
         self._packed = self._can_pack()
 
@@ -65,11 +67,18 @@ class ChoiceLikelihood:
         """
         continuations = [self._continuations(text, answers) for text, answers in zip(instructions, choices, strict=True)]
         self._add_unconditional({text for texts in continuations for text in texts})
-        packs = [self._pack(self._encode(text), texts) for text, texts in zip(instructions, continuations, strict=True)]
         return [
-            np.stack([sums_C, [len(ids) for ids in pack[1]], [self._unconditional[text] for text in texts]])
-            for sums_C, pack, texts in zip(self._sums(packs), packs, continuations, strict=True)
+            np.stack([*numbers, [self._unconditional[text] for text in texts]])
+            for numbers, texts in zip(self.sums(instructions, choices), continuations, strict=True)
         ]
+
+    def sums(self, instructions: Sequence[str], choices: Sequence[Sequence[str]]) -> list[Floats]:
+        """Return the first two numbers of `score`, (2, C): the sum of the log-probabilities of the choice, and its tokens."""
+        packs = [
+            self._pack(self._encode(text), self._continuations(text, answers)) for text, answers in zip(instructions, choices, strict=True)
+        ]
+        found = self._sums(packs)
+        return [np.stack([sums_C, [float(len(ids)) for ids in answers]]) for sums_C, (_, answers) in zip(found, packs, strict=True)]
 
     def _encode(self, instruction: str) -> list[int]:
         turns = prompts.messages(instruction, system=self._prompt.system)
@@ -134,7 +143,9 @@ class ChoiceLikelihood:
         return found
 
     def _forward(self, packs: Sequence[_Pack]) -> list[Floats]:
-        longest = max(len(prompt) + sum(map(len, answers)) for prompt, answers in packs)
+        lengths = [len(prompt) + sum(map(len, answers)) for prompt, answers in packs]
+        longest = max(lengths)
+        self.tokens += sum(lengths)
         ids_BL = torch.zeros(len(packs), longest, dtype=torch.long)
         positions_BL = torch.zeros_like(ids_BL)
         seen_BLL = torch.eye(longest, dtype=torch.bool).repeat(len(packs), 1, 1)  # padding attends to itself

@@ -54,13 +54,16 @@ class Method:
         return float(labels_C[scores_C == scores_C.max()].mean())
 
 
-def sampled_methods(decodings: Sequence[Mapping[str, Any]], label: LabelConfig, models: Mapping[str, Rank]) -> list[Method]:
+def sampled_methods(
+    decodings: Sequence[Mapping[str, Any]], label: LabelConfig, models: Mapping[str, Rank], rivals: Mapping[str, str] | None = None
+) -> list[Method]:
     """Return the methods for sampled candidates, in display order.
 
     Args:
         decodings: the decodings of the pool, with `name` and `temperature`.
         label: the metric by which the consensus compares two candidates.
         models: the methods with a trained scorer, by name, e.g. `{"scorer": rank_by("scorer")}`.
+        rivals: the titles of the methods of other papers, by the field of the candidates with their numbers.
     """
     greedy = [each["name"] for each in decodings if each["temperature"] == 0]
     others = [each["name"] for each in decodings if each["temperature"] > 0]
@@ -78,14 +81,18 @@ def sampled_methods(decodings: Sequence[Mapping[str, Any]], label: LabelConfig, 
         Method("self_sum", "baseline", _sum_logprob, title="Self-score, sum"),
         Method("self_mean", "baseline", _mean_logprob, title="Self-score, mean"),
         Method("consensus", "baseline", consensus_rank(label), title="Consensus"),
+        *(Method(name, "baseline", rank_by(name), title=title) for name, title in (rivals or {}).items()),
         Method("random", "baseline", _equal, "mean", "Random pick"),
         *(Method(name, "trained", rank, title=titles.get(name, name)) for name, rank in models.items()),
         Method("oracle", "oracle", rank_by("label"), title="Oracle"),
     ]
 
 
-def choice_methods(models: Mapping[str, Rank], likelihood: bool) -> list[Method]:
-    """Return the methods for answer choices, in display order. The order of the choices never decides: ties count as a random pick."""
+def choice_methods(models: Mapping[str, Rank], likelihood: bool, rivals: Mapping[str, str] | None = None) -> list[Method]:
+    """Return the methods for answer choices, in display order. The order of the choices never decides: ties count as a random pick.
+
+    `rivals` is as for `sampled_methods`.
+    """
     by_likelihood = [
         Method("likelihood_sum", "baseline", rank_by("likelihood"), "mean", "Likelihood, sum"),
         Method("likelihood_mean", "baseline", _mean_likelihood, "mean", "Likelihood, mean"),
@@ -94,6 +101,7 @@ def choice_methods(models: Mapping[str, Rank], likelihood: bool) -> list[Method]
     return [
         Method("random", "baseline", _equal, "mean", "Random pick"),
         *(by_likelihood if likelihood else []),
+        *(Method(name, "baseline", rank_by(name), "mean", title) for name, title in (rivals or {}).items()),
         *(Method(name, "trained", rank, "mean", "Scorer, zero-shot" if name == "scorer" else name) for name, rank in models.items()),
     ]
 

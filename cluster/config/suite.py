@@ -45,6 +45,12 @@ class SuiteConfig(Section):
     kinds `choices` and `questions`."""
     neutral_prompt: str = Field("Answer:", min_length=1)
     """The prompt of the unconditional likelihood: log p(choice | instruction) - log p(choice | neutral_prompt)."""
+    rivals: tuple[Literal["gptscore", "flipped", "judge", "embedding"], ...] = ()
+    """Methods of other papers to compare with, computed with the LLM or with an encoder of sentences: `gptscore` is the likelihood of a
+    response after a request for a right answer, `flipped` that of the instruction after a response, `judge` the LLM's own verdict, and
+    `embedding` the mean similarity to the other candidates. `embedding` only with kind `sampled`."""
+    scorers: tuple[str, ...] = ()
+    """More scorers to compare with, zero-shot: folders, hub names of public reward models, or s3:// folders."""
     pool_sizes: tuple[int, ...] = Field((1, 2, 4, 8, 16), min_length=1)
     """Numbers of candidates for which gain, sampled tokens and time are reported. A pool has the greedy candidate first, then the other
     candidates in the order in which a server samples them. Only with kind `sampled`."""
@@ -58,8 +64,13 @@ class SuiteConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SuiteConfig:
+        last = [uri.rstrip("/").rsplit("/", 1)[-1] for uri in self.scorers]
+        if repeated := [each for each in last if last.count(each) > 1]:
+            raise ValueError(f"scorers={list(self.scorers)}: {repeated[0]} occurs twice as the last part; the report names scorers by it")
         if (self.kind == "questions") != bool(self.questions):
             raise ValueError(f"kind={self.kind} with {len(self.questions)} groups of questions: give questions with kind=questions only")
+        if "embedding" in self.rivals and self.kind != "sampled":
+            raise ValueError(f"rivals={list(self.rivals)} with kind={self.kind}: embedding compares sampled candidates; leave it out")
         if any(size < 1 for size in self.pool_sizes):
             raise ValueError(f"pool_sizes={list(self.pool_sizes)}: give numbers of candidates, from 1")
         if any(gain <= 0 for gain in self.min_gains):

@@ -24,6 +24,7 @@ from evaluation.likelihood import ChoiceLikelihood
 from evaluation.methods import choice_methods, rank_by
 from evaluation.statistics import Floats
 from evaluation.suites import results as suite_results
+from evaluation.suites.rivals import add_rivals
 from evaluation.suites.scores import Row, ScoreStore, score_candidates
 from evaluation.suites.steps import Steps
 from generation.sources.reader import read_rows
@@ -57,7 +58,7 @@ def run_choices(
     if suite.likelihood:
         with steps.step("likelihood"):
             _add_likelihood(config, suite, rows, tasks, store)
-    methods = choice_methods(models, suite.likelihood)
+    methods = choice_methods(models, suite.likelihood, add_rivals(config, rows, store, steps, load))
     labels = [np.asarray([each["label"] for each in row["candidates"]], np.float64) for row in rows]
     values = {
         method.name: np.asarray(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,12 @@ class Pools:
     """The selection of the zero-shot scorer."""
     models: tuple[str, ...]
     """The methods with a trained scorer."""
+    rivals: Mapping[str, str] = field(default_factory=dict)
+    """The titles of the methods of other papers, by field of the candidates."""
 
     def methods(self, task: str, fold: int) -> list[Method]:
         """Return the methods for the rows of a task in a fold."""
-        return sampled_methods(self.decodings, self.label, {name: self._rank(name, task, fold) for name in self.models})
+        return sampled_methods(self.decodings, self.label, {name: self._rank(name, task, fold) for name in self.models}, self.rivals)
 
     def _rank(self, name: str, task: str, fold: int) -> Rank:
         if name == "scorer_fitted":

@@ -24,6 +24,7 @@ from evaluation.statistics import Floats, Integers
 from evaluation.suites import results as suite_results
 from evaluation.suites.cost import replay_costs
 from evaluation.suites.pools import Pools, pool_values
+from evaluation.suites.rivals import add_rivals
 from evaluation.suites.scores import Row, ScoreStore, score_candidates, scorer_folder
 from evaluation.suites.steps import Steps
 from generation import engines, generate
@@ -73,6 +74,7 @@ def run_sampled(
             models.append("scorer_fitted")
     else:
         log("zero-shot scorer left out: scorer_path and adapt.base name none")
+    rivals = add_rivals(config, rows, store, steps, load)
     selections: dict[tuple[str, int], selection.Selection | None] = {}
     outcomes: list[dict[str, Any]] = []
     if suite.adapted:
@@ -93,6 +95,7 @@ def run_sampled(
         selections,
         zero_shot_selection,
         tuple(models),
+        rivals,
     )
     with steps.step("compare"):
         results, kept = compare_pools(pools, config, dataset.manifest.get("rates", {}), steps)

@@ -14,7 +14,7 @@ from cappy.verbs import suite_config
 from cluster import storage
 from cluster.config import Config, load
 from cluster.errors import CappyError, UsageError
-from evaluation.suites import scores, suite_file
+from evaluation.suites import rivals, scores, suite_file
 from evaluation.suites.choices import cap_examples
 from evaluation.suites.run import run_suite
 from generation.sources.row import Instruction
@@ -129,3 +129,26 @@ def test_the_command_takes_a_suite_or_a_config(tmp_path: Path):
         suite_config("demo", None, "rows", [])
     with pytest.raises(UsageError, match="bigbench, promptsource, questions"):
         suite_config(None, "unknown", None, [])
+
+
+def test_rivals_and_further_scorers_are_compared_and_their_numbers_are_kept(
+    config: Config,
+    encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+):
+    names = ("gptscore", "flipped", "judge")
+    suite = {**config.suite.model_dump(), "rivals": names, "scorers": (published_scorer(encoder, str(tmp_path / "other")),)}  # type: ignore[union-attr]
+    changed = Config.model_validate({**config.model_dump(mode="json"), "suite": suite, "evaluation_path": str(tmp_path / "evaluation")})
+    first = run_suite(changed)
+    assert {*names, "scorer:other"} <= set(first["averages"]) and first["titles"]["judge"] == "LLM as judge"
+    assert first["averages"]["scorer:other"] == first["averages"]["scorer"]  # the same weights
+    steps = storage.read_json(storage.join(changed.workspace, "steps.json"))
+    assert all(steps[f"rival {name}"]["tokens"] > 0 for name in names) and steps["scorer:other"]["pairs"] > 0
+
+    def fail(*arguments: Any) -> Any:
+        raise AssertionError("the LLM is loaded again")
+
+    monkeypatch.setattr(rivals, "ChoiceLikelihood", fail)
+    again = run_suite(changed, overwrite=True)
+    assert again["averages"] == first["averages"]

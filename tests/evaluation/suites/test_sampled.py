@@ -144,3 +144,15 @@ def test_a_suite_killed_in_the_middle_and_resumed_gives_the_same_figures(suite: 
     assert "colors" in page and "NaN" not in page
     steps = storage.read_json(storage.join(suite.workspace, "steps.json"))
     assert np.isfinite([each["seconds"] for each in steps.values()]).all()
+
+
+@pytest.mark.slow
+def test_rivals_are_baselines_of_a_sampled_suite(suite: Config, ray_here: None, tmp_path: Path):
+    tree = {**suite.model_dump(mode="json"), "evaluation_path": str(tmp_path / "evaluation")}
+    tree["suite"] |= {"rivals": ["embedding"], "scorers": [str(suite.adapt.base)]}
+    summary = run_suite(Config.model_validate(tree))
+    assert summary["roles"]["embedding"] == summary["roles"]["scorer:base"] == "baseline"
+    assert summary["averages"]["scorer:base"]["mean"] == pytest.approx(summary["averages"]["scorer"]["mean"])
+    assert {"embedding", "scorer:base"} <= set(summary["gains"]["fitted"])
+    table = pq.read_table(storage.join(str(tmp_path / "evaluation"), "rows.parquet"))
+    assert table["value_embedding"].null_count == 0
