@@ -101,17 +101,17 @@ RIVALS: dict[str, Rival] = {
 
 
 def rank_rows(name: str, model: Any, instructions: Sequence[str], responses: Responses) -> list[Floats]:
-    """Return the numbers of the responses of each row by a rival, (C,), repeats included; an empty response is not asked of an LLM.
+    """Return the numbers of the responses of each row by a rival, (C,), repeats included.
 
-    An empty response has the lowest number of its row, less 1: a response with nothing in it is never the best.
+    The model does not read empty responses. Their number is the lowest one of the row, less 1, so that they are never the best.
     """
     rival = RIVALS[name]
     if rival.model == "embedder":
-        asked: Responses = [[text for text in texts if text] for texts in responses]
+        given: Responses = [[text for text in texts if text] for texts in responses]
     else:
-        asked = [list(dict.fromkeys(text for text in texts if text)) for texts in responses]
-    found = rival.rank(model, instructions, asked)
-    known = [dict(zip(texts, numbers.tolist(), strict=True)) for texts, numbers in zip(asked, found, strict=True)]
+        given = [list(dict.fromkeys(text for text in texts if text)) for texts in responses]
+    found = rival.rank(model, instructions, given)
+    known = [dict(zip(texts, numbers.tolist(), strict=True)) for texts, numbers in zip(given, found, strict=True)]
     return [_expand(texts, numbers) for texts, numbers in zip(responses, known, strict=True)]
 
 

@@ -46,9 +46,9 @@ class SuiteConfig(Section):
     neutral_prompt: str = Field("Answer:", min_length=1)
     """The prompt of the unconditional likelihood: log p(choice | instruction) - log p(choice | neutral_prompt)."""
     rivals: tuple[Literal["gptscore", "flipped", "judge", "embedding"], ...] = ()
-    """Methods of other papers to compare with, computed with the LLM or with an encoder of sentences: `gptscore` is the likelihood of a
-    response after a request for a right answer, `flipped` that of the instruction after a response, `judge` the LLM's own verdict, and
-    `embedding` the mean similarity to the other candidates. `embedding` only with kind `sampled`."""
+    """Methods of other papers to compare with. `gptscore` is the LLM's likelihood of a response after a request for a right answer.
+    `flipped` is its likelihood of the instruction after a response, and `judge` its verdict on a response. `embedding` is the mean
+    similarity to the other candidates; only with kind `sampled`."""
     scorers: tuple[str, ...] = ()
     """More scorers to compare with, zero-shot: folders, hub names of public reward models, or s3:// folders."""
     pool_sizes: tuple[int, ...] = Field((1, 2, 4, 8, 16), min_length=1)

@@ -17,14 +17,14 @@ from evaluation.rivals import rank_rows
 from tests.evaluation.test_likelihood import llm, sampler, separate_sum  # noqa: F401
 
 
-class Asked:
-    """A likelihood that keeps what it is asked, and returns minus the length of a choice and its number of words."""
+class Recorded:
+    """A likelihood that records its calls, and returns minus the length of a choice and its number of words."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, list[str]]] = []
+        self.calls: list[tuple[str, list[str]]] = []
 
     def sums(self, instructions: Sequence[str], choices: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        self.asked += zip(instructions, map(list, choices), strict=True)
+        self.calls += zip(instructions, map(list, choices), strict=True)
         return [np.array([[-len(each) for each in texts], [len(each.split()) for each in texts]], float) for texts in choices]
 
 
@@ -39,27 +39,27 @@ RESPONSES = [["red fox", "a", "red fox", ""], ["blue"]]
 INSTRUCTIONS = ["Name an animal", "Name a color"]
 
 
-def test_gptscore_is_the_mean_log_probability_and_asks_each_distinct_response_once():
-    model = Asked()
+def test_gptscore_is_the_mean_log_probability_and_reads_each_distinct_response_once():
+    model = Recorded()
     first, second = rank_rows("gptscore", model, INSTRUCTIONS, RESPONSES)
     assert first.tolist() == [-3.5, -1.0, -3.5, -4.5] and second.tolist() == [-4.0]
-    assert [texts for _, texts in model.asked] == [["red fox", "a"], ["blue"]]
-    assert all(instruction in prompt for (prompt, _), instruction in zip(model.asked, INSTRUCTIONS, strict=True))
+    assert [texts for _, texts in model.calls] == [["red fox", "a"], ["blue"]]
+    assert all(instruction in prompt for (prompt, _), instruction in zip(model.calls, INSTRUCTIONS, strict=True))
 
 
 def test_flipped_is_the_log_probability_of_the_instruction_after_the_response():
-    model = Asked()
+    model = Recorded()
     first, second = rank_rows("flipped", model, INSTRUCTIONS, RESPONSES)
     assert first.tolist() == [-14, -14, -14, -15] and second.tolist() == [-12]
-    assert [texts for _, texts in model.asked] == [["Name an animal"], ["Name an animal"], ["Name a color"]]
-    assert "red fox" in model.asked[0][0] and "blue" in model.asked[2][0] and "Name" not in model.asked[0][0]
+    assert [texts for _, texts in model.calls] == [["Name an animal"], ["Name an animal"], ["Name a color"]]
+    assert "red fox" in model.calls[0][0] and "blue" in model.calls[2][0] and "Name" not in model.calls[0][0]
 
 
 def test_the_judge_compares_yes_and_no_after_instruction_and_response():
-    model = Asked()
+    model = Recorded()
     first, _ = rank_rows("judge", model, INSTRUCTIONS, RESPONSES)
-    assert first.tolist() == [-1, -1, -1, -2] and [texts for _, texts in model.asked] == [["yes", "no"]] * 3
-    assert "Name an animal" in model.asked[0][0] and "red fox" in model.asked[0][0]
+    assert first.tolist() == [-1, -1, -1, -2] and [texts for _, texts in model.calls] == [["yes", "no"]] * 3
+    assert "Name an animal" in model.calls[0][0] and "red fox" in model.calls[0][0]
 
 
 def test_embedding_is_the_mean_similarity_to_the_other_draws_and_an_empty_response_is_last():
