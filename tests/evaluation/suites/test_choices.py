@@ -133,9 +133,9 @@ def test_the_command_takes_a_suite_or_a_config(tmp_path: Path):
 
 def test_rivals_and_further_scorers_are_compared_and_their_numbers_are_kept(
     config: Config,
-    encoder: Path,
+    encoder: Path,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ):
     names = ("gptscore", "flipped", "judge")
     suite = {**config.suite.model_dump(), "rivals": names, "scorers": (published_scorer(encoder, str(tmp_path / "other")),)}  # type: ignore[union-attr]
