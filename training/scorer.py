@@ -110,7 +110,7 @@ def new_model(encoder_folder: Path, scorer: ScorerConfig, training: TrainingConf
     if not names:
         raise UsageError(
             f"training.attention_dropout={training.attention_dropout}: scorer.encoder={scorer.encoder} ({config.model_type}) has no such "
-            f"setting; choose a BERT, RoBERTa, DeBERTa or ModernBERT encoder"
+            f"setting; choose a BERT, RoBERTa, DeBERTa, ModernBERT, Llama or Qwen model"
         )
     for name in names:
         setattr(config, name, training.attention_dropout)
