@@ -348,11 +348,12 @@ def choose_format(wanted: Format, model: Any, tokenizer: Any) -> Literal["pair",
     Raises `UsageError` for `chat` without a chat template.
     """
     chosen = wanted
+    template = getattr(tokenizer, "chat_template", None)
     if chosen == "auto":
-        chosen = read_format(model.config) or ("chat" if tokenizer.chat_template and not _is_encoder(model.config) else "pair")
-    if chosen == "chat" and not tokenizer.chat_template:
+        chosen = read_format(model.config) or ("chat" if template and not _is_encoder(model.config) else "pair")
+    if chosen == "chat" and not template:
         raise UsageError("scorer.format=chat: the tokenizer has no chat template; use pair, or save a chat_template.jinja in its folder")
-    if tokenizer.chat_template:
+    if template:
         model.config.cappy = {**(getattr(model.config, "cappy", None) or {}), "format": chosen}
     return chosen
 

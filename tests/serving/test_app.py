@@ -32,7 +32,7 @@ from cluster.errors import CappyError, UsageError
 from generation.engines.contract import PromptTooLong
 from generation.engines.endpoint import EndpointEngine
 from generation.prompts import messages
-from serving import app, client, main_scorer, serve
+from serving import app, client, serve
 from serving.backend import ApiError
 from serving.prometheus import Metrics
 from tests.conftest import CAPPY
@@ -65,6 +65,7 @@ def test_limits_that_every_request_would_break_are_refused(tmp_path):
 
 
 def test_a_scorer_that_is_missing_or_unfinished_is_refused(tmp_path):
+    from training import main_scorer
     from training.scorer import CHECKPOINTS
 
     assert main_scorer.CHECKPOINTS_FOLDER == CHECKPOINTS
