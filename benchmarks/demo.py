@@ -17,7 +17,7 @@ _EPOCHS = "training.epochs=3"
 
 
 def demo_set() -> str:
-    """Return the URI of the demo's published set; `cappy generate demo` makes a missing one (about 7 minutes on 2 cores)."""
+    """Return the URI of the demo's published set; `cappy generate demo` makes a missing one (about 8 minutes on 2 cores)."""
     return _made("generate", load("demo").dataset_uri)
 
 

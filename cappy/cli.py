@@ -152,7 +152,7 @@ def evaluate(
 ) -> Report:
     """Compare the scorer's choice with greedy decoding, sampling, self-scores and the oracle on the validation rows.
 
-    Without a scorer in the workspace, cappy-minilm is compared. With evaluation.adapted=true the scorers of adapt are.
+    Without a scorer in the workspace, cappy-minilm is compared. With evaluation.adapted=true, each task has its scorer of adapt.
     Writes results.json, rows.parquet and report.html. A suite does the same over many tasks; run the command again to resume it.
     """
     from cappy import verbs

@@ -44,7 +44,7 @@ def main() -> int:
         if code := _cappy(*command):
             return code
         out.print(f"{(time.monotonic() - start) / 60:.1f} minutes so far", style="dim")
-    out.print(Rule(f"4/4  cappy serve {CONFIG}", align="left"))
+    out.print(Rule(f"4/4  cappy serve {CONFIG} --set serving.adapted=true", align="left"))
     try:
         _serve(config)
     except CappyError as error:

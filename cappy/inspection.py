@@ -27,8 +27,8 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
     Raises `CappyError` if nothing is published at `uri`.
     """
     uri = storage.check_uri(uri, "URI")
-    if not storage.exists(storage.join(uri, artifacts.MANIFEST)) and storage.exists(storage.join(uri, "results.json")):
-        return _inspect_adapted(uri, verify)
+    if not storage.exists(storage.join(uri, artifacts.MANIFEST)) and (results := _read_adapted(uri)):
+        return _inspect_adapted(uri, results, verify)
     manifest: Mapping[str, Any] = artifacts.read_any_manifest(uri, "URI")
     result = {
         "uri": uri,
@@ -60,7 +60,17 @@ def run_inspect(uri: str, *, samples: int = 2, verify: bool = True) -> dict[str,
     return result
 
 
-def _inspect_adapted(uri: str, verify: bool) -> dict[str, Any]:
+def _read_adapted(uri: str) -> dict[str, Any] | None:
+    """Return the `results.json` of a run of `cappy adapt` over its tasks; None for any other folder."""
+    try:
+        found = storage.read_json(storage.join(uri, "results.json"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"tasks", "published", "identity"} <= found.keys() else None
+
+
+def _inspect_adapted(uri: str, results: Mapping[str, Any], verify: bool) -> dict[str, Any]:
+    """Return the result of `run_inspect` for the folder of `cappy adapt`; `results` is its `results.json`."""
     published = adapted_index.read_published(uri, "URI")
     manifests = {each.uri: artifacts.read_manifest(each.uri, "scorer", "adapt") for each in published}
     latest = max(manifests.values(), key=lambda manifest: manifest["created"], default=None)
@@ -70,7 +80,7 @@ def _inspect_adapted(uri: str, verify: bool) -> dict[str, Any]:
         "kind": "adapted",
         "created": latest["created"] if latest else None,
         "code_version": latest["code_version"] if latest else None,
-        "summary": {key: value for key, value in storage.read_json(storage.join(uri, "results.json")).items() if key != "identity"},
+        "summary": {key: value for key, value in results.items() if key != "identity"},
         "files": sum(len(manifest["files"]) for manifest in manifests.values()),
         "bytes": sum(entry["bytes"] for manifest in manifests.values() for entry in manifest["files"].values()),
         "problems": [f"{scorer.rsplit('/', 1)[-1]}: {problem}" for scorer, problems in found.items() for problem in problems],

@@ -1,7 +1,7 @@
 """Methods of other papers that rank responses with a frozen model: the LLM itself, or an encoder of sentences. No Ray, no files.
 
-`suite.rivals` names them. A rival takes the instructions of some rows and the distinct responses of each, and returns a number for each
-response; the highest is the best. To add one, write such a function and add it to `RIVALS`.
+`suite.rivals` names them. A rival takes the instructions of some rows and the responses of each, and returns a number for each response;
+the highest is the best. To add one, write such a function, and add it to `RIVALS` and to the names of `suite.rivals`.
 
 Shapes: C responses of a row, H size of an embedding.
 """

@@ -116,13 +116,14 @@ def _tokenise_chats(tokenizer: Any, instructions: list[str], responses: list[str
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, truncation=False, verbose=False
     )
     ids: list[list[int]] = batch["input_ids"]
+    before, after = _chat_frame(tokenizer)
 
     def sides(row: int) -> np.ndarray:
         """Find both texts in the rendered chat, without the white space around them: many templates remove it."""
         instruction, response = instructions[row].strip(), responses[row].strip()
         starts = np.array([start for start, _ in batch["offset_mapping"][row]])
         found = np.full(len(starts), -1)
-        first, last = texts[row].find(instruction), texts[row].rfind(response)
+        first, last = texts[row].find(instruction, before), texts[row].rfind(response, 0, len(texts[row]) - after)
         if first >= 0:
             found[(first <= starts) & (starts < first + len(instruction))] = 0
         if last >= first + len(instruction):
@@ -130,6 +131,15 @@ def _tokenise_chats(tokenizer: Any, instructions: list[str], responses: list[str
         return found
 
     return _Tokenised(ids, [[0] * len(each) for each in ids] if typed else None, sides)
+
+
+def _chat_frame(tokenizer: Any) -> tuple[int, int]:
+    """Return the characters of a rendered chat before its instruction and those after its response; 0 if the template changes texts."""
+    marks = ("<instruction>", "<response>")
+    turns = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant"), marks, strict=True)]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    first, last = (text.find(mark) for mark in marks)
+    return max(first, 0), len(text) - last - len(marks[1]) if last >= 0 else 0
 
 
 def _cut(tokenizer: Any, tokenised: _Tokenised, max_length: int) -> Encoded:

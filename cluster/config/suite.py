@@ -64,9 +64,12 @@ class SuiteConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SuiteConfig:
-        last = [uri.rstrip("/").rsplit("/", 1)[-1] for uri in self.scorers]
-        if repeated := [each for each in last if last.count(each) > 1]:
-            raise ValueError(f"scorers={list(self.scorers)}: {repeated[0]} occurs twice as the last part; the report names scorers by it")
+        names = [uri.rstrip("/").rsplit("/", 1)[-1] for uri in self.scorers]
+        if repeated := [each for each in names if names.count(each) > 1]:
+            raise ValueError(
+                f"scorers={list(self.scorers)}: two of them end in {repeated[0]}, and the report names a scorer by the last part of its "
+                f"path; copy one to a folder with another name"
+            )
         if (self.kind == "questions") != bool(self.questions):
             raise ValueError(f"kind={self.kind} with {len(self.questions)} groups of questions: give questions with kind=questions only")
         if "embedding" in self.rivals and self.kind != "sampled":

@@ -25,7 +25,7 @@ from evaluation.methods import choice_methods, rank_by
 from evaluation.statistics import Floats
 from evaluation.suites import results as suite_results
 from evaluation.suites.rivals import add_rivals
-from evaluation.suites.scores import Row, ScoreStore, score_candidates
+from evaluation.suites.scores import Row, ScoreStore, add_field, score_candidates
 from evaluation.suites.steps import Steps
 from generation.sources.reader import read_rows
 from generation.sources.row import DeadLetter, Instruction
@@ -51,7 +51,7 @@ def run_choices(
     if zero_shot is not None:
         models["scorer"] = rank_by("scorer")
         with steps.step("score zero-shot") as measured:
-            _add(rows, "scorer", score_candidates(store, "zero-shot", rows, dict.fromkeys(tasks, zero_shot), load))
+            add_field(rows, "scorer", score_candidates(store, "zero-shot", rows, dict.fromkeys(tasks, zero_shot), load))
             measured |= {"pairs": store.pairs, "scoring_seconds": store.seconds}
     else:
         log("zero-shot scorer left out: scorer_path and adapt.base name none")
@@ -156,12 +156,6 @@ def _row(dataset: str, template: str | None, instruction: str, references: Itera
     }
 
 
-def _add(rows: Sequence[Row], field: str, numbers: Sequence[Floats]) -> None:
-    for row, values_C in zip(rows, numbers, strict=True):
-        for each, value in zip(row["candidates"], values_C.tolist(), strict=True):
-            each[field] = value
-
-
 def _add_likelihood(config: Config, suite: SuiteConfig, rows: Sequence[Row], tasks: Sequence[str], store: ScoreStore) -> None:
     """Add `likelihood`, `tokens` and `unconditional` to the candidates. The LLM is loaded only if a unit is missing."""
     model: list[ChoiceLikelihood] = []
@@ -176,7 +170,7 @@ def _add_likelihood(config: Config, suite: SuiteConfig, rows: Sequence[Row], tas
     key = [sampler.model, sampler.prompt.model_dump(mode="json"), suite.neutral_prompt]
     numbers = store.read_or_compute("likelihood", rows, dict.fromkeys(tasks, key), compute)
     for place, field in enumerate(("likelihood", "tokens", "unconditional")):
-        _add(rows, field, [each.reshape(3, -1)[place] for each in numbers])
+        add_field(rows, field, [each.reshape(3, -1)[place] for each in numbers])
 
 
 def _calibration(rows: Sequence[Row]) -> list[dict[str, float]]:

@@ -20,12 +20,12 @@ from cluster.progress import log
 from evaluation import statistics
 from evaluation.evaluate import PairScorer
 from evaluation.methods import consensus_rank
-from evaluation.statistics import Floats, Integers
+from evaluation.statistics import Integers
 from evaluation.suites import results as suite_results
 from evaluation.suites.cost import replay_costs
 from evaluation.suites.pools import Pools, pool_values
 from evaluation.suites.rivals import add_rivals
-from evaluation.suites.scores import Row, ScoreStore, score_candidates, scorer_folder
+from evaluation.suites.scores import Row, ScoreStore, add_field, score_candidates, scorer_folder
 from evaluation.suites.steps import Steps
 from generation import engines, generate
 from generation.dataset import RegressionSet
@@ -67,7 +67,7 @@ def run_sampled(
     if zero_shot is not None:
         models.append("scorer")
         with steps.step("score zero-shot") as measured:
-            _add_scores(rows, "scorer", score_candidates(store, "zero-shot", rows, dict.fromkeys(tasks, zero_shot), load))
+            add_field(rows, "scorer", score_candidates(store, "zero-shot", rows, dict.fromkeys(tasks, zero_shot), load))
             measured |= {"pairs": store.pairs, "scoring_seconds": store.seconds}
         zero_shot_selection = selection.read(scorer_folder(zero_shot))
         if zero_shot_selection is not None:
@@ -132,22 +132,16 @@ def _deal(rows: Sequence[Row], folds: int, seed: int) -> Integers:
     return found
 
 
-def _add_scores(rows: Sequence[Row], name: str, scores: Sequence[Floats]) -> None:
-    for row, values_C in zip(rows, scores, strict=True):
-        for each, value in zip(row["candidates"], values_C.tolist(), strict=True):
-            each[name] = value
-
-
 def _score_adapted(
     rows: Sequence[Row], scorers: Mapping[str, str | None], store: ScoreStore, name: str, load: LoadScorer, label: LabelConfig
 ) -> None:
     """Add `adapted` to the candidates: the score of the scorer of their task, or the consensus for a task without a scorer."""
     with_scorer = [row for row in rows if scorers[row["dataset"]]]
     uris = {task: uri for task, uri in scorers.items() if uri}
-    _add_scores(with_scorer, "adapted", score_candidates(store, name, with_scorer, uris, load))
+    add_field(with_scorer, "adapted", score_candidates(store, name, with_scorer, uris, load))
     others = [row for row in rows if not scorers[row["dataset"]]]
     rank = consensus_rank(label)
-    _add_scores(others, "adapted", [np.asarray(rank(row["instruction"], row["candidates"])) for row in others])
+    add_field(others, "adapted", [np.asarray(rank(row["instruction"], row["candidates"])) for row in others])
 
 
 def _adapt_fold(

@@ -88,6 +88,13 @@ class ScoreStore:
         self._folder.write_bytes(file, sink.getvalue())
 
 
+def add_field(rows: Sequence[Row], field: str, numbers: Sequence[Floats]) -> None:
+    """Add a field to the candidates of each row; `numbers` has the values of each row, (C,)."""
+    for row, values_C in zip(rows, numbers, strict=True):
+        for each, value in zip(row["candidates"], values_C.tolist(), strict=True):
+            each[field] = value
+
+
 def score_candidates(
     store: ScoreStore, name: str, rows: Sequence[Row], scorers: Mapping[str, str], load: Callable[[str], PairScorer]
 ) -> list[Floats]:

@@ -109,3 +109,10 @@ def test_the_folder_of_adapt_shows_its_tasks_and_names_the_damaged_file_of_a_tas
     storage.write_bytes(f"{tmp_path}/tense/model.safetensors", b"Weights")
     (problem,) = inspection.run_inspect(str(tmp_path))["problems"]
     assert problem.startswith("tense: model.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b'{"averages": {}}', b"not JSON"])
+def test_the_results_of_an_unfinished_evaluation_are_not_taken_for_adapted_scorers(content, tmp_path):
+    storage.write_bytes(f"{tmp_path}/results.json", content)
+    with pytest.raises(CappyError, match="its run did not finish; run its command again"):
+        inspection.run_inspect(str(tmp_path))

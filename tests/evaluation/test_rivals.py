@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -88,8 +89,13 @@ def test_sentences_of_one_meaning_are_more_similar_than_others_in_any_batch():
     np.testing.assert_allclose(model.embed(texts[:1])[0], vectors[0], atol=1e-5)
 
 
+def test_the_setting_has_every_rival():
+    (names, _) = get_args(SuiteConfig.model_fields["rivals"].annotation)
+    assert get_args(names) == tuple(rivals.RIVALS)
+
+
 def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValidationError, match="embedding compares sampled candidates; leave it out"):
         SuiteConfig(kind="choices", rivals=("embedding",))
-    with pytest.raises(ValidationError, match="scorer occurs twice as the last part"):
+    with pytest.raises(ValidationError, match="two of them end in scorer, and the report names a scorer by the last part"):
         SuiteConfig(scorers=("a/scorer", "b/scorer/"))

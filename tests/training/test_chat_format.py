@@ -131,6 +131,17 @@ def test_a_long_chat_keeps_its_template_and_loses_first_the_middle_of_its_instru
         assert "START" not in text and "yyy<|im_end|>" in text
 
 
+def test_a_short_text_is_not_found_in_the_words_of_the_template(tmp_path: Path):
+    """Otherwise words of the template would be cut instead of the text."""
+    template = "Rate the answer to a question of a user. " + CHAT_ML + " The rating of the answer is y"
+    write_tokenizer(tmp_path, template)
+    tokenizer = load_tokenizer(tmp_path, "x", "s")
+    for instruction, response in (("a", "z" * 600), ("x" * 600, "y")):
+        text = tokenizer.decode(encode_pairs(tokenizer, [instruction], [response], 120, chat=True).tokens)
+        assert text.startswith("Rate the answer to a question of a user. <|im_start|>user")
+        assert text.endswith("The rating of the answer is y")
+
+
 def test_a_template_that_changes_the_texts_is_cut_to_the_limit(tmp_path: Path):
     write_tokenizer(tmp_path, CHAT_ML.replace("message['content']", "message['content'] | upper"))
     encoded = encode_pairs(load_tokenizer(tmp_path, "x", "s"), ["abc" * 100, "a"], ["def" * 50, "b"], 64, chat=True)
